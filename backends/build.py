@@ -1,0 +1,181 @@
+"""A build: all files made in memory, then put in place at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import runtime
+from backends.render import render
+from backends.report import render_report
+from backends.torch.config import config_py
+from backends.torch.model import docstring, model_py
+from compiler.analysis import Summary, summary
+from compiler.graph.text import print_program
+from compiler.lower.model import DTYPES
+from compiler.pipeline import Compiled, compile
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.load import Description
+from backends import VERSION
+
+GENERATOR = "dslc"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Where a build lies and what it holds."""
+
+    path: Path
+    files: Mapping[str, int]
+    summary: Summary
+    seconds: float
+    changed: bool
+
+
+def build(description: Description, out: Path) -> BuildResult:
+    """Writes the package of a model to `out`, which is replaced whole or left alone.
+
+    Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
+    """
+    started = time.perf_counter()
+    compiled = compile(description)
+    numbers = summary(compiled.lowered)
+    files = package(description, compiled, numbers)
+    changed = install(files, out)
+    sizes = {name: len(data) for name, data in files.items()}
+    return BuildResult(out, sizes, numbers, time.perf_counter() - started, changed)
+
+
+def package(description: Description, compiled: Compiled, numbers: Summary) -> dict[str, bytes]:
+    """Every file of a build by its path inside the package. Same inputs, same bytes."""
+    spec = description.sources[0].name.replace("\\", "/").rsplit("/", 1)[-1]
+    facts = {"version": VERSION, "spec": spec}
+    about = description.spec.about
+    texts = {
+        "__init__.py": render("torch/init.py.jinja", about=docstring(about or spec), **facts),
+        "model.py": model_py(
+            compiled, about=about, dtype=DTYPES[description.spec.precision.policy], **facts
+        ),
+        "config.py": config_py(description, **facts),
+    }
+    for path in sorted(Path(runtime.__file__).parent.glob("*.py")):
+        texts[f"runtime/{path.name}"] = path.read_text(encoding="utf-8")
+    for i, step in enumerate(compiled.steps):
+        name = f"graph/{i:02d}-{step.program_name}-{step.name}.graph"
+        texts[name] = print_program(step.program)
+    for name, program in compiled.programs.items():
+        texts[f"graph/{name}.graph"] = print_program(program)
+    texts["report.html"] = render_report(description, compiled, numbers, version=VERSION)
+    files = {name: text.encode() for name, text in texts.items()}
+    files[MANIFEST] = manifest(description, compiled, files)
+    return files
+
+
+def manifest(
+    description: Description, compiled: Compiled, files: Mapping[str, bytes]
+) -> bytes:
+    """What went in, what came out, and through which passes."""
+    content = {
+        "generator": GENERATOR,
+        "version": VERSION,
+        "model": description.spec.model,
+        "inputs": {
+            s.name.replace("\\", "/").rsplit("/", 1)[-1]: _sha256(s.text.encode())
+            for s in description.sources
+        },
+        "passes": [f"{s.program_name}: {s.name}" for s in compiled.steps],
+        "outputs": {name: _sha256(data) for name, data in sorted(files.items())},
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def install(files: Mapping[str, bytes], out: Path) -> bool:
+    """Puts a folder of `files` at `out`. False when it was there already, byte for byte.
+
+    The folder is written beside and renamed, so that it is never half there. Raises
+    `DiagnosticError` when `out` holds something that a build did not write.
+    """
+    if _refuse_foreign(out) and _current(files, out):
+        return False
+    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        for name, data in files.items():
+            path = beside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        if out.exists():
+            out.rename(old)
+        beside.rename(out)
+    except OSError as error:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise DiagnosticError([_cannot_write(out, error)]) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def _cannot_write(out: Path, error: OSError) -> Diagnostic:
+    return Diagnostic(
+        "E601", f"cannot write {out}: {error.strerror or error}",
+        help="choose another folder with -o, or make room and permissions",
+    )  # fmt: skip
+
+
+def _refuse_foreign(out: Path) -> bool:
+    """True when `out` is an untouched build, False when nothing is there."""
+    if not out.exists() and not out.is_symlink():
+        return False
+    if not out.is_dir() or out.is_symlink():
+        raise DiagnosticError([_foreign(out, "it is no folder")])
+    found = {
+        p.relative_to(out).as_posix(): p
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+    if not found:
+        return False
+    try:
+        known = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        outputs = dict(known["outputs"]) if known["generator"] == GENERATOR else None
+    except (OSError, ValueError, KeyError, TypeError):
+        outputs = None
+    if outputs is None:
+        raise DiagnosticError([_foreign(out, "a build of dslc has a manifest.json of its own")])
+    own = {MANIFEST}
+    changed = [
+        name
+        for name, path in found.items()
+        if name not in own and outputs.get(name) != _sha256(path.read_bytes())
+    ]
+    if changed:
+        raise DiagnosticError([_foreign(out, f"it holds files that were added or changed: {', '.join(changed[:5])}")])
+    return True
+
+
+def _foreign(out: Path, why: str) -> Diagnostic:
+    return Diagnostic(
+        "E602", f"{out} is not overwritten: {why}",
+        help="choose another folder with -o, or move this one away",
+    )  # fmt: skip
+
+
+def _current(files: Mapping[str, bytes], out: Path) -> bool:
+    try:
+        return (out / MANIFEST).read_bytes() == files[MANIFEST]
+    except OSError:
+        return False

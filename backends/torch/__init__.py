@@ -1,0 +1,1 @@
+"""Readable torch code from graphs. Imports no torch itself."""

@@ -1,0 +1,79 @@
+"""The numbers of a spec as `config.py` of a build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backends.render import render
+from backends.torch.layout import Call, lay_out
+from dsl.hf import hf_config
+from dsl.load import Description
+from dsl.schema import BlockUse, Schedule
+
+
+def config_py(description: Description, *, version: str, spec: str) -> str:
+    """Text of `config.py`: the frozen spec, and what `save` writes as config.json."""
+    return render(
+        "torch/config.py.jinja",
+        version=version,
+        spec=spec,
+        config=lay_out("", literal(_numbers(description)), suffix=""),
+        hf_config=lay_out("HF_CONFIG = ", literal(hf_config(description))),
+    )
+
+
+def _numbers(description: Description) -> dict[str, Any]:
+    spec = description.spec
+    layers = [
+        {"repeat": g.repeat, "block": _use(g.block), **{n: _use(u) for n, u in g.slots.items()}}
+        for g in spec.architecture.layers
+    ]
+    mtp = spec.architecture.mtp
+    slots = {n: _use(u) for n, u in mtp.slots.items()} if mtp.depth else {}
+    return {
+        "model": spec.model,
+        "about": spec.about,
+        "params": {name: value.value for name, value in description.params.items()},
+        "architecture": {
+            "block": _use(spec.architecture.block),
+            "layers": layers,
+            "mtp": {"depth": mtp.depth, **slots},
+        },
+        "sequence": spec.sequence.model_dump(),
+        "precision": spec.precision.model_dump(),
+        "train": {
+            "initializer_range": spec.train.initializer_range,
+            "loss": {
+                "mtp_weight": spec.train.loss.mtp_weight,
+                "balance_alpha": spec.train.loss.balance_alpha,
+            },
+        },
+    }
+
+
+def _use(use: BlockUse) -> dict[str, Any]:
+    return {"block": use.name, "arguments": {n: v.value for n, v in use.arguments.items()}}
+
+
+def literal(value: Any) -> Call | str:
+    """A value as Python text that evaluates to it; strings can never be anything but strings."""
+    if isinstance(value, Schedule):
+        phases = tuple(("", literal((p.until, p.value))) for p in value.root)
+        return Call("Schedule((", phases, ",))" if len(phases) == 1 else "))")
+    if isinstance(value, dict):
+        return Call("{", tuple((f"{_quoted(str(k))}: ", literal(v)) for k, v in value.items()), "}")
+    if isinstance(value, tuple):
+        items = tuple(("", literal(v)) for v in value)
+        return Call("(", items, ",)" if len(items) == 1 else ")")
+    if isinstance(value, list):
+        return Call("[", tuple(("", literal(v)) for v in value), "]")
+    if isinstance(value, str):
+        return _quoted(value)
+    assert value is None or isinstance(value, bool | int | float), type(value)
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    """An ASCII literal between double quotes."""
+    body = ascii(text)[1:-1].replace("\\'", "'").replace('"', '\\"')
+    return f'"{body}"'

@@ -1,0 +1,361 @@
+"""Operators to Python statements: one statement each, with its equation in the margin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from backends.torch.declare import TORCH_DTYPES
+from backends.torch.layout import WIDTH, lay_out, parse_call
+from backends.torch.names import Names, identifier
+from compiler.graph.core import Attr, Graph, Op
+from compiler.graph.types import FLOATS, Type
+from compiler.ops.base import dims_of
+
+MARGIN = 62  # column of the remarks, where there is room
+
+
+class Emitter:
+    """Statements of one graph.
+
+    `methods` says by which method each called graph is to be reached, `cached` which graphs take
+    the cache.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        methods: Mapping[str, str],
+        cached: frozenset[str],
+    ) -> None:
+        self.graph = graph
+        self.methods = methods
+        self.cached = cached
+        self.names = Names(graph)
+        self.lines: list[str] = []
+        self.indent = 0
+        self._comment = ""
+
+    def body(self) -> list[str]:
+        """Lines of the method without its `return`."""
+        for op in self.graph.ops[:-1]:
+            self.statement(op)
+        return self.lines
+
+    def results(self) -> list[str]:
+        return [self.names[v] for v in self.graph.results]
+
+    # ---- lines ----------------------------------------------------------------------------
+
+    def line(self, text: str) -> None:
+        """Adds a line; the comment of the block's line stands beside it where there is room."""
+        text = "    " * self.indent + text
+        comment, self._comment = self._comment, ""
+        lines = wrap(text)
+        if comment and len(lines) == 1 and len(text) + len(comment) + 4 <= WIDTH:
+            lines = [f"{text:<{MARGIN}}  # {comment}"]
+            if len(lines[0]) > WIDTH:
+                lines = [f"{text}  # {comment}"]
+        elif comment:
+            lines.insert(0, f"{'    ' * self.indent}# {comment}")
+        self.lines += lines
+
+    def assign(self, op: Op, expression: str) -> None:
+        targets = ", ".join([self.names.give(v, op) for v in op.results])
+        self.line(f"{targets} = {expression}")
+
+    def statement(self, op: Op) -> None:
+        self.remark(op)
+        EMIT[op.kind](self, op)
+
+    def remark(self, op: Op) -> None:
+        """Puts the place of `op` in the block beside the next line."""
+        self._comment = margin(op)
+
+    # ---- pieces of expressions ---------------------------------------------------------------
+
+    def operand(self, op: Op, index: int) -> str:
+        return self.names[op.operands[index]]
+
+    def operands(self, op: Op) -> str:
+        return ", ".join(self.names[v] for v in op.operands)
+
+    def weight(self, symbol: str) -> str:
+        """The stored tensor, or the part of it that belongs to the expert at hand."""
+        path = symbol.split(".")
+        if "*" in path:
+            return f"{local_name(symbol)}[expert]"
+        return ".".join(["self", *map(identifier, path)])
+
+    def like_model(self) -> str:
+        """A tensor in the model's element type, for casts to it."""
+        for value in self.graph.args:
+            if value.type.dtype in FLOATS:
+                return self.names[value]
+        return f"self.{'.'.join(next(iter(self.graph.weights)).split('.'))}"
+
+
+def local_name(symbol: str) -> str:
+    """`experts.*.gate_proj.weight` unbound into parts: `gate_proj_weights`."""
+    return identifier("_".join(symbol.split(".*.", 1)[1].split(".")) + "s")
+
+
+def margin(op: Op) -> str:
+    """What stands beside a statement: the remark of the block's line, and the line itself."""
+    if not op.spans:
+        return ""
+    span = op.spans[0]
+    last_line = span.source.position(max(span.start, span.end - 1))[0]
+    _, _, remark = span.source.line(last_line).partition("#")
+    place = f"{span.source.name.rsplit('/', 1)[-1]}:{span.line}"
+    remark = re.sub(r"[^\x20-\x7e]", "?", remark.strip())
+    return f"{place}  {remark}" if remark else place
+
+
+def wrap(text: str) -> list[str]:
+    """A line that is too long, broken at the arguments of its call."""
+    if len(text) <= WIDTH:
+        return [text]
+    body = text.lstrip()
+    target, _, expression = body.partition(" = ")
+    return lay_out(f"{target} = ", parse_call(expression), len(text) - len(body))
+
+
+def literal(value: Attr) -> str:
+    """A number, flag or word as Python text."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+# ---- one function an operator ---------------------------------------------------------------
+
+Emit = Callable[[Emitter, Op], None]
+
+
+def _call_f(name: str, *attrs: str) -> Emit:
+    """`F.name(operands, weights, attr=..)`."""
+
+    def emit(e: Emitter, op: Op) -> None:
+        parts = [e.names[v] for v in op.operands] + [e.weight(s) for s in op.symbols]
+        parts += [f"{a}={literal(op.attrs[a])}" for a in attrs]
+        e.assign(op, f"F.{name}({', '.join(parts)})")
+
+    return emit
+
+
+def _infix(operator: str) -> Emit:
+    def emit(e: Emitter, op: Op) -> None:
+        e.assign(op, f"{e.operand(op, 0)} {operator} {e.operand(op, 1)}")
+
+    return emit
+
+
+def _linear(e: Emitter, op: Op) -> None:
+    weight = e.weight(op.symbols[0])
+    # A gate is computed in float32 whatever the element type of its weight.
+    if op.operands[0].type.dtype != e.graph.weights[op.symbols[0]].type.dtype:
+        weight = f"{weight}.float()"
+    e.assign(op, f"F.linear({e.operand(op, 0)}, {weight})")
+
+
+def _topk_groups(e: Emitter, op: Op) -> None:
+    bias = e.weight(op.symbols[0]) if op.symbols else "None"
+    (k,) = dims_of(op.attrs["k"])
+    numbers = [f"{a}={literal(op.attrs[a])}" for a in ("n_group", "topk_group")]
+    rest = [f"{a}={literal(op.attrs[a])}" for a in ("group_score", "normalize", "scale")]
+    arguments = [e.operand(op, 0), bias, *numbers, f"k={k.size}", *rest]
+    e.assign(op, f"F.topk_groups({', '.join(arguments)})")
+
+
+def _experts(e: Emitter, op: Op) -> None:
+    x, route, weight = (e.names[v] for v in op.operands)
+    (region,) = op.regions
+    symbols = dict.fromkeys(s for o in region.ops for s in o.symbols)
+    for symbol in symbols:
+        path, inside = symbol.split(".*.", 1)
+        stored = ".".join(["self", *map(identifier, path.split(".")), *inside.split(".")])
+        e.line(f"{local_name(symbol)} = {stored}.unbind()")
+    y = e.names.give(op.result, op, beside_operands=True)
+    e.remark(op)
+    e.line(f"{y} = torch.zeros_like({x})")
+    e.line(f"for expert, chosen in enumerate(F.dispatch({route}, {op.attrs['count']})):")
+    e.indent += 1
+    z = e.names.share(region.args[0], identifier(region.args[0].name))
+    e.line(f"{z} = F.gather_tokens({x}, chosen)")
+    for inner in region.ops[:-1]:
+        e.statement(inner)
+    out = e.names[region.yielded[0]]
+    e.line(f"F.add_tokens({y}, chosen, {out}, {weight})")
+    e.indent -= 1
+
+
+def _expert_load(e: Emitter, op: Op) -> None:
+    (count,) = dims_of(op.attrs["count"])
+    e.assign(op, f"F.expert_load({e.operand(op, 0)}, {count.size})")
+
+
+def _split(e: Emitter, op: Op) -> None:
+    sizes = [d.size for d in dims_of(op.attrs["into"])]
+    e.assign(op, f"{e.operand(op, 0)}.split({sizes}, dim=-1)")
+
+
+def _concat(e: Emitter, op: Op) -> None:
+    e.assign(op, f"torch.cat([{e.operands(op)}], dim=-1)")
+
+
+def _flatten(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)}.flatten(-{len(dims_of(op.attrs['dims']))})")
+
+
+def _unflatten(e: Emitter, op: Op) -> None:
+    sizes = tuple(d.size for d in dims_of(op.attrs["dims"]))
+    e.assign(op, f"{e.operand(op, 0)}.unflatten(-1, {sizes})")
+
+
+def _broadcast(e: Emitter, op: Op) -> None:
+    (dim,) = dims_of(op.attrs["dim"])
+    x, rank = e.operand(op, 0), len(op.result.type.dims)
+    sizes = ", ".join(["-1"] * (rank - 2) + [str(dim.size), "-1"])
+    e.assign(op, f"{x}.unsqueeze(-2).expand({sizes})")
+
+
+def _index_of(type: Type, dim: Attr) -> int:
+    return [d.name for d in type.dims].index(str(dim))
+
+
+def _drop_first(e: Emitter, op: Op) -> None:
+    at = _index_of(op.operands[0].type, op.attrs["dim"])
+    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}{op.attrs['count']}:]")
+
+
+def _drop_last(e: Emitter, op: Op) -> None:
+    at = _index_of(op.operands[0].type, op.attrs["dim"])
+    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}:-{op.attrs['count']}]")
+
+
+def _last_entry(e: Emitter, op: Op) -> None:
+    at = _index_of(op.operands[0].type, "seq")
+    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}-1]")
+
+
+def _cast(e: Emitter, op: Op) -> None:
+    x, dtype = e.operand(op, 0), str(op.attrs["dtype"])
+    model = next((v.type.dtype for v in e.graph.args if v.type.dtype in FLOATS), "f32")
+    if dtype == model and dtype != "f32":
+        e.assign(op, f"{x}.to({e.like_model()}.dtype)")
+    else:
+        e.assign(op, f"{x}.to({TORCH_DTYPES[dtype]})")
+
+
+def _scale(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)} * {literal(op.attrs['by'])}")
+
+
+def _constant(e: Emitter, op: Op) -> None:
+    e.assign(op, f"torch.tensor({literal(op.attrs['value'])})")
+
+
+def _sum(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)}.sum()")
+
+
+def _cache_append(e: Emitter, op: Op) -> None:
+    names = op.attrs["entries"]
+    assert isinstance(names, tuple)
+    entries = [f"{identifier(str(n))}={e.names[v]}" for n, v in zip(names, op.operands, strict=True)]
+    targets = [e.names.give(v, op) for v in op.results]
+    left = ", ".join(targets) + ("," if len(targets) == 1 else "")
+    e.line(f"{left} = cache.append(self, {', '.join(entries)})")
+
+
+def _call_graph(e: Emitter, op: Op, module: str) -> None:
+    callee = str(op.attrs["callee"])
+    method = e.methods[callee]
+    arguments = [e.names[v] for v in op.operands]
+    if callee in e.cached:
+        arguments.append("cache")
+    function = module if method == "forward" else f"{module}.{method}"
+    e.assign(op, f"{function}({', '.join(arguments)})")
+
+
+def _call(e: Emitter, op: Op) -> None:
+    scope = str(op.attrs["scope"]).split(".")
+    if scope[-1] == "*":
+        _call_graph(e, op, "layer")
+        return
+    module = "self"
+    for part in scope:
+        module += f"[{part}]" if part.isdigit() else f".{identifier(part)}"
+    _call_graph(e, op, module)
+
+
+def _repeat(e: Emitter, op: Op) -> None:
+    (region,) = op.regions
+    start, count = op.attrs["start"], op.attrs["count"]
+    assert isinstance(start, int) and isinstance(count, int)
+    carried = len(op.operands)
+    names = [e.names.give(v, op) for v in op.results[:carried]]
+    for init, arg, name in zip(op.operands, region.args, names, strict=True):
+        if e.names[init] != name:
+            e.line(f"{name} = {e.names[init]}")
+        e.names.share(arg, name)
+    lists = [e.names.keep(f"{v.name}s") for v in region.yielded[carried:]]
+    for name in lists:
+        e.line(f"{name} = []")
+    scope = next(str(o.attrs["scope"]) for o in region.ops if o.kind == "call")
+    path = ".".join(["self", *map(identifier, scope.split(".")[:-1])])
+    e.line(f"for layer in {path}[{start}:{start + count}]:")
+    e.indent += 1
+    for inner in region.ops[:-1]:
+        e.statement(inner)
+    yielded = [e.names[v] for v in region.yielded]
+    for name, value in zip(names, yielded, strict=False):
+        if name != value:
+            e.line(f"{name} = {value}")
+    for name, value in zip(lists, yielded[carried:], strict=True):
+        e.line(f"{name}.append({value})")
+    e.indent -= 1
+    for value, name in zip(op.results, names, strict=False):
+        e.names.share(value, name)
+    for value, name in zip(op.results[carried:], lists, strict=True):
+        e.line(f"{e.names.give(value, op)} = torch.stack({name})")
+
+
+EMIT: dict[str, Emit] = {
+    "embedding": _call_f("embedding"),
+    "linear": _linear,
+    "rms_norm": _call_f("rms_norm", "eps"),
+    "silu": _call_f("silu"),
+    "sigmoid": _call_f("sigmoid"),
+    "softmax": _call_f("softmax"),
+    "rope_table": _call_f(
+        "rope_table", "dim", "theta", "factor", "original_max_position_embeddings", "beta_fast",
+        "beta_slow", "attention_factor",
+    ),
+    "rotate": _call_f("rotate"),
+    "attention": _call_f("attention", "scale"),
+    "cache_append": _cache_append,
+    "topk_groups": _topk_groups,
+    "experts": _experts,
+    "sequence_balance_loss": _call_f("sequence_balance_loss", "k"),
+    "expert_load": _expert_load,
+    "cross_entropy": _call_f("cross_entropy"),
+    "count_labels": _call_f("count_labels"),
+    "add": _infix("+"),
+    "sub": _infix("-"),
+    "mul": _infix("*"),
+    "div": _infix("/"),
+    "scale": _scale,
+    "cast": _cast,
+    "constant": _constant,
+    "sum": _sum,
+    "split": _split,
+    "concat": _concat,
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    "broadcast": _broadcast,
+    "drop_first": _drop_first,
+    "drop_last": _drop_last,
+    "last_entry": _last_entry,
+    "call": _call,
+    "repeat": _repeat,
+}  # fmt: skip

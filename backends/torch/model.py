@@ -1,0 +1,219 @@
+"""The records that fill `model.py.jinja`: one class a block, one method a program that differs."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+from backends.render import render
+from backends.torch.declare import declarations
+from backends.torch.emit import Emitter
+from backends.torch.layout import Call, lay_out
+from backends.torch.names import identifier
+from compiler.graph.core import Graph, Program, Value
+from compiler.graph.equal import equal_graphs
+from compiler.graph.types import Type
+from compiler.pipeline import Compiled
+
+# Programs in the order in which a class lists its methods; a later one that equals an earlier one
+# is served by that method.
+PROGRAMS = ("forward", "loss", "decode")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a generated class: one graph of one program."""
+
+    name: str
+    arguments: list[str]
+    returns: str
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A generated class."""
+
+    name: str
+    about: str
+    signature: str
+    declarations: list[str]
+    methods: list[Method]
+
+
+@dataclass(frozen=True)
+class Root:
+    """The parts of class Model that differ from model to model."""
+
+    about: str
+    aliases: list[str]
+    declarations: list[str]
+    forward: list[str]
+    loss: list[str]
+    decode: list[str]
+
+
+def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: str) -> str:
+    """Text of `model.py`."""
+    emit = _Emission(compiled, dtype)
+    blocks = [emit.block(g) for g in compiled.lowered.graphs.values() if g is not compiled.lowered.main]
+    root = emit.root()
+    made = "\n".join(line for b in [*blocks, root] for line in b.declarations)
+    helpers = ["Stack", "Tensors", "normal", "ones", "zeros"]
+    imports = [name for name in helpers if f"{name}(" in made]
+    return render(
+        "torch/model.py.jinja",
+        about=docstring(about or "A language model."),
+        spec=docstring(spec),
+        version=version,
+        imports=imports,
+        blocks=blocks,
+        root=root,
+    )
+
+
+class _Emission:
+    def __init__(self, compiled: Compiled, dtype: str) -> None:
+        self.compiled = compiled
+        self.dtype = dtype
+        # methods[program][graph]: the method that computes this graph of this program.
+        self.methods: dict[str, dict[str, str]] = {p: {} for p in PROGRAMS}
+        self.cached = frozenset(_cached(compiled.programs["decode"]))
+        for name in compiled.lowered.graphs:
+            self._choose_methods(name)
+
+    def _choose_methods(self, name: str) -> None:
+        seen: list[tuple[str, Graph]] = []
+        for program in PROGRAMS:
+            graph = self.compiled.programs[program].graphs.get(name)
+            if graph is None:
+                continue
+            same = next((m for m, g in seen if self._same(m, g, program, graph)), None)
+            method = same or program
+            self.methods[program][name] = method
+            if same is None:
+                seen.append((program, graph))
+
+    def _same(self, program_a: str, a: Graph, program_b: str, b: Graph) -> bool:
+        """Equal, and calling equal methods."""
+        callees = list(a.calls())
+        return equal_graphs(a, b) and all(
+            self.methods[program_a][c] == self.methods[program_b][c] for c in callees
+        )
+
+    def _emitter(self, program: str, graph: Graph) -> Emitter:
+        cached = self.cached if program == "decode" else frozenset()
+        return Emitter(graph, self.methods[program], cached)
+
+    def block(self, graph: Graph) -> Block:
+        methods = []
+        for program in PROGRAMS:
+            version = self.compiled.programs[program].graphs.get(graph.name)
+            if version is not None and self.methods[program][graph.name] == program:
+                methods.append(self._method(program, version))
+        return Block(
+            name=graph.name,
+            about=docstring(graph.about or graph.name),
+            signature=f"{_shapes(graph.args)} -> {_shape(graph.results[0].type)}",
+            declarations=declarations(graph, self.dtype),
+            methods=methods,
+        )
+
+    def _method(self, program: str, graph: Graph) -> Method:
+        emitter = self._emitter(program, graph)
+        arguments = ["self", *(f"{emitter.names[v]}: Tensor" for v in graph.args)]
+        if program == "decode" and graph.name in self.cached:
+            arguments.append("cache: Cache")
+        lines = emitter.body()
+        results = emitter.results()
+        returns = "Tensor" if len(results) == 1 else f"tuple[{', '.join(['Tensor'] * len(results))}]"
+        return Method(program, arguments, returns, [*lines, f"return {', '.join(results)}"])
+
+    def root(self) -> Root:
+        lowered = self.compiled.lowered
+        aliases = tuple((f"{c!r}: ".replace("'", '"'), f'"{o}"') for c, o in lowered.aliases.items())
+        return Root(
+            about=docstring(lowered.main.about),
+            aliases=lay_out("", Call("{", aliases, "}")),
+            declarations=declarations(lowered.main, self.dtype),
+            forward=self._forward(),
+            loss=self._loss(),
+            decode=self._decode(),
+        )
+
+    def _body(self, program: str) -> tuple[Graph, list[str], dict[str, list[str]]]:
+        """Graph, lines, and the Python names of each output."""
+        graph = self.compiled.programs[program].main
+        emitter = self._emitter(program, graph)
+        lines = emitter.body()
+        names: dict[str, list[str]] = {}
+        for name, result in zip(graph.result_names, emitter.results(), strict=True):
+            names.setdefault(name, []).append(result)
+        return graph, [*_defaults(graph, program), *lines], names
+
+    def _forward(self) -> list[str]:
+        _, lines, names = self._body("forward")
+        mtp = _tuple(names.get("mtp_logits", []))
+        return [*lines, f"return Output(logits={names['logits'][0]}, mtp_logits={mtp})"]
+
+    def _loss(self) -> list[str]:
+        _, lines, names = self._body("loss")
+        fields = (
+            ("total=", names["total"][0]),
+            ("main=", names["main"][0]),
+            ("mtp=", _tuple(names.get("mtp", []))),
+            ("balance=", names["balance"][0]),
+            ("load=", _tuple(names.get("load", []))),
+        )
+        return [*lines, *lay_out("return ", Call("Loss(", fields))]
+
+    def _decode(self) -> list[str]:
+        _, lines, names = self._body("decode")
+        return [*lines, f"return {names['logits'][0]}"]
+
+
+def _defaults(graph: Graph, program: str) -> list[str]:
+    """Arguments of the outermost block that the caller of a method may leave out or never gives."""
+    lines = []
+    for value in graph.args:
+        if value.name == "position" and program != "decode":
+            lines.append("position = F.positions(tokens) if position is None else position")
+        elif value.name in ("mtp_weight", "balance_alpha"):
+            lines.append(f"{value.name} = {WEIGHTS[value.name]}")
+    return lines
+
+
+WEIGHTS = {
+    "mtp_weight": "config.train.loss.mtp_weight.value_at(tokens_seen)",
+    "balance_alpha": "config.train.loss.balance_alpha",
+}
+
+
+def _tuple(names: list[str]) -> str:
+    return "()" if not names else f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+
+
+def _cached(program: Program) -> list[str]:
+    """Graphs that keep something, or call one that does; callees stand before callers."""
+    found: list[str] = []
+    for graph in program.graphs.values():
+        if any(op.kind == "cache_append" for op in graph.walk()) or any(
+            callee in found for callee in graph.calls()
+        ):
+            found.append(graph.name)
+    return found
+
+
+def docstring(text: str) -> str:
+    """Text that may stand between three quotes: nothing in it can end them or escape."""
+    text = text.replace("\\", "\\\\").replace('"""', "'''").rstrip('"').strip()
+    text = "".join(c if c == "\n" or c.isprintable() else " " for c in text)
+    return "\n".join(textwrap.fill(line, 92) for line in text.split("\n"))
+
+
+def _shapes(values: list[Value]) -> str:
+    return ", ".join(f"{identifier(v.name)} {_shape(v.type)}" for v in values)
+
+
+def _shape(type: Type) -> str:
+    return "[" + ", ".join(str(d.size) if d.size is not None else str(d) for d in type.dims) + "]"

@@ -1,0 +1,117 @@
+"""Python names for values of a graph: the names of the equations, used again when free."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Callable, Sequence
+
+from compiler.graph.core import Graph, Op, Value
+
+# Names that generated code uses for itself.
+RESERVED = frozenset(
+    {"self", "F", "nn", "torch", "Tensor", "config", "cache", "layer", "expert", "chosen"}
+    | set(keyword.kwlist)
+    | set(dir(builtins))
+)
+
+
+def identifier(name: str) -> str:
+    """A valid Python name that shadows nothing generated code needs."""
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    if not name or name[0].isdigit():
+        name = f"_{name}"
+    return f"{name}_" if name in RESERVED else name
+
+
+class Names:
+    """A Python name for each value of a graph, given out in program order.
+
+    A value takes the name of its equation; while an earlier value of that name is still needed, it
+    takes a number besides. So `x = x + ..` reads as in the block.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._last_use: dict[Value, int] = {}
+        self._done: dict[Op, int] = {}
+        self._clock = 0
+        self._measure(graph.ops)
+        self._holder: dict[str, Value] = {}
+        self._name: dict[Value, str] = {}
+        self._kept: set[str] = set()
+        for value in graph.args:
+            self.share(value, identifier(value.name))
+
+    def _measure(self, ops: Sequence[Op]) -> None:
+        """When each operator is done, and the last time at which each value is read."""
+        for op in ops:
+            inside: set[Value] = set()
+            for region in op.regions:
+                self._measure(region.ops)
+                inside |= _outer_values(op)
+            self._clock += 1
+            self._done[op] = self._clock
+            # What a region reads of the outside is read again in its next round.
+            for value in [*op.operands, *inside]:
+                self._last_use[value] = self._clock
+
+    def __getitem__(self, value: Value) -> str:
+        return self._name[value]
+
+    def share(self, value: Value, name: str) -> str:
+        """Lets `value` bear `name`, whoever had it: arguments, and what a loop carries."""
+        self._name[value] = name
+        self._holder[name] = value
+        return name
+
+    def give(self, value: Value, op: Op, *, beside_operands: bool = False) -> str:
+        """A name for a result of `op`. The names of operands that are read last here are free.
+
+        Not so `beside_operands`, where the result exists before the operands are read.
+        """
+        base = identifier(re.sub(r"_\d+$", "", value.name))
+        now = self._done[op] - beside_operands
+
+        def free(name: str) -> bool:
+            holder = self._holder.get(name)
+            if name in self._kept or holder in op.results:
+                return False
+            return holder is None or self._last_use.get(holder, 0) <= now
+
+        return self.share(value, _first(base, free))
+
+    def keep(self, base: str) -> str:
+        """A name for something that is no value of the graph; it is never used again."""
+        base = identifier(base)
+        name = _first(base, lambda n: n not in self._holder and n not in self._kept)
+        self._kept.add(name)
+        return name
+
+
+def _first(base: str, free: Callable[[str], bool]) -> str:
+    """`base`, or `base_2`, `base_3`, .. : the first that is free."""
+    name, n = base, 1
+    while not free(name):
+        n += 1
+        name = f"{base}_{n}"
+    return name
+
+
+def _outer_values(op: Op) -> set[Value]:
+    """Values that the regions of an operator read from outside."""
+    made: set[Value] = set()
+    read: set[Value] = set()
+
+    def visit(ops: Sequence[Op]) -> None:
+        for o in ops:
+            read.update(o.operands)
+            made.update(o.results)
+            for region in o.regions:
+                made.update(region.args)
+                visit(region.ops)
+
+    for region in op.regions:
+        made.update(region.args)
+        visit(region.ops)
+    return read - made

@@ -1,0 +1,1 @@
+"""From a checked model description to graphs that are rewritten, measured and printed."""

@@ -1,0 +1,1 @@
+"""The graph: types, operators in regions, text form, verifier."""

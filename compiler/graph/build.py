@@ -1,0 +1,86 @@
+"""Making operators: types of results are computed here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from compiler.graph.core import Attr, Graph, Op, Region, Value
+from compiler.graph.types import Type
+from compiler.ops import OPS
+from compiler.ops.base import Signature, Site, TypeMismatch
+from dsl.source import Span
+
+
+def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
+    """The place of an operator, as its type and cost rules see it.
+
+    Raises `TypeMismatch` where it names a weight or a graph that does not exist.
+    """
+    weights: list[Type] = []
+    for symbol in op.symbols:
+        if symbol not in graph.weights:
+            raise TypeMismatch(f"there is no weight @{symbol}")
+        weights.append(graph.weights[symbol].type)
+    callee: Signature | None = None
+    if op.kind == "call":
+        called = graphs.get(str(op.attrs["callee"]))
+        if called is None:
+            raise TypeMismatch(f"there is no graph @{op.attrs['callee']}")
+        callee = (tuple(v.type for v in called.args), tuple(v.type for v in called.results))
+    regions = tuple(
+        (tuple(v.type for v in r.args), tuple(v.type for v in r.yielded)) for r in op.regions
+    )
+    return Site(
+        tuple(v.type for v in op.operands), tuple(weights), op.attrs, regions, callee
+    )
+
+
+def infer(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> tuple[Type, ...]:
+    """Types of an operator's results. Raises `TypeMismatch`."""
+    return OPS[op.kind].infer(site_of(op, graph, graphs))
+
+
+class Builder:
+    """Appends operators to a list and gives their results unique names."""
+
+    def __init__(self, graph: Graph, graphs: Mapping[str, Graph]) -> None:
+        self.graph = graph
+        self.graphs = graphs
+        self.ops: list[Op] = graph.ops
+        self.names = {v.name for v in graph.args}
+        self.names |= {v.name for op in graph.walk() for v in op.results}
+        self.names |= {v.name for op in graph.walk() for r in op.regions for v in r.args}
+
+    def unique(self, base: str) -> str:
+        """`base`, or `base_2`, `base_3`, .. where it is taken."""
+        name, n = base, 1
+        while name in self.names:
+            n += 1
+            name = f"{base}_{n}"
+        self.names.add(name)
+        return name
+
+    def value(self, base: str, type: Type) -> Value:
+        return Value(self.unique(base), type)
+
+    def add(
+        self,
+        kind: str,
+        operands: Sequence[Value] = (),
+        symbols: Sequence[str] = (),
+        *,
+        names: Sequence[str] = (),
+        regions: Sequence[Region] = (),
+        spans: Sequence[Span] = (),
+        **attrs: Attr,
+    ) -> list[Value]:
+        """The results of a new operator at the end. Raises `TypeMismatch`, and then adds nothing.
+
+        `names` are wishes for the names of the results; the first serves those without one.
+        """
+        op = Op(kind, list(operands), tuple(symbols), attrs, list(regions), [], tuple(spans))
+        types = infer(op, self.graph, self.graphs)
+        wishes = [*names, *([names[0] if names else kind] * (len(types) - len(names)))]
+        op.results = [self.value(n, t) for n, t in zip(wishes, types, strict=False)]
+        self.ops.append(op)
+        return op.results

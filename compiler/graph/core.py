@@ -1,0 +1,220 @@
+"""The graph: values, operators, regions, weights. Static single assignment, in program order.
+
+A `Program` is a set of graphs, one for each distinct block, that call one another; layers and
+experts are regions, so that its size grows with the number of distinct blocks only. The invariants
+are in `README.md` beside this file; `verify.py` checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from compiler.graph.types import Dim, Type
+from dsl.source import Span
+
+Attr = int | float | bool | str | tuple["Attr", ...]
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """A tensor: an argument, or a result of exactly one operator. `name` is unique in its graph."""
+
+    name: str
+    type: Type
+
+    def __str__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(eq=False, slots=True)
+class Region:
+    """Operators inside an operator. The last one is `yield`; outer values are visible."""
+
+    args: list[Value] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+
+    @property
+    def yielded(self) -> list[Value]:
+        return self.ops[-1].operands
+
+
+@dataclass(eq=False, slots=True)
+class Op:
+    """One operator. `symbols` name weights or caches of the graph; `spans` say where it came from."""
+
+    kind: str
+    operands: list[Value] = field(default_factory=list)
+    symbols: tuple[str, ...] = ()
+    attrs: dict[str, Attr] = field(default_factory=dict)
+    regions: list[Region] = field(default_factory=list)
+    results: list[Value] = field(default_factory=list)
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def result(self) -> Value:
+        (only,) = self.results
+        return only
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of the model, named as in the published checkpoint, relative to its block.
+
+    A `*` in the name stands for the expert; `stack` is then their number and `type` that of one.
+    """
+
+    type: Type
+    init: str = "normal"
+    std: float = 0.0
+    trainable: bool = True
+    stack: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What a decoder remembers: entries of `type` along `context`, for one block."""
+
+    type: Type
+
+
+@dataclass(eq=False)
+class Graph:
+    """One block: arguments, weights, operators, results (the operands of the last op, `return`)."""
+
+    name: str
+    args: list[Value] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    caches: dict[str, Cache] = field(default_factory=dict)
+    # Those beyond what the block declares were collected from blocks inside.
+    result_names: tuple[str, ...] = ()
+    about: str = ""
+    span: Span | None = None
+
+    @property
+    def results(self) -> list[Value]:
+        return self.ops[-1].operands
+
+    def walk(self) -> Iterator[Op]:
+        """Every operator, those of regions after the operator that holds them."""
+        return walk(self.ops)
+
+    def calls(self) -> Iterator[str]:
+        """Names of the graphs that this one calls, in order, each once."""
+        return iter(dict.fromkeys(str(o.attrs["callee"]) for o in self.walk() if o.kind == "call"))
+
+    def replace_uses(self, old: Value, new: Value) -> None:
+        """Let every operator that reads `old` read `new`."""
+        for op in self.walk():
+            op.operands = [new if v is old else v for v in op.operands]
+
+    def uses(self) -> dict[Value, int]:
+        """How many operands each value is."""
+        counts: dict[Value, int] = {}
+        for op in self.walk():
+            for value in op.operands:
+                counts[value] = counts.get(value, 0) + 1
+        return counts
+
+
+@dataclass(eq=False)
+class Program:
+    """Graphs by name; `root` is the one that a user calls. `aliases` are copies in checkpoints."""
+
+    name: str
+    root: str
+    graphs: dict[str, Graph] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Graph:
+        return self.graphs[self.root]
+
+
+def walk(ops: Sequence[Op]) -> Iterator[Op]:
+    for op in ops:
+        yield op
+        for region in op.regions:
+            yield from walk(region.ops)
+
+
+def lists(graph: Graph) -> Iterator[list[Op]]:
+    """Every list of operators of a graph, innermost first, so that one may shrink them."""
+
+    def inside(ops: list[Op]) -> Iterator[list[Op]]:
+        for op in ops:
+            for region in op.regions:
+                yield from inside(region.ops)
+        yield ops
+
+    return inside(graph.ops)
+
+
+def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
+    """Which run-time dimension of the caller each one of the callee stands for.
+
+    Raises ValueError with the two dimensions that do not meet.
+    """
+    bound: dict[str, Dim] = {}
+    for f, a in zip(formal, actual, strict=True):
+        if len(f.dims) != len(a.dims) or f.dtype != a.dtype:
+            raise ValueError(f"expects {f}, got {a}")
+        for fd, ad in zip(f.dims, a.dims, strict=True):
+            if fd.size is None and ad.size is None:
+                if bound.setdefault(fd.name, ad) == ad and fd.offset == 0:
+                    continue
+                raise ValueError(f"{fd} is {bound[fd.name]} in one argument and {ad} in another")
+            if fd != ad:
+                raise ValueError(f"expects {fd.words}, got {ad.words}")
+    return bound
+
+
+def substitute(type: Type, bound: Mapping[str, Dim]) -> Type:
+    """A type of the callee in the caller's dimensions."""
+
+    def dim(d: Dim) -> Dim:
+        if d.size is not None or d.name not in bound:
+            return d
+        outer = bound[d.name]
+        return Dim(outer.name, None, outer.offset + d.offset)
+
+    return Type(type.dtype, tuple(dim(d) for d in type.dims))
+
+
+def copy_program(program: Program) -> Program:
+    """A program that shares nothing with the first one but types, attributes and spans."""
+    graphs = {name: _copy_graph(graph) for name, graph in program.graphs.items()}
+    return Program(program.name, program.root, graphs, dict(program.aliases))
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    values: dict[Value, Value] = {}
+
+    def value(old: Value) -> Value:
+        return values.setdefault(old, Value(old.name, old.type))
+
+    def ops(old: Sequence[Op]) -> list[Op]:
+        return [
+            Op(
+                op.kind,
+                [value(v) for v in op.operands],
+                op.symbols,
+                dict(op.attrs),
+                [Region([value(v) for v in r.args], ops(r.ops)) for r in op.regions],
+                [value(v) for v in op.results],
+                op.spans,
+            )
+            for op in old
+        ]
+
+    return Graph(
+        graph.name,
+        [value(v) for v in graph.args],
+        ops(graph.ops),
+        dict(graph.weights),
+        dict(graph.caches),
+        graph.result_names,
+        graph.about,
+        graph.span,
+    )

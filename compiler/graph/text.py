@@ -1,0 +1,400 @@
+"""The graph as text, and back: one syntax for every operator, short enough to read.
+
+    %c_q, .. = kind(%operand, @weight) <attribute=value> { |%argument: type| .. } : type, ..
+
+The grammar is `text.lark`. Spans are printed on request as `loc "file":line:column`; an operator
+without one gets the place in the graph text that it was read from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lark import Lark, Token, Tree
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+
+from compiler.graph.core import Attr, Cache, Graph, Op, Program, Region, Value, Weight
+from compiler.graph.types import BYTES, Dim, Type
+from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
+from dsl.source import Source, Span
+from dsl.suggest import nearest
+
+INDENT = "  "
+WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*([.*+][A-Za-z0-9_*]+)*")
+RESERVED: dict[str, Attr] = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
+# What a weight may say besides its type, and what it is when nothing is said.
+WEIGHT: dict[str, Attr] = {f.name: f.default for f in fields(Weight) if f.name != "type"}
+
+# ---- printing ---------------------------------------------------------------------------------
+
+
+def print_program(program: Program, locs: bool = False) -> str:
+    """All of a program. `locs` adds the source places. `parse_program` reads it back."""
+    head = f"program @{program.name} root @{program.root}"
+    if program.aliases:
+        pairs = (f"{INDENT}alias @{a} = @{b}\n" for a, b in program.aliases.items())
+        head += f" {{\n{''.join(pairs)}}}"
+    return "\n\n".join([head, *(print_graph(g, locs)[:-1] for g in program.graphs.values())]) + "\n"
+
+
+def print_graph(graph: Graph, locs: bool = False) -> str:
+    """One graph as it stands in the text of a program."""
+    return "".join(f"{line}\n" for _, line in graph_lines(graph, locs))
+
+
+def graph_lines(graph: Graph, locs: bool = False) -> Iterator[tuple[Op | None, str]]:
+    """Lines of a graph, each with the operator that begins there. Broken graphs print as well."""
+    if graph.about:
+        for line in graph.about.split("\n"):
+            yield None, f"// {_escaped(line)}" if line else "//"
+    returned = graph.ops[-1].operands if graph.ops else []
+    results = (f"{n}: {v.type}" for n, v in zip(graph.result_names, returned, strict=False))
+    place = _places([graph.span] if locs and graph.span else [])
+    yield None, f"graph @{graph.name}({_arguments(graph.args)}) -> ({', '.join(results)}){place} {{"
+    for name, weight in graph.weights.items():
+        told = {k: getattr(weight, k) for k, v in WEIGHT.items() if getattr(weight, k) != v}
+        yield None, f"{INDENT}weight @{name} : {weight.type}{_attributes(told)}"
+    for name, remembered in graph.caches.items():
+        yield None, f"{INDENT}cache @{name} : {remembered.type}"
+    yield from _op_lines(graph.ops, INDENT, locs)
+    yield None, "}"
+
+
+def print_op(op: Op) -> str:
+    """An operator in one line, for messages: without attributes, regions and types."""
+    results = f"{', '.join(map(str, op.results))} = " if op.results else ""
+    operands = [*map(str, op.operands), *(f"@{s}" for s in op.symbols)]
+    return f"{results}{op.kind}({', '.join(operands)})"
+
+
+def _op_lines(ops: Sequence[Op], indent: str, locs: bool) -> Iterator[tuple[Op | None, str]]:
+    for op in ops:
+        line = f"{indent}{print_op(op)}{_attributes(op.attrs)}"
+        begins: Op | None = op
+        for region in op.regions:
+            arguments = f" |{_arguments(region.args)}|" if region.args else ""
+            yield begins, f"{line} {{{arguments}"
+            yield from _op_lines(region.ops, indent + INDENT, locs)
+            begins, line = None, f"{indent}}}"
+        types = f" : {', '.join(str(v.type) for v in op.results)}" if op.results else ""
+        yield begins, f"{line}{types}{_places(op.spans if locs else [])}"
+
+
+def _arguments(values: Sequence[Value]) -> str:
+    return ", ".join(f"{v}: {v.type}" for v in values)
+
+
+def _places(spans: Sequence[Span]) -> str:
+    places = (f"{_quoted(s.source.name)}:{s.line}:{s.column}" for s in spans)
+    return f" loc {' '.join(places)}" if spans else ""
+
+
+def _attributes(attrs: Mapping[str, Attr]) -> str:
+    return f" <{', '.join(f'{k}={_literal(v)}' for k, v in attrs.items())}>" if attrs else ""
+
+
+def _literal(value: Attr) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"({', '.join(_items(value))})"
+    if isinstance(value, str):
+        return value if _is_word(value) else _quoted(value)
+    return repr(value)
+
+
+def _items(values: tuple[Attr, ...]) -> Iterator[str]:
+    i = 0
+    while i < len(values):
+        value, after = values[i], values[i + 1] if i + 1 < len(values) else None
+        if isinstance(value, str) and _is_word(value) and type(after) is int:
+            yield f"{value}={after}"
+            i += 2
+        else:
+            yield _literal(value)
+            i += 1
+
+
+def _is_word(text: str) -> bool:
+    return text not in RESERVED and WORD.fullmatch(text) is not None
+
+
+def _quoted(text: str) -> str:
+    return '"' + _escaped(text).replace('"', '\\"') + '"'
+
+
+def _escaped(text: str) -> str:
+    """One line of printable characters: text of a spec can neither end it nor steer a terminal."""
+    return "".join(
+        "\\\\" if c == "\\" else c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in text
+    )
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+# A tree or a token of Lark; its shape is the grammar's.
+Syntax = Any
+
+MAX_NESTING = 60
+_DIM = re.compile(r"([A-Za-z0-9_]+(?:[*+][A-Za-z0-9_]+)*)(?:=([0-9]{1,18})|-([0-9]{1,18}))?")
+_PLACE = re.compile(r'("(?:[^"\\]|\\.)*"):([0-9]+):([0-9]+)')
+_ESCAPE = re.compile(r'\\(?:u\{((?:10|[0-9a-f])?[0-9a-f]{1,4})\}|(["\\]))')
+_READABLE = {
+    "SYMBOL": "a @name", "VALUE": "a %value", "TYPE": "a type", "LOC": "a place", "WORD": "a word",
+    "NUMBER": "a number", "STRING": "quoted text", "ABOUT": "a comment", "$END": "the end",
+}  # fmt: skip
+
+
+@cache
+def grammar(*, strict: bool = False) -> Lark:
+    """The parser. `strict` also reports ambiguities of the grammar; a test builds it so."""
+    return Lark(
+        Path(__file__).with_name("text.lark").read_text(encoding="utf-8"),
+        parser="lalr",
+        start="program",
+        propagate_positions=True,
+        maybe_placeholders=True,
+        strict=strict,
+    )
+
+
+def parse_program(source: Source) -> Program:
+    """The program that a text describes. Whether it makes sense is for the verifier to say.
+
+    Raises `DiagnosticError` (E50x) with the first mistake against the grammar, or with every
+    undefined value, unknown type and name given twice.
+    """
+    try:
+        tree = grammar().parse(source.text)
+    except UnexpectedInput as error:
+        raise DiagnosticError([_syntax_error(error, source)]) from None
+    reader = _Reader(source)
+    program = reader.program(tree)
+    reader.problems.raise_if_any()
+    return program
+
+
+def _syntax_error(error: UnexpectedInput, source: Source) -> Diagnostic:
+    at = min(error.pos_in_stream or 0, len(source.text))
+    if isinstance(error, UnexpectedToken):
+        names = error.accepts or error.expected
+        end = at if error.token.type == "$END" else at + len(error.token)
+        at, end = (len(source.text),) * 2 if error.token.type == "$END" else (at, end)
+    else:
+        assert isinstance(error, UnexpectedCharacters)
+        names, end = error.allowed or set(), at + 1
+    expected = ", ".join(sorted(_readable(name) for name in names))
+    found = source.text[at:end].split("\n")[0]
+    message = f"`{found}` cannot stand here" if found else "the text of the graph ends too early"
+    help = f"expected {expected}"
+    return Diagnostic("E501", message, source.span(at, end), "unexpected", help=help)
+
+
+def _readable(terminal: str) -> str:
+    return _READABLE.get(terminal) or f"`{grammar().get_terminal(terminal).pattern.value}`"
+
+
+@dataclass(frozen=True, eq=False)
+class _File(Source):
+    """A file that is known by name only: its offsets hold the line and the column."""
+
+    _WIDTH = 1 << 30
+
+    def at(self, line: int, column: int) -> Span:
+        offset = line * self._WIDTH + column
+        return Span(self, offset, offset)
+
+    def position(self, offset: int) -> tuple[int, int]:
+        return divmod(offset, self._WIDTH)
+
+    def line(self, number: int) -> str:
+        return ""
+
+
+class _Reader:
+    """Turns syntax trees into a program, and collects what is wrong with them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.problems = Diagnostics()
+        self.types: dict[str, Type] = {}
+        self.files: dict[str, _File] = {}
+
+    def program(self, tree: Syntax) -> Program:
+        name, root, aliases, *graphs = tree.children
+        program = Program(name[1:], root[1:])
+        for copy, original in (a.children for a in aliases.children) if aliases else ():
+            self._put(program.aliases, copy, original[1:])
+        for node in graphs:
+            graph = self._graph(node)
+            self._put(program.graphs, node.children[1], graph)
+        return program
+
+    def _graph(self, tree: Syntax) -> Graph:
+        about, name, arguments, results, loc, declarations, operators = tree.children
+        graph = Graph(name[1:], about=_about(about) if about else "")
+        graph.span = (self._places(loc) or (self._span(name),))[0]
+        scope: dict[str, Value] = {}
+        graph.args = self._arguments(arguments, scope)
+        for node in declarations.children:
+            symbol, type, *rest = node.children
+            if node.data == "weight":
+                self._put(graph.weights, symbol, self._weight(self._type(type), rest[0]))
+            else:
+                self._put(graph.caches, symbol, Cache(self._type(type)))
+        graph.ops = self._operators(operators, scope, 0)
+        self._results(graph, name, results.children if results else [])
+        return graph
+
+    def _results(self, graph: Graph, name: Token, head: Sequence[Token]) -> None:
+        graph.result_names = tuple(map(str, head[::2]))
+        declared = [self._type(t) for t in head[1::2]]
+        returned = [v.type for v in graph.ops[-1].operands] if graph.ops else []
+        if declared != returned:
+            says, gives = (", ".join(map(str, types)) for types in (declared, returned))
+            self._problem("E506", f"{name} says it gives ({says}), and returns ({gives})", name)
+
+    def _weight(self, tensor: Type, node: Syntax) -> Weight:
+        told = self._attributes(node, 0)
+        for attribute in node.children if node else ():
+            key = attribute.children[0]
+            if key not in WEIGHT or type(told[key]) is not type(WEIGHT[key]):
+                known = ", ".join(f"{k}={_literal(v)}" for k, v in WEIGHT.items())
+                self._problem("E507", f"a weight has no such {key}", key, f"for example {known}")
+                return Weight(tensor)
+        return Weight(tensor, **told)  # type: ignore[arg-type]
+
+    def _operators(self, tree: Syntax, scope: dict[str, Value], depth: int) -> list[Op]:
+        ops: list[Op] = []
+        if depth > MAX_NESTING:
+            self.problems.error("E504", "regions are nested too deeply", self._span(tree))
+            return ops
+        for node in tree.children:
+            names, kind, operands, attributes, regions, types, loc = node.children
+            given = operands.children if operands else []
+            op = Op(
+                str(kind),
+                [self._value(t, scope) for t in given if t.type == "VALUE"],
+                tuple(t[1:] for t in given if t.type == "SYMBOL"),
+                self._attributes(attributes, depth),
+                [self._region(region, scope, depth + 1) for region in regions.children],
+                spans=self._places(loc) or (self._span(node),),
+            )
+            targets = names.children if names else []
+            found = [self._type(t) for t in types.children] if types else []
+            if len(targets) != len(found):
+                message = f"{len(targets)} results of {kind} and {len(found)} types"
+                self._problem("E503", message, kind, "one type for each result")
+            for target, type in zip(targets, found, strict=False):
+                op.results.append(Value(target[1:], type))
+                scope[target[1:]] = op.results[-1]
+            ops.append(op)
+        return ops
+
+    def _region(self, tree: Syntax, outer: Mapping[str, Value], depth: int) -> Region:
+        arguments, operators = tree.children
+        scope = dict(outer)
+        return Region(self._arguments(arguments, scope), self._operators(operators, scope, depth))
+
+    def _arguments(self, tree: Syntax, scope: dict[str, Value]) -> list[Value]:
+        children = tree.children if tree else []
+        pairs = zip(children[::2], children[1::2], strict=True)
+        values = [Value(name[1:], self._type(type)) for name, type in pairs]
+        scope.update((v.name, v) for v in values)
+        return values
+
+    def _value(self, token: Token, scope: Mapping[str, Value]) -> Value:
+        value = scope.get(token[1:])
+        if value is None:
+            near = nearest(token[1:], scope)
+            help = f"did you mean %{near}?" if near else "define it above, here or around this region"
+            self._problem("E502", f"{token} is not defined here", token, help)
+            return Value(token[1:], Type("f32"))
+        return value
+
+    def _attributes(self, tree: Syntax, depth: int) -> dict[str, Attr]:
+        found: dict[str, Attr] = {}
+        for node in tree.children if tree else ():
+            key, literal = node.children
+            self._put(found, key, self._attribute(literal, depth))
+        return found
+
+    def _attribute(self, node: Syntax, depth: int) -> Attr:
+        if isinstance(node, Tree):
+            return self._tuple(node, depth + 1)
+        match node.type:
+            case "NUMBER":
+                return float(node) if re.search("[.einf]", node, re.IGNORECASE) else int(node)
+            case "STRING":
+                return _unescaped(node[1:-1])
+            case _:
+                return RESERVED.get(node, str(node))
+
+    def _tuple(self, tree: Syntax, depth: int) -> Attr:
+        items: list[Attr] = []
+        if depth > MAX_NESTING:
+            self.problems.error("E504", "tuples are nested too deeply", self._span(tree))
+            return ()
+        for node in tree.children:
+            if isinstance(node, Tree) and node.data == "pair":
+                items += [self._attribute(part, depth) for part in node.children]
+            elif node is not None:
+                items.append(self._attribute(node, depth))
+        return tuple(items)
+
+    def _type(self, token: Token) -> Type:
+        """The type that a text means; equal texts share one."""
+        if token not in self.types:
+            dtype, _, dims = token[:-1].partition("[")
+            if dtype not in BYTES:
+                help = f"one of {', '.join(BYTES)}"
+                self._problem("E505", f"there is no element type {dtype}", token, help)
+            parts = dims.split(",") if dims.strip() else []
+            self.types[token] = Type(dtype, tuple(self._dim(p.strip(), token) for p in parts))
+        return self.types[token]
+
+    def _dim(self, text: str, token: Token) -> Dim:
+        match = _DIM.fullmatch(text)
+        if match is None:
+            help = "as in batch, seq-1 or heads=8"
+            self._problem("E505", f"`{text}` is no dimension", token, help)
+            return Dim("batch")
+        name, size, offset = match.groups()
+        return Dim(name, int(size) if size else None, int(offset or 0))
+
+    def _places(self, token: Token | None) -> tuple[Span, ...]:
+        return tuple(
+            self._file(_unescaped(name[1:-1])).at(int(line), int(column))
+            for name, line, column in _PLACE.findall(token or "")
+        )
+
+    def _file(self, name: str) -> _File:
+        return self.files.setdefault(name, _File(name, ""))
+
+    def _put(self, table: dict[str, Any], token: Token, value: object) -> None:
+        name = token.lstrip("@")
+        if name in table:
+            self._problem("E508", f"{token} is given twice", token, "remove one")
+        table[name] = value
+
+    def _problem(self, code: str, message: str, token: Token, help: str = "") -> None:
+        self.problems.error(code, message, self._span(token), "here", help=help)
+
+    def _span(self, node: Syntax) -> Span:
+        place = node if isinstance(node, Token) else node.meta
+        return self.source.span(place.start_pos or 0, place.end_pos or 0)
+
+
+def _about(token: Token) -> str:
+    lines = (line.strip(" \t\r").removeprefix("//") for line in token.rstrip().split("\n"))
+    return "\n".join(_unescaped(line.removeprefix(" ")) for line in lines)
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else m[2], text)

@@ -1,0 +1,276 @@
+"""The functions that equations of a block are written with, and the operators they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from compiler.graph.core import Value
+from compiler.graph.types import Dim
+from compiler.ops.base import TypeMismatch, dims_attr
+
+if TYPE_CHECKING:
+    from compiler.lower.bind import BlockRef
+    from compiler.lower.frame import Frame
+
+
+class Kind(Enum):
+    """What an argument given by name may be, in the words of messages."""
+
+    NUMBER = "a number"
+    INT = "a whole number"
+    DIM = "a dimension"
+    TEXT = "quoted text"
+    FLAG = "true or false"
+    PATH = "the name of a weight"
+    AXIS = "the name of a dimension"
+    BLOCK = "a block"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Checked arguments of a use."""
+
+    tensors: list[Value]
+    dims: list[Dim]
+    keywords: dict[str, Any]
+    tensor_names: list[str]
+
+    def dim(self, name: str) -> Dim:
+        value = self.keywords[name]
+        assert isinstance(value, Dim)
+        return value
+
+
+Make = Callable[["Frame", Given], list[Value]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One function of the block language. `tensors` None takes any number; `dims` follow them."""
+
+    about: str
+    tensors: tuple[str, ...] | None
+    make: Make
+    required: Mapping[str, Kind] = field(default_factory=dict)
+    optional: Mapping[str, tuple[Kind, Any]] = field(default_factory=dict)
+    dims: bool = False
+
+    @property
+    def signature(self) -> str:
+        parts = list(self.tensors) if self.tensors is not None else [".."]
+        parts += ["dim, .."] if self.dims else []
+        parts += [f"{name} = {kind.name.lower()}" for name, kind in self.required.items()]
+        for name, (_, default) in self.optional.items():
+            parts.append(f"{name} = {default if default is not None else 'none'}")
+        return ", ".join(parts)
+
+
+def _simple(kind: str) -> Make:
+    def make(frame: Frame, given: Given) -> list[Value]:
+        return frame.op(kind, given.tensors, **given.keywords)
+
+    return make
+
+
+def _linear(frame: Frame, given: Given) -> list[Value]:
+    (x,) = given.tensors
+    path: str = given.keywords["name"]
+    expected = given.keywords["from"]
+    if x.type.dims and expected is not None and expected != x.type.last:
+        layer = path.rsplit(".", 1)[-1]
+        raise TypeMismatch(f"{layer} expects {expected.words}, got {x.type.last.words}", 0)
+    if not x.type.dims:
+        raise TypeMismatch("linear needs at least 1 dimension, got a scalar", 0)
+    weight = frame.weight(f"{path}.weight", (given.dim("to"), x.type.last))
+    return frame.op("linear", [x], [weight], wish=path.rsplit(".", 1)[-1])
+
+
+def _embedding(frame: Frame, given: Given) -> list[Value]:
+    dims = (given.dim("rows"), given.dim("to"))
+    weight = frame.weight(f"{given.keywords['name']}.weight", dims)
+    return frame.op("embedding", given.tensors, [weight])
+
+
+def _rms_norm(frame: Frame, given: Given) -> list[Value]:
+    path: str = given.keywords["name"]
+    (x,) = given.tensors
+    if not x.type.dims:
+        raise TypeMismatch("rms_norm needs at least 1 dimension, got a scalar", 0)
+    weight = frame.weight(f"{path}.weight", (x.type.last,), init="ones")
+    wish = path.replace(".", "_")
+    return frame.op("rms_norm", [x], [weight], wish=wish, eps=float(given.keywords["eps"]))
+
+
+def _rope_table(frame: Frame, given: Given) -> list[Value]:
+    numbers = given.keywords
+    return frame.op(
+        "rope_table",
+        given.tensors,
+        dim=numbers["dim"],
+        theta=float(numbers["theta"]),
+        factor=float(numbers["factor"]),
+        original_max_position_embeddings=numbers["original_max_position_embeddings"],
+        beta_fast=float(numbers["beta_fast"]),
+        beta_slow=float(numbers["beta_slow"]),
+        attention_factor=float(numbers["attention_factor"]),
+    )
+
+
+def _attention(frame: Frame, given: Given) -> list[Value]:
+    return frame.op("attention", given.tensors, scale=float(given.keywords["scale"]))
+
+
+def _topk_groups(frame: Frame, given: Given) -> list[Value]:
+    numbers = dict(given.keywords)
+    symbols = []
+    if numbers["bias"] is not None:
+        dims = (given.tensors[0].type.last,)
+        symbols.append(
+            frame.weight(numbers["bias"], dims, init="zeros", dtype="f32", trainable=False)
+        )
+    if numbers["group_score"] not in ("top2_sum", "max"):
+        raise TypeMismatch(f"group_score is top2_sum or max, not {numbers['group_score']}")
+    return frame.op(
+        "topk_groups",
+        given.tensors,
+        symbols,
+        k=dims_attr(given.dim("k")),
+        n_group=numbers["n_group"],
+        topk_group=numbers["topk_group"],
+        group_score=numbers["group_score"],
+        normalize=numbers["normalize"],
+        scale=float(numbers["scale"]),
+    )
+
+
+def _experts(frame: Frame, given: Given) -> list[Value]:
+    ref: BlockRef = given.keywords["expert"]
+    return frame.experts(given.tensors, given.dim("count"), ref, given.keywords["name"])
+
+
+def _expert_load(frame: Frame, given: Given) -> list[Value]:
+    return frame.op("expert_load", given.tensors, count=dims_attr(given.dim("count")))
+
+
+def _cache(frame: Frame, given: Given) -> list[Value]:
+    return frame.op("cache_entry", given.tensors, entries=tuple(given.tensor_names))
+
+
+def _split(frame: Frame, given: Given) -> list[Value]:
+    return frame.op("split", given.tensors, into=dims_attr(*given.dims))
+
+
+def _concat(frame: Frame, given: Given) -> list[Value]:
+    return frame.op("concat", given.tensors, into=dims_attr(given.dim("into")))
+
+
+def _layout(kind: str) -> Make:
+    def make(frame: Frame, given: Given) -> list[Value]:
+        return frame.op(kind, given.tensors, dims=dims_attr(*given.dims))
+
+    return make
+
+
+def _broadcast(frame: Frame, given: Given) -> list[Value]:
+    if len(given.dims) != 1:
+        raise TypeMismatch("broadcast adds one dimension")
+    return frame.op("broadcast", given.tensors, dim=dims_attr(*given.dims))
+
+
+def _drop(kind: str) -> Make:
+    def make(frame: Frame, given: Given) -> list[Value]:
+        along, count = given.keywords["along"], given.keywords["count"]
+        return frame.op(kind, given.tensors, dim=along, count=count)
+
+    return make
+
+
+def _cast(dtype: str | None) -> Make:
+    def make(frame: Frame, given: Given) -> list[Value]:
+        to = dtype or frame.dtype
+        (x,) = given.tensors
+        return [x] if x.type.dtype == to else frame.op("cast", [x], dtype=to)
+
+    return make
+
+
+FORMS: dict[str, Form] = {
+    "linear": Form(
+        "x W^T without a bias, weight `name`.weight [to, from]", ("x",), _linear,
+        {"to": Kind.DIM, "name": Kind.PATH}, {"from": (Kind.DIM, None)},
+    ),
+    "embedding": Form(
+        "row `tokens` of the table `name`.weight [rows, to]", ("tokens",), _embedding,
+        {"rows": Kind.DIM, "to": Kind.DIM, "name": Kind.PATH},
+    ),
+    "rms_norm": Form(
+        "root-mean-square norm over the last dimension, weight `name`.weight", ("x",), _rms_norm,
+        {"name": Kind.PATH}, {"eps": (Kind.NUMBER, 1e-6)},
+    ),
+    "silu": Form("x * sigmoid(x)", ("x",), _simple("silu")),
+    "sigmoid": Form("1 / (1 + exp(-x))", ("x",), _simple("sigmoid")),
+    "softmax": Form("softmax over the last dimension", ("x",), _simple("softmax")),
+    "sum": Form("sum of all elements", ("x",), _simple("sum")),
+    "float32": Form("x in float32", ("x",), _cast("f32")),
+    "cast": Form("x in the model's element type", ("x",), _cast(None)),
+    "split": Form("the last dimension cut into parts", ("x",), _split, dims=True),
+    "concat": Form(
+        "joined along the last dimension", ("x", "y"), _concat, {"into": Kind.DIM}
+    ),
+    "flatten": Form("the last dimensions made one", ("x",), _layout("flatten"), dims=True),
+    "unflatten": Form(
+        "the last dimension made several", ("x",), _layout("unflatten"), dims=True
+    ),
+    "broadcast": Form(
+        "a new dimension before the last, with equal entries", ("x",), _broadcast, dims=True
+    ),
+    "drop_first": Form(
+        "without the first entries along a run-time dimension", ("x",), _drop("drop_first"),
+        {"along": Kind.AXIS, "count": Kind.INT},
+    ),
+    "drop_last": Form(
+        "without the last entries along a run-time dimension", ("x",), _drop("drop_last"),
+        {"along": Kind.AXIS, "count": Kind.INT},
+    ),
+    "rope_table": Form(
+        "cos and sin of rotary embedding, with YaRN when factor > 1", ("position",), _rope_table,
+        {"dim": Kind.INT, "theta": Kind.NUMBER},
+        {
+            "factor": (Kind.NUMBER, 1), "original_max_position_embeddings": (Kind.INT, 4096),
+            "beta_fast": (Kind.NUMBER, 32), "beta_slow": (Kind.NUMBER, 1),
+            "attention_factor": (Kind.NUMBER, 1),
+        },
+    ),
+    "rotate": Form("rotary embedding of pairs (2i, 2i+1)", ("x", "cos", "sin"), _simple("rotate")),
+    "cache": Form("marks what a decoder has to remember", None, _cache),
+    "attention": Form(
+        "causal softmax(scale q k^T) v", ("q", "k", "v"), _attention, {"scale": Kind.NUMBER}
+    ),
+    "topk_groups": Form(
+        "the k best experts of the best groups, and their weights", ("score",), _topk_groups,
+        {
+            "k": Kind.DIM, "n_group": Kind.INT, "topk_group": Kind.INT, "group_score": Kind.TEXT,
+            "normalize": Kind.FLAG, "scale": Kind.NUMBER,
+        },
+        {"bias": (Kind.PATH, None)},
+    ),
+    "experts": Form(
+        "each token through the experts chosen for it, weighted and summed",
+        ("x", "route", "weight"), _experts,
+        {"count": Kind.DIM, "expert": Kind.BLOCK, "name": Kind.PATH},
+    ),
+    "sequence_balance_loss": Form(
+        "balance loss of each sequence, before its weight alpha", ("score",),
+        _simple("sequence_balance_loss"), {"k": Kind.INT},
+    ),
+    "expert_load": Form(
+        "tokens for each expert", ("route",), _expert_load, {"count": Kind.DIM}
+    ),
+    "cross_entropy": Form(
+        "sum of -log p(label); -100 is left out", ("logits", "labels"), _simple("cross_entropy")
+    ),
+    "count_labels": Form("number of labels other than -100", ("labels",), _simple("count_labels")),
+}  # fmt: skip

@@ -1,0 +1,323 @@
+"""The front door: a description to a program of graphs, one for each distinct block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from compiler.graph.build import Builder
+from compiler.graph.core import Graph, Op, Program, Value, bind_dims, substitute
+from compiler.graph.types import RUNTIME_DIMS, Dim, Type
+from compiler.lower.bind import Binder, BlockRef, Bound, Const, Group, SlotValue, names_in
+from compiler.lower.frame import Frame
+from compiler.ops import TypeMismatch
+from dsl import ast
+from dsl.diagnostic import Diagnostics
+from dsl.load import Description
+from dsl.parse import parse_expression
+from dsl.schema import BlockUse
+from dsl.source import Span
+from dsl.suggest import nearest
+
+MAX_DEPTH = 40  # blocks inside blocks
+
+# Element types of a model by precision policy: weights and activations.
+DTYPES = {"bf16": "bf16", "fp32": "f32"}
+
+Key = tuple[object, ...]
+
+
+def lower(description: Description) -> Program:
+    """The program that holds everything the model can compute; programs to run are cut from it.
+
+    Raises `DiagnosticError` with every problem: parameters that are missing or unused, requirements
+    of blocks, dimensions that do not meet.
+    """
+    return Lowering(description).run()
+
+
+class Lowering:
+    """State of one lowering: graphs made so far, problems found."""
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+        self.problems = Diagnostics()
+        params = {n: Const(v.value, v.span) for n, v in description.params.items()}
+        self.binder = Binder(params, description.blocks, self.problems)
+        self.dtype = DTYPES[description.spec.precision.policy]
+        self.initializer_range = description.spec.train.initializer_range
+        self.program = Program(description.spec.model, "")
+        self._graphs: dict[Key, Graph | None] = {}
+        self._bounds: dict[str, Bound] = {}
+        self._depth = 0
+
+    def run(self) -> Program:
+        bound = self._root()
+        if bound is not None:
+            graph = self._root_graph(bound)
+            self.program.graphs[graph.name] = graph
+        self._refuse_unused()
+        self.problems.raise_if_any()
+        self._rename()
+        return self.program
+
+    def is_root(self, graph: Graph) -> bool:
+        return graph.name == self.program.root
+
+    def alias(self, copy: str, original: str, graph: Graph, statement: ast.Alias) -> None:
+        """Records that checkpoints hold `original` a second time as `copy`."""
+        if not self.is_root(graph) or original not in graph.weights:
+            self.problems.error(
+                "E232", f"{original} is no weight of the outermost block", statement.original.span,
+                "not found", help="alias weights of the outermost block, after their first use",
+            )  # fmt: skip
+            return
+        self.program.aliases[copy] = original
+
+    # ---- the outermost block ----------------------------------------------------------------
+
+    def _root(self) -> Bound | None:
+        architecture = self.description.spec.architecture
+        at = self.description.span
+        layers = tuple(
+            Group(self._use(g.block, g.slots, at("architecture", "layers", i)), g.repeat)
+            for i, g in enumerate(architecture.layers)
+        )
+        slots: dict[str, SlotValue] = {"layers": layers}
+        mtp = architecture.mtp
+        if mtp.depth:
+            slots["mtp"] = (Group(self._use(mtp.block, mtp.slots, at("architecture", "mtp")), mtp.depth),)
+        else:
+            slots["mtp"] = ()
+        ref = self._use(architecture.block, {}, at("architecture", "block"))
+        return self.binder.bind(ref, {}, slots)
+
+    def _use(self, use: BlockUse, slots: Mapping[str, BlockUse], span: Span) -> BlockRef:
+        arguments = {n: Const(v.value, v.span) for n, v in use.arguments.items()}
+        inner = {name: self._use(s, {}, s.span or span) for name, s in slots.items()}
+        return BlockRef(self.description.blocks[use.name], use.span or span, arguments, inner)
+
+    def _root_graph(self, bound: Bound) -> Graph:
+        name = bound.block.name.value
+        self.program.root = name
+        self._bounds[name] = bound
+        types = [self._type(a.type, bound, None) for a in bound.block.arguments]
+        graph, frame = self._start(name, bound, types)
+        frame.run(bound.block.body)
+        outputs = frame.outputs
+        if not outputs and not self.problems:
+            self.problems.error(
+                "E233", f"{name} has no outputs", bound.block.name.span, "the outermost block",
+                help="add `output logits = ..`",
+            )  # fmt: skip
+        self._finish(graph, [v for _, v in outputs], [n for n, _ in outputs], bound.block.span)
+        return graph
+
+    # ---- other blocks -----------------------------------------------------------------------
+
+    def graph(self, bound: Bound, operands: Sequence[Value], use: Span) -> Graph | None:
+        """The graph of a block with these numbers; made once. None if it has problems."""
+        leading = next(
+            (v.type.dims[:-1] for a, v in zip(bound.block.arguments, operands, strict=False)
+             if any(d.value == ".." for d in a.type.dims)), (),
+        )  # fmt: skip
+        key = (_key(bound), leading)
+        if key in self._graphs:
+            return self._graphs[key]
+        self._graphs[key] = None  # a block that holds itself finds this
+        if self._depth >= MAX_DEPTH:
+            self.problems.error("E234", "blocks hold one another without end", use, "once more here")
+            return None
+        found = len(self.problems)
+        self._depth += 1
+        types = [self._type(a.type, bound, leading) for a in bound.block.arguments]
+        graph, frame = self._start(f"{bound.block.name.value}#{len(self._bounds)}", bound, types)
+        frame.run(bound.block.body)
+        self._depth -= 1
+        if frame.outputs:
+            raise AssertionError("outputs are refused in inner blocks")
+        if frame.returned is None:
+            if not frame.reached_return:
+                self.problems.error(
+                    "E235", f"{bound.block.name.value} returns nothing", bound.block.name.span,
+                    "no `return` is reached", help="end the block with `return ..`",
+                )  # fmt: skip
+            return None
+        self._check_results(bound, frame.returned, leading)
+        names = [
+            r.name.value if isinstance(r, ast.Value) else bound.block.name.value.lower()
+            for r in bound.block.results
+        ]
+        results = [*frame.returned, *(v for _, v in frame.collected)]
+        self._finish(graph, results, [*names, *(n for n, _ in frame.collected)], bound.block.span)
+        if len(self.problems) > found:
+            return None
+        self._bounds[graph.name] = bound
+        self._graphs[key] = graph
+        self.program.graphs[graph.name] = graph
+        return graph
+
+    def _start(self, name: str, bound: Bound, types: Sequence[Type]) -> tuple[Graph, Frame]:
+        args = [Value(a.name.value, t) for a, t in zip(bound.block.arguments, types, strict=True)]
+        graph = Graph(name, args, about=bound.block.about, span=bound.block.span)
+        frame = Frame(self, bound, Builder(graph, self.program.graphs), env=dict(bound.params))
+        frame.env.update((v.name, v) for v in args)
+        return graph, frame
+
+    def _finish(
+        self, graph: Graph, results: Sequence[Value], names: Sequence[str], span: Span
+    ) -> None:
+        graph.result_names = tuple(names)
+        graph.ops.append(Op("return", list(results), spans=(span,)))
+
+    def _check_results(self, bound: Bound, values: Sequence[Value], leading: tuple[Dim, ...]) -> None:
+        block = bound.block
+        returns = next(s for s in reversed(block.body) if isinstance(s, ast.Return))
+        if len(values) != len(block.results):
+            self.problems.error(
+                "E236", f"{block.name.value} declares {len(block.results)} results and returns {len(values)}",
+                returns.span, "here", help="let the two agree",
+            )  # fmt: skip
+            return
+        for declared, value, node in zip(block.results, values, returns.values, strict=True):
+            annotation = declared.type if isinstance(declared, ast.Value) else declared
+            type = self._type(annotation, bound, leading)
+            if type != value.type:
+                self.problems.error(
+                    "E411", f"{block.name.value} declares {type}, and returns {value.type}",
+                    node.span, f"is {value.type}",
+                )  # fmt: skip
+
+    def match_arguments(self, bound: Bound, operands: Sequence[Value]) -> None:
+        """Raises `TypeMismatch` where tensors do not fit what a block declares."""
+        for i, (argument, value) in enumerate(zip(bound.block.arguments, operands, strict=True)):
+            leading = value.type.dims[:-1]
+            formal = self._type(argument.type, bound, leading)
+            name = f"{bound.block.name.value}: {argument.name.value}"
+            try:
+                dims = bind_dims([formal], [value.type])
+            except ValueError as error:
+                raise TypeMismatch(f"{name} {error}", i) from None
+            if substitute(formal, dims) != value.type:
+                raise TypeMismatch(f"{name} expects {formal}, got {value.type}", i)
+
+    def _type(self, node: ast.TensorType, bound: Bound, leading: tuple[Dim, ...] | None) -> Type:
+        dims: list[Dim] = []
+        for name in node.dims:
+            if name.value == "..":
+                dims += leading or ()
+            elif name.value in RUNTIME_DIMS:
+                dims.append(Dim(name.value))
+            elif name.value in bound.params:
+                dims.append(self._size(name, bound.params[name.value]))
+            else:
+                near = nearest(name.value, [*bound.params, *RUNTIME_DIMS])
+                self.problems.error(
+                    "E237", f"{name.value} is no dimension that {bound.block.name.value} knows", name.span,
+                    "not found", help=f"did you mean {near}?" if near else "declare it under `params`",
+                )  # fmt: skip
+                dims.append(Dim(name.value, 1))
+        return Type(node.dtype or self.dtype, tuple(dims))
+
+    def _size(self, name: ast.Name, const: Const) -> Dim:
+        size = const.value
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            self.problems.error(
+                "E406", f"{name.value} is {size!r}, but a dimension is a whole number of at least 1",
+                const.span, f"is {size!r}", help="give it a size of 1 or more",
+            )  # fmt: skip
+            return Dim(name.value, 1)
+        return Dim(name.value, size)
+
+    # ---- afterwards -------------------------------------------------------------------------
+
+    def _refuse_unused(self) -> None:
+        """A parameter that nothing reads is a slip that would otherwise pass in silence."""
+        used = self.binder.used | self._read_by_spec()
+        if self.problems:
+            return  # it may be unused because of another mistake
+        wanted = {p.name.value for b in self.description.blocks.values() for p in b.params}
+        for name, const in self.binder.params.items():
+            if name not in used:
+                near = nearest(name, [w for w in wanted if w not in self.binder.params])
+                self.problems.error(
+                    "E407", f"no block of this model uses {name}", const.span, "has no effect",
+                    help=f"did you mean {near}?" if near else "remove it",
+                )  # fmt: skip
+
+    def _read_by_spec(self) -> set[str]:
+        """Parameters that other expressions of the spec read."""
+        architecture = self.description.spec.architecture
+        uses = [architecture.block, architecture.mtp.block, *architecture.mtp.slots.values()]
+        for group in architecture.layers:
+            uses += [group.block, *group.slots.values()]
+        spans = [c.span for c in self.binder.params.values()]
+        spans += [v.span for use in uses for v in use.arguments.values()]
+        spans = [s for s in spans if not s.text.startswith(("'", '"', "|", ">"))]
+        nodes = [parse_expression(s.source, s.start, s.end) for s in spans]
+        return {name for node in nodes for name in names_in(node)}
+
+    def _rename(self) -> None:
+        """Graphs are called by their block; the differing number or slot is added where it must."""
+        final = _names(self._bounds)
+        graphs = {}
+        # Callees stand before callers, the root last.
+        for old, graph in self.program.graphs.items():
+            graph.name = final[old]
+            graphs[graph.name] = graph
+            for op in graph.walk():
+                if op.kind == "call":
+                    op.attrs["callee"] = final[str(op.attrs["callee"])]
+        self.program.graphs = graphs
+
+
+def _key(bound: Bound) -> Key:
+    """Equal for blocks that lower to the same graph."""
+    params = tuple(sorted((n, type(c.value).__name__, c.value) for n, c in bound.params.items()))
+    slots = tuple((n, _slot_key(s)) for n, s in sorted(bound.slots.items()))
+    return (bound.block.name.value, params, slots)
+
+
+def _slot_key(slot: SlotValue) -> Key:
+    if isinstance(slot, BlockRef):
+        arguments = tuple(sorted((n, c.value) for n, c in slot.arguments.items()))
+        inner = tuple((n, _slot_key(s)) for n, s in sorted(slot.slots.items()))
+        return (slot.block.name.value, arguments, inner)
+    return tuple((_slot_key(g.ref), g.count) for g in slot)
+
+
+def _names(bounds: Mapping[str, Bound]) -> dict[str, str]:
+    by_block: dict[str, list[str]] = {}
+    for graph, bound in bounds.items():
+        by_block.setdefault(bound.block.name.value, []).append(graph)
+    final: dict[str, str] = {}
+    taken: set[str] = set()
+    for block, graphs in by_block.items():
+        facts = {g: _facts(bounds[g]) for g in graphs}
+        differing = [
+            key for key in next(iter(facts.values())) if len({f.get(key) for f in facts.values()}) > 1
+        ]
+        for graph in graphs:
+            parts = [block, *(facts[graph].get(key, "") for key in differing)]
+            base = name = re.sub(r"[^A-Za-z0-9_]", "_", "_".join(p for p in parts if p))
+            n = 1
+            while name in taken:
+                n += 1
+                name = f"{base}_{n}"
+            taken.add(name)
+            final[graph] = name
+    return final
+
+
+def _facts(bound: Bound) -> dict[str, str]:
+    """What may tell two graphs of one block apart, in the order in which names list it."""
+
+    def word(slot: SlotValue) -> str:
+        if isinstance(slot, BlockRef):
+            return "_".join([slot.block.name.value, *(str(c.value) for c in slot.arguments.values())])
+        return "_".join(word(g.ref) for g in slot)
+
+    slots = {name: word(slot) for name, slot in bound.slots.items()}
+    return {**slots, **{name: str(const.value) for name, const in bound.params.items()}}
+
+

@@ -1,0 +1,50 @@
+"""Every operator of the graph, by name."""
+
+from __future__ import annotations
+
+from compiler.ops import attention, control, linear, loss, moe, norm, tensor
+from compiler.ops.base import Operator, Site, TypeMismatch
+
+_ALL: tuple[type[Operator], ...] = (
+    linear.Embedding,
+    linear.Linear,
+    norm.RMSNorm,
+    norm.SiLU,
+    norm.Sigmoid,
+    norm.Softmax,
+    attention.RopeTable,
+    attention.Rotate,
+    attention.Attention,
+    attention.CacheEntry,
+    attention.CacheAppend,
+    moe.TopkGroups,
+    moe.Experts,
+    moe.SequenceBalanceLoss,
+    moe.ExpertLoad,
+    loss.CrossEntropy,
+    loss.CountLabels,
+    tensor.Add,
+    tensor.Sub,
+    tensor.Mul,
+    tensor.Div,
+    tensor.Scale,
+    tensor.Cast,
+    tensor.Constant,
+    tensor.Sum,
+    tensor.Split,
+    tensor.Concat,
+    tensor.Flatten,
+    tensor.Unflatten,
+    tensor.Broadcast,
+    tensor.DropFirst,
+    tensor.DropLast,
+    tensor.LastEntry,
+    control.Call,
+    control.Repeat,
+    control.Yield,
+    control.Return,
+)
+
+OPS: dict[str, type[Operator]] = {op.kind: op for op in _ALL}
+
+__all__ = ["OPS", "Operator", "Site", "TypeMismatch"]

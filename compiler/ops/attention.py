@@ -1,0 +1,133 @@
+"""Rotary embedding, attention and what a decoder remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from compiler.graph.types import Dim, Type
+from compiler.ops.base import Operator, Site, TypeMismatch, need_float, need_rank
+
+QK_RANK = 4
+
+
+class RopeTable(Operator):
+    """cos and sin of position * frequency, [batch, seq, dim / 2] in float32.
+
+    Frequencies theta^(-2i/dim); with factor > 1 those of YaRN (arXiv 2309.00071), whose amplitude
+    is `attention_factor`.
+    """
+
+    kind = "rope_table"
+    operands = ("position",)
+    attrs: ClassVar = {
+        "dim": int,
+        "theta": float,
+        "factor": float,
+        "original_max_position_embeddings": int,
+        "beta_fast": float,
+        "beta_slow": float,
+        "attention_factor": float,
+    }
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (position,) = site.types
+        if position.dtype not in ("i32", "i64"):
+            raise TypeMismatch(f"rope_table needs whole positions, got {position.dtype}", 0)
+        half = Dim("pair", site.number("dim") // 2)
+        table = Type("f32", (*position.dims, half))
+        return table, table
+
+
+class Rotate(Operator):
+    """Rotary embedding of the last dimension: pairs (2i, 2i+1) turned by the angle of the table.
+
+    x [batch, seq, dim] or [batch, seq, heads, dim]; computed in float32, cast back.
+    """
+
+    kind = "rotate"
+    operands = ("x", "cos", "sin")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, cos, _ = site.types
+        need_float(cls.kind, x)
+        need_rank(cls.kind, x, 3)
+        if x.last.size != 2 * (cos.last.size or 0):
+            raise TypeMismatch(
+                f"rotate of {x.last.words} by a table for {2 * (cos.last.size or 0)} numbers", 0
+            )
+        if x.dims[:2] != cos.dims[:2]:
+            raise TypeMismatch(f"rotate of {x.words} by a table for {cos.words}", 1)
+        return (x,)
+
+
+class Attention(Operator):
+    """softmax(scale * q k^T) v, causal, softmax in float32; the last query meets the last key.
+
+    q [batch, seq, heads, d], k [batch, context, kv_heads, d], v [batch, context, kv_heads, e]
+    -> [batch, seq, heads, e]. With fewer kv_heads, each serves heads / kv_heads queries.
+    """
+
+    kind = "attention"
+    operands = ("q", "k", "v")
+    attrs: ClassVar = {"scale": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        q, k, v = site.types
+        for i, x in enumerate(site.types):
+            need_float(cls.kind, x, i)
+            if len(x.dims) != QK_RANK:
+                raise TypeMismatch(f"attention needs [batch, seq, heads, dim], got {x.words}", i)
+        if q.last != k.last:
+            raise TypeMismatch(
+                f"attention needs equal q and k: {q.last.words} does not meet {k.last.words}", 1
+            )
+        if k.dims[:3] != v.dims[:3]:
+            raise TypeMismatch(f"attention needs a value for each key: {k.words}, {v.words}", 2)
+        heads, kv_heads = q.dims[2].size or 0, k.dims[2].size or 1
+        if heads % kv_heads:
+            raise TypeMismatch(
+                f"{q.dims[2].words} is not a multiple of {k.dims[2].words}", 1,
+                "each head of keys serves an equal number of heads of queries",
+            )  # fmt: skip
+        return (q.with_last(v.last),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        q, k, v = site.types
+        dim = (q.last.size or 0) + (v.last.size or 0)
+        pairs = q.dims[1].at(sizes) * k.dims[1].at(sizes)
+        # Over one stretch of tokens a query sees half of the keys; a decoder's sees all.
+        if q.dims[1] == k.dims[1]:
+            pairs //= 2
+        return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
+
+
+class CacheEntry(Operator):
+    """Marks what a decoder must remember; the same values when nothing is remembered."""
+
+    kind = "cache_entry"
+    variadic = True
+    attrs: ClassVar = {"entries": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        for i, x in enumerate(site.types):
+            need_rank(cls.kind, x, 3, i)
+        return site.types
+
+
+class CacheAppend(Operator):
+    """Writes new entries behind those in the cache and gives all: `seq` becomes `context`."""
+
+    kind = "cache_append"
+    variadic = True
+    pure = False
+    attrs: ClassVar = {"entries": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return tuple(x.with_dims(x.dims[0], Dim("context"), *x.dims[2:]) for x in site.types)

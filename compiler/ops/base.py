@@ -1,0 +1,109 @@
+"""What every operator declares: operands, attributes, the type of its results, its arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from compiler.graph.core import Attr
+from compiler.graph.types import Dim, Type
+
+Signature = tuple[tuple[Type, ...], tuple[Type, ...]]
+
+
+class TypeMismatch(Exception):
+    """Operands that an operator does not take. `operand` counts operands, then symbols."""
+
+    def __init__(self, message: str, operand: int | None = None, help: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.operand = operand
+        self.help = help
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The place where an operator stands, as its rules see it.
+
+    `regions` and `callee` give the types of arguments and results of what is inside or called.
+    """
+
+    types: tuple[Type, ...]
+    weights: tuple[Type, ...] = ()
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    regions: tuple[Signature, ...] = ()
+    callee: Signature | None = None
+
+    def number(self, name: str) -> int:
+        value = self.attrs[name]
+        assert isinstance(value, int)
+        return value
+
+
+class Operator:
+    """One kind of operator. Subclasses declare; the docstring is what `dslc ops` prints."""
+
+    kind: ClassVar[str]
+    operands: ClassVar[tuple[str, ...]] = ()
+    symbols: ClassVar[tuple[str, ...]] = ()  # a name that ends in "?" may be left out
+    attrs: ClassVar[Mapping[str, type]] = {}
+    regions: ClassVar[int] = 0
+    variadic: ClassVar[bool] = False  # takes any number of operands
+    pure: ClassVar[bool] = True  # may be dropped when nobody reads its results
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        """Types of the results. Raises `TypeMismatch`."""
+        raise NotImplementedError
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        """Floating-point operations of matrix products, a multiply-add being two; forward only."""
+        return 0
+
+
+def same_shape(kind: str, a: Type, b: Type) -> None:
+    """Raises `TypeMismatch` that names the first pair of dimensions that do not meet."""
+    if len(a.dims) != len(b.dims):
+        raise TypeMismatch(f"{kind} needs equal shapes: {a.words} does not meet {b.words}", 1)
+    for x, y in zip(a.dims, b.dims, strict=True):
+        if x != y:
+            raise TypeMismatch(f"{kind} needs equal shapes: {x.words} does not meet {y.words}", 1)
+    if a.dtype != b.dtype:
+        raise TypeMismatch(
+            f"{kind} needs equal element types: {a.dtype} does not meet {b.dtype}", 1,
+            f"convert one of them, as in `{'float32' if 'f32' in (a.dtype, b.dtype) else 'cast'}(x)`",
+        )  # fmt: skip
+
+
+def need_float(kind: str, x: Type, operand: int = 0) -> None:
+    if x.dtype not in ("bf16", "f32"):
+        raise TypeMismatch(f"{kind} needs real numbers, got {x.dtype}", operand)
+
+
+def need_rank(kind: str, x: Type, least: int, operand: int = 0) -> None:
+    if len(x.dims) < least:
+        raise TypeMismatch(f"{kind} needs at least {least} dimensions, got {x.words}", operand)
+
+
+def find_dim(kind: str, x: Type, name: str) -> int:
+    """Index of a dimension by name. Raises `TypeMismatch` that lists those there are."""
+    for i, dim in enumerate(x.dims):
+        if dim.name == name:
+            return i
+    raise TypeMismatch(f"{kind}: there is no dimension {name} in {x.words}", 0)
+
+
+def dims_of(value: Attr) -> tuple[Dim, ...]:
+    """Dimensions kept as an attribute: ("heads", 128, "head_dim", 192)."""
+    assert isinstance(value, tuple)
+    return tuple(
+        Dim(str(name), size if isinstance(size, int) else None)
+        for name, size in zip(value[::2], value[1::2], strict=True)
+    )
+
+
+def dims_attr(*dims: Dim) -> tuple[Attr, ...]:
+    """The inverse of `dims_of`."""
+    return tuple(item for d in dims for item in (d.name, d.size if d.size is not None else 0))

@@ -1,0 +1,110 @@
+"""Routing, experts and their balance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from compiler.graph.types import Dim, Type
+from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, need_float, need_rank
+
+
+class TopkGroups(Operator):
+    """The `k` experts with the highest score among the best `topk_group` of `n_group` groups.
+
+    The bias selects only; the weights come from the scores themselves, divided by their sum when
+    `normalize`, times `scale`. A group's score is the sum of its two highest (`top2_sum`) or its
+    highest (`max`). Dropped groups count as -inf; ties go to the lowest index.
+    DeepSeek-V3 report, equations 13 to 16 and section 2.1.2, node-limited routing.
+    """
+
+    kind = "topk_groups"
+    operands = ("score",)
+    symbols = ("bias?",)
+    attrs: ClassVar = {
+        "k": tuple,
+        "n_group": int,
+        "topk_group": int,
+        "group_score": str,
+        "normalize": bool,
+        "scale": float,
+    }
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (score,) = site.types
+        need_float(cls.kind, score)
+        need_rank(cls.kind, score, 1)
+        (k,) = dims_of(site.attrs["k"])
+        experts, groups = score.last.size or 0, site.number("n_group")
+        if groups < 1 or experts % groups:
+            raise TypeMismatch(f"{score.last.words} cannot be cut into {groups} equal groups", 0)
+        candidates = site.number("topk_group") * experts // groups
+        if (k.size or 0) > candidates:
+            raise TypeMismatch(f"{k.words} is more than the {candidates} experts to choose from", 0)
+        for bias in site.weights:
+            if bias.dims != (score.last,):
+                raise TypeMismatch(f"the bias is for {bias.words}, the scores {score.words}", 1)
+        return (Type("i64", (*score.dims[:-1], k)), score.with_last(k))
+
+
+class Experts(Operator):
+    """sum_k weight_k * expert_{route_k}(x): each token through the experts that were chosen for it.
+
+    x [.., hidden], route and weight [.., k]. The region is one expert on its tokens
+    [token, hidden]; its weights are named `experts.*`. No token is dropped. Equation 12.
+    """
+
+    kind = "experts"
+    operands = ("x", "route", "weight")
+    attrs: ClassVar = {"count": int}
+    regions = 1
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, route, weight = site.types
+        (arguments, yields) = site.regions[0]
+        if route.dims != weight.dims or route.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(f"experts: {route.words} does not fit the tokens {x.words}", 1)
+        inside = Type(x.dtype, (Dim("token"), x.last))
+        if arguments != (inside,):
+            raise TypeMismatch(f"an expert takes {inside}, this one {', '.join(map(str, arguments))}")
+        if len(yields) != 1 or len(yields[0].dims) != len(inside.dims) or yields[0].dtype != x.dtype:
+            raise TypeMismatch(f"an expert gives {x.dtype}[token, ..], this one {yields}")
+        return (x.with_last(yields[0].last),)
+
+    @classmethod
+    def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Sizes inside the region when all experts are counted together: each token k times."""
+        return {**sizes, "token": site.types[1].count(sizes)}
+
+
+class SequenceBalanceLoss(Operator):
+    """sum_i f_i P_i for each sequence, averaged over the batch (report, equations 17 to 20).
+
+    f_i is the share of tokens whose k highest scores hold expert i, times experts / k; P_i the mean
+    of the scores divided by their sum. One at perfect balance; the weight alpha is applied outside.
+    """
+
+    kind = "sequence_balance_loss"
+    operands = ("score",)
+    attrs: ClassVar = {"k": int}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        need_rank(cls.kind, site.types[0], 3)
+        return (Type("f32"),)
+
+
+class ExpertLoad(Operator):
+    """Number of tokens that went to each expert."""
+
+    kind = "expert_load"
+    operands = ("route",)
+    attrs: ClassVar = {"count": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        if site.types[0].dtype != "i64":
+            raise TypeMismatch(f"expert_load counts expert numbers, got {site.types[0].dtype}", 0)
+        return (Type("i64", dims_of(site.attrs["count"])),)

@@ -1,0 +1,1 @@
+"""Passes: named functions from program to program, one a file."""

@@ -1,0 +1,68 @@
+"""What a decoder remembers: forgotten where whole sequences are computed, kept where one grows."""
+
+from __future__ import annotations
+
+from compiler.graph.build import infer
+from compiler.graph.core import Cache, Graph, Op, Program, Value, lists
+from compiler.graph.types import Dim
+from compiler.passes.base import Pass
+
+
+def _drop(program: Program) -> None:
+    for graph in program.graphs.values():
+        for ops in lists(graph):
+            for op in list(ops):
+                if op.kind == "cache_entry":
+                    for old, new in zip(op.results, op.operands, strict=True):
+                        graph.replace_uses(old, new)
+                    ops.remove(op)
+
+
+DROP_CACHE = Pass("drop_cache", "nothing is remembered when whole sequences are computed", _drop)
+
+
+def _insert(program: Program) -> None:
+    for graph in program.graphs.values():
+        for op in graph.walk():
+            if op.kind == "cache_entry":
+                op.kind = "cache_append"
+                names = op.attrs["entries"]
+                assert isinstance(names, tuple)
+                for name, value in zip(names, op.operands, strict=True):
+                    graph.caches[str(name)] = Cache(value.type)
+        _retype(graph, program)
+    _only_last(program)
+
+
+INSERT_CACHE = Pass(
+    "insert_cache", "keep latents and keys of earlier tokens; score only the last position", _insert
+)
+
+
+def _retype(graph: Graph, program: Program) -> None:
+    """Types again from the operands on: keys and values now run over `context`."""
+
+    def again(ops: list[Op]) -> None:
+        for op in ops:
+            for region in op.regions:
+                again(region.ops)
+            if op.results:
+                types = infer(op, graph, program.graphs)
+                for value, type in zip(op.results, types, strict=True):
+                    value.type = type
+
+    again(graph.ops)
+
+
+def _only_last(program: Program) -> None:
+    """A decoder asks for the token after the last one: the head needs no other position."""
+    main = program.main
+    for i, op in enumerate(main.ops):
+        if op.kind == "linear" and op.results[0] in main.results:
+            x = op.operands[0]
+            dims = [d for d in x.type.dims if d != Dim("seq")]
+            last = Value(f"last_{x.name}", x.type.with_dims(*dims))
+            main.ops.insert(i, Op("last_entry", [x], results=[last], spans=op.spans))
+            op.operands = [last]
+            break
+    _retype(main, program)

@@ -1,0 +1,146 @@
+"""Drop what nobody reads, and arithmetic that changes nothing."""
+
+from __future__ import annotations
+
+from compiler.graph.core import Graph, Op, Program, Value, lists
+from compiler.ops import OPS
+from compiler.passes.base import Pass
+
+
+def _run(program: Program) -> None:
+    changed = True
+    while changed:
+        changed = False
+        _drop_graphs(program)
+        # Callers stand after callees, so that walking backwards one sweep settles most.
+        for graph in reversed(program.graphs.values()):
+            changed |= _drop_identities(graph)
+            changed |= _drop_dead(graph, program)
+        for graph in program.graphs.values():
+            changed |= _drop_results(graph, program)
+            changed |= _drop_args(graph, program)
+    for graph in program.graphs.values():
+        _drop_weights(graph)
+
+
+SIMPLIFY = Pass("simplify", "drop what nobody reads, and arithmetic that changes nothing", _run)
+
+
+def _drop_identities(graph: Graph) -> bool:
+    """x * 1 and x + 0."""
+    zeros = {op.result for op in graph.walk() if op.kind == "constant" and op.attrs["value"] == 0}
+    changed = False
+    for ops in lists(graph):
+        for op in list(ops):
+            same = _same_as(op, zeros)
+            if same is not None:
+                graph.replace_uses(op.result, same)
+                ops.remove(op)
+                changed = True
+    return changed
+
+
+def _same_as(op: Op, zeros: set[Value]) -> Value | None:
+    if op.kind == "scale" and op.attrs["by"] == 1:
+        return op.operands[0]
+    if op.kind == "add":
+        for value, other in (op.operands, reversed(op.operands)):
+            if other in zeros and value.type == op.result.type:
+                return value
+    return None
+
+
+def _drop_dead(graph: Graph, program: Program) -> bool:
+    """Operators whose results nobody reads and that do nothing else."""
+    changed = False
+    for ops in lists(graph):
+        uses = graph.uses()
+        for op in reversed(list(ops)):
+            changed |= _drop_stacked(op, uses)
+            if _removable(op, program) and not any(uses.get(v) for v in op.results):
+                ops.remove(op)
+                changed = True
+                uses = graph.uses()
+    return changed
+
+
+def _removable(op: Op, program: Program) -> bool:
+    if op.kind == "call":
+        return _pure(program.graphs[str(op.attrs["callee"])], program)
+    if op.kind == "repeat":
+        return all(_removable(o, program) or o.kind == "yield" for o in op.regions[0].ops)
+    return OPS[op.kind].pure
+
+
+def _pure(graph: Graph, program: Program) -> bool:
+    return all(_removable(op, program) or op.kind in ("return", "yield") for op in graph.walk())
+
+
+def _drop_stacked(op: Op, uses: dict[Value, int]) -> bool:
+    """Results of a repeat beyond the carried ones that nobody reads."""
+    if op.kind != "repeat":
+        return False
+    carried = len(op.operands)
+    keep = [i for i, v in enumerate(op.results) if i < carried or uses.get(v)]
+    if len(keep) == len(op.results):
+        return False
+    op.results = [op.results[i] for i in keep]
+    end = op.regions[0].ops[-1]
+    end.operands = [end.operands[i] for i in keep]
+    return True
+
+
+def _calls_of(graph: Graph, program: Program) -> list[tuple[Graph, Op]]:
+    return [
+        (caller, op)
+        for caller in program.graphs.values()
+        for op in caller.walk()
+        if op.kind == "call" and op.attrs["callee"] == graph.name
+    ]
+
+
+def _drop_results(graph: Graph, program: Program) -> bool:
+    """Results of a graph that no caller reads."""
+    calls = _calls_of(graph, program)
+    used: set[int] = set()
+    for caller, op in calls:
+        uses = caller.uses()
+        used |= {i for i, v in enumerate(op.results) if uses.get(v)}
+    keep = [i for i in range(len(graph.results)) if i in used]
+    if not calls or len(keep) == len(graph.results):
+        return False
+    graph.result_names = tuple(graph.result_names[i] for i in keep)
+    graph.ops[-1].operands = [graph.results[i] for i in keep]
+    for _, op in calls:
+        op.results = [op.results[i] for i in keep]
+    return True
+
+
+def _drop_args(graph: Graph, program: Program) -> bool:
+    """Arguments of a graph that it does not read."""
+    uses = graph.uses()
+    keep = [i for i, v in enumerate(graph.args) if uses.get(v)]
+    if len(keep) == len(graph.args):
+        return False
+    graph.args = [graph.args[i] for i in keep]
+    for _, op in _calls_of(graph, program):
+        op.operands = [op.operands[i] for i in keep]
+    return True
+
+
+def _drop_graphs(program: Program) -> None:
+    reached: set[str] = set()
+
+    def reach(name: str) -> None:
+        if name not in reached:
+            reached.add(name)
+            for callee in program.graphs[name].calls():
+                reach(callee)
+
+    reach(program.root)
+    program.graphs = {n: g for n, g in program.graphs.items() if n in reached}
+
+
+def _drop_weights(graph: Graph) -> None:
+    used = {s for op in graph.walk() for s in op.symbols}
+    graph.weights = {n: w for n, w in graph.weights.items() if n in used}

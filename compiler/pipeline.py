@@ -1,0 +1,76 @@
+"""Which passes make which program. The lists are the description; nothing else orders passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from compiler.graph.core import Program, copy_program
+from compiler.graph.equal import equal
+from compiler.graph.verify import verify
+from compiler.lower import lower
+from compiler.passes.base import Pass
+from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
+from compiler.passes.select_outputs import select_outputs
+from compiler.passes.simplify import SIMPLIFY
+from dsl.load import Description
+
+PIPELINES: Mapping[str, tuple[Pass, ...]] = {
+    # Scores of every position, from whole sequences.
+    "forward": (select_outputs("logits", "mtp_logits"), DROP_CACHE, SIMPLIFY),
+    # What training minimises, and the load of the experts.
+    "loss": (select_outputs("total", "main", "mtp", "balance", "load"), DROP_CACHE, SIMPLIFY),
+    # Scores after the last position, for sequences that grow.
+    "decode": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program after a pass that changed it; `name` is `lower` or the pass."""
+
+    program_name: str
+    name: str
+    program: Program
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The lowered program, and the programs cut from it."""
+
+    lowered: Program
+    programs: Mapping[str, Program]
+    steps: tuple[Step, ...]
+
+
+def compile(description: Description) -> Compiled:
+    """Lowers a description and runs every pipeline; the verifier runs after each pass.
+
+    Raises `DiagnosticError`.
+    """
+    lowered = lower(description)
+    verify(lowered)
+    programs: dict[str, Program] = {}
+    steps = [Step("all", "lower", lowered)]
+    for name, passes in PIPELINES.items():
+        for step in run(name, lowered, passes):
+            steps.append(step)
+            programs[name] = step.program
+    return Compiled(lowered, programs, tuple(steps))
+
+
+def run(name: str, lowered: Program, passes: tuple[Pass, ...]) -> Iterator[Step]:
+    """The program after each pass that changed something, and after the last one in any case."""
+    program = lowered
+    for i, one in enumerate(passes):
+        after = copy_program(program)
+        one.run(after)
+        verify(after)
+        if i == len(passes) - 1 or not equal(program, after):
+            yield Step(name, one.name, after)
+        program = after
+
+
+def programs(description: Description) -> Mapping[str, Program]:
+    """The finished programs `forward`, `loss` and `decode`."""
+    return compile(description).programs

@@ -1,0 +1,397 @@
+"""A `config.json` of the DeepSeek V2/V3 family, read into a spec.
+
+What decides the numbers of the model is taken over exactly; what the spec cannot say is refused by
+name. The meaning of a key is that of transformers 5.23.0, which loads the same file; where older
+code of the model's authors disagrees with it, the file is refused and not interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsl.diagnostic import Diagnostics
+from dsl.hf.config_file import Reader, shown, spans_of
+from dsl.source import Source
+
+# Families: the same equations under several names. Moonlight calls itself deepseek_v3.
+FAMILIES = {
+    "deepseek_v3": "v3",
+    "kimi_k2": "v3",
+    "glm4_moe_lite": "v3",
+    "youtu": "v3",
+    "deepseek_v2": "v2",
+}
+ARCHITECTURES = {
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "KimiK2ForCausalLM": "kimi_k2",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "YoutuForCausalLM": "youtu",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+}
+# Near relatives that compute something else; their files are read on to name every difference.
+RELATIVES = {
+    "deepseek_v32": "DeepSeek-V3.2 chooses keys by an indexer (sparse attention)",
+    "deepseek_v4": "DeepSeek-V4 has another attention",
+    "axk1": "A.X-K1 has a norm behind every feed-forward block",
+    "kimi_k25": "Kimi-K2.5 reads images",
+    "kimi_linear": "Kimi Linear has linear attention",
+    "longcat_flash": "LongCat-Flash has two attentions a layer",
+    "mistral4": "Mistral 4 has another gate",
+}
+# Keys that change neither the weights nor what is computed from them.
+IGNORED = frozenset({
+    "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures",
+    "attn_implementation", "auto_map", "bad_words_ids", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "dtype", "ep_size", "finetuning_task", "id2label",
+    "is_decoder", "is_encoder_decoder", "label2id", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "quantization_config", "return_dict",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "unsloth_fixed", "use_bfloat16", "use_cache",
+})  # fmt: skip
+# Keys with the one value that the blocks compute.
+FIXED: dict[str, tuple[Any, str]] = {
+    "hidden_act": ("silu", "the feed-forward blocks are SwiGLU"),
+    "attention_bias": (False, "no projection of the model has a bias"),
+    "mlp_bias": (False, "no projection of the model has a bias"),
+    "attention_dropout": (0, "the attention has no dropout"),
+    "moe_layer_freq": (1, "every layer behind the dense ones is a mixture of experts"),
+    "rope_interleave": (True, "the rotated elements are the pairs (2i, 2i+1)"),
+    "partial_rotary_factor": (1, "all of qk_rope_head_dim is rotated"),
+}
+ROPE_TYPE_KEYS = ("rope_type", "type")  # the new and the old spelling
+EXPERT_KEYS = frozenset({
+    "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
+    "num_experts_per_tok", "routed_scaling_factor", "scoring_func", "topk_group", "topk_method",
+})  # fmt: skip
+POLICIES = {"bfloat16": "bf16", "float32": "fp32"}
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
+    """The text of a spec that describes the model of a `config.json`.
+
+    `source` is the text that `config` was read from (by `read_config`), so that messages can point
+    into it; `name` becomes the spec's `model`. Raises DiagnosticError naming every key that a spec
+    cannot express, that is missing, or that has a wrong type.
+    """
+    problems = Diagnostics()
+    reader = Reader(config, spans_of(source), problems)
+    if not (name.isascii() and name.isidentifier()):
+        help = "letters, digits and `_`, for example `my_model`"
+        problems.error("E384", f"`{name}` cannot name a model", help=help)
+    family = _family(reader)
+    if not family:
+        problems.raise_if_any()
+    reader.taken |= IGNORED
+    for key, (value, why) in FIXED.items():
+        reader.only(key, [value], why)
+    _quantization(reader)
+    layers = _layers(reader)
+    params = _params(reader, family, layers)
+    sequence, train, policy = _sequence(reader), _train(reader), _policy(reader)
+    reader.finish()
+    problems.raise_if_any()
+    about = f"{layers.dense + layers.sparse} layers, from a config.json of {_model_type(config)}"
+    sections = [
+        [f"model: {name}", f"about: {about}", f"blocks: [{', '.join(_blocks(family, layers))}]"],
+        ["params:", *_titled(params)],
+        _architecture(family, layers),
+        ["sequence:", *(f"  {key}: {_yaml(value)}" for key, value in sequence.items())],
+        [f"precision: {{policy: {policy}}}"],
+        train,
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """How many layers are dense, how many mixtures of experts, how many MTP modules follow."""
+
+    dense: int
+    sparse: int
+    mtp: int
+
+    @property
+    def has_experts(self) -> bool:
+        return self.sparse + self.mtp > 0
+
+
+def _model_type(config: Mapping[str, Any]) -> Any:
+    """`model_type`, or what `architectures` says where it is absent."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return config.get("model_type") or ARCHITECTURES.get(str(first), first)
+
+
+def _family(reader: Reader) -> str:
+    """ "v3", "v2", or "" for a model of another kind."""
+    model_type = str(_model_type(reader.config))
+    key = "model_type" if reader.config.get("model_type") else "architectures"
+    family = FAMILIES.get(model_type, "")
+    help = f"known are {', '.join(FAMILIES)}"
+    if model_type in RELATIVES:
+        message = f"`{model_type}` is another model: {RELATIVES[model_type]}"
+        reader.refuse(key, message, help, "E380")
+        return "v3"
+    if not family:
+        message = f"{shown(_model_type(reader.config))} is no model of the DeepSeek V2/V3 family"
+        reader.refuse(key, message, help, "E380")
+        return ""
+    names = reader.config.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
+        if str(name) not in ARCHITECTURES:
+            message = f"the architecture {shown(name)} is not the language model itself"
+            reader.refuse("architectures", message, f"known are {', '.join(ARCHITECTURES)}", "E380")
+    return family
+
+
+def _quantization(reader: Reader) -> None:
+    """FP8 in blocks of 128 x 128, which is multiplied out when weights are loaded; no other."""
+    config = reader.sub("quantization_config")
+    if not config.config:
+        return
+    for key, value in FP8_BLOCKS.items():
+        config.only(key, [value], "weights that can be read are FP8 in blocks of 128 x 128")
+
+
+def _layers(reader: Reader) -> Layers:
+    count = reader.integer("num_hidden_layers")
+    model_type = str(_model_type(reader.config))
+    # Youtu has no experts at all; GLM reads `mlp_layer_types` only.
+    dense = {"youtu": count, "glm4_moe_lite": 1}.get(model_type)
+    if reader.take("mlp_layer_types") is not None:
+        dense = _leading_dense(reader, count)
+    if dense is None:
+        dense = min(reader.integer("first_k_dense_replace", minimum=0), count)
+    else:
+        reader.only("first_k_dense_replace", [dense], "transformers makes so many layers dense")
+    mtp = reader.integer("num_nextn_predict_layers", 0, minimum=0)
+    if mtp and FAMILIES.get(model_type) == "v2":
+        reader.refuse("num_nextn_predict_layers", "DeepSeek-V2 has no MTP modules")
+    return Layers(dense, count - dense, mtp)
+
+
+def _leading_dense(reader: Reader, count: int) -> int:
+    """How many layers `mlp_layer_types` lists as dense, all of which must come first."""
+    kinds = reader.take("mlp_layer_types")
+    kinds = kinds if isinstance(kinds, list) else []
+    dense = next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+    if kinds[dense:] != ["sparse"] * (len(kinds) - dense) or len(kinds) != count:
+        message = "`mlp_layer_types` must name dense layers first and sparse ones after them"
+        reader.refuse("mlp_layer_types", message, f"one name for each of {count} layers")
+    return dense
+
+
+def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, Any]]:
+    """Parameters under the heading that the spec gives them."""
+    main = {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": reader.integer("hidden_size"),
+        "rms_norm_eps": reader.number("rms_norm_eps"),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
+    }
+    intermediate_size = reader.integer("intermediate_size", None if layers.dense else 1)
+    if layers.dense:
+        main["intermediate_size"] = intermediate_size
+    first = reader.flag("mtp_hidden_states_first", False)
+    normed = reader.flag("tie_last_hidden_states", True)
+    if not normed and layers.mtp > 1:
+        message = "only the first MTP module would get a state that is not normed"
+        reader.refuse("tie_last_hidden_states", message)
+    mtp = {
+        "mtp_concat": "hidden_first" if first else "embedding_first",
+        "mtp_hidden_state": "after_norm" if normed else "before_norm",
+    }
+    sections: dict[str, dict[str, Any]] = {
+        "the model": main,
+        "attention": _attention(reader),
+        "rotary embedding": _rope(reader),
+        "experts": _experts(reader, family, layers),
+        "prediction of further tokens": mtp if layers.mtp else {},
+    }
+    return {title: params for title, params in sections.items() if params}
+
+
+def _attention(reader: Reader) -> dict[str, int]:
+    heads = reader.integer("num_attention_heads")
+    nope, rope = reader.integer("qk_nope_head_dim"), reader.integer("qk_rope_head_dim")
+    reader.only("num_key_value_heads", [heads], "every query head has its own key and value")
+    reader.only("qk_head_dim", [nope + rope], "it is qk_nope_head_dim + qk_rope_head_dim")
+    reader.only("head_dim", [rope, nope + rope], "it follows from the other head sizes")
+    return {
+        "num_attention_heads": heads,
+        "q_lora_rank": _q_lora_rank(reader),
+        "kv_lora_rank": reader.integer("kv_lora_rank"),
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": rope,
+        "v_head_dim": reader.integer("v_head_dim"),
+    }
+
+
+def _experts(reader: Reader, family: str, layers: Layers) -> dict[str, Any]:
+    """Parameters of the mixture of experts; a model without one may leave them all out."""
+    if not layers.has_experts:
+        reader.taken |= EXPERT_KEYS
+        return {}
+    params: dict[str, Any] = {
+        "n_routed_experts": reader.integer("n_routed_experts"),
+        "n_shared_experts": reader.integer("n_shared_experts", 0, minimum=0),
+        "num_experts_per_tok": reader.integer("num_experts_per_tok"),
+        "moe_intermediate_size": reader.integer("moe_intermediate_size"),
+    }
+    if family == "v3":
+        reader.only("scoring_func", ["sigmoid"], "the gate of this family")
+        reader.only("topk_method", ["noaux_tc"], "the gate of this family")
+        params["norm_topk_prob"] = reader.flag("norm_topk_prob")
+        groups = reader.integer("n_group"), reader.integer("topk_group")
+    else:
+        reader.only("scoring_func", ["softmax"], "the gate of this family")
+        methods = ["greedy", "group_limited_greedy"]
+        grouped = reader.only("topk_method", methods, "the gate of this family") == methods[1]
+        # transformers never divides by the sum, DeepSeek's own code does when this is true.
+        reader.only("norm_topk_prob", [False], "the sources disagree on its meaning")
+        groups = (
+            reader.integer("n_group", None if grouped else 1),
+            reader.integer("topk_group", None if grouped else 1),
+        )
+        groups = groups if grouped else (1, 1)
+    params["n_group"], params["topk_group"] = groups
+    params["routed_scaling_factor"] = reader.number("routed_scaling_factor")
+    return params
+
+
+def _q_lora_rank(reader: Reader) -> int:
+    """null, no compression, is 0 in a spec."""
+    if reader.take("q_lora_rank") == 0:
+        message = "`q_lora_rank: 0` is a projection of width zero in transformers"
+        reader.refuse("q_lora_rank", message, "write null if queries are not compressed")
+    return reader.integer("q_lora_rank", 0, minimum=0)
+
+
+def _rope(reader: Reader) -> dict[str, Any]:
+    """RoPE from `rope_parameters` (new) or `rope_scaling` and `rope_theta` (old spelling)."""
+    new, old = reader.sub("rope_parameters"), reader.sub("rope_scaling")
+    if new.config and old.config and new.config != old.config:
+        reader.refuse("rope_scaling", "`rope_scaling` and `rope_parameters` disagree")
+    rope = old if old.config else new
+    outer = reader.number("rope_theta", 10000.0)
+    theta = rope.number("rope_theta", outer)
+    if "rope_theta" in rope.config and reader.config.get("rope_theta", theta) != theta:
+        reader.refuse("rope_theta", f"`rope_theta` is given twice: {outer} and {theta}")
+    kinds = [rope.only(k, ["default", "yarn"], "RoPE is plain or YaRN") for k in ROPE_TYPE_KEYS]
+    yarn = "yarn" in kinds and rope.number("factor", minimum=1) > 1
+    params = {"rope_theta": theta} | _yarn(rope, yarn)
+    rope.finish()
+    return params
+
+
+def _yarn(rope: Reader, used: bool) -> dict[str, Any]:
+    """YaRN's numbers; those of plain RoPE, or of a factor of 1, would change nothing."""
+    factor = rope.number("factor", 1, minimum=1)
+    original = rope.integer("original_max_position_embeddings", None if used else 1)
+    fast, slow = rope.number("beta_fast", 32), rope.number("beta_slow", 1)
+    rope.only("truncate", [True], "the corrected range is rounded to whole dimensions")
+    mscale, all_dim = _mscales(rope, factor)
+    if not used:
+        return {}
+    return {
+        "yarn_factor": factor,
+        "yarn_original_max_position_embeddings": original,
+        "yarn_beta_fast": fast,
+        "yarn_beta_slow": slow,
+        "yarn_mscale": mscale,
+        "yarn_mscale_all_dim": all_dim,
+    }
+
+
+def _mscales(rope: Reader, factor: float) -> tuple[float, float]:
+    """`mscale` and `mscale_all_dim`, where transformers and DeepSeek's code agree on their use.
+
+    DeepSeek multiplies the rotary table by m(mscale) / m(mscale_all_dim), m(s) = 0.1 s ln(factor)
+    + 1; transformers by m(1) unless both are given and not zero, or by `attention_factor`.
+    """
+    mscale, all_dim = rope.number("mscale", 1.0), rope.number("mscale_all_dim", 0.0)
+    ratio = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    both = rope.config.get("mscale") and rope.config.get("mscale_all_dim")
+    other = rope.number("attention_factor", ratio if both else yarn_mscale(factor, 1))
+    if not math.isclose(ratio, other):
+        key = "attention_factor" if rope.config.get("attention_factor") else "mscale"
+        message = (
+            f"`{key}`: transformers scales the rotary table by {other:g}, DeepSeek by {ratio:g}"
+        )
+        rope.refuse(key, message, "give `mscale` and `mscale_all_dim`, and no `attention_factor`")
+    return mscale, all_dim
+
+
+def yarn_mscale(factor: float, scale: float) -> float:
+    """YaRN's amplitude for an extension by `factor` (arXiv 2309.00071, equation 22)."""
+    return 0.1 * scale * math.log(factor) + 1
+
+
+def _sequence(reader: Reader) -> dict[str, int]:
+    sequence = {"max_position_embeddings": reader.integer("max_position_embeddings")}
+    for key in ("bos_token_id", "eos_token_id"):
+        token = reader.take(key)
+        if isinstance(token, list):
+            reader.refuse(key, f"`{key}` is a list, but a model stops at one token", "keep one")
+        elif token is not None:
+            sequence[key] = reader.integer(key, minimum=0)
+    return sequence
+
+
+def _train(reader: Reader) -> list[str]:
+    lines = []
+    if reader.take("initializer_range") is not None:
+        lines.append(f"  initializer_range: {_yaml(reader.number('initializer_range'))}")
+    alpha = reader.number("aux_loss_alpha", 0)
+    if alpha:
+        reader.only("seq_aux", [True], "experts are balanced within each sequence")
+        lines.append(f"  loss: {{balance_alpha: {_yaml(alpha)}}}")
+    reader.taken.add("seq_aux")
+    return ["train:", *lines] if lines else []
+
+
+def _policy(reader: Reader) -> str:
+    """The precision of the weights: `dtype`, or `torch_dtype` in older files."""
+    key = "dtype" if reader.config.get("dtype") else "torch_dtype"
+    dtype = reader.only(key, list(POLICIES), "weights are kept in one of these")
+    return POLICIES[dtype]
+
+
+def _blocks(family: str, layers: Layers) -> list[str]:
+    """The block files that the spec needs."""
+    experts = "deepseek_moe" if family == "v3" else "softmax_moe"
+    # The experts are SwiGLU blocks too.
+    used = {"causal_lm": True, "decoder": True, "mla": True, "swiglu": True}
+    used |= {experts: layers.has_experts, "mtp": layers.mtp > 0}
+    return [name for name, is_used in used.items() if is_used]
+
+
+def _architecture(family: str, layers: Layers) -> list[str]:
+    experts = "DeepSeekMoE" if family == "v3" else "SoftmaxMoE"
+    lines = ["architecture:", "  layers:"]
+    for repeat, block in ((layers.dense, "SwiGLU"), (layers.sparse, experts)):
+        if repeat:
+            lines.append(f"    - {{repeat: {repeat}, attention: MLA, feed_forward: {block}}}")
+    if layers.mtp:
+        lines.append(f"  mtp: {{depth: {layers.mtp}, attention: MLA, feed_forward: {experts}}}")
+    return lines
+
+
+def _titled(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for title, params in sections.items():
+        yield f"  # {title}"
+        yield from (f"  {key}: {_yaml(value)}" for key, value in params.items())
+
+
+def _yaml(value: int | float | bool | str) -> str:
+    """A scalar as specs write it: 1e-6, true, "text"."""
+    if isinstance(value, bool | str):
+        return json.dumps(value)
+    return re.sub(r"e([+-])0*", lambda m: "e-" if m[1] == "-" else "e", repr(value))

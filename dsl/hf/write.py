@@ -1,0 +1,222 @@
+"""The `config.json` of a description, so that transformers loads what a built model saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsl.evaluate import Constant, evaluate
+from dsl.hf.read import POLICIES, yarn_mscale
+from dsl.schema import MTP, BlockUse, LayerGroup
+from specs import BLOCKS
+
+if TYPE_CHECKING:
+    from dsl.load import Description
+
+MODEL_TYPES = {
+    "DeepSeekMoE": ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    "SoftmaxMoE": ("deepseek_v2", "DeepseekV2ForCausalLM"),
+}
+ATTENTION = (
+    "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+EXPERTS = (
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "n_group", "topk_group", "norm_topk_prob",
+)  # fmt: skip
+YARN = (
+    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim",
+)  # fmt: skip
+
+
+class OtherModelError(Exception):
+    """The description is no model of the family; ends the attempt to write it as one."""
+
+
+def hf_config(description: Description) -> dict[str, Any]:
+    """The `config.json` that stands beside the weights of the model.
+
+    For a model of the DeepSeek V2/V3 family it is the inverse of `spec_from_hf`, in the keys of the
+    published files, which transformers loads. Any other model gets `"model_type": "dslc"` and the
+    values of its spec.
+    """
+    try:
+        return _of_family(description)
+    except OtherModelError:
+        return _of_own_kind(description)
+
+
+def _of_family(description: Description) -> dict[str, Any]:
+    architecture = description.spec.architecture
+    groups = list(architecture.layers)
+    dense = [g for g in groups if _feed_forward(g).name == "SwiGLU"]
+    modules = [architecture.mtp] if architecture.mtp.depth else []
+    parts: list[LayerGroup | MTP] = [*groups, *modules]
+    experts = [_feed_forward(part) for part in parts[len(dense) :]]
+    kind = experts[0].name if experts else "DeepSeekMoE"
+    attention = [_attention(part) for part in parts]
+    layers = [*(group.block for group in groups), *([BlockUse("DecoderLayer")] * len(modules))]
+    around = [architecture.block]
+    mtp = [module.block for module in modules]
+    _require(groups[: len(dense)] == dense and kind in MODEL_TYPES)
+    _require(not (mtp and kind == "SoftmaxMoE"))
+    expected = {"CausalLM": around, "DecoderLayer": layers, "MLA": attention, "MTP": mtp}
+    expected |= {kind: experts, "SwiGLU": [_feed_forward(group) for group in dense]}
+    for name, uses in expected.items():
+        _require(all(use.name == name for use in uses))
+        _require(not uses or _is_shipped(description, name))
+    values = Values(description)
+    everything = [use for uses in expected.values() for use in uses]
+    model_type, model_class = MODEL_TYPES[kind]
+    config: dict[str, Any] = {
+        "architectures": [model_class],
+        "model_type": model_type,
+        "vocab_size": values.shared("vocab_size", around),
+        "hidden_size": values.shared("hidden_size", everything),
+        "num_hidden_layers": sum(group.repeat for group in groups),
+        "first_k_dense_replace": sum(group.repeat for group in dense),
+        "rms_norm_eps": values.real("rms_norm_eps", [*around, *layers, *mtp]),
+        "tie_word_embeddings": values.shared("tie_word_embeddings", around),
+        "hidden_act": "silu",
+    }
+    if dense:
+        config["intermediate_size"] = values.shared("intermediate_size", expected["SwiGLU"])
+    config |= _attention_keys(values, attention)
+    if experts:
+        config |= _expert_keys(values, experts, kind)
+    if kind == "DeepSeekMoE":
+        config["num_nextn_predict_layers"] = architecture.mtp.depth
+    if modules:
+        config |= _mtp_keys(values, around, mtp, architecture.mtp.depth)
+    return config | _common_keys(description)
+
+
+def _attention_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
+    _require(values.shared("latent_norm_eps", uses) == 1e-6)
+    keys: dict[str, Any] = {name: values.shared(name, uses) for name in ATTENTION}
+    keys["num_key_value_heads"] = keys["num_attention_heads"]
+    keys["q_lora_rank"] = values.shared("q_lora_rank", uses) or None
+    keys |= {"attention_bias": False, "attention_dropout": 0.0}
+    keys["rope_theta"] = values.real("rope_theta", uses)
+    keys["rope_scaling"] = None
+    if values.shared("yarn_factor", uses) != 1:
+        yarn: dict[str, Any] = {name: values.shared(f"yarn_{name}", uses) for name in YARN}
+        keys["rope_scaling"] = {"type": "yarn", **yarn, **_attention_factor(yarn)}
+    return keys
+
+
+def _attention_factor(yarn: Mapping[str, Any]) -> dict[str, float]:
+    """The factor of the rotary table, where transformers would assume another."""
+    factor, mscale, all_dim = yarn["factor"], yarn["mscale"], yarn["mscale_all_dim"]
+    ratio = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    assumed = ratio if mscale and all_dim else yarn_mscale(factor, 1)
+    return {} if math.isclose(ratio, assumed) else {"attention_factor": ratio}
+
+
+def _expert_keys(values: Values, uses: Sequence[BlockUse], kind: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {name: values.shared(name, uses) for name in EXPERTS}
+    keys["routed_scaling_factor"] = values.real("routed_scaling_factor", uses)
+    keys["moe_layer_freq"] = 1
+    if kind == "DeepSeekMoE":
+        return keys | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    _require(not keys["norm_topk_prob"])
+    method = "greedy" if keys["n_group"] == 1 else "group_limited_greedy"
+    return keys | {"scoring_func": "softmax", "topk_method": method}
+
+
+def _mtp_keys(
+    values: Values, around: Sequence[BlockUse], mtp: Sequence[BlockUse], depth: int
+) -> dict[str, Any]:
+    keys = {}
+    if values.shared("mtp_concat", mtp) == "hidden_first":
+        keys["mtp_hidden_states_first"] = True
+    if values.shared("mtp_hidden_state", [*around, *mtp]) == "before_norm":
+        # Further modules receive a normed state in transformers.
+        _require(depth == 1)
+        keys["tie_last_hidden_states"] = False
+    return keys
+
+
+def _common_keys(description: Description) -> dict[str, Any]:
+    spec = description.spec
+    dtype = {policy: dtype for dtype, policy in POLICIES.items()}[spec.precision.policy]
+    return {
+        "max_position_embeddings": spec.sequence.max_position_embeddings,
+        "bos_token_id": spec.sequence.bos_token_id,
+        "eos_token_id": spec.sequence.eos_token_id,
+        "initializer_range": spec.train.initializer_range,
+        "aux_loss_alpha": spec.train.loss.balance_alpha,
+        "seq_aux": True,
+        "dtype": dtype,
+    }
+
+
+def _of_own_kind(description: Description) -> dict[str, Any]:
+    spec = description.spec
+    layers = [_uses(group) | {"repeat": group.repeat} for group in spec.architecture.layers]
+    architecture: dict[str, Any] = {"block": str(spec.architecture.block), "layers": layers}
+    if spec.architecture.mtp.depth:
+        mtp = spec.architecture.mtp
+        architecture["mtp"] = _uses(mtp) | {"depth": mtp.depth}
+    params = {name: value.value for name, value in description.params.items()}
+    config = {"model_type": "dslc", "model": spec.model, "params": params}
+    return config | {"architecture": architecture} | _common_keys(description)
+
+
+def _uses(group: LayerGroup | MTP) -> dict[str, Any]:
+    slots = {name: str(use) for name, use in group.slots.items()}
+    return {"block": str(group.block), **slots}
+
+
+def _attention(group: LayerGroup | MTP) -> BlockUse:
+    _require(group.slots.keys() == {"attention", "feed_forward"})
+    return group.slots["attention"]
+
+
+def _feed_forward(group: LayerGroup | MTP) -> BlockUse:
+    _require("feed_forward" in group.slots)
+    return group.slots["feed_forward"]
+
+
+def _is_shipped(description: Description, name: str) -> bool:
+    """Whether the block is the standard library's and not a user's of the same name."""
+    path = description.blocks[name].span.source.path
+    return path is not None and path.parent.resolve() == BLOCKS.resolve()
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise OtherModelError
+
+
+class Values:
+    """Parameters as blocks see them: their argument, else the spec's value, else their default."""
+
+    def __init__(self, description: Description) -> None:
+        self.blocks = description.blocks
+        self.params: Mapping[str, Constant] = {
+            name: value.value for name, value in description.params.items()
+        }
+
+    def shared(self, name: str, uses: Iterable[BlockUse]) -> Constant:
+        """The one value that all uses have; a config has no room for several."""
+        found = {self._value(name, use) for use in uses}
+        _require(len(found) == 1)
+        return found.pop()
+
+    def real(self, name: str, uses: Iterable[BlockUse]) -> float:
+        """The same as a float, which transformers wants even where the value is whole."""
+        return float(self.shared(name, uses))
+
+    def _value(self, name: str, use: BlockUse) -> Constant:
+        if name in use.arguments:
+            return use.arguments[name].value
+        if name in self.params:
+            return self.params[name]
+        defaults = {p.name.value: p.default for p in self.blocks[use.name].params}
+        default = defaults.get(name)
+        if default is None:
+            raise OtherModelError
+        return evaluate(default, self.params)

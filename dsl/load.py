@@ -1,0 +1,216 @@
+"""The front door: a spec file to a checked description of a model."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from dsl import ast, yaml
+from dsl.compose import Composed, compose
+from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics, Label
+from dsl.evaluate import Value, evaluate_params
+from dsl.parse import parse_blocks
+from dsl.read import read_source
+from dsl.schema import MTP, BlockUse, LayerGroup, Loc, Phase, Schedule, Spec, text_of, validate
+from dsl.source import Source, Span
+from dsl.suggest import did_you_mean, nearest
+from specs import BLOCKS
+
+__all__ = ["BlockUse", "Description", "Resolved", "Spec", "Value", "load"]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One value of a spec, as text, and where it was written: `file:line:column`, or `default`."""
+
+    path: str
+    value: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model as written: the spec with its parameters evaluated, and the blocks it uses.
+
+    Whether parameters, slots and dimensions fit the blocks is for the lowering to check.
+    `sources` are all files that were read, in reading order.
+    """
+
+    spec: Spec
+    params: Mapping[str, Value]
+    blocks: Mapping[str, ast.Block]
+    sources: tuple[Source, ...]
+    composed: Composed = field(repr=False)
+
+    def span(self, *path: str | int) -> Span:
+        """The place of `path`, such as ("architecture", "layers", 1, "repeat"), or the nearest."""
+        return yaml.nearest_node(self.composed.root, path).span
+
+    def resolved(self) -> list[Resolved]:
+        """Every value of the model with its origin, in the order of the schema."""
+        return [
+            Resolved(".".join(map(str, path)), value, self._origin(path))
+            for path, value in _leaves((), self.spec)
+        ]
+
+    def _origin(self, path: Loc) -> str:
+        node: yaml.Node | None = self.composed.root
+        for part in path:
+            node = yaml.child_of(node, part) if node is not None else None
+        if node is None:
+            return "default"
+        label = self.composed.label(path)
+        if label == "--set":
+            return label
+        return f"{node.span.location} ({label})" if label else node.span.location
+
+
+def load(path: str | Path, *, sets: Sequence[str] = (), variant: str | None = None) -> Description:
+    """Reads the spec at `path`, with the changes of `variant` and of `sets` ("path=value").
+
+    Raises `DiagnosticError` with every problem of the stage that could not go on: reading and
+    composing YAML (E1xx), then values (E3xx) together with block files (E1xx, E2xx).
+    """
+    composed = compose(Path(path), str(path), sets, variant)
+    problems = Diagnostics()
+    params: dict[str, Value] = {}
+    section = yaml.child_of(composed.root, "params")
+    if isinstance(section, yaml.Mapping):
+        params = evaluate_params(section.entries, problems)
+    spec, found = validate(composed.root, params)
+    problems.extend(found)
+    library = _Library(problems)
+    listed = yaml.child_of(composed.root, "blocks")
+    if isinstance(listed, yaml.Sequence):
+        for item in listed.items:
+            if isinstance(item, yaml.Scalar) and item.value:
+                library.add(item)
+    if spec is not None and library.complete:
+        problems.extend(_misused_blocks(spec, composed.root, library.blocks))
+    problems.raise_if_any()
+    assert spec is not None
+    sources = (*composed.sources, *library.sources)
+    return Description(spec, params, library.blocks, sources, composed)
+
+
+class _Library:
+    """The blocks of the files that a spec lists."""
+
+    def __init__(self, problems: Diagnostics) -> None:
+        self.blocks: dict[str, ast.Block] = {}
+        self.sources: list[Source] = []
+        self.complete = True
+        self._problems = problems
+        self._listed: dict[Path, Span] = {}
+
+    def add(self, item: yaml.Scalar) -> None:
+        """Reads the file that `item` names: a bare name of the library, or a path."""
+        try:
+            path, name = _block_file(item)
+            source = read_source(path, name, item.span)
+            first = self._listed.setdefault(path.resolve(), item.span)
+            if first is not item.span:
+                self._twice(f"the file `{item.value}` is listed", item.span, first)
+                return
+            self.sources.append(source)
+            for block in parse_blocks(source):
+                known = self.blocks.setdefault(block.name.value, block)
+                if known is not block:
+                    message = f"the block `{block.name.value}` is defined"
+                    self._twice(message, block.name.span, known.name.span)
+        except DiagnosticError as error:
+            self.complete = False
+            self._problems.extend(error.diagnostics)
+
+    def _twice(self, what: str, again: Span, first: Span) -> None:
+        related, help = [Label(first, "the first time")], "keep one of the two"
+        self._problems.error("E117", f"{what} twice", again, "again", related, help)
+
+
+def _block_file(item: yaml.Scalar) -> tuple[Path, str]:
+    """The file of a listed block file, and its name in messages."""
+    name, source = item.value, item.span.source
+    if "/" in name or name.endswith(".dsl"):
+        # A path is relative to the file that lists it, or to the current folder for `--set`.
+        base = source.path.parent if source.path else Path()
+        shown = os.path.join(os.path.dirname(source.name), name)
+        return base / name, os.path.normpath(shown)
+    known = sorted(file.stem for file in BLOCKS.glob("*.dsl"))
+    if name not in known:
+        help = did_you_mean(name, known) or f"known are {', '.join(known)}; a path ends in .dsl"
+        message = f"there is no block file `{name}` in the standard library"
+        raise DiagnosticError([Diagnostic("E116", message, item.span, "unknown", help=help)])
+    # The same on every machine, wherever dslc is installed.
+    return BLOCKS / f"{name}.dsl", f"specs/blocks/{name}.dsl"
+
+
+def _misused_blocks(
+    spec: Spec, root: yaml.Mapping, blocks: Mapping[str, ast.Block]
+) -> Iterator[Diagnostic]:
+    """Blocks that no listed file defines, and slots that their block does not have."""
+    architecture = spec.architecture
+    groups: list[tuple[Loc, LayerGroup | MTP]] = [
+        (("architecture", "layers", i), group) for i, group in enumerate(architecture.layers)
+    ]
+    if architecture.mtp.depth > 0:
+        groups.append((("architecture", "mtp"), architecture.mtp))
+    uses: list[tuple[Loc, BlockUse]] = [(("architecture", "block"), architecture.block)]
+    for path, group in groups:
+        uses.append(((*path, "block"), group.block))
+        uses.extend(((*path, slot), use) for slot, use in group.slots.items())
+        if group.block.name in blocks:
+            yield from _unknown_slots(path, group, root, blocks[group.block.name])
+    for path, use in uses:
+        if use.name not in blocks:
+            yield _unknown_block(use, yaml.nearest_node(root, path).span, blocks)
+
+
+def _unknown_slots(
+    path: Loc, group: LayerGroup | MTP, root: yaml.Mapping, block: ast.Block
+) -> Iterator[Diagnostic]:
+    known = [slot.name.value for slot in block.slots]
+    for slot in group.slots:
+        if slot not in known:
+            help = did_you_mean(slot, [*known, *type(group).model_fields])
+            help = help or f"its slots are {', '.join(known)}"
+            message = f"the block `{block.name.value}` has no slot `{slot}`"
+            span = yaml.key_span(root, (*path, slot))
+            yield Diagnostic("E307", message, span, "no such slot", help=help)
+
+
+def _unknown_block(use: BlockUse, at: Span, blocks: Mapping[str, ast.Block]) -> Diagnostic:
+    span = use.span.source.span(use.span.start, use.span.start + len(use.name)) if use.span else at
+    files = {file.stem.replace("_", ""): file.stem for file in BLOCKS.glob("*.dsl")}
+    near = nearest(use.name, blocks)
+    help = f"did you mean `{near}`?" if near else f"known are {', '.join(blocks)}"
+    if use.name.lower() in files and (near or "").lower() != use.name.lower():
+        help = f"add `{files[use.name.lower()]}` to `blocks`"
+    label = "no listed file defines it"
+    return Diagnostic("E306", f"unknown block `{use.name}`", span, label, help=help)
+
+
+def _leaves(path: Loc, value: object) -> Iterator[tuple[Loc, str]]:
+    match value:
+        case None:
+            return
+        case Schedule(root=(Phase(until=None, value=only),)):
+            yield path, text_of(only)
+        case Schedule():
+            yield from _leaves(path, value.root)
+        case BaseModel():
+            for name, child in value:
+                yield from _leaves((*path, name), child)
+        case tuple():
+            for index, child in enumerate(value):
+                yield from _leaves((*path, index), child)
+        case dict():
+            # Parameters, where quotes tell text from numbers.
+            yield from (((*path, name), text_of(child)) for name, child in value.items())
+        case bool():
+            yield path, text_of(value)
+        case _:
+            yield path, str(value)

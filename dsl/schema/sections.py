@@ -1,0 +1,223 @@
+"""The sections of a spec, with what each key means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    RootModel,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from dsl import yaml
+from dsl.schema.values import (
+    EXPRESSION,
+    Block,
+    BlockUse,
+    ModelName,
+    Number,
+    ParamName,
+    Text,
+    choice,
+)
+
+
+class Section(BaseModel):
+    """A mapping with known keys."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True
+    )
+
+
+class Phase(Section):
+    """One phase of a schedule, up to `until` tokens; the last phase has no end."""
+
+    until: Annotated[int | None, Number("until", 1)] = Field(
+        None, description="Tokens seen at which this phase ends; the last phase has none"
+    )
+    value: Annotated[float, Number("value", 0, whole=False)] = Field(
+        description="The value during the phase"
+    )
+
+
+class Schedule(RootModel[tuple[Phase, ...]]):
+    """A number that may change with the tokens seen in training."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wrap(cls, data: object) -> object:
+        if isinstance(data, dict):
+            wanted = "a number or a list of phases"
+            raise PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
+        return ({"value": data},) if isinstance(data, yaml.Scalar) else data
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Schedule:
+        ends = [phase.until for phase in self.root]
+        if not ends or ends[-1] is not None:
+            _schedule_problem("its last phase must have no `until`", "add one such as {value: 0}")
+        limits = [end for end in ends[:-1] if end is not None]
+        if len(limits) != len(ends) - 1:
+            _schedule_problem("all phases but the last need `until`", "add the tokens at their end")
+        if any(a >= b for a, b in pairwise(limits)):
+            _schedule_problem("its phases must ascend", "order them by `until`")
+        return self
+
+    def value_at(self, tokens: int) -> float:
+        """The value when `tokens` tokens have been seen; at `until` the next phase begins."""
+        for phase in self.root:
+            if phase.until is None or tokens < phase.until:
+                return phase.value
+        raise AssertionError("the last phase has no end")
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        phases = handler(schema)
+        number = {"type": ["number", "string"], "description": EXPRESSION}
+        return {"description": cls.__doc__, "anyOf": [number, phases]}
+
+
+def _schedule_problem(message: str, help: str) -> NoReturn:
+    raise PydanticCustomError("schedule", "{message}", {"message": message, "help": help})
+
+
+def _constant_schedule(value: float) -> Schedule:
+    return Schedule.model_construct((Phase.model_construct(until=None, value=value),))
+
+
+class LayerGroup(Section):
+    """Equal layers that follow each other; other keys fill the slots of their block."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Block] = Field(init=False)
+
+    repeat: Annotated[int, Number("repeat", 1)] = Field(description="How many layers")
+    block: Block = Field(BlockUse("DecoderLayer"), description="The block of each layer")
+
+    @property
+    def slots(self) -> Mapping[str, BlockUse]:
+        return self.__pydantic_extra__
+
+
+class MTP(Section):
+    """Multi-token prediction; other keys fill the slots of its block."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Block] = Field(init=False)
+
+    depth: Annotated[int, Number("MTP depth", 0)] = Field(
+        0, description="How many tokens beyond the next are predicted"
+    )
+    block: Block = Field(BlockUse("MTP"), description="The block of each depth")
+
+    @property
+    def slots(self) -> Mapping[str, BlockUse]:
+        return self.__pydantic_extra__
+
+
+class Architecture(Section):
+    """Which blocks the model is made of."""
+
+    block: Block = Field(BlockUse("CausalLM"), description="The block of the whole model")
+    layers: tuple[LayerGroup, ...] = Field(min_length=1, description="Layers, from first to last")
+    mtp: MTP = Field(default_factory=MTP, description="Multi-token prediction")
+
+
+class SequenceLimits(Section):
+    """Lengths and special tokens of sequences."""
+
+    max_position_embeddings: Annotated[int, Number("max_position_embeddings", 1)] = Field(
+        description="The longest sequence, in tokens"
+    )
+    bos_token_id: Annotated[int | None, Number("bos_token_id")] = Field(
+        None, description="The token that begins a text"
+    )
+    eos_token_id: Annotated[int | None, Number("eos_token_id")] = Field(
+        None, description="The token that ends a text"
+    )
+
+
+class Precision(Section):
+    """The element type of weights and activations."""
+
+    policy: Annotated[Literal["bf16", "fp32"], choice("bf16", "fp32")] = Field(
+        "bf16", description="bf16 or fp32"
+    )
+
+
+class Loss(Section):
+    """Weights of the parts of the training loss."""
+
+    mtp_weight: Schedule = Field(
+        default_factory=lambda: _constant_schedule(0.3),
+        description="Weight of multi-token prediction (report, equation 25)",
+    )
+    balance_alpha: Annotated[float, Number("balance_alpha", 0, whole=False)] = Field(
+        0.0, description="Weight of the sequence-wise balance loss (report, equations 17 to 20)"
+    )
+
+
+class Train(Section):
+    """How the model is initialized and trained."""
+
+    initializer_range: Annotated[float, Number("initializer_range", 0, whole=False)] = Field(
+        0.02, description="Standard deviation of random weights"
+    )
+    loss: Loss = Field(default_factory=Loss, description="The loss")
+
+
+class Spec(Section):
+    """A model: its parameters, its architecture and how it is trained."""
+
+    model: ModelName = Field(description="Name of the model and of the package that is built")
+    about: Text = Field("", description="One line for people")
+    blocks: tuple[Text, ...] = Field(
+        min_length=1, description="Block files: names of the standard library, or paths"
+    )
+    params: dict[ParamName, int | float | bool | str] = Field(
+        default_factory=dict, description="Numbers, flags and quoted text, by name"
+    )
+    architecture: Architecture = Field(description="Which blocks the model is made of")
+    sequence: SequenceLimits = Field(description="Lengths and special tokens of sequences")
+    precision: Precision = Field(default_factory=Precision, description="Element types")
+    train: Train = Field(default_factory=Train, description="Training")
+
+
+# What a file may say besides: how it is made from another. `dsl.compose` reads these.
+VARIANT_KEYS = {
+    "extends": "The spec that this one changes, relative to this file",
+    "set": "Changes to the spec that this one extends: path and new value",
+    "variants": "Named sets of changes, chosen by `--variant NAME`",
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of spec files, for editors (draft 2020-12)."""
+    schema = Spec.model_json_schema()
+    required = schema.pop("required")
+    overlay = {"type": "object", "propertyNames": {"pattern": r"^[A-Za-z]\w*(\.\w+)*$"}}
+    schema["properties"] |= {
+        "extends": {"type": "string", "description": VARIANT_KEYS["extends"]},
+        "set": {**overlay, "description": VARIANT_KEYS["set"]},
+        "variants": {
+            "type": "object",
+            "additionalProperties": overlay,
+            "description": VARIANT_KEYS["variants"],
+        },
+    }
+    # A file that extends another need not say everything again.
+    schema["if"] = {"not": {"required": ["extends"]}}
+    schema["then"] = {"required": required}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

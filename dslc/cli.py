@@ -1,0 +1,93 @@
+"""The program `dslc`: its commands, and what becomes of errors that are not the user's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from backends import VERSION
+from dslc.commands import build, check, explain, graph, init, ops, schema, show
+
+EXAMPLES = """
+\b
+Examples:
+  dslc init my_model                       start a small spec of your own
+  dslc check my_model.yaml                 every mistake at once, with its place
+  dslc show deepseek_v3                    modules, parameters, FLOPs, cache bytes
+  dslc build specs/deepseek_v3.yaml        write the package build/deepseek_v3
+  dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
+  dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
+
+\b
+Exit status: 0 done, 1 the input is wrong, 2 wrong usage, 70 a fault of dslc, 130 interrupted.
+"""
+
+app = typer.Typer(
+    name="dslc",
+    help="Compiles declarative specs of DeepSeek-V3-class models to readable PyTorch packages.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dslc {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (check, show, graph, build, init, schema, ops, explain):
+    app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
+
+
+def main() -> None:
+    """Runs the command line and exits; no traceback unless DSLC_DEBUG is set."""
+    try:
+        status = run()
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if os.environ.get("DSLC_DEBUG"):
+            traceback.print_exc()
+        print(
+            f"dslc: internal error: {type(error).__name__}: {error}\n"
+            "This is a fault of dslc, not of your spec. Please report it with the spec and the "
+            "command; DSLC_DEBUG=1 adds the traceback to send along.",
+            file=sys.stderr,
+        )
+        status = 70
+    sys.exit(status)
+
+
+def run() -> str | int | None:
+    """The exit status of the command; what it printed is written out, or the reason given."""
+    status: str | int | None = 0
+    try:
+        try:
+            app(prog_name="dslc")
+        except SystemExit as stop:
+            status = stop.code
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more when it ends: let that succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+        if not isinstance(error, BrokenPipeError):  # a reader that left early wants no message
+            print(f"dslc: cannot write standard output: {error.strerror}", file=sys.stderr)
+    return status

@@ -1,0 +1,77 @@
+"""`dslc build`: the package of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantOption
+
+if TYPE_CHECKING:
+    from backends.build import BuildResult
+
+EXAMPLES = """
+\b
+Examples:
+  dslc build specs/deepseek_v3.yaml                    writes build/deepseek_v3
+  dslc build my_model.yaml --variant small -o build/small
+  dslc build deepseek_v3 --set params.n_routed_experts=128 --set model=v3_128
+
+\b
+Use the result where build/ is on sys.path; it needs torch and safetensors, but not dslc:
+  import deepseek_v3_tiny
+  model = deepseek_v3_tiny.Model(device="cpu")
+"""
+
+
+def run(
+    spec: SpecArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="The folder to write; build/MODEL by default."
+        ),
+    ] = None,
+    sets: SetOption = None,
+    variant: VariantOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Write a model as a package of readable torch code.
+
+    The package runs without dslc. Its folder appears whole or not at all, and a folder that dslc
+    did not write is never replaced.
+    """
+    from backends.build import build
+    from dslc.report import print_json, reporting
+    from dslc.specs import read
+
+    with reporting(as_json=format is Format.json):
+        description = read(spec, sets, variant)
+        out = output or Path("build") / description.spec.model
+        result = build(description, out)
+        if format is Format.json:
+            files = dict(result.files)
+            print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})
+        else:
+            print("\n".join(told(result)))
+
+
+def told(result: BuildResult) -> list[str]:
+    """What was built, for people."""
+    from dsl.units import format_count
+    from dslc.specs import shown
+
+    numbers = result.summary
+    parameters, activated = format_count(numbers.parameters), format_count(numbers.activated)
+    lines = [f"{numbers.name}: {parameters} parameters, {activated} activated a token"]
+    if result.changed:
+        kilobytes = sum(result.files.values()) // 1000
+        lines.append(
+            f"wrote {shown(result.path)}: {len(result.files)} files, {kilobytes:,} KB, "
+            f"in {result.seconds:.2f} s"
+        )
+    else:
+        lines.append(f"{shown(result.path)} is up to date")
+    return lines

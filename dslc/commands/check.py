@@ -1,0 +1,35 @@
+"""`dslc check`: every mistake of a spec at once."""
+
+from __future__ import annotations
+
+from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantOption
+
+EXAMPLES = """
+\b
+Examples:
+  dslc check my_model.yaml
+  dslc check my_model.yaml --variant small --set params.num_experts_per_tok=6
+  dslc check my_model.yaml --format json      for editors and CI
+"""
+
+
+def run(
+    spec: SpecArgument,
+    sets: SetOption = None,
+    variant: VariantOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Say whether a spec is right, or show every mistake.
+
+    Each comes with its place, its cause and a fix."""
+    from compiler.pipeline import programs
+    from dslc.report import print_json, reporting
+    from dslc.specs import read
+
+    with reporting(as_json=format is Format.json):
+        description = read(spec, sets, variant)
+        programs(description)
+        if format is Format.json:
+            print_json({"ok": True, "diagnostics": []})
+        else:
+            print(f"{description.spec.model}: no mistakes found")

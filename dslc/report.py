@@ -1,0 +1,76 @@
+"""Printing: results on standard output, problems where the chosen format wants them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from dsl.diagnostic import Diagnostic, DiagnosticError, render, to_json
+
+RED, BLUE, RESET = "\033[1;31m", "\033[34m", "\033[0m"
+
+
+@contextmanager
+def reporting(as_json: bool = False) -> Iterator[None]:
+    """Turns the problems of a stage, and files that cannot be read or written, into exit status 1.
+
+    Text goes to standard error; JSON, which is a command's one result, to standard output.
+    """
+    try:
+        yield
+    except DiagnosticError as error:
+        problems = error.diagnostics
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        place = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        problems = [Diagnostic("E690", f"{place}{error.strerror or error}")]
+    else:
+        return
+    if as_json:
+        print_json({"ok": False, "diagnostics": to_json(problems)})
+    else:
+        print_problems(problems)
+    raise typer.Exit(1)
+
+
+def print_problems(problems: Iterable[Diagnostic]) -> None:
+    problems = list(problems)
+    text = render(problems)
+    if len(problems) > 1:
+        text += f"\n{len(problems)} problems\n"
+    sys.stderr.write(colored(text) if use_color() else text)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """A remark that is no result, on standard error."""
+    print(f"dslc: {text}", file=sys.stderr)
+
+
+def use_color() -> bool:
+    """Whether to color standard error (https://no-color.org)."""
+    return (
+        sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+
+
+def colored(text: str) -> str:
+    """`text` of `render` with the code and the carets in red, the gutter in blue."""
+    for pattern, color in (
+        (r"^error\[E\d+\]", RED),
+        (r"(?<=\| ) *\^+.*$", RED),
+        (r"^ *(\d* \||-->|:::|= help:)", BLUE),
+    ):
+        text = re.sub(pattern, rf"{color}\g<0>{RESET}", text, flags=re.MULTILINE)
+    return text

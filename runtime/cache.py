@@ -1,0 +1,50 @@
+"""What decoding remembers of the tokens before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Cache:
+    """Room for `capacity` tokens of `batch` sequences, for every module that asks for it.
+
+    A module names what it keeps, for MLA the normed latent and the rotated shared key. Memory is
+    taken when a module first appends, in the dtype and on the device of what it appends.
+    """
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        self.batch = batch
+        self.capacity = capacity
+        self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
+        self._lengths: dict[tuple[nn.Module, str], int] = {}
+
+    def append(self, module: nn.Module, **entries: Tensor) -> tuple[Tensor, ...]:
+        """Adds entries [batch, new, ...] and returns all so far, [batch, old + new, ...] each.
+
+        What comes back are views, valid until the cache grows again, and carries no gradient.
+        Raises ValueError when the capacity is exceeded or the batch is another one.
+        """
+        return tuple(self._append((module, name), entry) for name, entry in entries.items())
+
+    def _append(self, key: tuple[nn.Module, str], entry: Tensor) -> Tensor:
+        old = self._lengths.get(key, 0)
+        length = old + entry.shape[1]
+        if entry.shape[0] != self.batch:
+            raise ValueError(f"the cache is for a batch of {self.batch}, got {entry.shape[0]}")
+        if length > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.capacity} tokens of each sequence, {length} do not fit: "
+                f"make it with a larger capacity"
+            )
+        if key not in self._buffers:
+            shape = (self.batch, self.capacity, *entry.shape[2:])
+            self._buffers[key] = torch.empty(shape, dtype=entry.dtype, device=entry.device)
+        self._buffers[key][:, old:length] = entry.detach()
+        self._lengths[key] = length
+        return self._buffers[key][:, :length]
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken so far, in bytes."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -1,0 +1,228 @@
+"""What the operators of the graph mean: each is one function in plain torch.
+
+Generated modules call these by the operator's name (`from .runtime import functional as F`).
+Equation numbers are those of the DeepSeek-V3 Technical Report (arXiv 2412.19437). Unless a
+docstring says otherwise, results have the dtype of the first operand, and whatever is summed or
+exponentiated is computed in float32 (in float64 for float64 operands).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as torch_f
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""Positions with this label count in no loss, as in torch and transformers."""
+
+# Keeps a sum of scores that all underflowed from dividing by zero, as transformers does.
+_TINY = 1e-20
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` [vocab, hidden] for int64 `tokens` [...]: [..., hidden]."""
+    return torch_f.embedding(tokens, weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W^T` for x [..., in] and weight [out, in]: [..., out]. No linear here has a bias."""
+    return torch_f.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`w x / sqrt(mean(x^2) + eps)` over the last dimension, weighted before the cast back."""
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (weight * (wide * scale)).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """`x sigmoid(x)`, elementwise."""
+    return torch_f.silu(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """`1 / (1 + exp(-x))`, elementwise: the affinity of a token to an expert, eq. 15."""
+    return torch.sigmoid(_wide(x)).to(x.dtype)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
+    return torch.softmax(_wide(x), dim=-1).to(x.dtype)
+
+
+def rope_table(
+    position: Tensor,
+    *,
+    dim: int,
+    theta: float,
+    factor: float = 1.0,
+    original: int = 4096,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    amplitude: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that `rotate` needs, each float32 [..., dim / 2].
+
+    `position` [...] counts tokens from 0. `factor` is YaRN's (arXiv 2309.00071, by parts);
+    1 means plain RoPE. `original` is the length, in tokens, the model was first trained at;
+    `beta_fast` and `beta_slow` are the rotations within it above which a frequency stays and
+    below which it is divided by `factor`. `amplitude` is YaRN's mscale / mscale_all_dim.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim
+    frequency = 1.0 / theta**exponent
+    if factor != 1.0:
+        low = max(math.floor(_rotating_dim(beta_fast, dim, theta, original)), 0)
+        high = min(math.ceil(_rotating_dim(beta_slow, dim, theta, original)), dim - 1)
+        index = torch.arange(dim // 2, dtype=torch.float32, device=position.device)
+        ramp = ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
+        frequency = frequency * (1 - ramp) + frequency / factor * ramp
+    angle = position.to(torch.float32).unsqueeze(-1) * frequency
+    return angle.cos() * amplitude, angle.sin() * amplitude
+
+
+def _rotating_dim(rotations: float, dim: int, theta: float, original: int) -> float:
+    """The (fractional) pair that turns `rotations` times within `original` tokens."""
+    return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of x [batch, seq, dim] or [batch, seq, heads, dim].
+
+    Adjacent elements (2i, 2i + 1) form a pair, as in the published weights and the reference
+    code, and stay where they are. Computed in float32, cast back.
+    """
+    cos, sin = table if x.dim() == table[0].dim() else (t.unsqueeze(-2) for t in table)
+    even, odd = _wide(x[..., 0::2]), _wide(x[..., 1::2])
+    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention, eq. 10: [batch, query, heads, v_dim].
+
+    q [batch, query, heads, dim], k [batch, key, kv_heads, dim], v [batch, key, kv_heads, v_dim].
+    The last query sees every key, so a longer `k` continues a cached sequence. With fewer
+    kv_heads than heads, each serves heads / kv_heads neighbours. `scale` multiplies `q . k`.
+    Raises ValueError when there are more queries than keys.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    if queries > keys:
+        raise ValueError(f"attention got {queries} queries but only {keys} keys")
+    # Torch's fast kernels want one width for q, k and v; a zero adds nothing to a product.
+    width, v_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    q, k, v = (torch_f.pad(t, (0, width - t.shape[-1])).transpose(1, 2) for t in (q, k, v))
+    mask = None
+    if 1 < queries < keys:
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+        mask = ones.tril(keys - queries)
+    out = torch_f.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=1 < queries == keys,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2)[..., :v_width]
+
+
+def topk_groups(
+    score: Tensor,
+    bias: Tensor | None,
+    *,
+    n_group: int,
+    topk_group: int,
+    k: int,
+    group_score: Literal["top2_sum", "max"],
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Node-limited routing, eq. 12-16: int64 expert indices and their weights, each [..., k].
+
+    score [..., experts], bias [experts] or None. The biased score only selects: the best
+    `topk_group` of `n_group` runs of neighbouring experts, by the sum of their two best experts
+    or by the best one, and then the `k` best experts in those. Experts of other groups count as
+    -inf, so a negative bias cannot let them back in. Weights are the unbiased scores of the
+    chosen, divided by their sum if `normalize`, times `scale`; they keep the dtype of `score`
+    and its gradient. Of equal scores the lowest index wins. Best comes first.
+
+    Raises ValueError when `k` experts do not fit into the groups.
+    """
+    experts = score.shape[-1]
+    if experts % n_group or k > experts // n_group * topk_group:
+        raise ValueError(f"{k} of {experts} experts do not fit in {topk_group} of {n_group} groups")
+    choice = score if bias is None else score + bias
+    if topk_group < n_group:
+        grouped = choice.unflatten(-1, (n_group, -1))
+        best = min(2, grouped.shape[-1]) if group_score == "top2_sum" else 1
+        group = _best(grouped.topk(best, dim=-1).values.sum(-1), topk_group)
+        dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, group, False)
+        choice = grouped.masked_fill(dropped.unsqueeze(-1), -math.inf).flatten(-2)
+    index = _best(choice, k)
+    weight = score.gather(-1, index)
+    if normalize:
+        weight = weight / (weight.sum(-1, keepdim=True) + _TINY)
+    return index, weight * scale
+
+
+def _best(score: Tensor, k: int) -> Tensor:
+    """Indices [..., k] of the largest, best first; of equals the lowest index.
+
+    torch.topk leaves the order of equals open; argmax does not, and is as fast for such small k.
+    """
+    left, chosen = score.detach().clone(), []
+    for _ in range(k):
+        chosen.append(left.argmax(-1, keepdim=True))
+        left.scatter_(-1, chosen[-1], -math.inf)
+    return torch.cat(chosen, -1)
+
+
+def sequence_balance_loss(score: Tensor, k: int) -> Tensor:
+    """Sequence-wise balance loss without its factor alpha, eq. 17-20: a scalar, 1 when balanced.
+
+    score [batch, seq, experts] are affinities as the gate gives them. Experts are counted by the
+    `k` best raw scores, without bias or group limit, as the equations are printed. The mean over
+    the sequences of the batch.
+    """
+    experts = score.shape[-1]
+    chosen = torch.zeros_like(score).scatter(-1, _best(score, k), 1.0)
+    frequency = chosen.mean(-2) * (experts / k)
+    probability = (score / (score.sum(-1, keepdim=True) + _TINY)).mean(-2)
+    return (frequency * probability).sum(-1).mean()
+
+
+def expert_load(index: Tensor, n: int) -> Tensor:
+    """How many tokens chose each of `n` experts: int64 [n], for indices of any shape."""
+    chosen = index.flatten()
+    return torch.zeros(n, dtype=torch.int64, device=index.device).scatter_add(
+        0, chosen, torch.ones_like(chosen)
+    )
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the negative log likelihood over labels [...] that are not -100: a float32 scalar.
+
+    logits [..., vocab]. A sum, because each caller knows what to divide by: eq. 24 divides the
+    loss of an MTP depth by the length of the whole sequence.
+    """
+    return torch_f.cross_entropy(
+        _wide(logits).flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+    )
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """How many labels are not -100: an int64 scalar."""
+    return (labels != IGNORED_LABEL).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32; float64 stays, so that gradients can be checked in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

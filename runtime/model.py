@@ -1,0 +1,153 @@
+"""The base of every generated model: how it comes to be, and what it can do besides computing."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .cache import Cache
+from .config import Config
+from .generate import generate
+from .weights import initialize
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtype of the weights by `config.precision.policy`."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `forward` gives: scores of each position's next token, and of those after it."""
+
+    logits: Tensor
+    """[batch, seq, vocab]"""
+    mtp_logits: tuple[Tensor, ...] = ()
+    """One for each MTP depth k: [batch, seq - k, vocab], position i predicting token i + k + 1."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What `loss` gives; every loss is a scalar, in nats a token."""
+
+    total: Tensor
+    """What training minimises: main + weighted MTP + weighted balance."""
+    main: Tensor
+    mtp: tuple[Tensor, ...]
+    """Of each depth, before its weight."""
+    balance: Tensor
+    """Sum over the MoE layers, with its factor alpha."""
+    load: Tensor | None
+    """int64 [MoE layers, experts]: tokens that chose each expert; None without MoE layers."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """A language model with weights, a loss and a decoder; generated code says how it computes.
+
+    `device="meta"` makes no weights at all: shapes are known, `load` fills them in. `dtype`
+    defaults to the precision policy of the spec. Weights follow from `seed` and their published
+    names alone.
+    """
+
+    config: ClassVar[Config]
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Copy -> original: published tensors that checkpoints hold a second time."""
+    hf_config: ClassVar[Mapping[str, Any]] = {}
+    """What `save` writes to config.json."""
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.build()
+        self.to(dtype=dtype or DTYPES[self.config.precision.policy])
+        self.register_state_dict_post_hook(_add_copies)
+        self.register_load_state_dict_pre_hook(_take_copies)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            initialize(self, seed)
+
+    @abstractmethod
+    def build(self) -> None:
+        """Adds the submodules; their weights are on the meta device."""
+
+    @abstractmethod
+    def loss(
+        self, tokens: Tensor, labels: Tensor, position: Tensor | None = None, tokens_seen: int = 0
+    ) -> Loss:
+        """The loss of int64 tokens [batch, seq]; labels[:, i] is the token after tokens[:, i].
+
+        Labels of -100 count nowhere. `position` [batch, seq] defaults to 0, 1, 2, ...;
+        `tokens_seen` is what schedules by tokens go by.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Scores of the next token, [batch, vocab], after tokens [batch, new] at `position`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, those aside that always have their own."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def load(self, folder: str | Path) -> checkpoint.LoadReport:
+        """Reads all weights from a folder of safetensors; see `checkpoint.load`."""
+        return checkpoint.load(self, folder)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes safetensors and config.json, as transformers reads them; see `checkpoint.save`."""
+        checkpoint.save(self, folder)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Literal["config"] | None = "config",
+    ) -> Tensor:
+        """Continues tokens [batch, seq]; see `generate.generate`."""
+        return generate(self, tokens, max_new_tokens, temperature, top_p, seed, eos_token_id)
+
+
+def _add_copies(
+    model: LanguageModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """After `state_dict()`: a copy is the same tensor under another name."""
+    for copy, original in model.aliases.items():
+        state[prefix + copy] = state[prefix + original]
+
+
+def _take_copies(
+    model: LanguageModel,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before `load_state_dict()`: takes the copies out, which may be absent but not differ."""
+    for copy, original in model.aliases.items():
+        value = state.pop(prefix + copy, None)
+        kept = state.get(prefix + original)
+        if value is not None and kept is not None and not _same(value, kept):
+            errors.append(f"{prefix}{copy} differs from {prefix}{original}, whose copy it is.")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b)))

@@ -1,0 +1,159 @@
+"""The tensors of a folder of safetensors files: what the headers say, and their values."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+FP8 = "F8_E4M3"
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, FP8: 8}
+"""The element types that weights may be stored in, by their safetensors names."""
+PICKLES = {".bin", ".pt", ".pth"}
+BLOCK = 128
+"""Rows and columns of an FP8 weight that share a scale."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and with which tensor or file; equal texts are told together."""
+
+    text: str
+    name: str
+
+
+class LoadError(Exception):
+    """A folder that cannot be loaded. `problems` holds every one; the message tells them in few
+    lines, names that differ only in numbers as one."""
+
+    def __init__(self, folder: Path, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        by_text: dict[str, list[str]] = {}
+        for problem in self.problems:
+            by_text.setdefault(problem.text, []).append(problem.name)
+        lines = [f"{text}: {line}" for text, names in by_text.items() for line in _gather(names)]
+        super().__init__("\n  ".join([f"cannot load {folder}; nothing was changed", *lines]))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a header describes it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * BITS.get(self.dtype, 0) // 8
+
+
+class Shards(ExitStack):
+    """The files of a folder, kept open; `entries` by tensor name, `problems` found on the way.
+
+    Only headers are read at first. `values` reads one tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.problems: list[Problem] = []
+        self.entries: dict[str, Entry] = {}
+        self._handles: dict[Path, Any] = {}
+        placed = self._read_index()
+        for file in self._files(placed):
+            self._read_header(file)
+        for name, file_name in placed.items():
+            entry = self.entries.get(name)
+            opened = folder / file_name in self._handles
+            if opened and (entry is None or entry.file.name != file_name):
+                self._add(f"the index says it is in {file_name}, but it is not", name)
+
+    def values(self, entry: Entry) -> Tensor:
+        """The tensor as stored, on the CPU."""
+        value: Tensor = self._handles[entry.file].get_tensor(entry.name)
+        return value
+
+    def _add(self, text: str, name: str) -> None:
+        self.problems.append(Problem(text, name))
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor -> file name as the index has it; empty without an index or with a broken one."""
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
+        try:
+            placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): str(file) for name, file in placed.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self._add(f"the index is not readable ({type(error).__name__}: {error})", INDEX)
+            return {}
+
+    def _files(self, placed: dict[str, str]) -> list[Path]:
+        if not self.folder.is_dir():
+            self._add("no such folder", str(self.folder))
+            return []
+        files = {path.name for path in self.folder.glob("*.safetensors")}
+        if not files and not placed:
+            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
+            for name in pickles:
+                self._add("a pickle can run code and is not read; convert to safetensors", name)
+            if not pickles:
+                self._add("the folder holds no *.safetensors file", str(self.folder))
+        listed = set(placed.values())
+        for name in sorted(listed - files):
+            self._add("the index names a file that is not there", name)
+        for name in sorted(files - listed if placed else ()):
+            self._add("not named by the index; move the file away, or the index", name)
+        return [self.folder / name for name in sorted(files)]
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            handle: Any = self.enter_context(safe_open(file, framework="pt"))
+            parts = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            self._add(f"damaged, cut off, or no safetensors file ({error})", file.name)
+            return
+        self._handles[file] = handle
+        for name, part in parts:
+            if name in self.entries:
+                self._add(f"in two files, {self.entries[name].file.name} and {file.name}", name)
+            self.entries[name] = Entry(name, file, tuple(part.get_shape()), part.get_dtype())
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """An FP8 weight [out, in] times the scale of its 128 x 128 block, in float32.
+
+    scale [ceil(out / 128), ceil(in / 128)] is what checkpoints call `weight_scale_inv`; it is
+    the multiplier all the same. The last block of a row or column may be smaller.
+    """
+    rows, columns = weight.shape
+    spread = scale.float().repeat_interleave(BLOCK, 0)[:rows]
+    return weight.float() * spread.repeat_interleave(BLOCK, 1)[:, :columns]
+
+
+def _gather(names: list[str]) -> list[str]:
+    """Names that differ only in numbers as one: `layers.{3..60}.gate.weight (58)`."""
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in names:
+        # Names come from files: no control characters onto the terminal.
+        safe = name if name.isprintable() else ascii(name)
+        words = re.split(r"([0-9]{1,18})", safe)
+        alike.setdefault(tuple(words[::2]), []).append(words[1::2])
+    lines = []
+    for texts, found in alike.items():
+        columns = [sorted(set(column), key=int) for column in zip(*found, strict=True)]
+        numbers = [c[0] if len(c) == 1 else f"{{{c[0]}..{c[-1]}}}" for c in columns]
+        line = "".join(t + n for t, n in zip(texts, [*numbers, ""], strict=True))
+        lines.append(line if len(found) == 1 else f"{line} ({len(found)})")
+    return lines

@@ -1,0 +1,233 @@
+"""How a module declares its weights, stores them, and names them to the world.
+
+A weight has two names. *Stored*: where it lies in this module, for example
+`model.layers.3.mlp.experts.gate_proj.weight` [256, 2048, 7168], all experts in one tensor.
+*Published*: what checkpoints and `state_dict()` call it, `...mlp.experts.17.gate_proj.weight`
+[2048, 7168]. `published` is the one place that maps one to the other; initialisation, loading
+and saving go through it, and `state_dict` follows it by the two hooks of `Stack`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """One stored tensor: its shape, and N(value, std^2) as its first values."""
+
+    shape: tuple[int, ...]
+    value: float
+    std: float
+    dtype: torch.dtype | None
+    """None: the dtype of the model. Any other is kept, also by `model.to(...)`."""
+    buffer: bool
+    """A buffer is saved like a parameter, but no gradient reaches it."""
+
+
+def normal(
+    *shape: int, std: float, dtype: torch.dtype | None = None, buffer: bool = False
+) -> Declaration:
+    """A tensor that starts as N(0, std^2)."""
+    return Declaration(shape, 0.0, std, dtype, buffer)
+
+
+def ones(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
+    """A tensor that starts as ones, as the weights of norms do."""
+    return Declaration(shape, 1.0, 0.0, dtype, buffer)
+
+
+def zeros(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
+    """A tensor that starts as zeros, as the bias of a gate does."""
+    return Declaration(shape, 0.0, 0.0, dtype, buffer)
+
+
+class Tensors(nn.Module):
+    """A named group of weights and of further groups: `Tensors(weight=normal(8, 4, std=0.02))`.
+
+    Tensors are made on the meta device: the model decides on dtype and device once it is whole.
+    """
+
+    def __init__(self, **members: Declaration | nn.Module) -> None:
+        super().__init__()
+        self.declarations = {n: m for n, m in members.items() if isinstance(m, Declaration)}
+        for name, member in members.items():
+            if isinstance(member, nn.Module):
+                self.add_module(name, member)
+                continue
+            tensor = torch.empty(member.shape, dtype=member.dtype, device="meta")
+            if member.buffer:
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
+
+    if TYPE_CHECKING:  # members are known by name only; nn.Module would have them Tensor | Module
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tensors:
+        """What `to`, `bfloat16`, `to_empty` and the like do; a declared dtype survives them."""
+        fixed = {
+            name: getattr(self, name).detach()
+            for name, declared in self.declarations.items()
+            if declared.dtype is not None
+        }
+        super()._apply(fn, recurse)
+        for name, before in fixed.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != before.dtype:
+                tensor.data = before.to(tensor.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(d.shape)}" for name, d in self.declarations.items())
+
+
+class Stack(nn.Module):
+    """`count` equal groups of weights, stored as one: each tensor's first dimension counts them.
+
+    Published as if they were a list: `Stack(256, gate_proj=Tensors(weight=normal(256, ...)))`
+    reads and writes `0.gate_proj.weight` ... `255.gate_proj.weight`.
+    """
+
+    def __init__(self, count: int, **members: Tensors) -> None:
+        super().__init__()
+        self.count = count
+        for name, member in members.items():
+            self.add_module(name, member)
+        for name, tensor in _stored(self):
+            if tensor.shape[:1] != (count,):
+                shape = list(tensor.shape)
+                raise ValueError(f"a stack of {count} cannot hold {name} of shape {shape}")
+        if any(isinstance(module, Stack) for module in self.modules() if module is not self):
+            raise ValueError("a stack cannot hold another stack")
+        self.register_state_dict_post_hook(_unstack)
+        self.register_load_state_dict_pre_hook(_restack)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tensor as checkpoints know it, and where it lies."""
+
+    name: str
+    storage: Tensor
+    """The stored parameter or buffer."""
+    index: tuple[int, ...]
+    """Which part of `storage`: (i,) for the i-th part of a `Stack`, () for all of it."""
+    declaration: Declaration | None
+    """None for tensors that were put into the module by other means than `Tensors`."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """A view into the storage: writing to it changes the model."""
+        return self.storage.detach()[self.index]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of this part, if the storage has one."""
+        return None if self.storage.grad is None else self.storage.grad[self.index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.storage.shape[len(self.index) :])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+
+def published(
+    module: nn.Module, prefix: str = "", index: tuple[int, ...] = ()
+) -> Iterator[Published]:
+    """Every tensor below `module`, in order, under the name that checkpoints use.
+
+    Copies that a checkpoint holds besides (`LanguageModel.aliases`) are not among them.
+    """
+    declarations = module.declarations if isinstance(module, Tensors) else {}
+    for name, tensor in _own(module):
+        yield Published(prefix + name, tensor, index, declarations.get(name))
+    parts = range(module.count) if isinstance(module, Stack) else (None,)
+    for part in parts:
+        here, inside = (prefix, index) if part is None else (f"{prefix}{part}.", (*index, part))
+        for name, child in module.named_children():
+            yield from published(child, f"{here}{name}.", inside)
+
+
+def initialize(module: nn.Module, seed: int) -> None:
+    """Gives every declared tensor its first values.
+
+    A published tensor's values depend on `seed`, its name and its shape, and on nothing else:
+    not on the order, the device or the way it is stored. Drawn in float32 on the CPU, then cast.
+    On the meta device nothing happens.
+    """
+    for entry in published(module):
+        if entry.declaration is None or entry.storage.is_meta:
+            continue
+        if not entry.declaration.std:
+            entry.tensor.fill_(entry.declaration.value)
+            continue
+        key = f"{seed} {entry.name}".encode()
+        digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
+        values = torch.empty(entry.shape, dtype=torch.float32, device="cpu")
+        generator = torch.Generator().manual_seed(digest)
+        values.normal_(entry.declaration.value, entry.declaration.std, generator=generator)
+        entry.tensor.copy_(values)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `module` itself saves."""
+    yield from module.named_parameters(recurse=False)
+    for name, tensor in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, tensor
+
+
+def _stored(stack: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors below a stack by stored name."""
+    found = []
+    for name, child in stack.named_children():
+        found += [(f"{name}.{n}", t) for n, t in [*_own(child), *_stored(child)]]
+    return found
+
+
+def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """After `state_dict()`: gives views of each part instead of the stored tensors."""
+    parts = {name: state.pop(prefix + name) for name, _ in _stored(stack)}
+    for i in range(stack.count):
+        for name, tensor in parts.items():
+            state[f"{prefix}{i}.{name}"] = tensor[i]
+
+
+def _restack(
+    stack: Stack,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before `load_state_dict()`: puts the parts together, and reports those that do not fit."""
+    for name, stored in _stored(stack):
+        names = [f"{prefix}{i}.{name}" for i in range(stack.count)]
+        absent = [n for n in names if n not in state]
+        wrong = [n for n in names if n in state and state[n].shape != stored.shape[1:]]
+        missing += absent
+        errors += [
+            f"size mismatch for {n}: the state has {list(state[n].shape)}, "
+            f"the model {list(stored.shape[1:])}."
+            for n in wrong
+        ]
+        values = [state.pop(n) for n in names if n in state]
+        state[prefix + name] = stored.detach() if absent or wrong else torch.stack(values)

@@ -1,0 +1,21 @@
+block SoftmaxMoE(x: [batch, seq, hidden_size]) -> [batch, seq, hidden_size]:
+  """Experts chosen by a softmax gate, balanced by a loss only: DeepSeek-V2 report (arXiv 2405.04434), section 2.2."""
+  params hidden_size, n_routed_experts, num_experts_per_tok, moe_intermediate_size
+  params n_shared_experts = 0
+  params n_group = 1, topk_group = 1                           # groups of experts, and how many a token may use
+  params norm_topk_prob = false, routed_scaling_factor = 1.0
+  slots expert = SwiGLU(intermediate_size = moe_intermediate_size)
+
+  require n_routed_experts % n_group == 0, "n_routed_experts ({n_routed_experts}) cannot be cut into {n_group} equal groups", "make n_group a divisor of {n_routed_experts}"
+  require topk_group <= n_group, "topk_group ({topk_group}) is more than the {n_group} groups there are", "lower topk_group to at most {n_group}"
+  require num_experts_per_tok <= topk_group * n_routed_experts // n_group, "{num_experts_per_tok} experts cannot be chosen from {topk_group} groups of {n_routed_experts // n_group}", "lower num_experts_per_tok to at most {topk_group * n_routed_experts // n_group}, or raise topk_group"
+
+  affinity = softmax(linear(float32(x), to = n_routed_experts, name = gate))
+  route, weight = topk_groups(affinity, k = num_experts_per_tok, n_group = n_group, topk_group = topk_group, group_score = "max", normalize = norm_topk_prob, scale = routed_scaling_factor)
+  y = experts(x, route, weight, count = n_routed_experts, expert = expert, name = experts)
+  if n_shared_experts > 0:
+    y = y + SwiGLU(x, intermediate_size = n_shared_experts * moe_intermediate_size, name = shared_experts)
+
+  collect balance = sequence_balance_loss(affinity, k = num_experts_per_tok)
+  collect load = expert_load(route, count = n_routed_experts)
+  return y

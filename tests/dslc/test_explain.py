@@ -1,0 +1,38 @@
+"""Every code that dslc can print is explained, and every explanation is of such a code."""
+
+from __future__ import annotations
+
+import re
+
+from dslc.commands.explain import catalog
+from tests.dslc.conftest import ROOT, Run
+
+
+def test_the_catalog_and_the_source_name_the_same_codes() -> None:
+    used = {
+        code
+        for folder in ("dsl", "compiler", "backends", "dslc")
+        for path in (ROOT / folder).rglob("*.py")
+        for code in re.findall(r'"(E\d{3})"', path.read_text(encoding="utf-8"))
+    }
+    assert len(used) > 20
+    assert used == set(catalog())
+
+
+def test_one_code_is_explained_at_length(dslc: Run) -> None:
+    outcome = dslc("explain", "e310")
+    assert outcome.status == 0
+    title, text = catalog()["E310"]
+    assert outcome.out == f"E310: {title}\n\n{text}\n"
+    assert len(text) > 80
+
+
+def test_all_codes_are_listed_in_order(dslc: Run) -> None:
+    lines = dslc("explain").out.splitlines()
+    assert [line[:4] for line in lines] == sorted(catalog())
+    assert len(lines) == len(catalog())
+
+
+def test_an_unknown_code_is_the_users_mistake(dslc: Run) -> None:
+    outcome = dslc("explain", "E999")
+    assert outcome.status == 1 and "there is no error 'E999'" in outcome.err

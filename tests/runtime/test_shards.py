@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from runtime.shards import LoadError, Problem, Shards, dequantize
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384), (576, 130), (5, 7), (129, 1)])
+def test_dequantize_multiplies_each_block_by_its_scale(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    blocks = [-(-n // 128) for n in shape]
+    scale = torch.rand(blocks, generator=generator)
+    result = dequantize(weight, scale)
+    assert result.dtype == torch.float32
+    for i in range(0, shape[0], 31):
+        for j in range(0, shape[1], 31):
+            expected = weight[i, j].float() * scale[i // 128, j // 128]
+            assert result[i, j] == expected
+
+
+def test_names_that_differ_in_numbers_are_told_as_one() -> None:
+    names = [f"layers.{i}.experts.{j}.up.weight" for i in range(3, 61) for j in (0, 9, 10)]
+    problems = [Problem("missing", name) for name in [*names, "norm.weight"]]
+    error = LoadError(Path("here"), problems)
+    assert str(error).splitlines() == [
+        "cannot load here; nothing was changed",
+        "  missing: layers.{3..60}.experts.{0..10}.up.weight (174)",
+        "  missing: norm.weight",
+    ]
+    assert len(error.problems) == 175
+
+
+def test_names_from_files_reach_the_terminal_only_in_print() -> None:
+    names = ["a\x1b[31m\n7", "\0" + "9" * 5000]
+    message = str(LoadError(Path("here"), [Problem("missing", name) for name in names]))
+    assert len(message.splitlines()) == 3
+    assert all(line.isprintable() for line in message.splitlines())
+
+
+def write(folder: Path, **files: dict[str, Tensor]) -> None:
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def test_headers_of_all_files_are_one_table(tmp_path: Path) -> None:
+    write(tmp_path, a={"x": torch.ones(2, 3).bfloat16()}, b={"y": torch.arange(4)})
+    with Shards(tmp_path) as shards:
+        assert not shards.problems
+        entries = {e.name: (e.file.name, e.shape, e.dtype) for e in shards.entries.values()}
+        assert entries == {
+            "x": ("a.safetensors", (2, 3), "BF16"),
+            "y": ("b.safetensors", (4,), "I64"),
+        }
+        assert shards.entries["x"].bytes == 12
+        assert torch.equal(shards.values(shards.entries["y"]), torch.arange(4))
+
+
+def problems(folder: Path) -> list[tuple[str, str]]:
+    with Shards(folder) as shards:
+        return [(problem.text, problem.name) for problem in shards.problems]
+
+
+def test_a_tensor_in_two_files_is_a_problem(tmp_path: Path) -> None:
+    write(tmp_path, a={"x": torch.ones(2)}, b={"x": torch.ones(2)})
+    assert problems(tmp_path) == [("in two files, a.safetensors and b.safetensors", "x")]
+
+
+def test_the_index_must_agree_with_the_files(tmp_path: Path) -> None:
+    write(tmp_path, a={"x": torch.ones(2)}, b={"y": torch.ones(2)}, c={"z": torch.ones(2)})
+    index = tmp_path / "model.safetensors.index.json"
+    placed = '{"x": "a.safetensors", "y": "a.safetensors", "w": "b.safetensors", "v": "../d"}'
+    index.write_text(f'{{"weight_map": {placed}}}')
+    assert problems(tmp_path) == [
+        ("the index names a file that is not there", "../d"),
+        ("not named by the index; move the file away, or the index", "c.safetensors"),
+        ("the index says it is in a.safetensors, but it is not", "y"),
+        ("the index says it is in b.safetensors, but it is not", "w"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": [1]}', "[" * 100_000, "\udcff"]
+)
+def test_a_broken_index_is_a_problem(tmp_path: Path, text: str) -> None:
+    write(tmp_path, a={"x": torch.ones(2)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(text.encode(errors="surrogateescape"))
+    (problem,) = problems(tmp_path)
+    assert problem[0].startswith("the index is not readable")
+
+
+def test_folders_without_safetensors_are_explained(tmp_path: Path) -> None:
+    assert problems(tmp_path / "absent") == [("no such folder", str(tmp_path / "absent"))]
+    assert problems(tmp_path) == [("the folder holds no *.safetensors file", str(tmp_path))]
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    ((text, name),) = problems(tmp_path)
+    assert name == "pytorch_model.bin" and "pickle" in text and "convert to safetensors" in text

@@ -1,0 +1,268 @@
+"""A tiny DeepSeek-V3 as dslc would generate it, written by hand: one dense layer, one MoE layer,
+one MTP depth; YaRN, two groups, one shared expert. Tests of runtime/ run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from runtime import functional as F
+from runtime.cache import Cache
+from runtime.config import Schedule, freeze
+from runtime.model import LanguageModel, Loss, Output
+from runtime.weights import Stack, Tensors, normal, ones, zeros
+
+CONFIG = freeze(
+    {
+        "params": {"vocab_size": 96},
+        "sequence": {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1},
+        "precision": {"policy": "bf16"},
+        "train": {
+            "loss": {
+                "mtp_weight": Schedule(((1000, 0.3), (None, 0.1))),
+                "balance_alpha": 0.01,
+            }
+        },
+    }
+)
+STD = 0.1
+
+
+def linear(out: int, in_: int) -> Tensors:
+    return Tensors(weight=normal(out, in_, std=STD))
+
+
+def norm(size: int) -> Tensors:
+    return Tensors(weight=ones(size))
+
+
+class MLA(nn.Module):
+    """2 heads of 16 + 8 for queries and keys, 12 for values; ranks 24 and 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_a_proj = linear(24, 64)
+        self.q_a_layernorm = norm(24)
+        self.q_b_proj = linear(2 * 24, 24)
+        self.kv_a_proj_with_mqa = linear(32 + 8, 64)
+        self.kv_a_layernorm = norm(32)
+        self.kv_b_proj = linear(2 * (16 + 12), 32)
+        self.o_proj = linear(64, 2 * 12)
+
+    def inputs(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rope = F.rope_table(
+            position, dim=8, theta=10000.0, factor=4.0, original=64, beta_fast=32, beta_slow=1
+        )
+        c_q = F.rms_norm(F.linear(x, self.q_a_proj.weight), self.q_a_layernorm.weight, eps=1e-6)
+        q = F.linear(c_q, self.q_b_proj.weight).unflatten(-1, (2, 24))
+        q_nope, q_rope = q.split((16, 8), dim=-1)
+        kv = F.linear(x, self.kv_a_proj_with_mqa.weight)
+        c_kv, k_rope = kv.split((32, 8), dim=-1)
+        c_kv = F.rms_norm(c_kv, self.kv_a_layernorm.weight, eps=1e-6)
+        return torch.cat((q_nope, F.rotate(q_rope, rope)), -1), c_kv, F.rotate(k_rope, rope)
+
+    def outputs(self, q: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+        kv = F.linear(c_kv, self.kv_b_proj.weight).unflatten(-1, (2, 28))
+        k_nope, v = kv.split((16, 12), dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(-1, -1, 2, -1)), -1)
+        # 24^-0.5 times the square of YaRN's 0.1 ln(4) + 1
+        o = F.attention(q, k, v, scale=0.264642258)
+        return F.linear(o.flatten(-2), self.o_proj.weight)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return self.outputs(*self.inputs(x, position))
+
+    def decode(self, x: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        q, c_kv, k_rope = self.inputs(x, position)
+        c_kv, k_rope = cache.append(self, c_kv=c_kv, k_rope=k_rope)
+        return self.outputs(q, c_kv, k_rope)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_proj = linear(width, 64)
+        self.up_proj = linear(width, 64)
+        self.down_proj = linear(64, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return swiglu(x, *weights), None, None
+
+
+class DeepSeekMoE(nn.Module):
+    """8 experts in 2 groups, 2 of 1 group for each token, and one that all share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Tensors(
+            weight=normal(8, 64, std=STD),
+            e_score_correction_bias=zeros(8, dtype=torch.float32, buffer=True),
+        )
+        self.experts = Stack(
+            8,
+            gate_proj=Tensors(weight=normal(8, 40, 64, std=STD)),
+            up_proj=Tensors(weight=normal(8, 40, 64, std=STD)),
+            down_proj=Tensors(weight=normal(8, 64, 40, std=STD)),
+        )
+        self.shared_experts = SwiGLU(40)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        score = F.sigmoid(F.linear(x.float(), self.gate.weight.float()))
+        index, weight = F.topk_groups(
+            score,
+            self.gate.e_score_correction_bias,
+            n_group=2,
+            topk_group=1,
+            k=2,
+            group_score="top2_sum",
+            normalize=True,
+            scale=2.5,
+        )
+        # One unbind for all experts: indexing one by one would cost a full-size gradient each.
+        experts = zip(
+            self.experts.gate_proj.weight.unbind(),
+            self.experts.up_proj.weight.unbind(),
+            self.experts.down_proj.weight.unbind(),
+            strict=True,
+        )
+        y = self.shared_experts(x)[0]
+        for i, weights in enumerate(experts):
+            *token, slot = (index == i).nonzero(as_tuple=True)
+            out = swiglu(x[*token], *weights) * weight[*token, slot].unsqueeze(-1).to(x.dtype)
+            y = y.index_put(tuple(token), out, accumulate=True)
+        return y, F.sequence_balance_loss(score, k=2), F.expert_load(index, 8)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, mlp: SwiGLU | DeepSeekMoE) -> None:
+        super().__init__()
+        self.self_attn = MLA()
+        self.mlp = mlp
+        self.input_layernorm = norm(64)
+        self.post_attention_layernorm = norm(64)
+
+    def forward(
+        self, x: Tensor, position: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        normed = F.rms_norm(x, self.input_layernorm.weight, eps=1e-6)
+        if cache is None:
+            x = x + self.self_attn(normed, position)
+        else:
+            x = x + self.self_attn.decode(normed, position, cache)
+        y, balance, load = self.mlp(F.rms_norm(x, self.post_attention_layernorm.weight, eps=1e-6))
+        return x + y, balance, load
+
+
+class MTP(DecoderLayer):
+    def __init__(self) -> None:
+        super().__init__(DeepSeekMoE())
+        self.enorm = norm(64)
+        self.hnorm = norm(64)
+        self.eh_proj = linear(64, 128)
+        self.shared_head = Tensors(norm=norm(64))
+
+
+class Model(LanguageModel):
+    config = CONFIG
+    aliases = {  # noqa: RUF012
+        "model.layers.2.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.layers.2.shared_head.head.weight": "lm_head.weight",
+    }
+    hf_config = {  # noqa: RUF012
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "moe_intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+        },
+        "num_nextn_predict_layers": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+
+    def build(self) -> None:
+        self.model = Tensors()
+        self.model.embed_tokens = linear(96, 64)
+        layers = [DecoderLayer(SwiGLU(80)), DecoderLayer(DeepSeekMoE()), MTP()]
+        self.model.layers = nn.ModuleList(layers)
+        self.model.norm = norm(64)
+        self.lm_head = linear(96, 64)
+
+    def hidden(
+        self, tokens: Tensor, position: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x = F.embedding(tokens, self.model.embed_tokens.weight)
+        balances, loads = [], []
+        for layer in self.model.layers[:2]:
+            x, balance, load = layer(x, position, cache)
+            if balance is not None:
+                balances.append(balance)
+                loads.append(load)
+        return F.rms_norm(x, self.model.norm.weight, eps=1e-6), balances, loads
+
+    def compute(
+        self, tokens: Tensor, position: Tensor | None
+    ) -> tuple[Output, list[Tensor], list[Tensor]]:
+        if position is None:
+            position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        h, balances, loads = self.hidden(tokens, position)
+        mtp = self.model.layers[2]
+        e = F.embedding(tokens[:, 1:], self.model.embed_tokens.weight)
+        e = F.rms_norm(e, mtp.enorm.weight, eps=1e-6)
+        both = torch.cat((e, F.rms_norm(h[:, :-1], mtp.hnorm.weight, eps=1e-6)), -1)
+        x, balance, load = mtp(F.linear(both, mtp.eh_proj.weight), position[:, 1:])
+        x = F.rms_norm(x, mtp.shared_head.norm.weight, eps=1e-6)
+        logits = [F.linear(y, self.lm_head.weight) for y in (h, x)]
+        return Output(logits[0], (logits[1],)), [*balances, balance], [*loads, load]
+
+    def forward(self, tokens: Tensor, position: Tensor | None = None) -> Output:
+        return self.compute(tokens, position)[0]
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, position: Tensor | None = None, tokens_seen: int = 0
+    ) -> Loss:
+        out, balances, loads = self.compute(tokens, position)
+        train = self.config.train.loss
+        main = F.cross_entropy(out.logits, labels) / F.count_labels(labels)
+        mtp = F.cross_entropy(out.mtp_logits[0], labels[:, 1:]) / F.count_labels(labels)
+        balance = train.balance_alpha * torch.stack(balances).sum()
+        total = main + train.mtp_weight.value_at(tokens_seen) * mtp + balance
+        return Loss(total, main, (mtp,), balance, torch.stack(loads))
+
+    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        h, _, _ = self.hidden(tokens, position, cache)
+        return F.linear(h[:, -1], self.lm_head.weight)

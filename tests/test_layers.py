@@ -1,0 +1,104 @@
+"""The rules of docs/architecture.md on who may import what, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Data flows one way: a folder imports only what stands before it. `specs` is data.
+MAY_IMPORT = {
+    "dsl": {"dsl", "specs"},
+    "compiler": {"dsl", "compiler"},
+    # `runtime` is located there, to be copied into builds; importing it runs nothing (see below).
+    "backends": {"dsl", "compiler", "backends", "runtime"},
+    "dslc": {"dsl", "compiler", "backends", "specs", "dslc"},
+    "runtime": set[str](),
+    "specs": {"specs"},
+}
+# Libraries beside the standard one.
+LIBRARIES = {
+    "dsl": {"lark", "pydantic", "pydantic_core", "ruamel"},
+    "compiler": {"lark", "networkx"},
+    "backends": {"jinja2"},
+    "dslc": {"typer"},
+    "runtime": {"torch", "safetensors"},
+    "specs": set[str](),
+}
+# Building V3 must start and end before importing any of these would have.
+HEAVY = ("torch", "numpy", "networkx", "sympy", "transformers", "pandas", "scipy")
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[int, int, str]]:
+    """(line, level, module) of every import in a file, also those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, 0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.lineno, node.level, node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_the_stages_before_it(folder: str) -> None:
+    assert sources(folder), f"{folder}/ holds no Python: this test would pass on nothing"
+    allowed = MAY_IMPORT[folder] | LIBRARIES[folder] | set(sys.stdlib_module_names)
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in sources(folder)
+        for line, level, module in imports(path)
+        if level == 0 and module.split(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_runtime_imports_itself_only_relatively_and_never_leaves_its_folder() -> None:
+    """runtime/ is copied into every build under another name."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} leaves runtime/"
+        for path in sources("runtime")
+        for line, level, _ in imports(path)
+        if level > len(path.relative_to(ROOT / "runtime").parts)
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert not imports(ROOT / "runtime" / "__init__.py"), "locating the folder would load torch"
+
+
+def test_no_file_is_a_drawer_for_leftovers() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    found = [path for folder in MAY_IMPORT for path in sources(folder) if path.stem in drawers]
+    assert not found
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter holds after `statement`."""
+    program = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name.split(".")[0] for name in done.stdout.splitlines()}
+
+
+def every_module(*folders: str) -> str:
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for folder in folders
+        for path in sources(folder)
+        if path.stem != "__main__"
+    ]
+    return "import " + ", ".join(names)
+
+
+def test_no_module_of_the_compile_path_loads_a_heavy_library() -> None:
+    loaded = loaded_by(every_module("dsl", "compiler", "backends", "specs", "dslc"))
+    assert "typer" in loaded and "dslc" in loaded
+    assert not loaded & set(HEAVY)
