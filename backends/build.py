@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runtime
+from backends import VERSION
 from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
@@ -22,7 +23,6 @@ from compiler.lower.model import DTYPES
 from compiler.pipeline import Compiled, compile
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
-from backends import VERSION
 
 GENERATOR = "dslc"
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ def build(description: Description, out: Path) -> BuildResult:
     """
     started = time.perf_counter()
     compiled = compile(description)
-    numbers = summary(compiled.lowered)
+    numbers = summary(compiled.lowered, compiled.programs["decode"])
     files = package(description, compiled, numbers)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
@@ -72,15 +72,16 @@ def package(description: Description, compiled: Compiled, numbers: Summary) -> d
         texts[name] = print_program(step.program)
     for name, program in compiled.programs.items():
         texts[f"graph/{name}.graph"] = print_program(program)
-    texts["report.html"] = render_report(description, compiled, numbers, version=VERSION)
+    names = [*texts, "report.html", MANIFEST]
+    texts["report.html"] = render_report(
+        description, compiled, numbers, version=VERSION, files=names
+    )
     files = {name: text.encode() for name, text in texts.items()}
     files[MANIFEST] = manifest(description, compiled, files)
     return files
 
 
-def manifest(
-    description: Description, compiled: Compiled, files: Mapping[str, bytes]
-) -> bytes:
+def manifest(description: Description, compiled: Compiled, files: Mapping[str, bytes]) -> bytes:
     """What went in, what came out, and through which passes."""
     content = {
         "generator": GENERATOR,
@@ -131,9 +132,10 @@ def install(files: Mapping[str, bytes], out: Path) -> bool:
 
 def _cannot_write(out: Path, error: OSError) -> Diagnostic:
     return Diagnostic(
-        "E601", f"cannot write {out}: {error.strerror or error}",
+        "E601",
+        f"cannot write {out}: {error.strerror or error}",
         help="choose another folder with -o, or make room and permissions",
-    )  # fmt: skip
+    )
 
 
 def _refuse_foreign(out: Path) -> bool:
@@ -163,15 +165,18 @@ def _refuse_foreign(out: Path) -> bool:
         if name not in own and outputs.get(name) != _sha256(path.read_bytes())
     ]
     if changed:
-        raise DiagnosticError([_foreign(out, f"it holds files that were added or changed: {', '.join(changed[:5])}")])
+        raise DiagnosticError(
+            [_foreign(out, f"it holds files that were added or changed: {', '.join(changed[:5])}")]
+        )
     return True
 
 
 def _foreign(out: Path, why: str) -> Diagnostic:
     return Diagnostic(
-        "E602", f"{out} is not overwritten: {why}",
+        "E602",
+        f"{out} is not overwritten: {why}",
         help="choose another folder with -o, or move this one away",
-    )  # fmt: skip
+    )
 
 
 def _current(files: Mapping[str, bytes], out: Path) -> bool:

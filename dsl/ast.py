@@ -95,6 +95,31 @@ class Path:
 
 Expr = Number | Text | Boolean | Name | Unary | Binary | Conditional | Call | Path
 
+
+def names_in(node: Expr) -> list[str]:
+    """Names that an expression reads, in order, each once; names of functions are not among them."""
+    if isinstance(node, Name):
+        return [node.value]
+    return list(dict.fromkeys(name for part in _parts(node) for name in names_in(part)))
+
+
+def _parts(node: Expr) -> tuple[Expr, ...]:
+    """Expressions right inside another, in reading order."""
+    match node:
+        case Unary():
+            return (node.operand,)
+        case Binary():
+            return (node.left, node.right)
+        case Conditional():
+            return (node.then, node.condition, node.otherwise)
+        case Call():
+            return tuple(argument.value for argument in node.arguments)
+        case Path():
+            return tuple(item for part in node.parts for item in part if not isinstance(item, str))
+        case _:
+            return ()
+
+
 # ---- blocks -------------------------------------------------------------------------------
 
 

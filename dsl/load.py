@@ -50,6 +50,13 @@ class Description:
         """The place of `path`, such as ("architecture", "layers", 1, "repeat"), or the nearest."""
         return yaml.nearest_node(self.composed.root, path).span
 
+    def sets(self, *path: str | int) -> bool:
+        """Whether the spec, a variant or `--set` gives `path`, rather than leaving the default."""
+        node: yaml.Node | None = self.composed.root
+        for part in path:
+            node = yaml.child_of(node, part) if node is not None else None
+        return node is not None
+
     def resolved(self) -> list[Resolved]:
         """Every value of the model with its origin, in the order of the schema."""
         return [

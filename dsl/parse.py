@@ -20,9 +20,27 @@ from dsl.suggest import nearest
 from dsl.units import parse_quantity
 
 KEYWORDS = (
-    "block", "params", "slots", "require", "let", "collect", "alias", "if", "elif", "else",
-    "for", "repeat", "in", "return", "output", "and", "or", "not", "true", "false",
-)  # fmt: skip
+    "block",
+    "params",
+    "slots",
+    "require",
+    "let",
+    "collect",
+    "alias",
+    "if",
+    "elif",
+    "else",
+    "for",
+    "repeat",
+    "in",
+    "return",
+    "output",
+    "and",
+    "or",
+    "not",
+    "true",
+    "false",
+)
 
 # Deep nesting is refused before a recursive walk over the tree could exhaust Python's stack.
 MAX_NESTING = 60
@@ -93,8 +111,13 @@ def parse_blocks(source: Source) -> tuple[ast.Block, ...]:
         except DiagnosticError as error:
             problems.extend(error.diagnostics)
     if not blocks and not problems:
-        problems.error("E201", "this file holds no block", source.span(0, 0), "",
-                       help="begin with `block NAME(x: [batch, seq, hidden_size]) -> ...:`")  # fmt: skip
+        problems.error(
+            "E201",
+            "this file holds no block",
+            source.span(0, 0),
+            "",
+            help="begin with `block NAME(x: [batch, seq, hidden_size]) -> ...:`",
+        )
     problems.raise_if_any()
     return tuple(blocks)
 
@@ -111,10 +134,12 @@ def _chunks(source: Source, problems: Diagnostics) -> Iterator[tuple[int, int]]:
             word = re.compile(r"\S+").match(text, start)
             assert word is not None
             problems.error(
-                "E201", "only blocks stand at the left margin of a block file",
-                source.span(start, word.end()), "this is not `block`",
-                help="indent the line if it belongs to the block above, or write `# ` before a comment",
-            )  # fmt: skip
+                "E201",
+                "only blocks stand at the left margin of a block file",
+                source.span(start, word.end()),
+                "this is not `block`",
+                help="indent the line if it belongs to the block above, or make it a # comment",
+            )
 
 
 def _parse(source: Source, start: int, end: int, rule: str) -> Any:
@@ -142,15 +167,23 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
 
 def _syntax_error(error: LarkError, source: Source, start: int, end: int) -> Diagnostic:
     if isinstance(error, DedentError):
-        return Diagnostic("E202", f"the indentation of a line in this block fits no line above: {error}",
-                          source.span(start, start + 5), "in this block",
-                          help="indent by two spaces a level, and never by tabs")  # fmt: skip
+        return Diagnostic(
+            "E202",
+            "the indentation of a line in this block fits no line above it",
+            source.span(start, start + 5),
+            "in this block",
+            help="indent by two spaces a level, and never by tabs",
+        )
     if isinstance(error, UnexpectedCharacters):
         at = start + (error.pos_in_stream or 0)
         char = source.text[at : at + 1]
-        return Diagnostic("E203", f"the character {char!r} has no meaning here",
-                          source.span(at, at + 1), "not understood",
-                          help=_character_help(char))  # fmt: skip
+        return Diagnostic(
+            "E203",
+            f"the character {char!r} has no meaning here",
+            source.span(at, at + 1),
+            "not understood",
+            help=_character_help(char),
+        )
     if isinstance(error, UnexpectedToken):
         token = error.token
         if token.type == "$END":
@@ -159,8 +192,13 @@ def _syntax_error(error: LarkError, source: Source, start: int, end: int) -> Dia
         else:
             at = start + (token.start_pos or 0)
             span = source.span(at, at + max(1, len(str(token).split("\n")[0])))
-        return Diagnostic("E203", f"expected {_expected(error)}, found {_found(token)}", span,
-                          "here", help=_token_help(token, error))  # fmt: skip
+        return Diagnostic(
+            "E203",
+            f"expected {_expected(error)}, found {_found(token)}",
+            span,
+            "here",
+            help=_token_help(token, error),
+        )
     return Diagnostic("E203", "this is not understood", source.span(start, end))
 
 

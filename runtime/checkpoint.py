@@ -94,9 +94,8 @@ def load(model: LanguageModel, folder: str | Path) -> LoadReport:
             if copy in plan.left
         }
         plan.refuse_the_rest()
-        if not plan.problems:
-            for copy, source in copies.items():
-                plan.compare(source, sources[model.aliases[copy]])
+        for copy, source in copies.items():
+            plan.compare(source, sources[model.aliases[copy]])
         if plan.problems:
             raise LoadError(folder, plan.problems)
         if model.device.type == "meta":
@@ -126,27 +125,17 @@ class _Plan:
         self.problems = list(shards.problems)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Source | None:
-        """The source of a tensor of the model; None if there is none. Refuses what does not fit."""
+        """The source of a tensor of the model; None, and a problem, if there is none that fits."""
         entry = self.left.pop(name, None)
         if entry is None:
             self._refuse("missing", name)
             return None
         scale = self.left.pop(f"{name}_scale_inv", None) if entry.dtype == FP8 else None
-        if entry.shape != shape:
-            self._refuse(f"of shape {list(entry.shape)}, the model has {list(shape)}", name)
-        elif entry.dtype not in BITS:
-            self._refuse(f"stored as {entry.dtype}, which is no weight", name)
-        elif entry.dtype == FP8:
-            self._check_scale(entry, scale)
+        fault = _fault(entry, scale, shape)
+        if fault:
+            self._refuse(fault, name)
+            return None
         return Source(entry, scale)
-
-    def _check_scale(self, entry: Entry, scale: Entry | None) -> None:
-        blocks = tuple(-(-n // BLOCK) for n in entry.shape)
-        if len(blocks) != 2 or scale is None:
-            self._refuse("FP8 without its scales (a matrix NAME_scale_inv)", entry.name)
-        elif scale.shape != blocks or scale.dtype not in BITS or scale.dtype == FP8:
-            text = f"scales are {scale.dtype} {list(scale.shape)}, expected F32 {list(blocks)}"
-            self._refuse(f"{text} for blocks of {BLOCK} x {BLOCK}", scale.name)
 
     def compare(self, copy: Source | None, original: Source | None) -> None:
         """Refuses a copy that is not equal to its original."""
@@ -160,6 +149,25 @@ class _Plan:
 
     def _refuse(self, text: str, name: str) -> None:
         self.problems.append(Problem(text, name))
+
+
+def _fault(entry: Entry, scale: Entry | None, shape: tuple[int, ...]) -> str | None:
+    """Why an entry cannot be a weight of this shape, if so."""
+    if entry.shape != shape:
+        return f"of shape {list(entry.shape)}, the model has {list(shape)}"
+    if entry.dtype not in BITS:
+        return f"stored as {entry.dtype}, which is no weight"
+    if entry.dtype != FP8:
+        return None
+    blocks = tuple(-(-n // BLOCK) for n in shape)
+    if len(blocks) != 2 or scale is None:
+        return "FP8 without its scales (a matrix NAME_scale_inv)"
+    if scale.shape == blocks and scale.dtype in BITS and scale.dtype != FP8:
+        return None
+    return (
+        f"its scales (NAME_scale_inv) are {scale.dtype} {list(scale.shape)}, "
+        f"expected F32 {list(blocks)} for blocks of {BLOCK} x {BLOCK}"
+    )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -60,28 +60,30 @@ def rope_table(
     dim: int,
     theta: float,
     factor: float = 1.0,
-    original: int = 4096,
+    original_max_position_embeddings: int = 4096,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
-    amplitude: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines that `rotate` needs, each float32 [..., dim / 2].
 
     `position` [...] counts tokens from 0. `factor` is YaRN's (arXiv 2309.00071, by parts);
-    1 means plain RoPE. `original` is the length, in tokens, the model was first trained at;
-    `beta_fast` and `beta_slow` are the rotations within it above which a frequency stays and
-    below which it is divided by `factor`. `amplitude` is YaRN's mscale / mscale_all_dim.
+    1 means plain RoPE. `original_max_position_embeddings` is the length, in tokens, that the model
+    was first trained at; `beta_fast` and `beta_slow` are the rotations within it above which a
+    frequency stays and below which it is divided by `factor`. `attention_factor` is YaRN's
+    mscale / mscale_all_dim.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim
     frequency = 1.0 / theta**exponent
     if factor != 1.0:
+        original = original_max_position_embeddings
         low = max(math.floor(_rotating_dim(beta_fast, dim, theta, original)), 0)
         high = min(math.ceil(_rotating_dim(beta_slow, dim, theta, original)), dim - 1)
         index = torch.arange(dim // 2, dtype=torch.float32, device=position.device)
         ramp = ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
         frequency = frequency * (1 - ramp) + frequency / factor * ramp
     angle = position.to(torch.float32).unsqueeze(-1) * frequency
-    return angle.cos() * amplitude, angle.sin() * amplitude
+    return angle.cos() * attention_factor, angle.sin() * attention_factor
 
 
 def _rotating_dim(rotations: float, dim: int, theta: float, original: int) -> float:
@@ -89,13 +91,14 @@ def _rotating_dim(rotations: float, dim: int, theta: float, original: int) -> fl
     return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x [batch, seq, dim] or [batch, seq, heads, dim].
 
     Adjacent elements (2i, 2i + 1) form a pair, as in the published weights and the reference
     code, and stay where they are. Computed in float32, cast back.
     """
-    cos, sin = table if x.dim() == table[0].dim() else (t.unsqueeze(-2) for t in table)
+    if x.dim() > cos.dim():
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     even, odd = _wide(x[..., 0::2]), _wide(x[..., 1::2])
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return pairs.flatten(-2).to(x.dtype)
@@ -180,6 +183,44 @@ def _best(score: Tensor, k: int) -> Tensor:
         chosen.append(left.argmax(-1, keepdim=True))
         left.scatter_(-1, chosen[-1], -math.inf)
     return torch.cat(chosen, -1)
+
+
+Chosen = tuple[Tensor, Tensor]
+"""Tokens that one expert works on: their numbers in the flattened batch, and which of their k
+choices it was; int64 [n] each."""
+
+
+def dispatch(index: Tensor, experts: int) -> list[Chosen]:
+    """For each expert the tokens that chose it, in order; no token is dropped.
+
+    index [..., k] as `topk_groups` gives it.
+    """
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    token = torch.div(order, index.shape[-1], rounding_mode="floor")
+    choice = order % index.shape[-1]
+    return list(zip(token.split(counts), choice.split(counts), strict=True))
+
+
+def gather_tokens(x: Tensor, chosen: Chosen) -> Tensor:
+    """The chosen tokens of x [..., hidden]: [n, hidden]."""
+    return x.flatten(0, -2)[chosen[0]]
+
+
+def add_tokens(y: Tensor, chosen: Chosen, out: Tensor, weight: Tensor) -> None:
+    """Adds an expert's results `out` [n, hidden], times their weights, to y [..., hidden], eq. 12.
+
+    weight [..., k] is cast to the dtype of `out` first, as the reference does.
+    """
+    token, choice = chosen
+    factor = weight.flatten(0, -2)[token, choice].to(out.dtype)
+    y.view(-1, y.shape[-1]).index_add_(0, token, out * factor.unsqueeze(-1))
+
+
+def positions(tokens: Tensor) -> Tensor:
+    """0, 1, 2, .. for each sequence of tokens [batch, seq]."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
 
 def sequence_balance_loss(score: Tensor, k: int) -> Tensor:

@@ -41,9 +41,10 @@ class Loss:
     mtp: tuple[Tensor, ...]
     """Of each depth, before its weight."""
     balance: Tensor
-    """Sum over the MoE layers, with its factor alpha."""
-    load: Tensor | None
-    """int64 [MoE layers, experts]: tokens that chose each expert; None without MoE layers."""
+    """Sum over the MoE layers, before its weight: the number of layers at perfect balance."""
+    load: tuple[Tensor, ...] = ()
+    """int64 [layers, experts] of each group of MoE layers, [experts] of each MTP module: how many
+    tokens chose each expert."""
 
 
 class LanguageModel(nn.Module, ABC):
@@ -67,8 +68,12 @@ class LanguageModel(nn.Module, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        policy = self.config.precision.policy
+        if policy == "fp32" and dtype in (torch.bfloat16, torch.float16):
+            # Its gate would silently be computed in less than float32.
+            raise ValueError(f"this model was built for fp32, not for {dtype}: build it with bf16")
         self.build()
-        self.to(dtype=dtype or DTYPES[self.config.precision.policy])
+        self.to(dtype=dtype or DTYPES[policy])
         self.register_state_dict_post_hook(_add_copies)
         self.register_load_state_dict_pre_hook(_take_copies)
         if torch.device(device).type != "meta":

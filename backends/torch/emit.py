@@ -261,7 +261,9 @@ def _sum(e: Emitter, op: Op) -> None:
 def _cache_append(e: Emitter, op: Op) -> None:
     names = op.attrs["entries"]
     assert isinstance(names, tuple)
-    entries = [f"{identifier(str(n))}={e.names[v]}" for n, v in zip(names, op.operands, strict=True)]
+    entries = [
+        f"{identifier(str(n))}={e.names[v]}" for n, v in zip(names, op.operands, strict=True)
+    ]
     targets = [e.names.give(v, op) for v in op.results]
     left = ", ".join(targets) + ("," if len(targets) == 1 else "")
     e.line(f"{left} = cache.append(self, {', '.join(entries)})")
@@ -314,10 +316,10 @@ def _repeat(e: Emitter, op: Op) -> None:
     for name, value in zip(lists, yielded[carried:], strict=True):
         e.line(f"{name}.append({value})")
     e.indent -= 1
-    for value, name in zip(op.results, names, strict=False):
-        e.names.share(value, name)
-    for value, name in zip(op.results[carried:], lists, strict=True):
-        e.line(f"{e.names.give(value, op)} = torch.stack({name})")
+    for result, name in zip(op.results, names, strict=False):
+        e.names.share(result, name)
+    for result, name in zip(op.results[carried:], lists, strict=True):
+        e.line(f"{e.names.give(result, op)} = torch.stack({name})")
 
 
 EMIT: dict[str, Emit] = {

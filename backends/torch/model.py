@@ -56,9 +56,11 @@ class Root:
 def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: str) -> str:
     """Text of `model.py`."""
     emit = _Emission(compiled, dtype)
-    blocks = [emit.block(g) for g in compiled.lowered.graphs.values() if g is not compiled.lowered.main]
+    blocks = [
+        emit.block(g) for g in compiled.lowered.graphs.values() if g is not compiled.lowered.main
+    ]
     root = emit.root()
-    made = "\n".join(line for b in [*blocks, root] for line in b.declarations)
+    made = "\n".join([*root.declarations, *(line for b in blocks for line in b.declarations)])
     helpers = ["Stack", "Tensors", "normal", "ones", "zeros"]
     imports = [name for name in helpers if f"{name}(" in made]
     return render(
@@ -126,12 +128,16 @@ class _Emission:
             arguments.append("cache: Cache")
         lines = emitter.body()
         results = emitter.results()
-        returns = "Tensor" if len(results) == 1 else f"tuple[{', '.join(['Tensor'] * len(results))}]"
+        returns = (
+            "Tensor" if len(results) == 1 else f"tuple[{', '.join(['Tensor'] * len(results))}]"
+        )
         return Method(program, arguments, returns, [*lines, f"return {', '.join(results)}"])
 
     def root(self) -> Root:
         lowered = self.compiled.lowered
-        aliases = tuple((f"{c!r}: ".replace("'", '"'), f'"{o}"') for c, o in lowered.aliases.items())
+        aliases = tuple(
+            (f"{c!r}: ".replace("'", '"'), f'"{o}"') for c, o in lowered.aliases.items()
+        )
         return Root(
             about=docstring(lowered.main.about),
             aliases=lay_out("", Call("{", aliases, "}")),

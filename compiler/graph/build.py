@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from compiler.graph.core import Attr, Graph, Op, Region, Value
@@ -30,9 +31,7 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
     regions = tuple(
         (tuple(v.type for v in r.args), tuple(v.type for v in r.yielded)) for r in op.regions
     )
-    return Site(
-        tuple(v.type for v in op.operands), tuple(weights), op.attrs, regions, callee
-    )
+    return Site(tuple(v.type for v in op.operands), tuple(weights), op.attrs, regions, callee)
 
 
 def infer(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> tuple[Type, ...]:
@@ -52,7 +51,10 @@ class Builder:
         self.names |= {v.name for op in graph.walk() for r in op.regions for v in r.args}
 
     def unique(self, base: str) -> str:
-        """`base`, or `base_2`, `base_3`, .. where it is taken."""
+        """`base`, or `base_2`, `base_3`, .. where it is taken; always an identifier."""
+        # Wishes come from names of weights, which hold numbers and `*`.
+        base = re.sub("_?[^A-Za-z0-9_]+_?", "_", base)
+        base = f"_{base}" if not base or base[0].isdigit() else base
         name, n = base, 1
         while name in self.names:
             n += 1

@@ -41,7 +41,7 @@ class Region:
 
 @dataclass(eq=False, slots=True)
 class Op:
-    """One operator. `symbols` name weights or caches of the graph; `spans` say where it came from."""
+    """One operator. `symbols` name weights of the graph; `spans` say where it came from."""
 
     kind: str
     operands: list[Value] = field(default_factory=list)

@@ -29,7 +29,7 @@ INDENT = "  "
 WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*([.*+][A-Za-z0-9_*]+)*")
 RESERVED: dict[str, Attr] = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
 # What a weight may say besides its type, and what it is when nothing is said.
-WEIGHT: dict[str, Attr] = {f.name: f.default for f in fields(Weight) if f.name != "type"}
+WEIGHT: dict[str, Any] = {f.name: f.default for f in fields(Weight) if f.name != "type"}
 
 # ---- printing ---------------------------------------------------------------------------------
 
@@ -58,8 +58,7 @@ def graph_lines(graph: Graph, locs: bool = False) -> Iterator[tuple[Op | None, s
     place = _places([graph.span] if locs and graph.span else [])
     yield None, f"graph @{graph.name}({_arguments(graph.args)}) -> ({', '.join(results)}){place} {{"
     for name, weight in graph.weights.items():
-        told = {k: getattr(weight, k) for k, v in WEIGHT.items() if getattr(weight, k) != v}
-        yield None, f"{INDENT}weight @{name} : {weight.type}{_attributes(told)}"
+        yield None, f"{INDENT}weight {print_weight(name, weight)}"
     for name, remembered in graph.caches.items():
         yield None, f"{INDENT}cache @{name} : {remembered.type}"
     yield from _op_lines(graph.ops, INDENT, locs)
@@ -71,6 +70,12 @@ def print_op(op: Op) -> str:
     results = f"{', '.join(map(str, op.results))} = " if op.results else ""
     operands = [*map(str, op.operands), *(f"@{s}" for s in op.symbols)]
     return f"{results}{op.kind}({', '.join(operands)})"
+
+
+def print_weight(name: str, weight: Weight) -> str:
+    """A weight with what is not as usual of it."""
+    told = {k: getattr(weight, k) for k, v in WEIGHT.items() if getattr(weight, k) != v}
+    return f"@{name} : {weight.type}{_attributes(told)}"
 
 
 def _op_lines(ops: Sequence[Op], indent: str, locs: bool) -> Iterator[tuple[Op | None, str]]:
@@ -313,7 +318,7 @@ class _Reader:
         value = scope.get(token[1:])
         if value is None:
             near = nearest(token[1:], scope)
-            help = f"did you mean %{near}?" if near else "define it above, here or around this region"
+            help = f"did you mean %{near}?" if near else "define it above"
             self._problem("E502", f"{token} is not defined here", token, help)
             return Value(token[1:], Type("f32"))
         return value

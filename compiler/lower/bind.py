@@ -117,24 +117,34 @@ class Binder:
         """`SwiGLU` or `SwiGLU(intermediate_size = ..)` in a block file."""
         name = node.function if isinstance(node, ast.Call) else node
         if not isinstance(name, ast.Name):
-            self.problems.error("E210", "this is no block", node.span, "expected the name of a block")
+            self.problems.error(
+                "E210", "this is no block", node.span, "expected the name of a block"
+            )
             return None
         block = self.blocks.get(name.value)
         if block is None:
             near = nearest(name.value, self.blocks)
             self.problems.error(
-                "E211", f"there is no block {name.value}", name.span, "not found",
-                help=f"did you mean {near}?" if near else "name its file under `blocks:` in the spec",
-            )  # fmt: skip
+                "E211",
+                f"there is no block {name.value}",
+                name.span,
+                "not found",
+                help=f"did you mean {near}?"
+                if near
+                else "name its file under `blocks:` in the spec",
+            )
             return None
         arguments: dict[str, Const] = {}
         numbers = {n: c.value for n, c in values.items()}
         for argument in node.arguments if isinstance(node, ast.Call) else ():
             if argument.name is None:
                 self.problems.error(
-                    "E212", f"parameters of {name.value} are given by name", argument.span,
-                    "whose value is this?", help="write `parameter = value`",
-                )  # fmt: skip
+                    "E212",
+                    f"parameters of {name.value} are given by name",
+                    argument.span,
+                    "whose value is this?",
+                    help="write `parameter = value`",
+                )
                 continue
             try:
                 value = evaluate(argument.value, numbers)
@@ -168,10 +178,17 @@ class Binder:
         known = {p.name.value for p in block.params}
         near = nearest(name, [p for p in self.params if p not in known])
         self.problems.error(
-            "E401", f"{block.name.value} needs {name}, and nothing sets it", use, f"used here without {name}",
-            related=[Label(self.params[near].span, f"is this {name}?")] if near else [Label(param.span, "asked for here")],
-            help=f"rename {near} to {name}" if near else f"add `{name}: ..` under `params:`, or write {block.name.value}({name}=..)",
-        )  # fmt: skip
+            "E401",
+            f"{block.name.value} needs {name}, and nothing sets it",
+            use,
+            f"used here without {name}",
+            related=[Label(self.params[near].span, f"is this {name}?")]
+            if near
+            else [Label(param.span, "asked for here")],
+            help=f"rename {near} to {name}"
+            if near
+            else f"add `{name}: ..` under `params:`, or write {block.name.value}({name}=..)",
+        )
         return None
 
     def _refuse_unknown(self, block: ast.Block, given: Mapping[str, Const]) -> None:
@@ -180,30 +197,43 @@ class Binder:
             if name not in known:
                 near = nearest(name, known)
                 self.problems.error(
-                    "E402", f"{block.name.value} has no parameter {name}", const.span, "not known there",
-                    help=f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}",
-                )  # fmt: skip
+                    "E402",
+                    f"{block.name.value} has no parameter {name}",
+                    const.span,
+                    "not known there",
+                    help=f"did you mean {near}?"
+                    if near
+                    else f"it has {', '.join(known) or 'none'}",
+                )
 
     def _missing_slot(self, block: ast.Block, slot: ast.Slot, use: Span) -> None:
         self.problems.error(
-            "E403", f"{block.name.value} needs a block for {slot.name.value}", use, "used here",
+            "E403",
+            f"{block.name.value} needs a block for {slot.name.value}",
+            use,
+            "used here",
             related=[Label(slot.span, "asked for here")],
             help=f"add `{slot.name.value}: BLOCK`",
-        )  # fmt: skip
+        )
 
     def _unknown_slot(self, block: ast.Block, name: str, span: Span) -> None:
         known = [s.name.value for s in block.slots]
         near = nearest(name, known)
         self.problems.error(
-            "E404", f"{block.name.value} has no place for a block {name}", span, "not known there",
+            "E404",
+            f"{block.name.value} has no place for a block {name}",
+            span,
+            "not known there",
             help=f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}",
-        )  # fmt: skip
+        )
 
     def _requirements_hold(self, bound: Bound, use: Span) -> bool:
         """Checks the block's own `require` lines that need nothing but its parameters."""
         holds = True
         for statement in bound.block.body:
-            if isinstance(statement, ast.Require):
+            if isinstance(statement, ast.Require) and (
+                set(ast.names_in(statement.condition)) <= set(bound.params)
+            ):
                 holds = self.require(statement, bound.params, use) and holds
         return holds
 
@@ -220,7 +250,7 @@ class Binder:
         # The caret goes to what a person wrote in the spec, the block's line explains it.
         written = [
             (name, values[name].span)
-            for name in names_in(line.condition)
+            for name in ast.names_in(line.condition)
             if name in values and values[name].span.source is not line.span.source
         ]
         place = written[0][1] if written else use
@@ -240,38 +270,6 @@ def fill_in(text: ast.Text, numbers: Mapping[str, Number]) -> str:
         return str(evaluate(node, numbers))
 
     return re.sub(r"\{([^{}]*)\}", one, text.value)
-
-
-def names_in(node: ast.Expr) -> list[str]:
-    """Names that an expression reads, in order, each once."""
-    found: dict[str, None] = {}
-
-    def visit(n: ast.Expr) -> None:
-        match n:
-            case ast.Name():
-                found.setdefault(n.value)
-            case ast.Unary():
-                visit(n.operand)
-            case ast.Binary():
-                visit(n.left)
-                visit(n.right)
-            case ast.Conditional():
-                visit(n.then)
-                visit(n.condition)
-                visit(n.otherwise)
-            case ast.Call():
-                for argument in n.arguments:
-                    visit(argument.value)
-            case ast.Path():
-                for part in n.parts:
-                    for item in part:
-                        if not isinstance(item, str):
-                            visit(item)
-            case _:
-                pass
-
-    visit(node)
-    return list(found)
 
 
 def related_settings(message: str, params: Mapping[str, Const], here: Span) -> Sequence[Label]:

@@ -13,7 +13,7 @@ from compiler.ops.base import TypeMismatch, dims_attr
 
 if TYPE_CHECKING:
     from compiler.lower.bind import BlockRef
-    from compiler.lower.frame import Frame
+    from compiler.lower.calls import Calls
 
 
 class Kind(Enum):
@@ -44,7 +44,7 @@ class Given:
         return value
 
 
-Make = Callable[["Frame", Given], list[Value]]
+Make = Callable[["Calls", Given], list[Value]]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Form:
 
 
 def _simple(kind: str) -> Make:
-    def make(frame: Frame, given: Given) -> list[Value]:
+    def make(frame: Calls, given: Given) -> list[Value]:
         return frame.op(kind, given.tensors, **given.keywords)
 
     return make
 
 
-def _linear(frame: Frame, given: Given) -> list[Value]:
+def _linear(frame: Calls, given: Given) -> list[Value]:
     (x,) = given.tensors
     path: str = given.keywords["name"]
     expected = given.keywords["from"]
@@ -88,13 +88,13 @@ def _linear(frame: Frame, given: Given) -> list[Value]:
     return frame.op("linear", [x], [weight], wish=path.rsplit(".", 1)[-1])
 
 
-def _embedding(frame: Frame, given: Given) -> list[Value]:
+def _embedding(frame: Calls, given: Given) -> list[Value]:
     dims = (given.dim("rows"), given.dim("to"))
     weight = frame.weight(f"{given.keywords['name']}.weight", dims)
     return frame.op("embedding", given.tensors, [weight])
 
 
-def _rms_norm(frame: Frame, given: Given) -> list[Value]:
+def _rms_norm(frame: Calls, given: Given) -> list[Value]:
     path: str = given.keywords["name"]
     (x,) = given.tensors
     if not x.type.dims:
@@ -104,7 +104,7 @@ def _rms_norm(frame: Frame, given: Given) -> list[Value]:
     return frame.op("rms_norm", [x], [weight], wish=wish, eps=float(given.keywords["eps"]))
 
 
-def _rope_table(frame: Frame, given: Given) -> list[Value]:
+def _rope_table(frame: Calls, given: Given) -> list[Value]:
     numbers = given.keywords
     return frame.op(
         "rope_table",
@@ -119,11 +119,11 @@ def _rope_table(frame: Frame, given: Given) -> list[Value]:
     )
 
 
-def _attention(frame: Frame, given: Given) -> list[Value]:
+def _attention(frame: Calls, given: Given) -> list[Value]:
     return frame.op("attention", given.tensors, scale=float(given.keywords["scale"]))
 
 
-def _topk_groups(frame: Frame, given: Given) -> list[Value]:
+def _topk_groups(frame: Calls, given: Given) -> list[Value]:
     numbers = dict(given.keywords)
     symbols = []
     if numbers["bias"] is not None:
@@ -146,42 +146,42 @@ def _topk_groups(frame: Frame, given: Given) -> list[Value]:
     )
 
 
-def _experts(frame: Frame, given: Given) -> list[Value]:
+def _experts(frame: Calls, given: Given) -> list[Value]:
     ref: BlockRef = given.keywords["expert"]
     return frame.experts(given.tensors, given.dim("count"), ref, given.keywords["name"])
 
 
-def _expert_load(frame: Frame, given: Given) -> list[Value]:
+def _expert_load(frame: Calls, given: Given) -> list[Value]:
     return frame.op("expert_load", given.tensors, count=dims_attr(given.dim("count")))
 
 
-def _cache(frame: Frame, given: Given) -> list[Value]:
+def _cache(frame: Calls, given: Given) -> list[Value]:
     return frame.op("cache_entry", given.tensors, entries=tuple(given.tensor_names))
 
 
-def _split(frame: Frame, given: Given) -> list[Value]:
+def _split(frame: Calls, given: Given) -> list[Value]:
     return frame.op("split", given.tensors, into=dims_attr(*given.dims))
 
 
-def _concat(frame: Frame, given: Given) -> list[Value]:
+def _concat(frame: Calls, given: Given) -> list[Value]:
     return frame.op("concat", given.tensors, into=dims_attr(given.dim("into")))
 
 
 def _layout(kind: str) -> Make:
-    def make(frame: Frame, given: Given) -> list[Value]:
+    def make(frame: Calls, given: Given) -> list[Value]:
         return frame.op(kind, given.tensors, dims=dims_attr(*given.dims))
 
     return make
 
 
-def _broadcast(frame: Frame, given: Given) -> list[Value]:
+def _broadcast(frame: Calls, given: Given) -> list[Value]:
     if len(given.dims) != 1:
         raise TypeMismatch("broadcast adds one dimension")
     return frame.op("broadcast", given.tensors, dim=dims_attr(*given.dims))
 
 
 def _drop(kind: str) -> Make:
-    def make(frame: Frame, given: Given) -> list[Value]:
+    def make(frame: Calls, given: Given) -> list[Value]:
         along, count = given.keywords["along"], given.keywords["count"]
         return frame.op(kind, given.tensors, dim=along, count=count)
 
@@ -189,7 +189,7 @@ def _drop(kind: str) -> Make:
 
 
 def _cast(dtype: str | None) -> Make:
-    def make(frame: Frame, given: Given) -> list[Value]:
+    def make(frame: Calls, given: Given) -> list[Value]:
         to = dtype or frame.dtype
         (x,) = given.tensors
         return [x] if x.type.dtype == to else frame.op("cast", [x], dtype=to)
@@ -199,16 +199,24 @@ def _cast(dtype: str | None) -> Make:
 
 FORMS: dict[str, Form] = {
     "linear": Form(
-        "x W^T without a bias, weight `name`.weight [to, from]", ("x",), _linear,
-        {"to": Kind.DIM, "name": Kind.PATH}, {"from": (Kind.DIM, None)},
+        "x W^T without a bias, weight `name`.weight [to, from]",
+        ("x",),
+        _linear,
+        {"to": Kind.DIM, "name": Kind.PATH},
+        {"from": (Kind.DIM, None)},
     ),
     "embedding": Form(
-        "row `tokens` of the table `name`.weight [rows, to]", ("tokens",), _embedding,
+        "row `tokens` of the table `name`.weight [rows, to]",
+        ("tokens",),
+        _embedding,
         {"rows": Kind.DIM, "to": Kind.DIM, "name": Kind.PATH},
     ),
     "rms_norm": Form(
-        "root-mean-square norm over the last dimension, weight `name`.weight", ("x",), _rms_norm,
-        {"name": Kind.PATH}, {"eps": (Kind.NUMBER, 1e-6)},
+        "root-mean-square norm over the last dimension, weight `name`.weight",
+        ("x",),
+        _rms_norm,
+        {"name": Kind.PATH},
+        {"eps": (Kind.NUMBER, 1e-6)},
     ),
     "silu": Form("x * sigmoid(x)", ("x",), _simple("silu")),
     "sigmoid": Form("1 / (1 + exp(-x))", ("x",), _simple("sigmoid")),
@@ -217,30 +225,34 @@ FORMS: dict[str, Form] = {
     "float32": Form("x in float32", ("x",), _cast("f32")),
     "cast": Form("x in the model's element type", ("x",), _cast(None)),
     "split": Form("the last dimension cut into parts", ("x",), _split, dims=True),
-    "concat": Form(
-        "joined along the last dimension", ("x", "y"), _concat, {"into": Kind.DIM}
-    ),
+    "concat": Form("joined along the last dimension", ("x", "y"), _concat, {"into": Kind.DIM}),
     "flatten": Form("the last dimensions made one", ("x",), _layout("flatten"), dims=True),
-    "unflatten": Form(
-        "the last dimension made several", ("x",), _layout("unflatten"), dims=True
-    ),
+    "unflatten": Form("the last dimension made several", ("x",), _layout("unflatten"), dims=True),
     "broadcast": Form(
         "a new dimension before the last, with equal entries", ("x",), _broadcast, dims=True
     ),
     "drop_first": Form(
-        "without the first entries along a run-time dimension", ("x",), _drop("drop_first"),
+        "without the first entries along a run-time dimension",
+        ("x",),
+        _drop("drop_first"),
         {"along": Kind.AXIS, "count": Kind.INT},
     ),
     "drop_last": Form(
-        "without the last entries along a run-time dimension", ("x",), _drop("drop_last"),
+        "without the last entries along a run-time dimension",
+        ("x",),
+        _drop("drop_last"),
         {"along": Kind.AXIS, "count": Kind.INT},
     ),
     "rope_table": Form(
-        "cos and sin of rotary embedding, with YaRN when factor > 1", ("position",), _rope_table,
+        "cos and sin of rotary embedding, with YaRN when factor > 1",
+        ("position",),
+        _rope_table,
         {"dim": Kind.INT, "theta": Kind.NUMBER},
         {
-            "factor": (Kind.NUMBER, 1), "original_max_position_embeddings": (Kind.INT, 4096),
-            "beta_fast": (Kind.NUMBER, 32), "beta_slow": (Kind.NUMBER, 1),
+            "factor": (Kind.NUMBER, 1),
+            "original_max_position_embeddings": (Kind.INT, 4096),
+            "beta_fast": (Kind.NUMBER, 32),
+            "beta_slow": (Kind.NUMBER, 1),
             "attention_factor": (Kind.NUMBER, 1),
         },
     ),
@@ -250,27 +262,34 @@ FORMS: dict[str, Form] = {
         "causal softmax(scale q k^T) v", ("q", "k", "v"), _attention, {"scale": Kind.NUMBER}
     ),
     "topk_groups": Form(
-        "the k best experts of the best groups, and their weights", ("score",), _topk_groups,
+        "the k best experts of the best groups, and their weights",
+        ("score",),
+        _topk_groups,
         {
-            "k": Kind.DIM, "n_group": Kind.INT, "topk_group": Kind.INT, "group_score": Kind.TEXT,
-            "normalize": Kind.FLAG, "scale": Kind.NUMBER,
+            "k": Kind.DIM,
+            "n_group": Kind.INT,
+            "topk_group": Kind.INT,
+            "group_score": Kind.TEXT,
+            "normalize": Kind.FLAG,
+            "scale": Kind.NUMBER,
         },
         {"bias": (Kind.PATH, None)},
     ),
     "experts": Form(
         "each token through the experts chosen for it, weighted and summed",
-        ("x", "route", "weight"), _experts,
+        ("x", "route", "weight"),
+        _experts,
         {"count": Kind.DIM, "expert": Kind.BLOCK, "name": Kind.PATH},
     ),
     "sequence_balance_loss": Form(
-        "balance loss of each sequence, before its weight alpha", ("score",),
-        _simple("sequence_balance_loss"), {"k": Kind.INT},
+        "balance loss of each sequence, before its weight alpha",
+        ("score",),
+        _simple("sequence_balance_loss"),
+        {"k": Kind.INT},
     ),
-    "expert_load": Form(
-        "tokens for each expert", ("route",), _expert_load, {"count": Kind.DIM}
-    ),
+    "expert_load": Form("tokens for each expert", ("route",), _expert_load, {"count": Kind.DIM}),
     "cross_entropy": Form(
         "sum of -log p(label); -100 is left out", ("logits", "labels"), _simple("cross_entropy")
     ),
     "count_labels": Form("number of labels other than -100", ("labels",), _simple("count_labels")),
-}  # fmt: skip
+}

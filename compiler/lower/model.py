@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Graph, Op, Program, Value, bind_dims, substitute
 from compiler.graph.types import RUNTIME_DIMS, Dim, Type
-from compiler.lower.bind import Binder, BlockRef, Bound, Const, Group, SlotValue, names_in
+from compiler.lower.bind import Binder, BlockRef, Bound, Const, Group, SlotValue
 from compiler.lower.frame import Frame
+from compiler.lower.scope import Stop
 from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.diagnostic import Diagnostics
@@ -56,6 +58,7 @@ class Lowering:
         if bound is not None:
             graph = self._root_graph(bound)
             self.program.graphs[graph.name] = graph
+            self._refuse_silent_losses(graph)
         self._refuse_unused()
         self.problems.raise_if_any()
         self._rename()
@@ -68,9 +71,12 @@ class Lowering:
         """Records that checkpoints hold `original` a second time as `copy`."""
         if not self.is_root(graph) or original not in graph.weights:
             self.problems.error(
-                "E232", f"{original} is no weight of the outermost block", statement.original.span,
-                "not found", help="alias weights of the outermost block, after their first use",
-            )  # fmt: skip
+                "E232",
+                f"{original} is no weight of the outermost block",
+                statement.original.span,
+                "not found",
+                help="alias weights of the outermost block, after their first use",
+            )
             return
         self.program.aliases[copy] = original
 
@@ -86,7 +92,9 @@ class Lowering:
         slots: dict[str, SlotValue] = {"layers": layers}
         mtp = architecture.mtp
         if mtp.depth:
-            slots["mtp"] = (Group(self._use(mtp.block, mtp.slots, at("architecture", "mtp")), mtp.depth),)
+            slots["mtp"] = (
+                Group(self._use(mtp.block, mtp.slots, at("architecture", "mtp")), mtp.depth),
+            )
         else:
             slots["mtp"] = ()
         ref = self._use(architecture.block, {}, at("architecture", "block"))
@@ -107,9 +115,12 @@ class Lowering:
         outputs = frame.outputs
         if not outputs and not self.problems:
             self.problems.error(
-                "E233", f"{name} has no outputs", bound.block.name.span, "the outermost block",
+                "E233",
+                f"{name} has no outputs",
+                bound.block.name.span,
+                "the outermost block",
                 help="add `output logits = ..`",
-            )  # fmt: skip
+            )
         self._finish(graph, [v for _, v in outputs], [n for n, _ in outputs], bound.block.span)
         return graph
 
@@ -118,32 +129,40 @@ class Lowering:
     def graph(self, bound: Bound, operands: Sequence[Value], use: Span) -> Graph | None:
         """The graph of a block with these numbers; made once. None if it has problems."""
         leading = next(
-            (v.type.dims[:-1] for a, v in zip(bound.block.arguments, operands, strict=False)
-             if any(d.value == ".." for d in a.type.dims)), (),
-        )  # fmt: skip
+            (
+                v.type.dims[:-1]
+                for a, v in zip(bound.block.arguments, operands, strict=False)
+                if any(d.value == ".." for d in a.type.dims)
+            ),
+            (),
+        )
         key = (_key(bound), leading)
         if key in self._graphs:
             return self._graphs[key]
         self._graphs[key] = None  # a block that holds itself finds this
         if self._depth >= MAX_DEPTH:
-            self.problems.error("E234", "blocks hold one another without end", use, "once more here")
+            self.problems.error(
+                "E234", "blocks hold one another without end", use, "once more here"
+            )
             return None
         found = len(self.problems)
         self._depth += 1
         types = [self._type(a.type, bound, leading) for a in bound.block.arguments]
         graph, frame = self._start(f"{bound.block.name.value}#{len(self._bounds)}", bound, types)
-        frame.run(bound.block.body)
-        self._depth -= 1
-        if frame.outputs:
-            raise AssertionError("outputs are refused in inner blocks")
+        with self.nested(use):
+            frame.run(bound.block.body)
         if frame.returned is None:
-            if not frame.reached_return:
+            if frame.returns is None:
                 self.problems.error(
-                    "E235", f"{bound.block.name.value} returns nothing", bound.block.name.span,
-                    "no `return` is reached", help="end the block with `return ..`",
-                )  # fmt: skip
+                    "E235",
+                    f"{bound.block.name.value} returns nothing",
+                    bound.block.name.span,
+                    "no `return` is reached",
+                    help="end the block with `return ..`",
+                )
             return None
-        self._check_results(bound, frame.returned, leading)
+        assert frame.returns is not None
+        self._check_results(bound, frame.returns, frame.returned, leading)
         names = [
             r.name.value if isinstance(r, ast.Value) else bound.block.name.value.lower()
             for r in bound.block.results
@@ -156,6 +175,20 @@ class Lowering:
         self._graphs[key] = graph
         self.program.graphs[graph.name] = graph
         return graph
+
+    @contextmanager
+    def nested(self, use: Span) -> Iterator[None]:
+        """Around the equations of a block inside another. Raises `Stop` where they never end."""
+        if self._depth >= MAX_DEPTH:
+            self.problems.error(
+                "E234", "blocks hold one another without end", use, "once more here"
+            )
+            raise Stop
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def _start(self, name: str, bound: Bound, types: Sequence[Type]) -> tuple[Graph, Frame]:
         args = [Value(a.name.value, t) for a, t in zip(bound.block.arguments, types, strict=True)]
@@ -170,23 +203,33 @@ class Lowering:
         graph.result_names = tuple(names)
         graph.ops.append(Op("return", list(results), spans=(span,)))
 
-    def _check_results(self, bound: Bound, values: Sequence[Value], leading: tuple[Dim, ...]) -> None:
+    def _check_results(
+        self,
+        bound: Bound,
+        returns: ast.Return,
+        values: Sequence[Value],
+        leading: tuple[Dim, ...],
+    ) -> None:
         block = bound.block
-        returns = next(s for s in reversed(block.body) if isinstance(s, ast.Return))
         if len(values) != len(block.results):
             self.problems.error(
-                "E236", f"{block.name.value} declares {len(block.results)} results and returns {len(values)}",
-                returns.span, "here", help="let the two agree",
-            )  # fmt: skip
+                "E236",
+                f"{block.name.value} declares {len(block.results)} results, not {len(values)}",
+                returns.span,
+                "here",
+                help="let the two agree",
+            )
             return
         for declared, value, node in zip(block.results, values, returns.values, strict=True):
             annotation = declared.type if isinstance(declared, ast.Value) else declared
             type = self._type(annotation, bound, leading)
             if type != value.type:
                 self.problems.error(
-                    "E411", f"{block.name.value} declares {type}, and returns {value.type}",
-                    node.span, f"is {value.type}",
-                )  # fmt: skip
+                    "E411",
+                    f"{block.name.value} declares {type}, and returns {value.type}",
+                    node.span,
+                    f"is {value.type}",
+                )
 
     def match_arguments(self, bound: Bound, operands: Sequence[Value]) -> None:
         """Raises `TypeMismatch` where tensors do not fit what a block declares."""
@@ -213,9 +256,12 @@ class Lowering:
             else:
                 near = nearest(name.value, [*bound.params, *RUNTIME_DIMS])
                 self.problems.error(
-                    "E237", f"{name.value} is no dimension that {bound.block.name.value} knows", name.span,
-                    "not found", help=f"did you mean {near}?" if near else "declare it under `params`",
-                )  # fmt: skip
+                    "E237",
+                    f"{name.value} is no dimension that {bound.block.name.value} knows",
+                    name.span,
+                    "not found",
+                    help=f"did you mean {near}?" if near else "declare it under `params`",
+                )
                 dims.append(Dim(name.value, 1))
         return Type(node.dtype or self.dtype, tuple(dims))
 
@@ -223,13 +269,40 @@ class Lowering:
         size = const.value
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             self.problems.error(
-                "E406", f"{name.value} is {size!r}, but a dimension is a whole number of at least 1",
-                const.span, f"is {size!r}", help="give it a size of 1 or more",
-            )  # fmt: skip
+                "E406",
+                f"{name.value} is {size!r}, but a dimension is a whole number of at least 1",
+                const.span,
+                f"is {size!r}",
+                help="give it a size of 1 or more",
+            )
             return Dim(name.value, 1)
         return Dim(name.value, size)
 
     # ---- afterwards -------------------------------------------------------------------------
+
+    def _refuse_silent_losses(self, root: Graph) -> None:
+        """A loss that the model has, and whose weight nobody set, would quietly count for nothing."""
+        loss = self.description.spec.train.loss
+        place = self.description.span("train", "loss")
+        collects = any(
+            "balance" in g.result_names for g in self.program.graphs.values() if g is not root
+        )
+        if collects and not self.description.sets("train", "loss", "balance_alpha"):
+            self.problems.error(
+                "E408",
+                "the experts have a balance loss, and nothing sets its weight balance_alpha",
+                place,
+                "balance_alpha is missing here",
+                help="add `train: {loss: {balance_alpha: 1e-4}}`, or 0 to leave the loss out",
+            )
+        if "mtp" in root.result_names and not any(p.value for p in loss.mtp_weight.root):
+            self.problems.error(
+                "E409",
+                "the MTP modules are never trained: their weight mtp_weight is always 0",
+                place,
+                "mtp_weight is 0",
+                help="raise mtp_weight, or set architecture.mtp.depth to 0",
+            )
 
     def _refuse_unused(self) -> None:
         """A parameter that nothing reads is a slip that would otherwise pass in silence."""
@@ -241,9 +314,12 @@ class Lowering:
             if name not in used:
                 near = nearest(name, [w for w in wanted if w not in self.binder.params])
                 self.problems.error(
-                    "E407", f"no block of this model uses {name}", const.span, "has no effect",
+                    "E407",
+                    f"no block of this model uses {name}",
+                    const.span,
+                    "has no effect",
                     help=f"did you mean {near}?" if near else "remove it",
-                )  # fmt: skip
+                )
 
     def _read_by_spec(self) -> set[str]:
         """Parameters that other expressions of the spec read."""
@@ -255,7 +331,7 @@ class Lowering:
         spans += [v.span for use in uses for v in use.arguments.values()]
         spans = [s for s in spans if not s.text.startswith(("'", '"', "|", ">"))]
         nodes = [parse_expression(s.source, s.start, s.end) for s in spans]
-        return {name for node in nodes for name in names_in(node)}
+        return {name for node in nodes for name in ast.names_in(node)}
 
     def _rename(self) -> None:
         """Graphs are called by their block; the differing number or slot is added where it must."""
@@ -295,7 +371,9 @@ def _names(bounds: Mapping[str, Bound]) -> dict[str, str]:
     for block, graphs in by_block.items():
         facts = {g: _facts(bounds[g]) for g in graphs}
         differing = [
-            key for key in next(iter(facts.values())) if len({f.get(key) for f in facts.values()}) > 1
+            key
+            for key in next(iter(facts.values()))
+            if len({f.get(key) for f in facts.values()}) > 1
         ]
         for graph in graphs:
             parts = [block, *(facts[graph].get(key, "") for key in differing)]
@@ -314,10 +392,14 @@ def _facts(bound: Bound) -> dict[str, str]:
 
     def word(slot: SlotValue) -> str:
         if isinstance(slot, BlockRef):
-            return "_".join([slot.block.name.value, *(str(c.value) for c in slot.arguments.values())])
+            return "_".join(
+                [slot.block.name.value, *(str(c.value) for c in slot.arguments.values())]
+            )
         return "_".join(word(g.ref) for g in slot)
 
     slots = {name: word(slot) for name, slot in bound.slots.items()}
     return {**slots, **{name: str(const.value) for name, const in bound.params.items()}}
 
 
+def _values(ref: BlockRef) -> list[object]:
+    return [const.value for const in ref.arguments.values()]

@@ -90,9 +90,10 @@ class Attention(Operator):
         heads, kv_heads = q.dims[2].size or 0, k.dims[2].size or 1
         if heads % kv_heads:
             raise TypeMismatch(
-                f"{q.dims[2].words} is not a multiple of {k.dims[2].words}", 1,
+                f"{q.dims[2].words} is not a multiple of {k.dims[2].words}",
+                1,
                 "each head of keys serves an equal number of heads of queries",
-            )  # fmt: skip
+            )
         return (q.with_last(v.last),)
 
     @classmethod

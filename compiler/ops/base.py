@@ -72,9 +72,10 @@ def same_shape(kind: str, a: Type, b: Type) -> None:
             raise TypeMismatch(f"{kind} needs equal shapes: {x.words} does not meet {y.words}", 1)
     if a.dtype != b.dtype:
         raise TypeMismatch(
-            f"{kind} needs equal element types: {a.dtype} does not meet {b.dtype}", 1,
-            f"convert one of them, as in `{'float32' if 'f32' in (a.dtype, b.dtype) else 'cast'}(x)`",
-        )  # fmt: skip
+            f"{kind} needs equal element types: {a.dtype} does not meet {b.dtype}",
+            1,
+            "convert one of them with `float32(x)` or `cast(x)`",
+        )
 
 
 def need_float(kind: str, x: Type, operand: int = 0) -> None:

@@ -68,8 +68,14 @@ class Experts(Operator):
             raise TypeMismatch(f"experts: {route.words} does not fit the tokens {x.words}", 1)
         inside = Type(x.dtype, (Dim("token"), x.last))
         if arguments != (inside,):
-            raise TypeMismatch(f"an expert takes {inside}, this one {', '.join(map(str, arguments))}")
-        if len(yields) != 1 or len(yields[0].dims) != len(inside.dims) or yields[0].dtype != x.dtype:
+            raise TypeMismatch(
+                f"an expert takes {inside}, this one {', '.join(map(str, arguments))}"
+            )
+        if (
+            len(yields) != 1
+            or len(yields[0].dims) != len(inside.dims)
+            or yields[0].dtype != x.dtype
+        ):
             raise TypeMismatch(f"an expert gives {x.dtype}[token, ..], this one {yields}")
         return (x.with_last(yields[0].last),)
 

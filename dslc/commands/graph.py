@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,16 +77,13 @@ def only(program: Program, block: str) -> Program:
 
 
 def drawn(program: Program, format: GraphFormat) -> str:
-    """The program as text or JSON; as a picture its outermost block, which names the others."""
-    from compiler.graph import text, view
+    """The program in one of the formats, ending with one line end."""
+    from compiler.graph import svg, text, view
 
-    match format:
-        case GraphFormat.text:
-            drawing = text.print_program(program)
-        case GraphFormat.json:
-            drawing = json.dumps(view.to_json(program), indent=1, ensure_ascii=False)
-        case GraphFormat.dot:
-            drawing = view.to_dot(program.main)
-        case GraphFormat.svg:
-            drawing = view.to_svg(program.main)
-    return drawing.rstrip("\n") + "\n"
+    draw = {
+        GraphFormat.text: text.print_program,
+        GraphFormat.json: view.to_json,
+        GraphFormat.dot: view.to_dot,
+        GraphFormat.svg: svg.to_svg,
+    }[format]
+    return draw(program).rstrip("\n") + "\n"

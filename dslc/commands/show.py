@@ -22,6 +22,12 @@ Examples:
   dslc show my_model.yaml --variant small --resolved    every value and where it comes from
 """
 
+OUTLINE = (
+    "A line of the first table counts all the modules or tensors that its name and the names around"
+    " it stand for: experts.{0..255} in layers.{3..60} are 58 times 256."
+)
+# A longer cell moves those at its right, rather than the whole column.
+MAX_WIDTH = 48
 Row = tuple[str, ...]
 
 
@@ -85,13 +91,19 @@ def as_text(facts: Summary, about: str) -> str:
         table([("module", "block or shape", "parameters", "activated"), *tree(facts)], "<<>>"),
         table(shares(facts), "<>>>>"),
         table(totals(facts), "<><"),
-        ["How this is counted:", *(f"- {convention}" for convention in CONVENTIONS)],
+        ["How this is counted:", *wrapped((OUTLINE, *CONVENTIONS))],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
+def wrapped(sentences: Iterable[str]) -> list[str]:
+    from textwrap import fill
+
+    return [fill(text, 98, initial_indent="- ", subsequent_indent="  ") for text in sentences]
+
+
 def tree(facts: Summary) -> Iterator[Row]:
-    """The modules as an outline. A line counts all the equal modules that it stands for."""
+    """The modules as an outline, those of multi-token prediction behind the others."""
     yield from below(facts.model, facts.model.block, "", 1, 1)
     if facts.mtp.parameters:
         yield from below(facts.mtp, "multi-token prediction, beside the model", "", 1, 1)
@@ -155,7 +167,8 @@ def totals(facts: Summary) -> Iterator[Row]:
 def table(rows: Iterable[Row], align: str) -> list[str]:
     """Rows as lines; `align` has `<` or `>` for each column."""
     rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    widths = [max(len(cell) for cell in (*c, "") if len(cell) <= MAX_WIDTH) for c in columns]
     return [
         "  ".join(
             f"{cell:{side}{width}}" for cell, side, width in zip(line, align, widths, strict=True)

@@ -20,10 +20,10 @@ def test_the_catalog_and_the_source_name_the_same_codes() -> None:
 
 
 def test_one_code_is_explained_at_length(dslc: Run) -> None:
-    outcome = dslc("explain", "e310")
+    outcome = dslc("explain", "e405")
     assert outcome.status == 0
-    title, text = catalog()["E310"]
-    assert outcome.out == f"E310: {title}\n\n{text}\n"
+    title, text = catalog()["E405"]
+    assert outcome.out == f"E405: {title}\n\n{text}\n"
     assert len(text) > 80
 
 

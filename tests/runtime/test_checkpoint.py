@@ -132,9 +132,15 @@ def test_every_problem_is_told_at_once(state: State, tmp_path: Path) -> None:
     state["model.layers.0.input_layernorm.weight"] = torch.ones(64, dtype=torch.int32)
     del state["model.layers.0.mlp.up_proj.weight"]
     state["model.layers.3.enorm.weight"] = torch.ones(64)
+    state[COPY] = -state[COPY]
     assert problems(write(tmp_path, model=state)) == {
         ("FP8 without its scales (a matrix NAME_scale_inv)", EXPERT),
-        ("scales are F32 [2, 1], expected F32 [1, 1] for blocks of 128 x 128", f"{HEAD}_scale_inv"),
+        (
+            "its scales (NAME_scale_inv) are F32 [2, 1], "
+            "expected F32 [1, 1] for blocks of 128 x 128",
+            HEAD,
+        ),
+        ("differs from model.embed_tokens.weight, whose copy it should be", COPY),
         ("not a tensor of this model", "model.layers.0.input_layernorm.weight_scale_inv"),
         ("of shape [63], the model has [64]", "model.norm.weight"),
         ("stored as I32, which is no weight", "model.layers.0.input_layernorm.weight"),

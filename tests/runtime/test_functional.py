@@ -60,7 +60,7 @@ def test_results_keep_the_dtype_of_the_input(dtype: torch.dtype) -> None:
         F.softmax(x),
         F.rms_norm(x, torch.ones(8, dtype=dtype), eps=1e-6),
         F.linear(x, random(4, 8).to(dtype)),
-        F.rotate(x, F.rope_table(position, dim=8, theta=1e4)),
+        F.rotate(x, *F.rope_table(position, dim=8, theta=1e4)),
         F.attention(heads, heads, heads, scale=1.0),
     ]
     assert {result.dtype for result in results} == {dtype}
@@ -80,7 +80,12 @@ def test_softmax_of_bfloat16_rounds_once() -> None:
 
 
 def test_yarn_frequencies_are_those_of_v3() -> None:
-    yarn = {"factor": 40.0, "original": 4096, "beta_fast": 32, "beta_slow": 1}
+    yarn = {
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
     cos, sin = F.rope_table(torch.ones(1, 1), dim=64, theta=10000.0, **yarn)
     angle = torch.atan2(sin, cos)[0, 0]
     plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
@@ -100,10 +105,10 @@ def test_factor_1_is_plain_rope_and_tables_are_float32() -> None:
     assert torch.allclose(sin.double(), angle.sin(), atol=1e-6)
 
 
-def test_amplitude_scales_the_tables() -> None:
+def test_attention_factor_scales_the_tables() -> None:
     position = torch.arange(4).unsqueeze(0)
     plain = F.rope_table(position, dim=8, theta=100.0)
-    loud = F.rope_table(position, dim=8, theta=100.0, amplitude=1.5)
+    loud = F.rope_table(position, dim=8, theta=100.0, attention_factor=1.5)
     assert all(torch.equal(a * 1.5, b) for a, b in zip(plain, loud, strict=True))
 
 
@@ -112,8 +117,8 @@ def test_rotate_multiplies_adjacent_pairs_as_complex_numbers() -> None:
     table = F.rope_table(torch.arange(5).expand(2, -1), dim=8, theta=10000.0)
     turn = torch.complex(*table).unsqueeze(2)
     expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn).flatten(-2)
-    assert torch.allclose(F.rotate(x, table), expected, atol=1e-6)
-    assert torch.equal(F.rotate(x[:, :, 1], table), F.rotate(x, table)[:, :, 1])
+    assert torch.allclose(F.rotate(x, *table), expected, atol=1e-6)
+    assert torch.equal(F.rotate(x[:, :, 1], *table), F.rotate(x, *table)[:, :, 1])
 
 
 def test_rotated_products_depend_on_the_distance_only() -> None:
@@ -121,7 +126,7 @@ def test_rotated_products_depend_on_the_distance_only() -> None:
 
     def product(i: int, j: int) -> float:
         tables = [F.rope_table(torch.tensor([[p]]), dim=64, theta=1e4) for p in (i, j)]
-        return float((F.rotate(q, tables[0]) * F.rotate(k, tables[1])).sum())
+        return float((F.rotate(q, *tables[0]) * F.rotate(k, *tables[1])).sum())
 
     assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-3)
     assert product(9, 4) != pytest.approx(product(9, 5), abs=1e-2)

@@ -51,7 +51,13 @@ class MLA(nn.Module):
 
     def inputs(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rope = F.rope_table(
-            position, dim=8, theta=10000.0, factor=4.0, original=64, beta_fast=32, beta_slow=1
+            position,
+            dim=8,
+            theta=10000.0,
+            factor=4.0,
+            original_max_position_embeddings=64,
+            beta_fast=32,
+            beta_slow=1,
         )
         c_q = F.rms_norm(F.linear(x, self.q_a_proj.weight), self.q_a_layernorm.weight, eps=1e-6)
         q = F.linear(c_q, self.q_b_proj.weight).unflatten(-1, (2, 24))
@@ -59,7 +65,7 @@ class MLA(nn.Module):
         kv = F.linear(x, self.kv_a_proj_with_mqa.weight)
         c_kv, k_rope = kv.split((32, 8), dim=-1)
         c_kv = F.rms_norm(c_kv, self.kv_a_layernorm.weight, eps=1e-6)
-        return torch.cat((q_nope, F.rotate(q_rope, rope)), -1), c_kv, F.rotate(k_rope, rope)
+        return torch.cat((q_nope, F.rotate(q_rope, *rope)), -1), c_kv, F.rotate(k_rope, *rope)
 
     def outputs(self, q: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
         kv = F.linear(c_kv, self.kv_b_proj.weight).unflatten(-1, (2, 28))
@@ -259,9 +265,9 @@ class Model(LanguageModel):
         train = self.config.train.loss
         main = F.cross_entropy(out.logits, labels) / F.count_labels(labels)
         mtp = F.cross_entropy(out.mtp_logits[0], labels[:, 1:]) / F.count_labels(labels)
-        balance = train.balance_alpha * torch.stack(balances).sum()
-        total = main + train.mtp_weight.value_at(tokens_seen) * mtp + balance
-        return Loss(total, main, (mtp,), balance, torch.stack(loads))
+        balance = torch.stack(balances).sum()
+        total = main + train.mtp_weight.value_at(tokens_seen) * mtp + train.balance_alpha * balance
+        return Loss(total, main, (mtp,), balance, (torch.stack(loads),))
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         h, _, _ = self.hidden(tokens, position, cache)

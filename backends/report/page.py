@@ -1,0 +1,160 @@
+"""What the report says; `report.html.jinja` says how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compiler.analysis import CONVENTIONS, Module, Summary, Tally, Work, total
+from compiler.graph.core import Graph
+from compiler.graph.svg import STYLE, picture, short_name
+from compiler.pipeline import PIPELINES, Compiled
+from dsl.load import Description
+from dsl.units import format_count
+
+# Context lengths of the cache table, besides the longest that the model takes.
+CONTEXTS = (4_096, 32_768, 131_072)
+
+_PREFIXES = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
+
+
+@cache
+def _environment() -> Environment:
+    """Everything is escaped: the texts of a spec are not ours."""
+    environment = Environment(
+        loader=PackageLoader("backends", "report"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": format_count, "exact": "{:,}".format, "quantity": quantity}
+    return environment
+
+
+def quantity(number: int, unit: str) -> str:
+    """A number with a decimal prefix: 250449887232 of FLOP is `250.45 GFLOP`."""
+    for prefix, scale in _PREFIXES:
+        if number >= scale:
+            return f"{number / scale:.2f} {prefix}{unit}"
+    return f"{number} {unit}"
+
+
+def render_report(
+    description: Description,
+    compiled: Compiled,
+    numbers: Summary,
+    *,
+    version: str,
+    files: Sequence[str],
+) -> str:
+    """The page `report.html`: self-contained, without scripts, the same for the same inputs.
+
+    `files` are the paths in the build that it links to. Texts of the spec appear escaped.
+    """
+    template = _environment().get_template("report.html.jinja")
+    return template.render(
+        spec=description.spec,
+        version=version,
+        numbers=numbers,
+        conventions=CONVENTIONS,
+        training=total(numbers.training_flops),
+        mtp_training=total(numbers.mtp_training_flops),
+        decoding=total(numbers.decoding_flops),
+        shares=list(_shares(numbers)),
+        modules=list(_modules(numbers)),
+        caches=list(_caches(numbers, description.spec.sequence.max_position_embeddings)),
+        graphs=[(graph, picture(graph)) for graph in _callers_first(compiled)],
+        style=STYLE,
+        values=list(_values(description)),
+        sources=[(short_name(source), source.text) for source in description.sources],
+        passes=list(_passes(compiled)),
+        files=files,
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """One line of the table of shares: for each column the number, and its part of the whole."""
+
+    words: str
+    cells: tuple[tuple[int, float], ...]
+
+
+def _shares(numbers: Summary) -> Iterator[Share]:
+    columns: tuple[Tally, ...] = (
+        numbers.model.elements,
+        numbers.model.active_elements,
+        numbers.training_flops,
+        numbers.decoding_flops,
+    )
+    wholes = [total(column) or 1 for column in columns]
+    for work in Work:
+        cells = [column.get(work, 0) for column in columns]
+        if any(cells):
+            parts = [n / whole for n, whole in zip(cells, wholes, strict=True)]
+            yield Share(work.words, tuple(zip(cells, parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A module or a weight of the tree, with the numbers of all the equal ones it stands for."""
+
+    name: str
+    what: str
+    parameters: int
+    activated: int
+    inside: tuple[Line, ...] = ()
+
+
+def _modules(numbers: Summary) -> Iterator[Line]:
+    """The model, then each module of multi-token prediction."""
+    yield _line(numbers.model, numbers.name, 1, 1)
+    yield from _inside(numbers.mtp, 1, 1)
+
+
+def _line(module: Module, name: str, count: int, active: int) -> Line:
+    what = module.block + (f" \u00d7 {count:,}" if count > 1 else "")
+    parameters, activated = count * module.parameters, active * module.activated
+    return Line(name, what, parameters, activated, tuple(_inside(module, count, active)))
+
+
+def _inside(module: Module, count: int, active: int) -> Iterator[Line]:
+    for t in module.tensors:
+        shape = ", ".join(f"{d.name}={d.size}" for d in t.dims)
+        parameters, activated = count * t.parameters, active * t.activated
+        yield Line(t.name, f"{t.dtype}[{shape}]", parameters, activated)
+    for part in module.parts:
+        yield _line(part.module, part.name, count * part.count, active * part.active)
+
+
+def _caches(numbers: Summary, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Tokens, bytes of the cache, bytes with multi-token prediction."""
+    for tokens in sorted({n for n in CONTEXTS if n < longest} | {longest}):
+        yield tokens, tokens * numbers.cache_bytes, tokens * numbers.cache_bytes_with_mtp
+
+
+def _callers_first(compiled: Compiled) -> Iterator[Graph]:
+    return reversed(compiled.lowered.graphs.values())
+
+
+def _values(description: Description) -> Iterator[tuple[str, str, str]]:
+    """Path, value and origin of each value, without the folders in which files happened to lie."""
+    for value in description.resolved():
+        origin = value.origin
+        for source in description.sources:
+            if origin.startswith(f"{source.name}:"):
+                origin = short_name(source) + origin.removeprefix(source.name)
+                break
+        yield value.path, value.value, origin
+
+
+def _passes(compiled: Compiled) -> Iterator[tuple[str, str, str, bool]]:
+    """Program, pass, what the pass is for, and whether it changed anything."""
+    changed = {(step.program_name, step.name) for step in compiled.steps}
+    for program, passes in PIPELINES.items():
+        for one in passes:
+            yield program, one.name, one.purpose, (program, one.name) in changed

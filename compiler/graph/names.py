@@ -1,0 +1,113 @@
+"""Names of weights in a checkpoint, without writing out every layer and every expert.
+
+A graph names its own weights and, by the scopes of its calls, those of other graphs. A `*` stands
+for a layer or an expert and is kept as a range of numbers: `model.layers.3..60.mlp`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from compiler.graph.core import Graph, Op
+
+Range = tuple[int, int]  # first and last
+Part = str | Range
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A weight (`op` is None), or everything under the scope of a call, as its graph names it."""
+
+    parts: tuple[Part, ...]
+    op: Op | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The parts with every number replaced by `*`."""
+        return tuple(p if isinstance(p, str) else "*" for p in self.parts)
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        return tuple(p for p in self.parts if not isinstance(p, str))
+
+    def __str__(self) -> str:
+        return ".".join(p if isinstance(p, str) else _words(p) for p in self.parts)
+
+
+def names_of(graph: Graph) -> list[Name]:
+    """What a graph names itself: its weights, then the scopes of its calls in order."""
+    weights = [Name(parts_of(n, [(0, w.stack - 1)])) for n, w in graph.weights.items()]
+    return weights + list(_scopes(graph.ops, ()))
+
+
+def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[Part, ...]:
+    """A dotted name in parts, each `*` replaced by the next range of `stars` while there is one."""
+    left = iter(stars)
+
+    def part(text: str) -> Part:
+        if text == "*":
+            return next(left, text)
+        return (int(text), int(text)) if _NUMBER.fullmatch(text) else text
+
+    return tuple(part(text) for text in name.split("."))
+
+
+def clashes(names: Sequence[Name]) -> Iterator[tuple[Name, Name]]:
+    """Pairs in which one name is the beginning of the other one, or equal to it, for some layer.
+
+    A block is a module and a dotted name a path of modules, so neither may be a part of the other.
+    """
+    same: dict[tuple[str, ...], list[Name]] = {}
+    for name in names:
+        same.setdefault(name.key, []).append(name)
+    for key, group in same.items():
+        group.sort(key=lambda n: n.ranges)
+        for i, a in enumerate(group):
+            for b in group[i + 1 :]:
+                if a.ranges and b.ranges[0][0] > a.ranges[0][1]:
+                    break  # sorted: those that follow begin after the last layer of `a`
+                if _meet(a, b):
+                    yield a, b
+            for n in range(1, len(key)):
+                yield from ((b, a) for b in same.get(key[:n], ()) if _meet(b, a))
+
+
+def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool:
+    """Whether a full name is that of a weight, given what each graph names and no clashes."""
+    parts = parts_of(name)
+    graph = root
+    while True:
+        under = (n for n in names[graph] if _meet(n, Name(parts)) and len(n.parts) <= len(parts))
+        found = next(under, None)
+        if found is None or found.op is None:
+            return found is not None and len(found.parts) == len(parts)
+        graph, parts = str(found.op.attrs["callee"]), parts[len(found.parts) :]
+
+
+def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[Name]:
+    for op in ops:
+        if op.kind == "call":
+            yield Name(parts_of(str(op.attrs["scope"]), layers), op)
+        inside = layers
+        if op.kind == "repeat":
+            start, count = op.attrs["start"], op.attrs["count"]
+            assert isinstance(start, int) and isinstance(count, int)
+            inside = (*layers, (start, start + count - 1))
+        for region in op.regions:
+            yield from _scopes(region.ops, inside)
+
+
+def _meet(a: Name, b: Name) -> bool:
+    """Whether two names agree in some layer as far as the shorter one goes."""
+    return all(
+        x == y if isinstance(x, str) or isinstance(y, str) else x[0] <= y[1] and y[0] <= x[1]
+        for x, y in zip(a.parts, b.parts, strict=False)
+    )
+
+
+def _words(part: Range) -> str:
+    return str(part[0]) if part[0] == part[1] else f"{part[0]}..{part[1]}"

@@ -1,0 +1,398 @@
+"""The invariants of a program, checked after every pass. `README.md` lists them.
+
+What is wrong here is as a rule a mistake of dslc, not of the person who wrote a spec. A message
+names one operator and one reason; its place is the source of the operator, or else its line in the
+text of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compiler.graph.build import infer
+from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
+from compiler.graph.names import Name, clashes, is_weight, names_of
+from compiler.graph.text import graph_lines, print_op
+from compiler.graph.types import BYTES, RUNTIME_DIMS, Dim, Type
+from compiler.ops import OPS, Operator, TypeMismatch
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.source import Source, Span
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SYMBOL = re.compile(r"([A-Za-z0-9_]+|\*)(\.([A-Za-z0-9_]+|\*))*")
+_DIM = re.compile(r"[A-Za-z0-9_]+([*+][A-Za-z0-9_]+)*")
+_MAX_INT = 2**63
+
+
+def verify(program: Program) -> None:
+    """Raises `DiagnosticError` (E51x) with every operator that breaks an invariant."""
+    problems: list[Diagnostic] = []
+    names: dict[str, Sequence[Name]] = {}
+    for key, graph in program.graphs.items():
+        check = _Check(program, graph)
+        check.run(key)
+        problems += check.problems
+        # Names mean something only where every operator is what it should be.
+        names[key] = [] if check.problems else names_of(graph)
+        problems += [] if check.problems else check.clashes(names[key])
+    problems += _recursion(program) or ([] if problems else _outside(program, names))
+    if problems:
+        raise DiagnosticError(problems)
+
+
+def spans_missing(program: Program) -> list[str]:
+    """Operators that do not say where they came from, a line each."""
+    return [
+        f"@{graph.name}: {print_op(op)}"
+        for graph in program.graphs.values()
+        for op in graph.walk()
+        if not op.spans
+    ]
+
+
+class _Broken(Exception):
+    """An invariant that does not hold for the operator, or the graph, at hand."""
+
+    def __init__(self, code: str, reason: str, help: str = "") -> None:
+        super().__init__(reason)
+        self.code, self.reason, self.help = code, reason, help
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What is around an operator. `experts` is their number inside an expert, else None."""
+
+    visible: set[Value]
+    end: str = "return"  # the operator that stands last
+    repeats: int = 0
+    experts: int | None = None
+    outermost: bool = True
+
+
+class _Check:
+    """One graph being checked; every operator is, also after one that is broken."""
+
+    def __init__(self, program: Program, graph: Graph) -> None:
+        self.program = program
+        self.graph = graph
+        self.problems: list[Diagnostic] = []
+        self.defined: set[Value] = set()
+        self.names: set[str] = set()
+        self.types: set[Type] = set()
+        self.used: set[str] = set()
+        self.cached: set[str] = set()
+
+    def run(self, key: str) -> None:
+        self._try(self._head, key)
+        self._ops(self.graph.ops, _Scope(set(self.graph.args)))
+        for name, weight in self.graph.weights.items():
+            self._try(self._weight, name, weight)
+        for name in self.graph.caches:
+            self._try(self._cache, name)
+        if not self.graph.ops:
+            self._try(_no_end, "return")
+
+    def clashes(self, names: Sequence[Name]) -> list[Diagnostic]:
+        return [
+            self._diagnostic(
+                _Broken("E517", f"{a} and {b} name the same module or weight", "rename one"),
+                b.op or a.op,
+            )
+            for a, b in clashes(names)
+        ]
+
+    # ---- places -----------------------------------------------------------------------------
+
+    def _try(self, rule: Callable[..., None], *arguments: object, op: Op | None = None) -> None:
+        try:
+            rule(*arguments)
+        except _Broken as broken:
+            self.problems.append(self._diagnostic(broken, op))
+
+    def _diagnostic(self, broken: _Broken, op: Op | None) -> Diagnostic:
+        subject = f"graph @{self.graph.name}" + (f", {print_op(op)}" if op else "")
+        message = f"{subject}: {broken.reason}"
+        return Diagnostic(broken.code, message, self._place(op), "here", help=broken.help)
+
+    def _place(self, op: Op | None) -> Span:
+        if op is not None and op.spans:
+            return op.spans[0]
+        if op is None and self.graph.span is not None:
+            return self.graph.span
+        lines = list(graph_lines(self.graph))
+        source = Source(f"graph @{self.graph.name}", "\n".join(line for _, line in lines))
+        at = next((i for i, (begins, _) in enumerate(lines) if op and begins is op), 0)
+        start = sum(len(line) + 1 for _, line in lines[:at])
+        return source.span(start, start + len(lines[at][1]))
+
+    # ---- the graph itself -------------------------------------------------------------------
+
+    def _head(self, key: str) -> None:
+        graph = self.graph
+        if key != graph.name or not _IDENTIFIER.fullmatch(key):
+            raise _Broken("E510", f"is kept under the name {key!r}")
+        self._define(graph.args)
+        for name in graph.result_names:
+            if not _IDENTIFIER.fullmatch(name):
+                raise _Broken("E510", f"the name of a result is no identifier: {name!r}")
+        results = graph.ops[-1].operands if graph.ops else []
+        if len(results) != len(graph.result_names):
+            names = ", ".join(graph.result_names)
+            raise _Broken("E510", f"returns {len(results)} values, but names {names or 'none'}")
+
+    def _weight(self, name: str, weight: Weight) -> None:
+        _need_symbol(name)
+        self._type(weight.type)
+        if any(d.size is None for d in weight.type.dims):
+            raise _Broken("E515", f"weight @{name} has a size that is not known: {weight.type}")
+        if weight.stack < 1 or (weight.stack > 1 and "*" not in name):
+            raise _Broken("E515", f"weight @{name} is stacked {weight.stack} times without a *")
+        if name not in self.used:
+            raise _Broken("E515", f"weight @{name} is used by no operator", "remove it")
+
+    def _cache(self, name: str) -> None:
+        if name not in self.cached:
+            raise _Broken("E518", f"cache @{name} is never written", "remove it")
+
+    # ---- operators --------------------------------------------------------------------------
+
+    def _ops(self, ops: Sequence[Op], scope: _Scope) -> None:
+        for op in ops:
+            self._try(self._op, op, scope, op is ops[-1], op=op)
+            scope.visible.update(op.results)
+
+    def _op(self, op: Op, scope: _Scope, last: bool) -> None:
+        operator = OPS.get(op.kind)
+        if operator is None:
+            raise _Broken("E512", f"there is no operator {op.kind}")
+        if last and op.kind != scope.end:
+            raise _Broken("E514", f"stands last, where `{scope.end}` belongs")
+        if not last and op.kind in ("yield", "return"):
+            raise _Broken("E514", "stands before other operators of its region")
+        self._operands(op, scope)
+        self._define(op.results)
+        _counts(op, operator)
+        _attributes(op.attrs, operator.attrs)
+        self._symbols(op, scope)
+        self._rules(op, scope)
+        if self._regions(op, scope):
+            self._results(op)
+
+    def _operands(self, op: Op, scope: _Scope) -> None:
+        for value in op.operands:
+            if value not in scope.visible:
+                raise _Broken("E511", f"{value} {self._why_invisible(value)}")
+
+    def _why_invisible(self, value: Value) -> str:
+        if value in self.defined:
+            return "is a value of a region, and is used outside of it"
+        everywhere = {v for op in self.graph.walk() for v in op.results}
+        everywhere |= {v for op in self.graph.walk() for r in op.regions for v in r.args}
+        return "is used before it is defined" if value in everywhere else "is defined nowhere"
+
+    def _define(self, values: Sequence[Value]) -> None:
+        for value in values:
+            if value in self.defined:
+                raise _Broken("E511", f"{value} is defined twice")
+            self.defined.add(value)
+            if not _IDENTIFIER.fullmatch(value.name):
+                raise _Broken("E511", f"the name of a value is no identifier: {value.name!r}")
+            if value.name in self.names:
+                raise _Broken("E511", f"the name {value} is taken by another value")
+            self.names.add(value.name)
+            self._type(value.type)
+
+    def _type(self, type: Type) -> None:
+        if type in self.types:
+            return
+        if type.dtype not in BYTES:
+            raise _Broken("E513", f"there is no element type {type.dtype}")
+        for dim in type.dims:
+            _dim(dim)
+        self.types.add(type)
+
+    def _symbols(self, op: Op, scope: _Scope) -> None:
+        for name in op.symbols:
+            weight = self.graph.weights.get(name)
+            if weight is None:
+                raise _Broken("E515", f"there is no weight @{name}")
+            self.used.add(name)
+            stars = name.split(".").count("*")
+            if stars > 1 or (stars and scope.experts is None):
+                raise _Broken("E515", f"@{name} belongs to an expert, and this is none")
+            if stars and weight.stack != scope.experts:
+                reason = f"@{name} is there for {weight.stack} experts, of which there are"
+                raise _Broken("E515", f"{reason} {scope.experts}")
+
+    def _rules(self, op: Op, scope: _Scope) -> None:
+        """What holds for one kind of operator only."""
+        match op.kind:
+            case "repeat" | "experts":
+                if _number(op, "count") < 1 or (op.kind == "repeat" and _number(op, "start") < 0):
+                    raise _Broken("E512", "counts at least 1, from a layer of at least 0")
+            case "call":
+                self._call(op, scope)
+            case "cache_entry" | "cache_append":
+                self._remembered(op, scope)
+
+    def _call(self, op: Op, scope: _Scope) -> None:
+        callee, under = str(op.attrs["callee"]), str(op.attrs["scope"])
+        if callee not in self.program.graphs:
+            raise _Broken("E516", f"there is no graph @{callee}")
+        _need_symbol(under)
+        if scope.experts is not None:
+            raise _Broken("E516", "a block inside an expert has no name", "leave `name` out")
+        stars = under.split(".").count("*")
+        if stars != scope.repeats:
+            reason = f"scope {under} has {stars} `*` for {scope.repeats} repeats around it"
+            raise _Broken("E517", reason, "let the name hold the index of each repeat around")
+
+    def _remembered(self, op: Op, scope: _Scope) -> None:
+        names = op.attrs["entries"]
+        assert isinstance(names, tuple)
+        if len(names) != len(op.operands):
+            raise _Broken("E518", f"has {len(names)} names for {len(op.operands)} values")
+        if not scope.outermost:
+            raise _Broken("E518", "stands in a region; a cache belongs to a block")
+        if op.kind == "cache_entry" and self.graph.caches:
+            raise _Broken("E518", "marks what its graph keeps in caches already")
+        for name, value in zip(names, op.operands, strict=True):
+            if name in self.cached or not _IDENTIFIER.fullmatch(str(name)):
+                raise _Broken("E518", f"the cache {name!r} has this name a second time, or no name")
+            self.cached.add(str(name))
+            if op.kind == "cache_append":
+                kept = self.graph.caches.get(str(name))
+                if kept is None or kept.type != value.type:
+                    raise _Broken("E518", f"there is no cache @{name} of {value.type}")
+
+    def _regions(self, op: Op, scope: _Scope) -> bool:
+        """Checks what is inside; whether it is sound."""
+        found = len(self.problems)
+        for region in op.regions:
+            self._define(region.args)
+            if not region.ops:
+                _no_end("yield")
+            experts = _number(op, "count") if op.kind == "experts" else scope.experts
+            repeats = scope.repeats + (op.kind == "repeat")
+            visible = scope.visible | set(region.args)
+            self._ops(region.ops, _Scope(visible, "yield", repeats, experts, False))
+        return len(self.problems) == found
+
+    def _results(self, op: Op) -> None:
+        try:
+            types = infer(op, self.graph, self.program.graphs)
+        except TypeMismatch as mismatch:
+            raise _Broken("E513", mismatch.message, mismatch.help) from None
+        except (AssertionError, LookupError, ValueError):
+            # Rules take shapes for granted that only a broken graph can lack.
+            raise _Broken("E513", "its operands and attributes make no sense together") from None
+        recorded = tuple(v.type for v in op.results)
+        if types != recorded:
+            made, kept = (", ".join(map(str, t)) or "nothing" for t in (types, recorded))
+            raise _Broken("E513", f"makes {made}, and is recorded as {kept}")
+
+
+# ---- rules without a graph ------------------------------------------------------------------
+
+
+def _no_end(end: str) -> None:
+    raise _Broken("E514", f"there is no `{end}`")
+
+
+def _need_symbol(name: str) -> None:
+    if not _SYMBOL.fullmatch(name):
+        raise _Broken("E515", f"{name!r} is no name of a weight: words between dots", "rename it")
+
+
+def _number(op: Op, name: str) -> int:
+    value = op.attrs[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _dim(dim: Dim) -> None:
+    if not _DIM.fullmatch(dim.name):
+        raise _Broken("E513", f"{dim.name!r} is no name of a dimension")
+    if dim.size is None and dim.name not in RUNTIME_DIMS:
+        raise _Broken("E513", f"dimension {dim.name} has no size")
+    if dim.offset < 0 or (dim.size is not None and (dim.size < 1 or dim.offset)):
+        raise _Broken("E513", f"dimension {dim} has an impossible size")
+
+
+def _counts(op: Op, operator: type[Operator]) -> None:
+    least = sum(not name.endswith("?") for name in operator.symbols)
+    wanted = len(operator.operands)
+    if not operator.variadic and len(op.operands) != wanted:
+        words = ", ".join(operator.operands) or "none"
+        raise _Broken("E512", f"takes {wanted} operands ({words}), got {len(op.operands)}")
+    if not least <= len(op.symbols) <= len(operator.symbols):
+        words = ", ".join(operator.symbols) or "none"
+        raise _Broken("E512", f"takes the weights {words}, got {len(op.symbols)}")
+    if len(op.regions) != operator.regions:
+        raise _Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")
+
+
+def _attributes(attrs: Mapping[str, Attr], wanted: Mapping[str, type]) -> None:
+    for name, value in attrs.items():
+        if name not in wanted:
+            raise _Broken("E512", f"knows no attribute {name}")
+        if type(value) is not wanted[name] or not _is_attribute(value):
+            raise _Broken("E512", f"{name} is {value!r}, and not {wanted[name].__name__}")
+    for name in wanted:
+        if name not in attrs:
+            raise _Broken("E512", f"attribute {name} is missing")
+
+
+def _is_attribute(value: object) -> bool:
+    """Whether the text of a graph can hold a value."""
+    match value:
+        case tuple():
+            return all(_is_attribute(item) for item in value)
+        case int():
+            return abs(value) < _MAX_INT
+        case float():
+            return math.isfinite(value)
+        case _:
+            return isinstance(value, str)
+
+
+# ---- rules about all graphs together -----------------------------------------------------------
+
+
+def _recursion(program: Program) -> list[Diagnostic]:
+    """A graph that calls itself by way of others."""
+    left = {
+        name: [c for c in graph.calls() if c in program.graphs]
+        for name, graph in program.graphs.items()
+    }
+    while done := [name for name, callees in left.items() if not any(c in left for c in callees)]:
+        for name in done:
+            del left[name]
+    if not left:
+        return []
+    path = [next(iter(left))]
+    while path[-1] not in path[:-1]:
+        path.append(next(c for c in left[path[-1]] if c in left))
+    circle = " calls ".join(f"@{name}" for name in path[path.index(path[-1]) :])
+    span = program.graphs[path[-1]].span
+    return [Diagnostic("E516", f"{circle}: a graph cannot hold itself", span)]
+
+
+def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diagnostic]:
+    """The root and the aliases, given sound graphs."""
+    if program.root not in program.graphs or not _IDENTIFIER.fullmatch(program.name):
+        known = ", ".join(program.graphs)
+        message = f"program @{program.name} has no graph @{program.root} to begin with"
+        return [Diagnostic("E510", message, help=f"it has {known or 'none'}")]
+    problems = []
+    for copy, original in program.aliases.items():
+        alias = f"alias @{copy} = @{original}"
+        if not is_weight(original, program.root, names):
+            problems.append(Diagnostic("E517", f"{alias}: there is no weight @{original}"))
+        elif is_weight(copy, program.root, names) or not _SYMBOL.fullmatch(copy):
+            message = f"{alias}: @{copy} is a weight of its own, or no name"
+            problems.append(Diagnostic("E517", message))
+    return problems

@@ -1,0 +1,222 @@
+"""Expressions of a block: numbers known when the model is built, tensors, dimensions, names."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from compiler.graph.core import Value
+from compiler.graph.types import Dim
+from compiler.lower.bind import Const
+from compiler.lower.scope import LayerIndex, Poison, Result, Scope, Stop
+from dsl import ast
+from dsl.evaluate import FUNCTIONS, evaluate
+from dsl.suggest import nearest
+
+_ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
+_DIM_NAME = re.compile(r"[A-Za-z_0-9]+([*+][A-Za-z_0-9]+)*")
+
+
+class Expressions(Scope):
+    """Values of expressions. Calls of operators and blocks are left to the class above."""
+
+    @abstractmethod
+    def call(self, node: ast.Call, names: Sequence[str]) -> list[Value]:
+        """Results of an operator or a block."""
+
+    def value(self, node: ast.Expr, names: Sequence[str]) -> Result:
+        """Tensors or a number. `names` are those that the results will have in the graph."""
+        match node:
+            case ast.Name():
+                return self._name(node)
+            case ast.Binary() if self._holds_tensor(node):
+                return self._arithmetic(node, names)
+            case ast.Call() if (
+                node.function.value not in FUNCTIONS and node.function.value != "count"
+            ):
+                return self.call(node, names)
+            case ast.Path():
+                self.error(
+                    "E217",
+                    "a dotted name stands for weights, not for a tensor",
+                    node,
+                    "here",
+                    help="give it to an operator as `name = ..`",
+                )
+        return Const(self.const(node), node.span)
+
+    def one(self, node: ast.Expr) -> Value:
+        values = self.values(self.value(node, []))
+        if len(values) != 1:
+            self.error("E214", f"one tensor is needed here, this gives {len(values)}", node, "")
+        return values[0]
+
+    def values(self, result: Result) -> list[Value]:
+        if isinstance(result, Poison):
+            raise Stop
+        if isinstance(result, Const):
+            self.error(
+                "E213", "a tensor is needed here, this is a number", None, "", span=result.span
+            )
+        assert isinstance(result, list)
+        return result
+
+    def _name(self, node: ast.Name) -> Result:
+        entry = self.env.get(node.value)
+        if isinstance(entry, Value):
+            return [entry]
+        if isinstance(entry, Const | Poison):
+            return entry
+        if isinstance(entry, LayerIndex):
+            self.error(
+                "E218",
+                f"{node.value} is the number of a layer that stays symbolic",
+                node,
+                "only names may hold it",
+                help=f"as in `name = model.layers.{{{node.value}}}`",
+            )
+        known = [n for n, e in self.env.items() if isinstance(e, Value | Const)]
+        near = nearest(node.value, known)
+        self.error(
+            "E219",
+            f"{node.value} is not known here",
+            node,
+            "not found",
+            help=f"did you mean {near}?"
+            if near
+            else "assign it first, or declare it under `params`",
+        )
+
+    def _holds_tensor(self, node: ast.Expr) -> bool:
+        match node:
+            case ast.Name():
+                return not isinstance(self.env.get(node.value), Const)
+            case ast.Binary():
+                return self._holds_tensor(node.left) or self._holds_tensor(node.right)
+            case ast.Call():
+                return node.function.value not in FUNCTIONS and node.function.value != "count"
+            case _:
+                return False
+
+    def _arithmetic(self, node: ast.Binary, names: Sequence[str]) -> list[Value]:
+        kind = _ARITHMETIC.get(node.operator)
+        if kind is None:
+            self.error(
+                "E220",
+                f"`{node.operator}` does not work on tensors",
+                None,
+                "not for tensors",
+                span=node.operator_span,
+                help="tensors know + - * /",
+            )
+        left, right = self.value(node.left, []), self.value(node.right, [])
+        if isinstance(left, Poison) or isinstance(right, Poison):
+            raise Stop
+        sides = (left, right)
+        if isinstance(right, Const) and kind in ("mul", "div"):
+            factor = self._as_number(right.value, node.right)
+            by = factor if kind == "mul" else 1 / factor
+            return self.op("scale", self.values(left), names=names, by=by)
+        if isinstance(left, Const) and kind == "mul":
+            by = self._as_number(left.value, node.left)
+            return self.op("scale", self.values(right), names=names, by=by)
+        operands = [self.values(side)[0] for side in sides]
+        spans = [node.left.span, node.right.span]
+        return self.op(kind, operands, names=names, operand_spans=spans)
+
+    def _as_number(self, value: Any, node: ast.Expr) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+            self.error("E221", "a tensor is scaled by a number other than 0", node, f"is {value!r}")
+        return float(value)
+
+    def const(self, node: ast.Expr) -> Any:
+        """A number known when the model is built. Raises `DiagnosticError`."""
+        for name in ast.names_in(node):
+            entry = self.env.get(name)
+            if isinstance(entry, Poison):
+                raise Stop
+            if isinstance(entry, Value | LayerIndex):
+                self.error(
+                    "E222",
+                    f"{name} is not known when the model is built",
+                    node,
+                    "needs a number",
+                    help="use params, let and arithmetic here",
+                )
+        numbers = {n: e.value for n, e in self.env.items() if isinstance(e, Const)}
+        return evaluate(self._counts(node), numbers)
+
+    def _counts(self, node: ast.Expr) -> ast.Expr:
+        """`node` with every count(slot) replaced by the number of blocks in the slot."""
+        match node:
+            case ast.Call() if node.function.value == "count" and len(node.arguments) == 1:
+                slot = node.arguments[0].value
+                assert isinstance(slot, ast.Name)
+                return ast.Number(sum(g.count for g in self.groups(slot)), node.span)
+            case ast.Binary():
+                return ast.Binary(
+                    node.operator,
+                    self._counts(node.left),
+                    self._counts(node.right),
+                    node.span,
+                    node.operator_span,
+                )
+            case _:
+                return node
+
+    def groups(self, slot: ast.Name) -> Any:
+        value = self.bound.slots.get(slot.value)
+        if not isinstance(value, tuple):
+            self.error(
+                "E216",
+                f"{slot.value} is no list of blocks",
+                slot,
+                "cannot be repeated",
+                help=f"declare it: `slots {slot.value}`",
+            )
+        return value
+
+    def dim(self, node: ast.Expr) -> Dim:
+        """A dimension: its name is the expression as written, its size the value."""
+        size = self.const(node)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            self.error(
+                "E406",
+                f"a dimension is a whole number of at least 1, this is {size!r}",
+                node,
+                f"is {size!r}",
+            )
+        text = re.sub(r"\s+", "", node.span.text)
+        if not _DIM_NAME.fullmatch(text) or text.isdigit():
+            self.error(
+                "E230",
+                "a dimension needs a name",
+                node,
+                f"is {size}",
+                help="give the number a name with `let`, and use that",
+            )
+        return Dim(text, size)
+
+    def path(self, node: ast.Expr) -> str:
+        """Name of a weight, relative to this block's graph."""
+        match node:
+            case ast.Conditional():
+                return self.path(node.then if self.const(node.condition) else node.otherwise)
+            case ast.Name():
+                parts = [node.value]
+            case ast.Path():
+                parts = [self._part(item) for part in node.parts for item in part]
+            case _:
+                self.error(
+                    "E231", "this is no name of a weight", node, "here", help="as in q_a_proj"
+                )
+        return ".".join([*self.prefix, *parts])
+
+    def _part(self, item: str | ast.Expr) -> str:
+        if isinstance(item, str):
+            return item
+        if isinstance(item, ast.Name) and isinstance(self.env.get(item.value), LayerIndex):
+            return "*"
+        return str(self.const(item))

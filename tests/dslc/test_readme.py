@@ -1,0 +1,52 @@
+"""The README tells the truth: its files are made, its commands run, and print what it says."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dslc.conftest import ROOT, Run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+CHECKER = doctest.OutputChecker()
+
+
+def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "specs").symlink_to(ROOT / "specs")
+    commands = 0
+    for language, text in BLOCKS:
+        if name := re.match(r"# (\w+\.\w+)\n", text):
+            (tmp_path / name[1]).write_text(text, encoding="utf-8")
+        if language == "console":
+            for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.M):
+                commands += 1
+                printed = output(dslc, command)
+                same = CHECKER.check_output(expected, printed, doctest.ELLIPSIS)
+                assert same, f"$ {command}\nprints\n{printed}\nand the README says\n{expected}"
+    assert commands >= 6
+
+
+def output(dslc: Run, command: str) -> str:
+    program, *arguments = shlex.split(command)
+    if program == "dslc":
+        outcome = dslc(*arguments)
+        return outcome.out + outcome.err
+    assert program == "python"
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_every_target_and_file_that_it_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"\bmake (\w+)", README)
+    assert "build" in targets and "test" in targets
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    assert all((ROOT / path).exists() for path in re.findall(r"\]\((\S+?)\)", README))
