@@ -260,8 +260,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def count_labels(labels: Tensor) -> Tensor:
-    """How many labels are not -100: an int64 scalar."""
-    return (labels != IGNORED_LABEL).sum()
+    """How many labels are not -100, but at least 1, as a divisor: a float32 scalar."""
+    return (labels != IGNORED_LABEL).sum().clamp(min=1).float()
 
 
 def _wide(x: Tensor) -> Tensor:

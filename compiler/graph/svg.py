@@ -24,7 +24,8 @@ STYLE = """
   --product: #dcebfa; --attention: #fde4cf; --expert: #e3f3dc; --call: #ece4f8; --plain: #f3f5f7; }
 @media screen and (prefers-color-scheme: dark) {
   .graph { --paper: #14191f; --ink: #dfe6ee; --faint: #7d8b9a; --quiet: #aab7c4;
-    --product: #1d3a57; --attention: #553218; --expert: #24462a; --call: #3a2c57; --plain: #232b34; }
+    --product: #1d3a57; --attention: #553218; --expert: #24462a; --call: #3a2c57;
+    --plain: #232b34; }
 }
 .graph text { font: 11px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   fill: var(--ink); }
@@ -38,6 +39,7 @@ STYLE = """
 .graph .call rect { fill: var(--call); }
 .graph .value rect { fill: none; stroke-dasharray: 3 2; }
 .graph rect.region { fill: var(--paper); stroke: var(--ink); }
+.graph rect.paper { fill: var(--paper); stroke: none; }
 .graph path { fill: none; stroke: var(--faint); stroke-width: 1.1; }
 .graph .tip { fill: var(--faint); stroke: none; }
 """
@@ -97,7 +99,7 @@ def to_svg(program: Program) -> str:
         parts.append(f"<g {place}>\n{title}\n{body}\n</g>\n")
         top += h + 2 * LINE + 3 * MARGIN
         width = max(width, w, len(graph.name) * 9.0)
-    paper = '<rect x="-1" y="-1" width="100%" height="100%" style="fill: var(--paper); stroke: none"/>\n'
+    paper = '<rect class="paper" x="-1" y="-1" width="100%" height="100%"/>\n'
     return _svg(width + 2 * MARGIN, top, f"<style>{STYLE}</style>\n{paper}{''.join(parts)}")
 
 
@@ -251,9 +253,9 @@ def _draw_node(node: _Node, box: Box) -> str:
     size = f'width="{box.width:.1f}" height="{box.height:.1f}" rx="4"'
     parts = [f"<title>{_text(node.about)}</title>", f"<rect {size}/>"]
     for i, line in enumerate(node.lines):
-        kind = "more" if i and not line.startswith("@") else "" if i else "head"
+        style = "head" if not i else "weight" if line.startswith("@") else "more"
         place = f'x="{PADDING:.1f}" y="{(i + 1) * LINE:.1f}"'
-        parts.append(f'<text class="{kind}" {place}>{_text(line)}</text>')
+        parts.append(f'<text class="{style}" {place}>{_text(line)}</text>')
     top = len(node.lines) * LINE + PADDING
     for diagram in node.inside:
         width, height = diagram.layout.width, diagram.layout.height
@@ -270,8 +272,9 @@ def _draw_node(node: _Node, box: Box) -> str:
 
 
 def _anchor(name: str) -> str:
-    return escape(f"block-{name}")
+    return _text(f"block-{name}")
 
 
 def _text(text: str) -> str:
-    return escape(text)
+    """Escaped; control characters, which XML cannot hold, become a replacement character."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))

@@ -87,13 +87,11 @@ class _Check:
 
     def run(self, key: str) -> None:
         self._try(self._head, key)
-        self._ops(self.graph.ops, _Scope(set(self.graph.args)))
         for name, weight in self.graph.weights.items():
             self._try(self._weight, name, weight)
-        for name in self.graph.caches:
-            self._try(self._cache, name)
-        if not self.graph.ops:
-            self._try(_no_end, "return")
+        self._ops(self.graph.ops, _Scope(set(self.graph.args)))
+        if not self.problems:
+            self._try(self._unused)
 
     def clashes(self, names: Sequence[Name]) -> list[Diagnostic]:
         return [
@@ -138,7 +136,9 @@ class _Check:
         for name in graph.result_names:
             if not _IDENTIFIER.fullmatch(name):
                 raise _Broken("E510", f"the name of a result is no identifier: {name!r}")
-        results = graph.ops[-1].operands if graph.ops else []
+        if not graph.ops:
+            _no_end("return")
+        results = graph.ops[-1].operands
         if len(results) != len(graph.result_names):
             names = ", ".join(graph.result_names)
             raise _Broken("E510", f"returns {len(results)} values, but names {names or 'none'}")
@@ -150,12 +150,14 @@ class _Check:
             raise _Broken("E515", f"weight @{name} has a size that is not known: {weight.type}")
         if weight.stack < 1 or (weight.stack > 1 and "*" not in name):
             raise _Broken("E515", f"weight @{name} is stacked {weight.stack} times without a *")
-        if name not in self.used:
-            raise _Broken("E515", f"weight @{name} is used by no operator", "remove it")
 
-    def _cache(self, name: str) -> None:
-        if name not in self.cached:
-            raise _Broken("E518", f"cache @{name} is never written", "remove it")
+    def _unused(self) -> None:
+        for name in self.graph.weights:
+            if name not in self.used:
+                raise _Broken("E515", f"weight @{name} is used by no operator", "remove it")
+        for name in self.graph.caches:
+            if name not in self.cached:
+                raise _Broken("E518", f"cache @{name} is never written", "remove it")
 
     # ---- operators --------------------------------------------------------------------------
 
@@ -330,7 +332,7 @@ def _counts(op: Op, operator: type[Operator]) -> None:
         raise _Broken("E512", f"takes {wanted} operands ({words}), got {len(op.operands)}")
     if not least <= len(op.symbols) <= len(operator.symbols):
         words = ", ".join(operator.symbols) or "none"
-        raise _Broken("E512", f"takes the weights {words}, got {len(op.symbols)}")
+        raise _Broken("E512", f"takes the weights ({words}), got {len(op.symbols)}")
     if len(op.regions) != operator.regions:
         raise _Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")
 
@@ -339,8 +341,10 @@ def _attributes(attrs: Mapping[str, Attr], wanted: Mapping[str, type]) -> None:
     for name, value in attrs.items():
         if name not in wanted:
             raise _Broken("E512", f"knows no attribute {name}")
-        if type(value) is not wanted[name] or not _is_attribute(value):
+        if type(value) is not wanted[name]:
             raise _Broken("E512", f"{name} is {value!r}, and not {wanted[name].__name__}")
+        if not _is_attribute(value):
+            raise _Broken("E512", f"{name} is {value!r}, which a graph cannot hold")
     for name in wanted:
         if name not in attrs:
             raise _Broken("E512", f"attribute {name} is missing")

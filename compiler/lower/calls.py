@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from compiler.graph.core import Op, Region, Value
 from compiler.graph.types import RUNTIME_DIMS, Dim, Type
 from compiler.lower.bind import BlockRef, Bound, Const, SlotValue
 from compiler.lower.expressions import Expressions
 from compiler.lower.forms import FORMS, Form, Given, Kind
-from compiler.lower.scope import Stop
+from compiler.lower.scope import POISON, Entry, Stop
 from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.source import Span
@@ -28,6 +28,7 @@ class _Use:
     arguments: dict[str, Const] = field(default_factory=dict)
     slots: dict[str, SlotValue] = field(default_factory=dict)
     path: str | None = None
+    poisoned: bool = False
 
 
 class Calls(Expressions):
@@ -48,6 +49,14 @@ class Calls(Expressions):
             return self._form(FORMS[name], node, names)
         if ref is None and name in self.low.binder.blocks:
             ref = BlockRef(self.low.binder.blocks[name], node.function.span)
+        if ref is None and name in self.bound.slots:
+            self.error(
+                "E210",
+                f"{name} is a list of blocks, and is not called itself",
+                node.function,
+                "is a list",
+                help=f"call each: `repeat layer, index in {name}:`",
+            )
         if ref is None:
             known = [*FORMS, *self.low.binder.blocks, *self.bound.slots]
             near = nearest(name, known)
@@ -76,11 +85,11 @@ class Calls(Expressions):
             return parts
         if not parts:
             return self.op("constant", value=0.0, names=[wanted.value])
-        total: Value | None = None
-        for part in parts:
-            scalar = self.op("sum", [part], names=[wanted.value])[0] if part.type.dims else part
-            total = self.op("add", [total, scalar], names=[wanted.value])[0] if total else scalar
-        assert total is not None
+        total, *others = [
+            self.op("sum", [p], names=[wanted.value])[0] if p.type.dims else p for p in parts
+        ]
+        for part in others:
+            (total,) = self.op("add", [total, part], names=[wanted.value])
         return [total]
 
     def _form(self, form: Form, node: ast.Call, names: Sequence[str]) -> list[Value]:
@@ -163,7 +172,10 @@ class Calls(Expressions):
             assert isinstance(node, ast.Name)
             return node.value
         if kind is Kind.BLOCK:
-            return self._slot_argument(node)
+            slot = self._slot_argument(node)
+            if not isinstance(slot, BlockRef):
+                self.error("E210", "one block is needed here, this is a list", node, "is a list")
+            return slot
         value = self.const(node)
         fits = {
             Kind.NUMBER: isinstance(value, int | float) and not isinstance(value, bool),
@@ -196,6 +208,8 @@ class Calls(Expressions):
         bound = self.low.binder.bind(ref, use.arguments, use.slots)
         if bound is None:
             raise Stop
+        if use.poisoned:
+            self._look_inside(bound, use, node)
         if len(use.operands) != len(ref.block.arguments):
             wanted = ", ".join(a.name.value for a in ref.block.arguments)
             self.error(
@@ -229,8 +243,10 @@ class Calls(Expressions):
             key = argument.name.value if argument.name else None
             try:
                 if key is None:
+                    use.poisoned = True
                     use.spans.append(argument.span)
                     use.operands.append(self.one(argument.value))
+                    use.poisoned = len(use.operands) < len(use.spans)
                 elif key == "name" and key not in params:
                     use.path = self.path(argument.value)
                 elif key in slots:
@@ -238,10 +254,23 @@ class Calls(Expressions):
                 else:
                     use.arguments[key] = Const(self.const(argument.value), argument.span)
             except Stop:
-                bad = True
+                bad |= key is not None
         if bad:
             raise Stop
         return use
+
+    def _look_inside(self, bound: Bound, use: _Use, node: ast.Call) -> NoReturn:
+        """Reports the mistakes of a block though a tensor it is given could not be made."""
+        block = bound.block
+        if use.path is None:
+            env: dict[str, Entry] = {**bound.params}
+            env.update((a.name.value, POISON) for a in block.arguments)
+            inner = type(self)(self.low, bound, self.builder, self.prefix, env)
+            with self.low.nested(node.span):
+                inner.run(block.body)
+        elif not any(dim.value == ".." for a in block.arguments for dim in a.type.dims):
+            self.low.graph(bound, [], node.span)
+        raise Stop
 
     def inline(
         self, bound: Bound, operands: Sequence[Value], node: ast.Expr, spans: Sequence[Span]
@@ -256,6 +285,7 @@ class Calls(Expressions):
             self.collected,
             self.outputs,
             self.stack,
+            "region" if self.inside else "",
         )
 
         def match() -> list[Value]:
@@ -267,6 +297,8 @@ class Calls(Expressions):
         with self.low.nested(node.span):
             inner.run(bound.block.body)
         if inner.returned is None:
+            if inner.returns is None:
+                self.low.returns_nothing(bound)
             raise Stop
         return inner.returned
 
@@ -288,6 +320,7 @@ class Calls(Expressions):
             (path, "*"),
             dict(self.env),
             stack=count.size or 1,
+            inside="region",
             here=self.here,
         )
         outer_ops, self.builder.ops = self.builder.ops, region.ops

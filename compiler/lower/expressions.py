@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from compiler.graph.core import Value
 from compiler.graph.types import Dim
 from compiler.lower.bind import Const
+from compiler.lower.names import word_problem
 from compiler.lower.scope import LayerIndex, Poison, Result, Scope, Stop
 from dsl import ast
 from dsl.evaluate import FUNCTIONS, evaluate
@@ -33,6 +35,14 @@ class Expressions(Scope):
                 return self._name(node)
             case ast.Binary() if self._holds_tensor(node):
                 return self._arithmetic(node, names)
+            case ast.Unary() if self._holds_tensor(node):
+                self.error(
+                    "E220",
+                    f"`{node.operator}` does not work on a tensor",
+                    node,
+                    "not for tensors",
+                    help="write `x * -1`" if node.operator == "-" else "conditions are of numbers",
+                )
             case ast.Call() if (
                 node.function.value not in FUNCTIONS and node.function.value != "count"
             ):
@@ -48,9 +58,19 @@ class Expressions(Scope):
         return Const(self.const(node), node.span)
 
     def one(self, node: ast.Expr) -> Value:
-        values = self.values(self.value(node, []))
+        return self.single(self.value(node, []), node)
+
+    def single(self, result: Result, node: ast.Expr) -> Value:
+        """The only tensor that `node` gave."""
+        values = self.values(result)
         if len(values) != 1:
-            self.error("E214", f"one tensor is needed here, this gives {len(values)}", node, "")
+            self.error(
+                "E214",
+                f"one tensor is needed here, this gives {len(values)}",
+                node,
+                f"gives {len(values)}",
+                help="assign them to names first: `a, b = ..`",
+            )
         return values[0]
 
     def values(self, result: Result) -> list[Value]:
@@ -58,7 +78,12 @@ class Expressions(Scope):
             raise Stop
         if isinstance(result, Const):
             self.error(
-                "E213", "a tensor is needed here, this is a number", None, "", span=result.span
+                "E213",
+                "a tensor is needed here, this is a number",
+                None,
+                f"is {result.value!r}",
+                span=result.span,
+                help="numbers may multiply or divide a tensor: `x * 2`, `x / 2`",
             )
         assert isinstance(result, list)
         return result
@@ -95,6 +120,8 @@ class Expressions(Scope):
                 return not isinstance(self.env.get(node.value), Const)
             case ast.Binary():
                 return self._holds_tensor(node.left) or self._holds_tensor(node.right)
+            case ast.Unary():
+                return self._holds_tensor(node.operand)
             case ast.Call():
                 return node.function.value not in FUNCTIONS and node.function.value != "count"
             case _:
@@ -115,15 +142,17 @@ class Expressions(Scope):
         if isinstance(left, Poison) or isinstance(right, Poison):
             raise Stop
         sides = (left, right)
+        spans = [node.left.span, node.right.span]
         if isinstance(right, Const) and kind in ("mul", "div"):
             factor = self._as_number(right.value, node.right)
             by = factor if kind == "mul" else 1 / factor
-            return self.op("scale", self.values(left), names=names, by=by)
+            x = self.single(left, node.left)
+            return self.op("scale", [x], names=names, operand_spans=spans[:1], by=by)
         if isinstance(left, Const) and kind == "mul":
             by = self._as_number(left.value, node.left)
-            return self.op("scale", self.values(right), names=names, by=by)
-        operands = [self.values(side)[0] for side in sides]
-        spans = [node.left.span, node.right.span]
+            x = self.single(right, node.right)
+            return self.op("scale", [x], names=names, operand_spans=spans[1:], by=by)
+        operands = [self.single(s, n) for s, n in zip(sides, (node.left, node.right), strict=True)]
         return self.op(kind, operands, names=names, operand_spans=spans)
 
     def _as_number(self, value: Any, node: ast.Expr) -> float:
@@ -133,6 +162,7 @@ class Expressions(Scope):
 
     def const(self, node: ast.Expr) -> Any:
         """A number known when the model is built. Raises `DiagnosticError`."""
+        node = self.counts(node)
         for name in ast.names_in(node):
             entry = self.env.get(name)
             if isinstance(entry, Poison):
@@ -146,25 +176,51 @@ class Expressions(Scope):
                     help="use params, let and arithmetic here",
                 )
         numbers = {n: e.value for n, e in self.env.items() if isinstance(e, Const)}
-        return evaluate(self._counts(node), numbers)
+        return evaluate(node, numbers)
 
-    def _counts(self, node: ast.Expr) -> ast.Expr:
+    def flag(self, node: ast.Expr) -> bool:
+        """A condition known when the model is built. Raises `DiagnosticError`."""
+        value = self.const(node)
+        if not isinstance(value, bool):
+            self.error(
+                "E229",
+                f"a condition is true or false, this is {value!r}",
+                node,
+                f"is {value!r}",
+                help="compare it, for example with `!= 0`",
+            )
+        return bool(value)
+
+    def counts(self, node: ast.Expr) -> ast.Expr:
         """`node` with every count(slot) replaced by the number of blocks in the slot."""
         match node:
-            case ast.Call() if node.function.value == "count" and len(node.arguments) == 1:
-                slot = node.arguments[0].value
-                assert isinstance(slot, ast.Name)
-                return ast.Number(sum(g.count for g in self.groups(slot)), node.span)
+            case ast.Call() if node.function.value == "count":
+                return self._count(node)
+            case ast.Call():
+                arguments = [replace(a, value=self.counts(a.value)) for a in node.arguments]
+                return replace(node, arguments=tuple(arguments))
+            case ast.Unary():
+                return replace(node, operand=self.counts(node.operand))
             case ast.Binary():
-                return ast.Binary(
-                    node.operator,
-                    self._counts(node.left),
-                    self._counts(node.right),
-                    node.span,
-                    node.operator_span,
+                return replace(node, left=self.counts(node.left), right=self.counts(node.right))
+            case ast.Conditional():
+                return replace(
+                    node,
+                    condition=self.counts(node.condition),
+                    then=self.counts(node.then),
+                    otherwise=self.counts(node.otherwise),
                 )
             case _:
                 return node
+
+    def _count(self, node: ast.Call) -> ast.Number:
+        slot = node.arguments[0].value if len(node.arguments) == 1 else None
+        if not isinstance(slot, ast.Name):
+            self.error(
+                "E216", "count takes the name of a slot", node, "here", help="as in `count(layers)`"
+            )
+        assert isinstance(slot, ast.Name)
+        return ast.Number(sum(g.count for g in self.groups(slot)), node.span)
 
     def groups(self, slot: ast.Name) -> Any:
         value = self.bound.slots.get(slot.value)
@@ -203,20 +259,35 @@ class Expressions(Scope):
         """Name of a weight, relative to this block's graph."""
         match node:
             case ast.Conditional():
-                return self.path(node.then if self.const(node.condition) else node.otherwise)
+                return self.path(node.then if self.flag(node.condition) else node.otherwise)
             case ast.Name():
-                parts = [node.value]
+                parts = [self._part(node.value, node)]
             case ast.Path():
-                parts = [self._part(item) for part in node.parts for item in part]
+                parts = [self._part(item, node) for part in node.parts for item in part]
             case _:
                 self.error(
                     "E231", "this is no name of a weight", node, "here", help="as in q_a_proj"
                 )
         return ".".join([*self.prefix, *parts])
 
-    def _part(self, item: str | ast.Expr) -> str:
-        if isinstance(item, str):
-            return item
+    def _part(self, item: str | ast.Expr, node: ast.Expr) -> str:
+        """A word, a number of at least 0, or `*` for the layer at hand."""
         if isinstance(item, ast.Name) and isinstance(self.env.get(item.value), LayerIndex):
             return "*"
-        return str(self.const(item))
+        place = node if isinstance(item, str) else item
+        value = item if isinstance(item, str) else self.const(item)
+        if isinstance(value, str):
+            problem = word_problem(value)
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            problem = "a number in a name is whole and at least 0"
+        else:
+            problem = ""
+        if problem:
+            self.error(
+                "E231",
+                f"{value!r} cannot be in the name of a weight: {problem}",
+                place,
+                "in this name",
+                help="names are those of a checkpoint, as in q_a_proj or model.layers.{index}",
+            )
+        return str(value)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from compiler.graph.core import Op, Region, Value
 from compiler.lower.bind import Const
 from compiler.lower.calls import Calls
 from compiler.lower.scope import POISON, Entry, LayerIndex, Stop
+from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.diagnostic import DiagnosticError
+
+MAX_COPIES = 1_000  # of the lines of a `for`
 
 
 class Frame(Calls):
@@ -25,12 +29,26 @@ class Frame(Calls):
             except DiagnosticError as error:
                 self.low.problems.extend(error.diagnostics)
                 self._poison(statement)
+            except TypeMismatch as error:
+                place = self.here or statement.span
+                self.low.problems.error(
+                    "E410", error.message, place, "does not fit", help=error.help
+                )
+                self._poison(statement)
 
     def _statement(self, statement: ast.Statement) -> None:
         self.here = statement.span
+        if self.inside == "repeat" and isinstance(statement, _OF_BLOCKS):
+            self.error(
+                "E240",
+                "a `repeat` holds the equations of one layer only",
+                None,
+                "not in a `repeat`",
+                help="move it behind the loop, or use `for`, which writes every layer out",
+            )
         match statement:
             case ast.If():
-                chosen = statement.then if self.const(statement.condition) else statement.otherwise
+                chosen = statement.then if self.flag(statement.condition) else statement.otherwise
                 self.run(chosen)
             case ast.Collect():
                 self.collected.append((statement.name.value, self.one(statement.value)))
@@ -47,21 +65,18 @@ class Frame(Calls):
         numbers = {n: e for n, e in self.env.items() if isinstance(e, Const)}
         # What needs parameters only was checked when the block was bound.
         if not set(ast.names_in(statement.condition)) <= set(self.bound.params):
-            self.low.binder.require(statement, numbers, statement.span)
+            counted = replace(statement, condition=self.counts(statement.condition))
+            self.low.binder.require(counted, numbers, statement.span)
 
     def _let(self, statement: ast.Let) -> None:
         value = self.const(statement.value)
         self.env[statement.name.value] = Const(value, statement.span)
 
     def _poison(self, statement: ast.Statement) -> None:
-        match statement:
-            case ast.Assign():
-                for target in statement.targets:
-                    self.env[target.value] = POISON
-            case ast.Let():
-                self.env[statement.name.value] = POISON
-            case _:
-                pass
+        for name in _assigned([statement]):
+            self.env[name] = POISON
+        if isinstance(statement, ast.Let):
+            self.env[statement.name.value] = POISON
 
     def _assign(self, statement: ast.Assign) -> None:
         names = [t.value for t in statement.targets]
@@ -87,7 +102,7 @@ class Frame(Calls):
             self.env[name] = value
 
     def _output(self, statement: ast.Output) -> None:
-        if not self.low.is_root(self.builder.graph):
+        if self.inside or not self.low.is_root(self.builder.graph):
             self.error(
                 "E215",
                 "only the outermost block of a model has outputs",
@@ -95,12 +110,30 @@ class Frame(Calls):
                 "in an inner block",
                 help="write `collect`, or return the value",
             )
+        if self._collects_nothing(statement.value):
+            return
         values = self.values(self.value(statement.value, [statement.name.value]))
-        self.outputs += [(statement.name.value, value) for value in values]
+        self.outputs += [(statement.name, value) for value in values]
+
+    def _collects_nothing(self, node: ast.Expr) -> bool:
+        """An output of what no block collected is none, where a term of a sum would be 0."""
+        if not isinstance(node, ast.Call) or node.function.value != "collected":
+            return False
+        wanted = [a.value.value for a in node.arguments if isinstance(a.value, ast.Name)]
+        return len(wanted) == 1 and all(name != wanted[0] for name, _ in self.collected)
 
     def _for(self, statement: ast.For) -> None:
         index = 0
-        for group in self.groups(statement.slot):
+        groups = self.groups(statement.slot)
+        if sum(group.count for group in groups) > MAX_COPIES:
+            self.error(
+                "E241",
+                f"`for` would write its lines out more than {MAX_COPIES} times",
+                statement.slot,
+                f"{sum(group.count for group in groups)} blocks",
+                help="use `repeat`, which stays one loop, or fewer blocks",
+            )
+        for group in groups:
             for _ in range(group.count):
                 index += 1
                 self.env[statement.module.value] = group.ref
@@ -121,7 +154,9 @@ class Frame(Calls):
                 statement.module.value: group.ref,
                 statement.index.value: LayerIndex(),
             }
-            inner = Frame(self.low, self.bound, self.builder, self.prefix, env)
+            inner = Frame(
+                self.low, self.bound, self.builder, self.prefix, env, inside="repeat"
+            )
             outer_ops, self.builder.ops = self.builder.ops, region.ops
             try:
                 inner.run(statement.body)
@@ -130,6 +165,7 @@ class Frame(Calls):
             finally:
                 self.builder.ops = outer_ops
             names = [*carried, *(n for n, _ in inner.collected)]
+            self.here = statement.slot.span
             results = self.op(
                 "repeat", before, regions=[region], names=names, start=start, count=group.count
             )
@@ -140,6 +176,9 @@ class Frame(Calls):
             ]
             start += group.count
 
+
+# What belongs to a whole block.
+_OF_BLOCKS = ast.Output | ast.Alias | ast.Return | ast.Repeat | ast.For
 
 _STATEMENTS: dict[type, Callable[[Frame, Any], None]] = {
     ast.Require: Frame._require,
@@ -160,8 +199,9 @@ def _assigned(body: Sequence[ast.Statement]) -> list[str]:
                 for target in statement.targets:
                     found.setdefault(target.value)
             case ast.If():
-                for name in _assigned([*statement.then, *statement.otherwise]):
-                    found.setdefault(name)
+                found |= dict.fromkeys(_assigned([*statement.then, *statement.otherwise]))
+            case ast.For() | ast.Repeat():
+                found |= dict.fromkeys(_assigned(statement.body))
             case _:
                 pass
     return list(found)

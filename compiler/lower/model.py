@@ -10,7 +10,9 @@ from compiler.graph.build import Builder
 from compiler.graph.core import Graph, Op, Program, Value, bind_dims, substitute
 from compiler.graph.types import RUNTIME_DIMS, Dim, Type
 from compiler.lower.bind import Binder, BlockRef, Bound, Const, Group, SlotValue
+from compiler.lower.contract import argument_problems, output_problems
 from compiler.lower.frame import Frame
+from compiler.lower.names import name_problems
 from compiler.lower.scope import Stop
 from compiler.ops import TypeMismatch
 from dsl import ast
@@ -51,6 +53,7 @@ class Lowering:
         self.program = Program(description.spec.model, "")
         self._graphs: dict[Key, Graph | None] = {}
         self._bounds: dict[str, Bound] = {}
+        self._open: set[Key] = set()  # being made at the moment
         self._depth = 0
 
     def run(self) -> Program:
@@ -110,18 +113,14 @@ class Lowering:
         self.program.root = name
         self._bounds[name] = bound
         types = [self._type(a.type, bound, None) for a in bound.block.arguments]
+        self.problems.extend(argument_problems(bound.block, types))
         graph, frame = self._start(name, bound, types)
         frame.run(bound.block.body)
         outputs = frame.outputs
-        if not outputs and not self.problems:
-            self.problems.error(
-                "E233",
-                f"{name} has no outputs",
-                bound.block.name.span,
-                "the outermost block",
-                help="add `output logits = ..`",
-            )
-        self._finish(graph, [v for _, v in outputs], [n for n, _ in outputs], bound.block.span)
+        if not self.problems:
+            self.problems.extend(output_problems(bound.block, graph.ops, outputs))
+        names = [name.value for name, _ in outputs]
+        self._finish(graph, [v for _, v in outputs], names, bound.block.span)
         return graph
 
     # ---- other blocks -----------------------------------------------------------------------
@@ -138,28 +137,20 @@ class Lowering:
         )
         key = (_key(bound), leading)
         if key in self._graphs:
+            if key in self._open:
+                self._endless(use)
             return self._graphs[key]
-        self._graphs[key] = None  # a block that holds itself finds this
-        if self._depth >= MAX_DEPTH:
-            self.problems.error(
-                "E234", "blocks hold one another without end", use, "once more here"
-            )
-            return None
+        self._graphs[key] = None  # unless it is made without a problem
         found = len(self.problems)
-        self._depth += 1
         types = [self._type(a.type, bound, leading) for a in bound.block.arguments]
         graph, frame = self._start(f"{bound.block.name.value}#{len(self._bounds)}", bound, types)
         with self.nested(use):
+            self._open.add(key)
             frame.run(bound.block.body)
+            self._open.discard(key)
         if frame.returned is None:
             if frame.returns is None:
-                self.problems.error(
-                    "E235",
-                    f"{bound.block.name.value} returns nothing",
-                    bound.block.name.span,
-                    "no `return` is reached",
-                    help="end the block with `return ..`",
-                )
+                self.returns_nothing(bound)
             return None
         assert frame.returns is not None
         self._check_results(bound, frame.returns, frame.returned, leading)
@@ -176,19 +167,35 @@ class Lowering:
         self.program.graphs[graph.name] = graph
         return graph
 
+    def returns_nothing(self, bound: Bound) -> None:
+        self.problems.error(
+            "E235",
+            f"{bound.block.name.value} returns nothing",
+            bound.block.name.span,
+            "no `return` is reached",
+            help="end the block with `return ..`",
+        )
+
     @contextmanager
     def nested(self, use: Span) -> Iterator[None]:
         """Around the equations of a block inside another. Raises `Stop` where they never end."""
         if self._depth >= MAX_DEPTH:
-            self.problems.error(
-                "E234", "blocks hold one another without end", use, "once more here"
-            )
+            self._endless(use)
             raise Stop
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
+
+    def _endless(self, use: Span) -> None:
+        self.problems.error(
+            "E234",
+            "blocks hold one another without end",
+            use,
+            "once more here",
+            help="let one of them do without the other",
+        )
 
     def _start(self, name: str, bound: Bound, types: Sequence[Type]) -> tuple[Graph, Frame]:
         args = [Value(a.name.value, t) for a, t in zip(bound.block.arguments, types, strict=True)]
@@ -201,6 +208,7 @@ class Lowering:
         self, graph: Graph, results: Sequence[Value], names: Sequence[str], span: Span
     ) -> None:
         graph.result_names = tuple(names)
+        self.problems.extend(name_problems(graph))
         graph.ops.append(Op("return", list(results), spans=(span,)))
 
     def _check_results(

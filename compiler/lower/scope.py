@@ -48,8 +48,9 @@ class Scope:
     prefix: tuple[str, ...] = ()
     env: dict[str, Entry] = field(default_factory=dict)
     collected: list[tuple[str, Value]] = field(default_factory=list)
-    outputs: list[tuple[str, Value]] = field(default_factory=list)
+    outputs: list[tuple[ast.Name, Value]] = field(default_factory=list)
     stack: int = 1
+    inside: str = ""  # `repeat` in the lines of one, `region` in a block written out in a region
     here: Span | None = None
     returned: list[Value] | None = None
     returns: ast.Return | None = None
@@ -137,8 +138,10 @@ class Scope:
             self.error("E410", error.message, None, "does not fit", help=error.help, span=place)
         finally:
             self.here = outer
+        # A cast that changes nothing makes no operator; its result keeps the name it has.
+        made = self.builder.ops[-1].results if self.builder.ops else []
         for name, value in zip(names, results, strict=False):
-            if value.name != name and value in self.builder.ops[-1].results:
+            if value.name != name and value in made:
                 self.builder.names.discard(value.name)
                 value.name = self.builder.unique(name)
         return results

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from string import ascii_letters, digits
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -90,11 +92,10 @@ class Maker:
         for move in self.draw(st.lists(st.sampled_from(moves), min_size=least, max_size=most)):
             move(self)
 
-    def add(self, kind: str, *operands: Value, symbols: tuple[str, ...] = (), **more: object) -> None:
-        names = tuple(self.draw(st.lists(identifiers, max_size=2)))
+    def add(self, kind: str, *operands: Value, symbols: Sequence[str] = (), **more: Any) -> None:
+        names = self.draw(st.lists(identifiers, max_size=2))
         spans = self.some_spans()
-        results = self.builder.add(kind, operands, symbols, names=names, spans=spans, **more)  # type: ignore[arg-type]
-        self.pool += results
+        self.pool += self.builder.add(kind, operands, symbols, names=names, spans=spans, **more)
 
     def some_spans(self) -> tuple[Span, ...]:
         return tuple(self.draw(st.lists(st.sampled_from(self.spans), max_size=2)))
@@ -119,14 +120,14 @@ class Maker:
         weights[name] = Weight(type, *rest, self.experts or 1)
         return name
 
-    def inside(self, arguments: list[Value], **more: int) -> tuple[Region, Maker]:
-        """A region whose operators go into it until `Maker.leave`."""
+    def inside(self, arguments: list[Value], **more: Any) -> tuple[Region, Maker]:
+        """A region, and what adds operators to it."""
         region = Region(arguments)
-        builder = Builder.__new__(Builder)
-        builder.graph, builder.graphs = self.builder.graph, self.builder.graphs
-        builder.names, builder.ops = self.builder.names, region.ops
+        builder = copy(self.builder)  # it shares the names that are taken
+        builder.ops = region.ops
+        pool = [*self.pool, *arguments]
         around = {"experts": self.experts, "repeats": self.repeats, "depth": self.depth + 1, **more}
-        return region, Maker(self.draw, builder, self.spans, [*self.pool, *arguments], **around)  # type: ignore[arg-type]
+        return region, Maker(self.draw, builder, self.spans, pool, **around)
 
 
 Move = Callable[[Maker], None]
@@ -230,7 +231,9 @@ def _moe(m: Maker) -> None:
         token = m.builder.value(m.draw(identifiers), Type(x.type.dtype, (TOKEN, x.type.last)))
         region, expert = m.inside([token], experts=count)
         expert.move_many(ANYWHERE, 1, 4)
-        y = expert.pick(lambda t: t.dtype == x.type.dtype and t.dims[:1] == (TOKEN,) and len(t.dims) == 2)
+        y = expert.pick(
+            lambda t: (t.dtype, t.dims[:1], len(t.dims)) == (x.type.dtype, (TOKEN,), 2)
+        )
         assert y
         region.ops.append(Op("yield", [y], spans=m.some_spans()))
         m.add("experts", x, route, weight, regions=[region], count=count)
@@ -254,8 +257,9 @@ def _split(m: Maker) -> None:
 
 
 def _layout(m: Maker) -> None:
-    if x := m.pick(lambda t: bool(t.dims) and (t.last.size or 1) % 2 == 0 and t.last.size is not None):
-        parts = (Dim(m.draw(identifiers), 2), Dim(m.draw(identifiers), (x.type.last.size or 0) // 2))
+    if x := m.pick(lambda t: bool(t.dims) and (t.last.size or 1) % 2 == 0):
+        half = (x.type.last.size or 0) // 2
+        parts = (Dim(m.draw(identifiers), 2), Dim(m.draw(identifiers), half))
         m.add("unflatten", x, dims=dims_attr(*parts))
         m.add("flatten", m.pool[-1], dims=dims_attr(*parts))
         m.add("broadcast", x, dim=dims_attr(m.draw(dims)))
@@ -299,7 +303,7 @@ def _repeat(m: Maker) -> None:
 
 
 ANYWHERE: list[Move] = [
-    _linear, _rms_norm, _embedding, _pointwise, _elementwise, _scale, _cast, _constant, _split, _layout,
-    _drop, _rope, _attention, _losses, _repeat,
+    _linear, _rms_norm, _embedding, _pointwise, _elementwise, _scale, _cast, _constant, _split,
+    _layout, _drop, _rope, _attention, _losses, _repeat,
 ]  # fmt: skip
 TOP: list[Move] = [*ANYWHERE, _remember, _moe, _call]

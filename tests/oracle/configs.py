@@ -78,7 +78,9 @@ CASES = [
     Case("one_group", {"n_group": 1, "topk_group": 1}),
     Case("many_experts", {"n_routed_experts": 32, "n_group": 8, "topk_group": 3,
                           "num_experts_per_tok": 6}),
-    Case("one_active_expert", {"num_experts_per_tok": 1, "topk_group": 1}),
+    # Not normalized: the only weight would always be 1, and the gate would learn nothing.
+    Case("one_active_expert", {"num_experts_per_tok": 1, "topk_group": 1,
+                               "norm_topk_prob": False}),
     Case("no_shared_experts", {"n_shared_experts": 0}),
     Case("two_shared_experts", {"n_shared_experts": 2, "routed_scaling_factor": 1.0}),
     Case("no_dense_layer", {"first_k_dense_replace": 0, "num_hidden_layers": 2}),

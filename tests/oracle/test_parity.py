@@ -91,10 +91,15 @@ def test_gradients(pair: Pair) -> None:
 
 
 def test_greedy_tokens(pair: Pair) -> None:
+    prompt = pair.tokens[:, :9]
     theirs = pair.reference.model.generate(
-        pair.tokens[:, :9], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # or it would take token 0 for padding
+        max_new_tokens=64,
+        do_sample=False,
+        pad_token_id=0,
     )
-    ours = pair.model.generate(pair.tokens[:, :9], max_new_tokens=64, temperature=0)
+    ours = pair.model.generate(prompt, max_new_tokens=64, temperature=0)
     assert ours.tolist() == theirs.tolist()
 
 

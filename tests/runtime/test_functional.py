@@ -290,6 +290,38 @@ def test_expert_load_counts_choices() -> None:
     assert load.tolist() == [3, 2, 0, 3, 0]
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_experts_get_their_tokens_and_give_them_back(shape: tuple[int, ...]) -> None:
+    """Equation 12, for experts that multiply by their number; nobody chooses the last one."""
+    x, weight = random(*shape, 6), random(*shape, 2, seed=1)
+    index = random(*shape, 4, seed=2).topk(2).indices
+    y, dispatched = torch.zeros_like(x), F.dispatch(index, 5)
+    for expert, chosen in enumerate(dispatched):
+        tokens = F.gather_tokens(x, chosen)
+        assert torch.equal(tokens, x[(index == expert).any(-1)])
+        F.add_tokens(y, chosen, tokens * expert, weight)
+    assert len(dispatched) == 5 and len(F.gather_tokens(x, dispatched[4])) == 0
+    assert torch.allclose(y, x * (index * weight).sum(-1, keepdim=True), atol=1e-5)
+
+
+def test_gradients_flow_through_dispatch() -> None:
+    x = random(2, 3, 4).double().requires_grad_()
+    weight = random(2, 3, 2, seed=1).double().requires_grad_()
+    index = random(2, 3, 5, seed=2).topk(2).indices
+
+    def experts(x: Tensor, weight: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert, chosen in enumerate(F.dispatch(index, 5)):
+            F.add_tokens(y, chosen, F.gather_tokens(x, chosen).sin() * (expert + 1), weight)
+        return y
+
+    assert torch.autograd.gradcheck(experts, (x, weight))
+
+
+def test_positions_count_from_zero_in_every_sequence() -> None:
+    assert F.positions(torch.full((2, 3), 9)).tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_cross_entropy_sums_over_the_labels_that_count() -> None:
     logits = random(2, 3, 7).bfloat16()
     labels = torch.tensor([[1, -100, 6], [-100, 0, 2]])
@@ -301,6 +333,7 @@ def test_cross_entropy_sums_over_the_labels_that_count() -> None:
     assert result.dtype == torch.float32
     assert result.item() == pytest.approx(expected, rel=1e-5)
     assert F.count_labels(labels).item() == 4
+    assert F.count_labels(torch.full((2, 3), -100)).item() == 1
     assert F.cross_entropy(logits, torch.full((2, 3), -100)).item() == 0.0
 
 

@@ -130,17 +130,14 @@ class DeepSeekMoE(nn.Module):
             scale=2.5,
         )
         # One unbind for all experts: indexing one by one would cost a full-size gradient each.
-        experts = zip(
-            self.experts.gate_proj.weight.unbind(),
-            self.experts.up_proj.weight.unbind(),
-            self.experts.down_proj.weight.unbind(),
-            strict=True,
-        )
-        y = self.shared_experts(x)[0]
-        for i, weights in enumerate(experts):
-            *token, slot = (index == i).nonzero(as_tuple=True)
-            out = swiglu(x[*token], *weights) * weight[*token, slot].unsqueeze(-1).to(x.dtype)
-            y = y.index_put(tuple(token), out, accumulate=True)
+        gate = self.experts.gate_proj.weight.unbind()
+        up = self.experts.up_proj.weight.unbind()
+        down = self.experts.down_proj.weight.unbind()
+        y = torch.zeros_like(x)
+        for expert, chosen in enumerate(F.dispatch(index, 8)):
+            z = F.gather_tokens(x, chosen)
+            F.add_tokens(y, chosen, swiglu(z, gate[expert], up[expert], down[expert]), weight)
+        y = y + self.shared_experts(x)[0]
         return y, F.sequence_balance_loss(score, k=2), F.expert_load(index, 8)
 
 

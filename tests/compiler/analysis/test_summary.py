@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compiler.analysis import Module, Part, Summary, Work, modules, summary, total
@@ -247,6 +247,7 @@ def test_json_holds_every_number() -> None:
     assert layers["parameters"] == 11_507_286_272
 
 
+@settings(max_examples=25)
 @given(
     dense=st.integers(1, 4),
     moe=st.integers(1, 4),

@@ -1,26 +1,112 @@
-"""Random programs survive printing and reading, and no text makes the reader fall over."""
+"""Random programs survive printing and reading, and no text makes reader or verifier fall over."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.graph.core import Program, copy_program
-from compiler.graph.equal import first_difference
+from compiler.graph.core import Program
+from compiler.graph.equal import equal, first_difference
+from compiler.graph.names import Name, Part, clashes, parts_of
 from compiler.graph.text import parse_program, print_program
 from compiler.graph.verify import verify
 from compiler.ops import OPS
 from dsl.diagnostic import DiagnosticError, render
 from dsl.source import Source
 from tests.compiler.strategies import programs
+from tests.conftest import GOLDEN
 
 
 @settings(max_examples=150)
-@given(programs())
-def test_random_programs_are_valid_and_read_back_equal(program: Program) -> None:
+@given(programs(), st.booleans())
+def test_random_programs_are_valid_and_read_back_equal(program: Program, locs: bool) -> None:
     verify(program)
-    text = print_program(program)
+    text = print_program(program, locs)
     again = parse_program(Source("random.graph", text))
     assert first_difference(program, again) is None
-    assert print_program(again) == text
+    assert print_program(again, locs) == text
     verify(again)
+
+
+def test_random_programs_hold_every_operator() -> None:
+    kinds: set[str] = set()
+
+    @settings(max_examples=150, database=None)
+    @given(programs())
+    def look(program: Program) -> None:
+        kinds.update(op.kind for graph in program.graphs.values() for op in graph.walk())
+
+    look()
+    assert kinds == set(OPS)
+
+
+def read(text: str) -> Program | None:
+    """The program, or None with a diagnostic that can be shown. Anything else is a failure."""
+    try:
+        program = parse_program(Source("any.graph", text))
+    except DiagnosticError as error:
+        assert render(error.diagnostics).startswith("error[E50")
+        return None
+    try:
+        verify(program)
+    except DiagnosticError as error:
+        assert render(error.diagnostics).startswith("error[E51")
+    return program
+
+
+@given(st.text())
+def test_any_text_is_read_or_explained(text: str) -> None:
+    read(text)
+
+
+TINY = (GOLDEN / "graph" / "deepseek_v3_tiny.txt").read_text(encoding="utf-8")
+WORDS = sorted({*TINY.replace("\n", " ").replace(",", " ").replace("(", " ").split(), *"()<>{}[]|,:=@%-\""})
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_changed_text_is_read_or_explained(data: st.DataObject) -> None:
+    """A few cuts and words of the graph in places where they do not belong."""
+    text = TINY
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        length = data.draw(st.integers(0, 12))
+        word = data.draw(st.sampled_from(WORDS) | st.text(max_size=3))
+        text = text[:start] + word + text[start + length :]
+    program = read(text)
+    if program is not None:
+        assert equal(program, parse_program(Source("again.graph", print_program(program))))
+
+
+parts: st.SearchStrategy[Part] = st.sampled_from("ab") | st.tuples(
+    st.integers(0, 3), st.integers(0, 3)
+).map(lambda pair: (min(pair), max(pair)))
+names = st.builds(Name, st.lists(parts, min_size=1, max_size=4).map(tuple))
+
+
+def written_out(name: Name) -> set[tuple[str, ...]]:
+    """Every name that a name with ranges stands for."""
+    found: set[tuple[str, ...]] = {()}
+    for part in name.parts:
+        words = [part] if isinstance(part, str) else map(str, range(part[0], part[1] + 1))
+        words = list(words)
+        found = {(*begin, word) for begin in found for word in words}
+    return found
+
+
+@given(st.lists(names, max_size=6))
+def test_names_clash_where_those_written_out_do(listed: list[Name]) -> None:
+    expected = {
+        frozenset((i, j))
+        for i, a in enumerate(listed)
+        for j, b in enumerate(listed)
+        if i != j and any(y[: len(x)] == x for x in written_out(a) for y in written_out(b))
+    }
+    at = {id(name): i for i, name in enumerate(listed)}
+    assert {frozenset((at[id(a)], at[id(b)])) for a, b in clashes(listed)} == expected
+
+
+def test_numbers_in_names_are_layers() -> None:
+    assert parts_of("a.*.3.*", [(0, 2), (5, 6)]) == ("a", (0, 2), (3, 3), (5, 6))
+    assert parts_of("a.03.*") == ("a", "03", "*")
+    assert str(Name(parts_of("a.*.3", [(0, 2)]))) == "a.0..2.3"

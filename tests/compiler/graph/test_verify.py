@@ -60,13 +60,10 @@ REPLACED = {
         "-> (y: bf16[batch, seq, hidden=8])", "-> (y.z: bf16[batch, seq, hidden=8])",
         "E510: graph @Block: the name of a result is no identifier: 'y.z'",
     ),
-    "value outside of its region": (
-        "return(%y)\n}", "%a = add(%y, %y) : bf16[batch, seq, hidden=8]\n return(%a)\n}",
-        None,
-    ),
     "name of a value taken": (
-        "%w = topk", "%score = topk",
-        "E511: graph @Block, %route, %score = topk_groups(%score): the name %score is taken by "
+        "%up = linear(%z, @experts.*.up.weight) : bf16[token, hidden=8]\n    yield(%up)",
+        "%n = linear(%z, @experts.*.up.weight) : bf16[token, hidden=8]\n    yield(%n)",
+        "E511: graph @Block, %n = linear(%z, @experts.*.up.weight): the name %n is taken by "
         "another value",
     ),
     "name of an argument taken": (
@@ -84,7 +81,7 @@ REPLACED = {
     ),
     "number of weights": (
         "linear(%n, @gate.weight)", "linear(%n)",
-        "E512: graph @Block, %score = linear(%n): takes the weights weight, got 0",
+        "E512: graph @Block, %score = linear(%n): takes the weights (weight), got 0",
     ),
     "number of regions": (
         "<eps=1e-06>", "<eps=1e-06> { yield() }",
@@ -108,7 +105,8 @@ REPLACED = {
     ),
     "attribute that is not finite": (
         "<eps=1e-06>", "<eps=nan>",
-        "E512: graph @Block, %n = rms_norm(%x, @norm.weight): eps is nan, and not float",
+        "E512: graph @Block, %n = rms_norm(%x, @norm.weight): eps is nan, which a graph cannot "
+        "hold",
     ),
     "count of a repeat": (
         "<start=0, count=2>", "<start=0, count=0>",
@@ -122,19 +120,25 @@ REPLACED = {
         "<eps=1e-06> : bf16[batch, seq, hidden=8]", "<eps=1e-06> : f32[batch, seq, hidden=8]",
         "E513: graph @Block, %n = rms_norm(%x, @norm.weight): makes bf16[batch, seq, hidden=8], "
         "and is recorded as f32[batch, seq, hidden=8]",
+        "E513: graph @Block, %score = linear(%n, @gate.weight): makes f32[batch, seq, expert=4], "
+        "and is recorded as bf16[batch, seq, expert=4]",
     ),
     "dimensions that do not meet": (
         "@norm.weight : bf16[hidden=8]", "@norm.weight : bf16[hidden=9]",
         "E513: graph @Block, %n = rms_norm(%x, @norm.weight): rms_norm expects [hidden (9)], got "
         "hidden (8)",
     ),
-    "number of results": (
-        "%route, %w = topk_groups", "%route, %w, %v = topk_groups",
-        None,
-    ),
     "what a region takes": (
-        "%z: bf16[token, hidden=8]", "%z: f32[token, hidden=8]",
-        None,
+        "%z: bf16[token, hidden=8]|\n    %up = linear(%z, @experts.*.up.weight) : bf16[token,",
+        "%z: bf16[batch, hidden=8]|\n    %up = linear(%z, @experts.*.up.weight) : bf16[batch,",
+        "E513: graph @Block, %y = experts(%x, %route, %w): an expert takes bf16[token, hidden=8], "
+        "this one bf16[batch, hidden=8]",
+    ),
+    "what a repeat carries": (
+        "yield(%h_2)",
+        "%f = cast(%h_2) <dtype=f32> : f32[batch, seq, hidden=8]\n    yield(%f)",
+        "E513: graph @Model, %h_3 = repeat(%h): repeat carries bf16[batch, seq, hidden=8], but its "
+        "region makes f32[batch, seq, hidden=8] of it",
     ),
     "attributes that make no sense together": (
         "<k=(k=2),", "<k=(k=2, l=2),",
@@ -144,6 +148,8 @@ REPLACED = {
     "dimension without a size": (
         "%tokens: i64[batch, seq]", "%tokens: i64[batch, length]",
         "E513: graph @Model: dimension length has no size",
+        "E513: graph @Model, %h = embedding(%tokens, @embed.weight): makes "
+        "bf16[batch, length, hidden=8], and is recorded as bf16[batch, seq, hidden=8]",
     ),
     "dimension of size 0": (
         "@embed.weight : bf16[vocab=32,", "@embed.weight : bf16[vocab=0,",
@@ -205,18 +211,21 @@ REPLACED = {
         "E513: graph @Model, %last = call(%kept, %h): Block takes 1 tensors, got 2",
     ),
     "dimensions of a call": (
-        "graph @Block(%x: bf16[batch, seq, hidden=8])", "graph @Block(%x: bf16[batch, hidden=8])",
-        None,
+        "call(%kept)", "call(%tokens)",
+        "E513: graph @Model, %last = call(%tokens): Block expects bf16[batch, seq, hidden=8], got "
+        "i64[batch, seq]",
     ),
     "recursion": (
         "%n = rms_norm(%x,",
-        "%m = call(%x) <callee=Block, scope=more> : bf16[batch, seq, hidden=8]\n  %n = rms_norm(%m,",
+        "%m = call(%x) <callee=Block, scope=more> : bf16[batch, seq, hidden=8]\n"
+        "  %n = rms_norm(%m,",
         "E516: @Block calls @Block: a graph cannot hold itself",
     ),
-    "call inside an expert": (
+    "unknown callee in a region": (
         "%up = linear(%z, @experts.*.up.weight) : bf16[token, hidden=8]",
-        "%up = call(%z) <callee=Block, scope=experts.0> : bf16[token, hidden=8]",
-        None,
+        "%more = call(%x) <callee=Other, scope=more> : bf16[batch, seq, hidden=8]\n"
+        "    %up = linear(%z, @experts.*.up.weight) : bf16[token, hidden=8]",
+        "E516: graph @Block, %more = call(%x): there is no graph @Other",
     ),
     "scope of a repeat without `*`": (
         "scope=layers.*", "scope=layers.0",
@@ -273,6 +282,225 @@ REPLACED = {
     "cache in a region": (
         "    yield(%h_2)", "    %c = cache_entry(%h_2) <entries=(c)> : bf16[batch, seq, hidden=8]\n"
         "    yield(%h_2)",
-        "E518: graph @Model, %c = cache_entry(%h_2): stands in a region; a cache belongs to a block",
+        "E518: graph @Model, %c = cache_entry(%h_2): stands in a region; a cache belongs to a "
+        "block",
     ),
 }  # fmt: skip
+
+
+def parsed(text: str) -> Program:
+    return parse_program(Source("small.graph", text))
+
+
+def refused(program: Program) -> list[str]:
+    with pytest.raises(DiagnosticError) as caught:
+        verify(program)
+    return [f"{d.code}: {d.message}" for d in caught.value.diagnostics]
+
+
+def test_the_good_program_is_accepted() -> None:
+    verify(parsed(GOOD))
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_broken_text_is_refused(case: str) -> None:
+    old, new, *messages = REPLACED[case]
+    assert GOOD.count(old) == 1
+    assert sorted(refused(parsed(GOOD.replace(old, new)))) == sorted(messages)
+
+
+# ---- what no text can say: operators and values put together wrongly ----------------------------
+
+
+def use_before_definition(program: Program) -> None:
+    ops = program.graphs["Block"].ops
+    ops[0], ops[1] = ops[1], ops[0]
+
+
+def use_outside_of_region(program: Program) -> None:
+    block = program.graphs["Block"]
+    block.ops[0].operands = [block.ops[3].regions[0].ops[0].result]
+
+
+def use_after_region(program: Program) -> None:
+    block = program.graphs["Block"]
+    block.ops[-1].operands = [block.ops[3].regions[0].args[0]]
+
+
+def use_of_own_result(program: Program) -> None:
+    op = program.graphs["Block"].ops[0]
+    op.operands = [op.result]
+
+
+def use_of_a_stranger(program: Program) -> None:
+    program.graphs["Block"].ops[0].operands = [program.main.args[0]]
+
+
+def value_defined_twice(program: Program) -> None:
+    block = program.graphs["Block"]
+    block.ops.insert(1, block.ops[0])
+
+
+def value_without_identifier(program: Program) -> None:
+    program.graphs["Block"].ops[0].result.name = "a.b"
+
+
+def results_missing(program: Program) -> None:
+    program.graphs["Block"].ops[2].results.pop()
+    program.graphs["Block"].ops[3].operands[2] = program.graphs["Block"].ops[2].results[0]
+
+
+def names_of_results_missing(program: Program) -> None:
+    program.main.result_names = ()
+
+
+def kept_under_another_name(program: Program) -> None:
+    program.graphs["Block"].name = "Blok"
+
+
+def graph_without_operators(program: Program) -> None:
+    program.main.ops.clear()
+
+
+def number_too_large(program: Program) -> None:
+    program.main.ops[1].attrs["count"] = 2**63
+
+
+def attribute_of_no_kind(program: Program) -> None:
+    program.graphs["Block"].ops[2].attrs["k"] = ("k", None)  # type: ignore[assignment]
+
+
+def weight_without_name(program: Program) -> None:
+    program.main.weights["a b"] = Weight(Type("f32", (Dim("n", 1),)))
+
+
+def element_type(program: Program) -> None:
+    program.graphs["Block"].args[0].type = Type("f8", (Dim("batch"), Dim("seq"), Dim("hidden", 8)))
+
+
+def name_of_dimension(program: Program) -> None:
+    program.main.args[0].type = Type("i64", (Dim("a b"),))
+
+
+def missing_tokens(program: Program) -> None:
+    program.main.args[0].type = Type("i64", (Dim("batch"), Dim("seq", None, -1)))
+
+
+def expert_that_calls(program: Program) -> None:
+    program.graphs["Leaf"] = parsed(GOOD.replace("@Block", "@Leaf")).graphs["Leaf"]
+    region = program.graphs["Block"].ops[3].regions[0]
+    attrs = {"callee": "Leaf", "scope": "leaf"}
+    made = Value("made", Type("bf16", (Dim("batch"), Dim("seq"), Dim("hidden", 8))))
+    region.ops.insert(0, Op("call", [program.graphs["Block"].args[0]], (), dict(attrs), [], [made]))
+
+
+def circle(program: Program) -> None:
+    block = program.graphs["Block"]
+    attrs = {"callee": "Model", "scope": "model"}
+    tokens = Value("tokens", Type("i64", (Dim("batch"), Dim("seq"))))
+    block.args.append(tokens)
+    made = Value("made", block.args[0].type)
+    block.ops.insert(0, Op("call", [tokens], (), dict(attrs), [], [made]))
+    for op in program.main.walk():
+        if op.kind == "call":
+            op.operands.append(program.main.args[0])
+
+
+def program_without_identifier(program: Program) -> None:
+    program.name = "a-b"
+
+
+MUTATED: dict[Callable[[Program], None], str] = {
+    use_before_definition: "E511: graph @Block, %score = linear(%n, @gate.weight): %n is used "
+    "before it is defined",
+    use_outside_of_region: "E511: graph @Block, %n = rms_norm(%up, @norm.weight): %up is used "
+    "before it is defined",
+    use_after_region: "E511: graph @Block, return(%z): %z is a value of a region, and is used "
+    "outside of it",
+    use_of_own_result: "E511: graph @Block, %n = rms_norm(%n, @norm.weight): %n is used before it "
+    "is defined",
+    use_of_a_stranger: "E511: graph @Block, %n = rms_norm(%tokens, @norm.weight): %tokens is "
+    "defined nowhere",
+    value_defined_twice: "E511: graph @Block, %n = rms_norm(%x, @norm.weight): %n is defined twice",
+    value_without_identifier: "E511: graph @Block, %a.b = rms_norm(%x, @norm.weight): the name of "
+    "a value is no identifier: 'a.b'",
+    results_missing: "E513: graph @Block, %route = topk_groups(%score): makes i64[batch, seq, k=2],"
+    " bf16[batch, seq, k=2], and is recorded as i64[batch, seq, k=2]",
+    names_of_results_missing: "E510: graph @Model: returns 1 values, but names none",
+    kept_under_another_name: "E510: graph @Blok: is kept under the name 'Block'",
+    graph_without_operators: "E514: graph @Model: there is no `return`",
+    number_too_large: "E512: graph @Model, %h_3 = repeat(%h): count is 9223372036854775808, which "
+    "a graph cannot hold",
+    attribute_of_no_kind: "E512: graph @Block, %route, %w = topk_groups(%score): k is ('k', None), "
+    "which a graph cannot hold",
+    weight_without_name: "E515: graph @Model: 'a b' is no name of a weight: words between dots",
+    element_type: "E513: graph @Block: there is no element type f8",
+    name_of_dimension: "E513: graph @Model: 'a b' is no name of a dimension",
+    missing_tokens: "E513: graph @Model: dimension seq--1 has an impossible size",
+    expert_that_calls: "E516: graph @Block, %made = call(%x): a block inside an expert has no name",
+    circle: "E516: @Block calls @Model calls @Block: a graph cannot hold itself",
+    program_without_identifier: "E510: program @a-b has no graph @Model to begin with",
+}
+
+
+@pytest.mark.parametrize("mutate", MUTATED, ids=lambda mutate: mutate.__name__)
+def test_broken_graph_is_refused(mutate: Callable[[Program], None]) -> None:
+    program = parsed(GOOD)
+    mutate(program)
+    assert refused(program)[0] == MUTATED[mutate]
+
+
+# ---- how it is said -------------------------------------------------------------------------
+
+
+def test_the_place_is_the_source_of_the_operator() -> None:
+    program = parsed(GOOD.replace("eps=1e-06", "eps=1"))
+    with pytest.raises(DiagnosticError) as caught:
+        verify(program)
+    assert render(caught.value.diagnostics).splitlines()[1:4] == [
+        " --> small.graph:9:3",
+        "  |",
+        "9 |   %n = rms_norm(%x, @norm.weight) <eps=1> : bf16[batch, seq, hidden=8]",
+    ]
+
+
+def test_an_operator_without_source_is_shown_in_the_text_of_its_graph() -> None:
+    program = parsed(GOOD)
+    op = program.graphs["Block"].ops[3].regions[0].ops[0]
+    op.spans, op.attrs = (), {"bias": True}
+    with pytest.raises(DiagnosticError) as caught:
+        verify(program)
+    assert render(caught.value.diagnostics) == (
+        "error[E512]: graph @Block, %up = linear(%z, @experts.*.up.weight): knows no attribute "
+        "bias\n"
+        " --> graph @Block:9:1\n"
+        "  |\n"
+        "9 |     %up = linear(%z, @experts.*.up.weight) <bias=true> : bf16[token, hidden=8]\n"
+        "  | " + "^" * 78 + " here\n"
+    )
+
+
+def test_every_broken_operator_is_reported() -> None:
+    text = GOOD.replace("eps=1e-06", "eps=1").replace("k=(k=2)", "k=2").replace("yield(%h_2)", "")
+    assert [message[:4] for message in refused(parsed(text))] == ["E512", "E512", "E514"]
+
+
+def test_shared_names_are_allowed_where_layers_differ() -> None:
+    """Two repeats under one scope, one after the other, and a layer that stands alone."""
+    verify(parsed(GOOD.replace("<start=0, count=2>", "<start=3, count=58>")))
+
+
+def test_what_pipelines_make_is_sound() -> None:
+    for program in compile(load(SPECS / "deepseek_v3_tiny.yaml")).programs.values():
+        verify(program)
+
+
+def test_the_whole_model_is_verified_in_milliseconds() -> None:
+    program = lower(load(SPECS / "deepseek_v3.yaml"))
+
+    def once() -> float:
+        start = time.perf_counter()
+        verify(program)
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(5)) < 0.02
