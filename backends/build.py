@@ -55,11 +55,17 @@ def build(description: Description, out: Path) -> BuildResult:
 
 def package(description: Description, compiled: Compiled, numbers: Summary) -> dict[str, bytes]:
     """Every file of a build by its path inside the package. Same inputs, same bytes."""
-    spec = description.sources[0].name.replace("\\", "/").rsplit("/", 1)[-1]
+    # What was extended comes first.
+    spec = description.composed.sources[-1].name.replace("\\", "/").rsplit("/", 1)[-1]
     facts = {"version": VERSION, "spec": spec}
     about = description.spec.about
     texts = {
-        "__init__.py": render("torch/init.py.jinja", about=docstring(about or spec), **facts),
+        "__init__.py": render(
+            "torch/init.py.jinja",
+            about=docstring(about or spec),
+            spec=docstring(spec),
+            version=VERSION,
+        ),
         "model.py": model_py(
             compiled, about=about, dtype=DTYPES[description.spec.precision.policy], **facts
         ),
@@ -107,27 +113,34 @@ def install(files: Mapping[str, bytes], out: Path) -> bool:
     The folder is written beside and renamed, so that it is never half there. Raises
     `DiagnosticError` when `out` holds something that a build did not write.
     """
-    if _refuse_foreign(out) and _current(files, out):
-        return False
-    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    place = Path(os.path.abspath(out))
     try:
+        if _found(place, out) == files:
+            return False
+        _replace(place, files)
+    except OSError as error:
+        raise DiagnosticError([_cannot_write(out, error)]) from None
+    return True
+
+
+def _replace(place: Path, files: Mapping[str, bytes]) -> None:
+    """Leaves the old folder or the new one, whatever happens, and nothing besides."""
+    beside = place.with_name(f".{place.name}.{os.getpid()}.new")
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
         for name, data in files.items():
             path = beside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        if out.exists():
-            out.rename(old)
-        beside.rename(out)
-    except OSError as error:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise DiagnosticError([_cannot_write(out, error)]) from None
+        if place.exists():
+            place.rename(old)
+        beside.rename(place)
     finally:
+        if old.exists() and not place.exists():
+            old.rename(place)
         shutil.rmtree(beside, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-    return True
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _cannot_write(out: Path, error: OSError) -> Diagnostic:
@@ -138,37 +151,42 @@ def _cannot_write(out: Path, error: OSError) -> Diagnostic:
     )
 
 
-def _refuse_foreign(out: Path) -> bool:
-    """True when `out` is an untouched build, False when nothing is there."""
-    if not out.exists() and not out.is_symlink():
-        return False
-    if not out.is_dir() or out.is_symlink():
+def _found(place: Path, out: Path) -> dict[str, bytes]:
+    """The files of the build at `place`; none where there is nothing, or an empty folder.
+
+    Raises `DiagnosticError` for anything that a build did not write. `out` is how a person calls
+    the place.
+    """
+    if not place.exists() and not place.is_symlink():
+        return {}
+    if place.is_symlink() or not place.is_dir():
         raise DiagnosticError([_foreign(out, "it is no folder")])
-    found = {
-        p.relative_to(out).as_posix(): p
-        for p in sorted(out.rglob("*"))
-        if p.is_file() and "__pycache__" not in p.parts
+    paths = {
+        p.relative_to(place).as_posix(): p
+        for p in sorted(place.rglob("*"))
+        if (p.is_symlink() or not p.is_dir()) and "__pycache__" not in p.parts[-2:-1]
     }
-    if not found:
-        return False
-    try:
-        known = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        outputs = dict(known["outputs"]) if known["generator"] == GENERATOR else None
-    except (OSError, ValueError, KeyError, TypeError):
-        outputs = None
-    if outputs is None:
+    outputs = _outputs(place)
+    if paths and outputs is None:
         raise DiagnosticError([_foreign(out, "a build of dslc has a manifest.json of its own")])
-    own = {MANIFEST}
-    changed = [
-        name
-        for name, path in found.items()
-        if name not in own and outputs.get(name) != _sha256(path.read_bytes())
-    ]
+    regular = {n: p for n, p in paths.items() if p.is_file() and not p.is_symlink()}
+    found = {n: p.read_bytes() for n, p in regular.items() if n in (outputs or ()) or n == MANIFEST}
+    own = {n for n, data in found.items() if n == MANIFEST or (outputs or {})[n] == _sha256(data)}
+    changed = [name for name in paths if name not in own]
     if changed:
-        raise DiagnosticError(
-            [_foreign(out, f"it holds files that were added or changed: {', '.join(changed[:5])}")]
-        )
-    return True
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        why = f"it holds files that were added or changed: {', '.join(changed[:5])}{more}"
+        raise DiagnosticError([_foreign(out, why)])
+    return found
+
+
+def _outputs(place: Path) -> dict[str, str] | None:
+    """Hashes of the files that a build wrote by its own account; None where it is no build."""
+    try:
+        known = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        return dict(known["outputs"]) if known["generator"] == GENERATOR else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _foreign(out: Path, why: str) -> Diagnostic:
@@ -177,10 +195,3 @@ def _foreign(out: Path, why: str) -> Diagnostic:
         f"{out} is not overwritten: {why}",
         help="choose another folder with -o, or move this one away",
     )
-
-
-def _current(files: Mapping[str, bytes], out: Path) -> bool:
-    try:
-        return (out / MANIFEST).read_bytes() == files[MANIFEST]
-    except OSError:
-        return False

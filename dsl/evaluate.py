@@ -36,8 +36,8 @@ MAX_MAGNITUDE = 10**36
 
 # name -> (function of numbers, fewest arguments, most arguments)
 FUNCTIONS: dict[str, tuple[Callable[..., int | float], int, int]] = {
-    "min": (min, 1, 16),
-    "max": (max, 1, 16),
+    "min": (lambda *numbers: min(numbers), 1, 16),
+    "max": (lambda *numbers: max(numbers), 1, 16),
     "abs": (abs, 1, 1),
     "round": (round, 1, 1),
     "floor": (math.floor, 1, 1),

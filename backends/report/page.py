@@ -8,7 +8,7 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compiler.analysis import CONVENTIONS, Module, Summary, Tally, Work, total
+from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, total, training_flops
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
 from compiler.pipeline import PIPELINES, Compiled
@@ -107,28 +107,49 @@ class Line:
     what: str
     parameters: int
     activated: int
+    flops: int = 0
+    cache_bytes: int = 0
     inside: tuple[Line, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Many:
+    """How many of a module there are, how many a token meets, and how often they run."""
+
+    count: int = 1
+    active: int = 1
+    passes: int = 1
+
+    def of(self, part: Part) -> _Many:
+        return _Many(self.count * part.count, self.active * part.active, self.passes * part.passes)
 
 
 def _modules(numbers: Summary) -> Iterator[Line]:
     """The model, then each module of multi-token prediction."""
-    yield _line(numbers.model, numbers.name, 1, 1)
-    yield from _inside(numbers.mtp, 1, 1)
+    length = numbers.sequence_length
+    yield _line(numbers.model, numbers.name, _Many(), length)
+    yield from _inside(numbers.mtp, _Many(), length)
 
 
-def _line(module: Module, name: str, count: int, active: int) -> Line:
-    what = module.block + (f" \u00d7 {count:,}" if count > 1 else "")
-    parameters, activated = count * module.parameters, active * module.activated
-    return Line(name, what, parameters, activated, tuple(_inside(module, count, active)))
+def _line(module: Module, name: str, many: _Many, length: int) -> Line:
+    return Line(
+        name,
+        module.block + (f" \u00d7 {many.count:,}" if many.count > 1 else ""),
+        many.count * module.parameters,
+        many.active * module.activated,
+        total(training_flops(module, length, many.passes)),
+        many.passes * module.cache_bytes,
+        tuple(_inside(module, many, length)),
+    )
 
 
-def _inside(module: Module, count: int, active: int) -> Iterator[Line]:
+def _inside(module: Module, many: _Many, length: int) -> Iterator[Line]:
     for t in module.tensors:
         shape = ", ".join(f"{d.name}={d.size}" for d in t.dims)
-        parameters, activated = count * t.parameters, active * t.activated
+        parameters, activated = many.count * t.parameters, many.active * t.activated
         yield Line(t.name, f"{t.dtype}[{shape}]", parameters, activated)
     for part in module.parts:
-        yield _line(part.module, part.name, count * part.count, active * part.active)
+        yield _line(part.module, part.name, many.of(part), length)
 
 
 def _caches(numbers: Summary, longest: int) -> Iterator[tuple[int, int, int]]:

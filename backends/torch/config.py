@@ -6,6 +6,7 @@ from typing import Any
 
 from backends.render import render
 from backends.torch.layout import Call, lay_out
+from backends.torch.model import docstring
 from dsl.hf import hf_config
 from dsl.load import Description
 from dsl.schema import BlockUse, Schedule
@@ -16,7 +17,7 @@ def config_py(description: Description, *, version: str, spec: str) -> str:
     return render(
         "torch/config.py.jinja",
         version=version,
-        spec=spec,
+        spec=docstring(spec),
         config=lay_out("", literal(_numbers(description)), suffix=""),
         hf_config=lay_out("HF_CONFIG = ", literal(hf_config(description))),
     )

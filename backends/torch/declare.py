@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backends.torch.layout import Call, lay_out
-from backends.torch.names import identifier
+from backends.torch.names import class_name
 from compiler.graph.core import Graph, Op, Weight, walk
 from compiler.ops.control import Call as CallOp
 
@@ -76,7 +76,7 @@ def declarations(graph: Graph, dtype: str) -> list[str]:
     """Lines of the constructor. `dtype` is the model's own element type."""
     lines: list[str] = []
     for name, node in tree(graph).children.items():
-        lines += lay_out(f"self.{identifier(name)} = ", _expression(node, dtype))
+        lines += lay_out(f"self.{name} = ", _expression(node, dtype))
     return lines
 
 
@@ -84,12 +84,10 @@ def _expression(node: Node, dtype: str, stack: int = 0) -> Call | str:
     if node.weight is not None:
         return _weight(node.weight, dtype)
     if node.block:
-        return f"{node.block}()"
+        return f"{class_name(node.block)}()"
     if node.layers:
         return _list(node)
-    items = [
-        (f"{identifier(name)}=", _expression(child, dtype)) for name, child in node.children.items()
-    ]
+    items = [(f"{name}=", _expression(child, dtype)) for name, child in node.children.items()]
     if node.stack:
         return Call("Stack(", (("", str(node.stack)), *items))
     return Call("Tensors(", tuple(items))
@@ -98,7 +96,7 @@ def _expression(node: Node, dtype: str, stack: int = 0) -> Call | str:
 def _list(node: Node) -> Call | str:
     items = [
         ("", f"{block}()" if count == 1 else f"*({block}() for _ in range({count}))")
-        for block, count in node.layers
+        for block, count in ((class_name(b), n) for b, n in node.layers)
     ]
     return Call("nn.ModuleList([", tuple(items), "])")
 

@@ -9,7 +9,7 @@ from backends.torch.declare import TORCH_DTYPES
 from backends.torch.layout import WIDTH, lay_out, parse_call
 from backends.torch.names import Names, identifier
 from compiler.graph.core import Attr, Graph, Op
-from compiler.graph.types import FLOATS, Type
+from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 
 MARGIN = 62  # column of the remarks, where there is room
@@ -32,6 +32,7 @@ class Emitter:
         self.methods = methods
         self.cached = cached
         self.names = Names(graph)
+        self.parts: dict[str, str] = {}  # weight of all experts: the name of its parts
         self.lines: list[str] = []
         self.indent = 0
         self._comment = ""
@@ -80,24 +81,19 @@ class Emitter:
     def operands(self, op: Op) -> str:
         return ", ".join(self.names[v] for v in op.operands)
 
+    def model_dtype(self) -> str:
+        """The element type of the model at hand, which may be another one than the spec's."""
+        like = [self.names[v] for v in self.graph.args if v.type.dtype == "bf16"]
+        like += [
+            f"self.{name}"
+            for name, weight in self.graph.weights.items()
+            if weight.type.dtype == "bf16" and "*" not in name
+        ]
+        return f"{like[0]}.dtype" if like else "torch.bfloat16"
+
     def weight(self, symbol: str) -> str:
         """The stored tensor, or the part of it that belongs to the expert at hand."""
-        path = symbol.split(".")
-        if "*" in path:
-            return f"{local_name(symbol)}[expert]"
-        return ".".join(["self", *map(identifier, path)])
-
-    def like_model(self) -> str:
-        """A tensor in the model's element type, for casts to it."""
-        for value in self.graph.args:
-            if value.type.dtype in FLOATS:
-                return self.names[value]
-        return f"self.{'.'.join(next(iter(self.graph.weights)).split('.'))}"
-
-
-def local_name(symbol: str) -> str:
-    """`experts.*.gate_proj.weight` unbound into parts: `gate_proj_weights`."""
-    return identifier("_".join(symbol.split(".*.", 1)[1].split(".")) + "s")
+        return f"{self.parts[symbol]}[expert]" if symbol in self.parts else f"self.{symbol}"
 
 
 def margin(op: Op) -> str:
@@ -108,8 +104,8 @@ def margin(op: Op) -> str:
     last_line = span.source.position(max(span.start, span.end - 1))[0]
     _, _, remark = span.source.line(last_line).partition("#")
     place = f"{span.source.name.rsplit('/', 1)[-1]}:{span.line}"
-    remark = re.sub(r"[^\x20-\x7e]", "?", remark.strip())
-    return f"{place}  {remark}" if remark else place
+    text = f"{place}  {remark.strip()}" if remark.strip() else place
+    return re.sub(r"[^\x20-\x7e]", "?", text)
 
 
 def wrap(text: str) -> list[str]:
@@ -117,8 +113,8 @@ def wrap(text: str) -> list[str]:
     if len(text) <= WIDTH:
         return [text]
     body = text.lstrip()
-    target, _, expression = body.partition(" = ")
-    return lay_out(f"{target} = ", parse_call(expression), len(text) - len(body))
+    target, equals, expression = body.rpartition(" = ")
+    return lay_out(f"{target}{equals}", parse_call(expression), len(text) - len(body))
 
 
 def literal(value: Attr) -> str:
@@ -172,8 +168,8 @@ def _experts(e: Emitter, op: Op) -> None:
     symbols = dict.fromkeys(s for o in region.ops for s in o.symbols)
     for symbol in symbols:
         path, inside = symbol.split(".*.", 1)
-        stored = ".".join(["self", *map(identifier, path.split(".")), *inside.split(".")])
-        e.line(f"{local_name(symbol)} = {stored}.unbind()")
+        e.parts[symbol] = e.names.keep(f"{inside.replace('.', '_')}s")
+        e.line(f"{e.parts[symbol]} = self.{path}.{inside}.unbind()")
     y = e.names.give(op.result, op, beside_operands=True)
     e.remark(op)
     e.line(f"{y} = torch.zeros_like({x})")
@@ -239,11 +235,7 @@ def _last_entry(e: Emitter, op: Op) -> None:
 
 def _cast(e: Emitter, op: Op) -> None:
     x, dtype = e.operand(op, 0), str(op.attrs["dtype"])
-    model = next((v.type.dtype for v in e.graph.args if v.type.dtype in FLOATS), "f32")
-    if dtype == model and dtype != "f32":
-        e.assign(op, f"{x}.to({e.like_model()}.dtype)")
-    else:
-        e.assign(op, f"{x}.to({TORCH_DTYPES[dtype]})")
+    e.assign(op, f"{x}.to({TORCH_DTYPES.get(dtype) or e.model_dtype()})")
 
 
 def _scale(e: Emitter, op: Op) -> None:
@@ -286,7 +278,7 @@ def _call(e: Emitter, op: Op) -> None:
         return
     module = "self"
     for part in scope:
-        module += f"[{part}]" if part.isdigit() else f".{identifier(part)}"
+        module += f"[{part}]" if part.isdigit() else f".{part}"
     _call_graph(e, op, module)
 
 
@@ -304,15 +296,15 @@ def _repeat(e: Emitter, op: Op) -> None:
     for name in lists:
         e.line(f"{name} = []")
     scope = next(str(o.attrs["scope"]) for o in region.ops if o.kind == "call")
-    path = ".".join(["self", *map(identifier, scope.split(".")[:-1])])
-    e.line(f"for layer in {path}[{start}:{start + count}]:")
+    path = scope.removesuffix(".*")
+    e.line(f"for layer in self.{path}[{start}:{start + count}]:")
     e.indent += 1
     for inner in region.ops[:-1]:
         e.statement(inner)
     yielded = [e.names[v] for v in region.yielded]
-    for name, value in zip(names, yielded, strict=False):
-        if name != value:
-            e.line(f"{name} = {value}")
+    moved = [(n, v) for n, v in zip(names, yielded, strict=False) if n != v]
+    if moved:  # at once, for one may be the other's old value
+        e.line(f"{', '.join(n for n, _ in moved)} = {', '.join(v for _, v in moved)}")
     for name, value in zip(lists, yielded[carried:], strict=True):
         e.line(f"{name}.append({value})")
     e.indent -= 1

@@ -9,7 +9,7 @@ from backends.render import render
 from backends.torch.declare import declarations
 from backends.torch.emit import Emitter
 from backends.torch.layout import Call, lay_out
-from backends.torch.names import identifier
+from backends.torch.names import class_name, identifier
 from compiler.graph.core import Graph, Program, Value
 from compiler.graph.equal import equal_graphs
 from compiler.graph.types import Type
@@ -114,7 +114,7 @@ class _Emission:
             if version is not None and self.methods[program][graph.name] == program:
                 methods.append(self._method(program, version))
         return Block(
-            name=graph.name,
+            name=class_name(graph.name),
             about=docstring(graph.about or graph.name),
             signature=f"{_shapes(graph.args)} -> {_shape(graph.results[0].type)}",
             declarations=declarations(graph, self.dtype),
@@ -212,9 +212,11 @@ def _cached(program: Program) -> list[str]:
 
 def docstring(text: str) -> str:
     """Text that may stand between three quotes: nothing in it can end them or escape."""
-    text = text.replace("\\", "\\\\").replace('"""', "'''").rstrip('"').strip()
     text = "".join(c if c == "\n" or c.isprintable() else " " for c in text)
-    return "\n".join(textwrap.fill(line, 92) for line in text.split("\n"))
+    text = "\n".join(textwrap.fill(line, 92) for line in text.split("\n")).strip()
+    # Lines first, so that none is cut between the two characters of an escape.
+    text = text.replace("\\", "\\\\").replace('"""', "'''")
+    return f"{text[:-1]}'" if text.endswith('"') else text
 
 
 def _shapes(values: list[Value]) -> str:

@@ -9,20 +9,31 @@ from collections.abc import Callable, Sequence
 
 from compiler.graph.core import Graph, Op, Value
 
-# Names that generated code uses for itself.
-RESERVED = frozenset(
-    {"self", "F", "nn", "torch", "Tensor", "config", "cache", "layer", "expert", "chosen"}
-    | set(keyword.kwlist)
-    | set(dir(builtins))
-)
+# Names that generated code uses for itself: in methods, and for classes.
+_PYTHON = frozenset(keyword.kwlist) | frozenset(dir(builtins))
+RESERVED = _PYTHON | {
+    "self", "F", "nn", "torch", "Tensor", "config", "cache", "layer", "expert", "chosen", "Loss",
+    "Output",
+}  # fmt: skip
+_GLOBALS = _PYTHON | {
+    "F", "nn", "torch", "Tensor", "config", "Loss", "Output", "Cache", "HF_CONFIG", "LanguageModel",
+    "Model", "Stack", "Tensors", "annotations", "normal", "ones", "zeros",
+}  # fmt: skip
 
 
 def identifier(name: str) -> str:
-    """A valid Python name that shadows nothing generated code needs."""
-    name = re.sub(r"\W", "_", name, flags=re.ASCII)
-    if not name or name[0].isdigit():
-        name = f"_{name}"
-    return f"{name}_" if name in RESERVED else name
+    """A name for a value that shadows nothing which generated code needs."""
+    return _apart(name, RESERVED)
+
+
+def class_name(graph: str) -> str:
+    """The class that is made of a graph."""
+    return _apart(graph, _GLOBALS)
+
+
+def _apart(name: str, reserved: frozenset[str]) -> str:
+    """`name`, or with one more `_` where it is reserved; different names stay different."""
+    return f"{name}_" if name.rstrip("_") in reserved else name
 
 
 class Names:

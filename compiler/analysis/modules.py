@@ -56,23 +56,15 @@ class Tensor:
 class Part:
     """`count` equal modules inside a module, such as `layers.{3..60}`; a token meets `active`.
 
-    `flops` and `cache_bytes` are those of all of them together.
+    One pass through the module around makes `passes` through this one: more than `count` where
+    weights are shared, one where all experts are counted together.
     """
 
     name: str
     module: Module
     count: int
     active: int
-    flops: Tally
-    cache_bytes: int
-
-    @property
-    def parameters(self) -> int:
-        return self.count * self.module.parameters
-
-    @property
-    def activated(self) -> int:
-        return self.active * self.module.activated
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,6 @@ class Module:
     """
 
     block: str
-    about: str
     tensors: tuple[Tensor, ...]
     parts: tuple[Part, ...]
     elements: Tally
@@ -219,13 +210,10 @@ class Modules:
             self._made[key] = _closed(callee, inside)
         module = self._made[key]
         name, count, active = _expanded(str(op.attrs["scope"]), place.many)
-        flops, cache_bytes = scaled(module.flops, place.times), place.times * module.cache_bytes
-        content.flops = merged(content.flops, flops)
-        content.cache_bytes += cache_bytes
-        known = content.parts.get(name)
-        if known is not None:
-            flops, cache_bytes = merged(known.flops, flops), known.cache_bytes + cache_bytes
-        content.parts[name] = Part(name, module, count, active, flops, cache_bytes)
+        content.flops = merged(content.flops, scaled(module.flops, place.times))
+        content.cache_bytes += place.times * module.cache_bytes
+        before = content.parts[name].passes if name in content.parts else 0
+        content.parts[name] = Part(name, module, count, active, before + place.times)
 
 
 def _repeated(op: Op, place: _Place) -> _Place:
@@ -270,7 +258,6 @@ def _closed(graph: Graph, content: _Content) -> Module:
         active = merged(active, scaled(part.module.active_elements, part.active))
     return Module(
         block=graph.name,
-        about=graph.about,
         tensors=tensors,
         parts=parts,
         elements=elements,

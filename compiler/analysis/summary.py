@@ -208,8 +208,8 @@ def summary(
         mtp=mtp,
         mtp_shared=modules.root(others, sizes).parameters - mtp.parameters,
         copies=_copies(lowered, (*model.tensors, *mtp.tensors)),
-        training_flops=_per_token(model, sequence_length),
-        mtp_training_flops=_per_token(mtp, sequence_length),
+        training_flops=training_flops(model, sequence_length),
+        mtp_training_flops=training_flops(mtp, sequence_length),
         decoding_flops=Modules(decode).root(decode.main.ops, one_token).flops,
     )
 
@@ -234,9 +234,9 @@ def _copies(program: Program, tensors: Sequence[Tensor]) -> tuple[Copy, ...]:
     return tuple(Copy(copy, name, by_name[name]) for copy, name in program.aliases.items())
 
 
-def _per_token(module: Module, tokens: int) -> Tally:
-    """FLOPs of training for each token, from those of one forward pass over `tokens`."""
-    return {work: TRAINING_PASSES * n // tokens for work, n in module.flops.items()}
+def training_flops(module: Module, tokens: int, passes: int = 1) -> dict[Work, int]:
+    """FLOPs of training for each token, from those of forward passes over `tokens`."""
+    return {work: TRAINING_PASSES * passes * n // tokens for work, n in module.flops.items()}
 
 
 def _published(module: Module, prefix: str, count: int) -> Iterator[Published]:

@@ -1,4 +1,4 @@
-"""A program for tools and eyes: JSON, Graphviz, and pictures."""
+"""A program for tools: JSON, and the language of Graphviz."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from compiler.graph.core import Graph, Op, Program, Region, Value
-from compiler.graph.svg import to_svg
 from compiler.graph.types import Type
-
-__all__ = ["to_dot", "to_json", "to_svg"]
 
 
 def to_json(program: Program) -> str:

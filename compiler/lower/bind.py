@@ -240,7 +240,16 @@ class Binder:
     def require(self, line: ast.Require, values: Mapping[str, Const], use: Span) -> bool:
         numbers = {n: c.value for n, c in values.items()}
         try:
-            if evaluate(line.condition, numbers):
+            holds = evaluate(line.condition, numbers)
+            if not isinstance(holds, bool):
+                self.problems.error(
+                    "E229",
+                    f"a condition is true or false, this is {holds!r}",
+                    line.condition.span,
+                    f"is {holds!r}",
+                    help="compare it, for example with `!= 0`",
+                )
+            if holds:
                 return True
             message = fill_in(line.message, numbers)
             help = fill_in(line.help, numbers) if line.help else ""

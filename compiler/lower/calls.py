@@ -221,6 +221,14 @@ class Calls(Expressions):
         path = use.path
         if path is None:
             return self.inline(bound, use.operands, node, use.spans)
+        if self.prefix:
+            self.error(
+                "E239",
+                "a block inside an expert has no name of its own",
+                node,
+                "named here",
+                help="leave `name` out: its weights become those of the expert",
+            )
         callee = self.low.graph(bound, use.operands, node.span)
         if callee is None:
             raise Stop
@@ -294,16 +302,19 @@ class Calls(Expressions):
 
         self.checked(match, node, spans, [])
         inner.env.update(zip((a.name.value for a in bound.block.arguments), operands, strict=True))
+        found = len(self.low.problems)
         with self.low.nested(node.span):
             inner.run(bound.block.body)
         if inner.returned is None:
-            if inner.returns is None:
+            if len(self.low.problems) == found:
                 self.low.returns_nothing(bound)
             raise Stop
         return inner.returned
 
     def experts(self, tensors: list[Value], count: Dim, ref: Any, path: str) -> list[Value]:
         """The `experts` operator: one expert's equations as its region, weights under `path.*`."""
+        if self.prefix:
+            raise TypeMismatch("an expert cannot hold experts of its own")
         x = tensors[0]
         score = tensors[1].type
         bound = self.low.binder.bind(ref, {}, {})

@@ -156,7 +156,15 @@ def _expert_load(frame: Calls, given: Given) -> list[Value]:
 
 
 def _cache(frame: Calls, given: Given) -> list[Value]:
-    return frame.op("cache_entry", given.tensors, entries=tuple(given.tensor_names))
+    entries = tuple(given.tensor_names)
+    known = [op.attrs["entries"] for op in frame.builder.ops if op.kind == "cache_entry"]
+    kept = [n for names in known for n in entries if isinstance(names, tuple) and n in names]
+    if kept or len(set(entries)) < len(entries):
+        raise TypeMismatch(
+            f"a block remembers {', '.join(kept or entries)} twice",
+            help="assign each tensor to a name of its own first: caches go by these names",
+        )
+    return frame.op("cache_entry", given.tensors, entries=entries)
 
 
 def _split(frame: Calls, given: Given) -> list[Value]:

@@ -14,11 +14,11 @@ from compiler.lower.contract import argument_problems, output_problems
 from compiler.lower.frame import Frame
 from compiler.lower.names import name_problems
 from compiler.lower.scope import Stop
+from compiler.lower.settings import silent_losses, unused_params
 from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.diagnostic import Diagnostics
 from dsl.load import Description
-from dsl.parse import parse_expression
 from dsl.schema import BlockUse
 from dsl.source import Span
 from dsl.suggest import nearest
@@ -61,8 +61,9 @@ class Lowering:
         if bound is not None:
             graph = self._root_graph(bound)
             self.program.graphs[graph.name] = graph
-            self._refuse_silent_losses(graph)
-        self._refuse_unused()
+            self.problems.extend(silent_losses(self.description, self.program))
+        if not self.problems:  # else a parameter may be unused because of another mistake
+            self.problems.extend(unused_params(self.description, self.binder.used))
         self.problems.raise_if_any()
         self._rename()
         return self.program
@@ -81,7 +82,14 @@ class Lowering:
                 help="alias weights of the outermost block, after their first use",
             )
             return
-        self.program.aliases[copy] = original
+        if copy in graph.weights or self.program.aliases.setdefault(copy, original) != original:
+            self.problems.error(
+                "E232",
+                f"{copy} is a tensor of its own already, and cannot be a copy of {original}",
+                statement.copy.span,
+                "taken",
+                help="give the copy another name",
+            )
 
     # ---- the outermost block ----------------------------------------------------------------
 
@@ -117,6 +125,14 @@ class Lowering:
         graph, frame = self._start(name, bound, types)
         frame.run(bound.block.body)
         outputs = frame.outputs
+        if frame.returns is not None:
+            self.problems.error(
+                "E238",
+                "the outermost block of a model has outputs and returns nothing",
+                frame.returns.span,
+                "nobody takes this",
+                help="write `output logits = ..`",
+            )
         if not self.problems:
             self.problems.extend(output_problems(bound.block, graph.ops, outputs))
         names = [name.value for name, _ in outputs]
@@ -149,7 +165,7 @@ class Lowering:
             frame.run(bound.block.body)
             self._open.discard(key)
         if frame.returned is None:
-            if frame.returns is None:
+            if len(self.problems) == found:
                 self.returns_nothing(bound)
             return None
         assert frame.returns is not None
@@ -287,59 +303,6 @@ class Lowering:
         return Dim(name.value, size)
 
     # ---- afterwards -------------------------------------------------------------------------
-
-    def _refuse_silent_losses(self, root: Graph) -> None:
-        """A loss that the model has, and whose weight nobody set, would quietly count for nothing."""
-        loss = self.description.spec.train.loss
-        place = self.description.span("train", "loss")
-        collects = any(
-            "balance" in g.result_names for g in self.program.graphs.values() if g is not root
-        )
-        if collects and not self.description.sets("train", "loss", "balance_alpha"):
-            self.problems.error(
-                "E408",
-                "the experts have a balance loss, and nothing sets its weight balance_alpha",
-                place,
-                "balance_alpha is missing here",
-                help="add `train: {loss: {balance_alpha: 1e-4}}`, or 0 to leave the loss out",
-            )
-        if "mtp" in root.result_names and not any(p.value for p in loss.mtp_weight.root):
-            self.problems.error(
-                "E409",
-                "the MTP modules are never trained: their weight mtp_weight is always 0",
-                place,
-                "mtp_weight is 0",
-                help="raise mtp_weight, or set architecture.mtp.depth to 0",
-            )
-
-    def _refuse_unused(self) -> None:
-        """A parameter that nothing reads is a slip that would otherwise pass in silence."""
-        used = self.binder.used | self._read_by_spec()
-        if self.problems:
-            return  # it may be unused because of another mistake
-        wanted = {p.name.value for b in self.description.blocks.values() for p in b.params}
-        for name, const in self.binder.params.items():
-            if name not in used:
-                near = nearest(name, [w for w in wanted if w not in self.binder.params])
-                self.problems.error(
-                    "E407",
-                    f"no block of this model uses {name}",
-                    const.span,
-                    "has no effect",
-                    help=f"did you mean {near}?" if near else "remove it",
-                )
-
-    def _read_by_spec(self) -> set[str]:
-        """Parameters that other expressions of the spec read."""
-        architecture = self.description.spec.architecture
-        uses = [architecture.block, architecture.mtp.block, *architecture.mtp.slots.values()]
-        for group in architecture.layers:
-            uses += [group.block, *group.slots.values()]
-        spans = [c.span for c in self.binder.params.values()]
-        spans += [v.span for use in uses for v in use.arguments.values()]
-        spans = [s for s in spans if not s.text.startswith(("'", '"', "|", ">"))]
-        nodes = [parse_expression(s.source, s.start, s.end) for s in spans]
-        return {name for node in nodes for name in ast.names_in(node)}
 
     def _rename(self) -> None:
         """Graphs are called by their block; the differing number or slot is added where it must."""

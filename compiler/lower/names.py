@@ -13,20 +13,20 @@ from compiler.graph.core import Graph, Op
 from dsl.diagnostic import Diagnostic
 
 # What `torch.nn.Module` and the classes of `runtime/` call their own.
-TAKEN = frozenset(
-    """
-    T_destination add_module aliases apply bfloat16 buffers build call_super_init children compile
-    config count cpu cuda declarations decode device double dtype dump_patches eval extra_repr float
-    forward generate get_buffer get_extra_state get_parameter get_submodule half hf_config ipu load
-    load_state_dict loss modules mtia named_buffers named_children named_modules named_parameters
-    parameters register_backward_hook register_buffer register_forward_hook
-    register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
-    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
-    register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
-    save set_extra_state set_submodule share_memory state_dict to to_empty train training type xpu
-    zero_grad
-    """.split()
-)
+TAKEN = {
+    "T_destination", "add_module", "aliases", "apply", "bfloat16", "buffers", "build",
+    "call_super_init", "children", "compile", "config", "count", "cpu", "cuda", "declarations",
+    "decode", "device", "double", "dtype", "dump_patches", "eval", "extra_repr", "float", "forward",
+    "generate", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half",
+    "hf_config", "ipu", "load", "load_state_dict", "loss", "modules", "mtia", "named_buffers",
+    "named_children", "named_modules", "named_parameters", "parameters", "register_backward_hook",
+    "register_buffer", "register_forward_hook", "register_forward_pre_hook",
+    "register_full_backward_hook", "register_full_backward_pre_hook",
+    "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module",
+    "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook",
+    "requires_grad_", "save", "set_extra_state", "set_submodule", "share_memory", "state_dict",
+    "to", "to_empty", "train", "training", "type", "xpu", "zero_grad",
+}  # fmt: skip
 
 
 def word_problem(word: str) -> str:
@@ -89,9 +89,9 @@ def _listed(
     op: Op, path: str, start: int, count: int, lists: dict[str, int]
 ) -> Iterator[Diagnostic]:
     known = lists.get(path, 0)
+    lists[path] = max(known, start + count)
     # A block that is called once more under an old number is for the verifier to refuse.
     if path and start <= known:
-        lists[path] = max(known, start + count)
         return
     message = f"{path}.{start} comes after {known} blocks of {path or 'a list without a name'}"
     help = "number blocks from 0, in the order of their use, and leave none out"

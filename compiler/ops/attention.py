@@ -9,6 +9,14 @@ from compiler.graph.types import Dim, Type
 from compiler.ops.base import Operator, Site, TypeMismatch, need_float, need_rank
 
 QK_RANK = 4
+# Below these the frequencies of rotary embedding are not defined.
+_LEAST = {
+    "theta": 1,
+    "factor": 0,
+    "original_max_position_embeddings": 0,
+    "beta_fast": 0,
+    "beta_slow": 0,
+}
 
 
 class RopeTable(Operator):
@@ -35,6 +43,13 @@ class RopeTable(Operator):
         (position,) = site.types
         if position.dtype not in ("i32", "i64"):
             raise TypeMismatch(f"rope_table needs whole positions, got {position.dtype}", 0)
+        if site.number("dim") < 2 or site.number("dim") % 2:
+            raise TypeMismatch(f"rope_table turns pairs of numbers, not {site.number('dim')}")
+        for name, least in _LEAST.items():
+            value = site.attrs[name]
+            assert isinstance(value, int | float)
+            if not value > least:
+                raise TypeMismatch(f"rope_table needs a {name} above {least}, got {value:g}")
         half = Dim("pair", site.number("dim") // 2)
         table = Type("f32", (*position.dims, half))
         return table, table

@@ -39,6 +39,10 @@ class TopkGroups(Operator):
         experts, groups = score.last.size or 0, site.number("n_group")
         if groups < 1 or experts % groups:
             raise TypeMismatch(f"{score.last.words} cannot be cut into {groups} equal groups", 0)
+        if not 1 <= site.number("topk_group") <= groups:
+            raise TypeMismatch(
+                f"topk_group is {site.number('topk_group')}, of {groups} groups that there are"
+            )
         candidates = site.number("topk_group") * experts // groups
         if (k.size or 0) > candidates:
             raise TypeMismatch(f"{k.words} is more than the {candidates} experts to choose from", 0)
@@ -98,7 +102,11 @@ class SequenceBalanceLoss(Operator):
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        need_rank(cls.kind, site.types[0], 3)
+        (score,) = site.types
+        need_float(cls.kind, score)
+        need_rank(cls.kind, score, 3)
+        if not 1 <= site.number("k") <= (score.last.size or 0):
+            raise TypeMismatch(f"k is {site.number('k')}, of {score.last.words}", 0)
         return (Type("f32"),)
 
 

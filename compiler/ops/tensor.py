@@ -205,6 +205,8 @@ class _Drop(Operator):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         (x,) = site.types
+        if site.number("count") < 1:
+            raise TypeMismatch(f"{cls.kind} drops at least 1 entry, not {site.number('count')}")
         at = find_dim(cls.kind, x, str(site.attrs["dim"]))
         dim = x.dims[at]
         if dim.size is not None:

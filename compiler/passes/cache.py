@@ -57,12 +57,15 @@ def _retype(graph: Graph, program: Program) -> None:
 def _only_last(program: Program) -> None:
     """A decoder asks for the token after the last one: the head needs no other position."""
     main = program.main
-    for i, op in enumerate(main.ops):
-        if op.kind == "linear" and op.results[0] in main.results:
-            x = op.operands[0]
-            dims = [d for d in x.type.dims if d != Dim("seq")]
-            last = Value(f"last_{x.name}", x.type.with_dims(*dims))
-            main.ops.insert(i, Op("last_entry", [x], results=[last], spans=op.spans))
-            op.operands = [last]
-            break
+    (logits,) = main.results
+    made = next(i for i, op in enumerate(main.ops) if logits in op.results)
+    # Before the head where it comes last; else behind whatever makes the scores.
+    head = main.ops[made].kind == "linear"
+    reader = main.ops[made if head else -1]
+    (x,) = reader.operands
+    dims = [d for d in x.type.dims if d != Dim("seq")]
+    last = Value(f"last_{x.name}", x.type.with_dims(*dims))
+    at = made if head else len(main.ops) - 1
+    main.ops.insert(at, Op("last_entry", [x], results=[last], spans=main.ops[made].spans))
+    reader.operands = [last]
     _retype(main, program)

@@ -92,6 +92,8 @@ def test_the_numbers_are_on_the_page(v3: Page, number: str) -> None:
 def test_modules_tensors_blocks_and_passes_are_on_the_page(v3: Page) -> None:
     for words in (
         "model.layers.{3..60} DecoderLayer_DeepSeekMoE \u00d7 58",
+        "deepseek_v3 CausalLM 671.03B 37.55B 250.45B 70,272",
+        "self_attn MLA \u00d7 58 10.85B 10.85B 94.3B 66,816",
         "model.layers.61 MTP",
         "bf16[vocab_size=129280, hidden_size=7168]",
         "model.layers.{3..60}.mlp.experts.{0..255}.down_proj.weight",

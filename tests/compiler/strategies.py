@@ -30,6 +30,7 @@ dims = st.builds(
     st.integers(1, 10**6),
 )
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+above_one = st.floats(1, exclude_min=True, allow_infinity=False)
 positive = st.integers(1, 10**6)
 
 
@@ -41,7 +42,7 @@ def programs(draw: st.DrawFn) -> Program:
     width, other = draw(dims), draw(dims)
     for n in range(draw(st.integers(1, 3))):
         graph = Graph(f"{draw(identifiers)}_{n}", _arguments(width, other), about=draw(st.text()))
-        graph.span = draw(st.none() | st.sampled_from(spans))
+        graph.span = draw(st.sampled_from(spans))
         maker = Maker(draw, Builder(graph, program.graphs), spans, list(graph.args))
         maker.move_many(TOP, 4, 14)
         if n and draw(st.booleans()):
@@ -98,7 +99,7 @@ class Maker:
         self.pool += self.builder.add(kind, operands, symbols, names=names, spans=spans, **more)
 
     def some_spans(self) -> tuple[Span, ...]:
-        return tuple(self.draw(st.lists(st.sampled_from(self.spans), max_size=2)))
+        return tuple(self.draw(st.lists(st.sampled_from(self.spans), min_size=1, max_size=2)))
 
     def pick(self, fits: Callable[[Type], bool]) -> Value | None:
         """A visible value that fits; the later ones are as likely as the first."""
@@ -146,7 +147,8 @@ def _embedding(m: Maker) -> None:
 
 def _rms_norm(m: Maker) -> None:
     if x := m.floats(1):
-        m.add("rms_norm", x, symbols=(m.weight(Type("bf16", (x.type.last,))),), eps=m.draw(numbers))
+        weight = m.weight(Type("bf16", (x.type.last,)))
+        m.add("rms_norm", x, symbols=(weight,), eps=m.draw(above_one))
 
 
 def _pointwise(m: Maker) -> None:
@@ -156,7 +158,7 @@ def _pointwise(m: Maker) -> None:
 
 def _elementwise(m: Maker) -> None:
     if x := m.floats(0):
-        y = m.pick(lambda t: t == x.type or t == Type("f32"))
+        y = m.pick(lambda t: t == x.type or (bool(x.type.dims) and t == Type("f32")))
         if y:
             m.add(m.draw(st.sampled_from(["add", "sub", "mul", "div"])), x, y)
 
@@ -178,9 +180,9 @@ def _constant(m: Maker) -> None:
 def _rope(m: Maker) -> None:
     if position := m.pick(lambda t: t == Type("i64", (BATCH, SEQ))):
         m.add(
-            "rope_table", position, dim=6, theta=m.draw(numbers), factor=m.draw(numbers),
-            original_max_position_embeddings=m.draw(positive), beta_fast=m.draw(numbers),
-            beta_slow=m.draw(numbers), attention_factor=m.draw(numbers),
+            "rope_table", position, dim=6, theta=m.draw(above_one), factor=m.draw(above_one),
+            original_max_position_embeddings=m.draw(positive), beta_fast=m.draw(above_one),
+            beta_slow=m.draw(above_one), attention_factor=m.draw(numbers),
         )  # fmt: skip
         cos, sin = m.pool[-2:]
         if x := m.pick(lambda t: t.dtype in FLOATS and len(t.dims) > 2 and _even_head(t)):
@@ -224,7 +226,7 @@ def _moe(m: Maker) -> None:
     )  # fmt: skip
     route, weight = m.pool[-2:]
     m.add("expert_load", route, count=dims_attr(score.type.last))
-    m.add("sequence_balance_loss", score, k=m.draw(positive))
+    m.add("sequence_balance_loss", score, k=m.draw(st.integers(1, 8)))
     x = m.pick(lambda t: t.dims[:-1] == score.type.dims[:-1] and t.dtype in FLOATS)
     if x and x.type.dims:
         count = m.draw(st.integers(1, 300))
@@ -268,7 +270,7 @@ def _layout(m: Maker) -> None:
 def _drop(m: Maker) -> None:
     if x := m.pick(lambda t: any(d.name == "seq" for d in t.dims)):
         kind = m.draw(st.sampled_from(["drop_first", "drop_last"]))
-        m.add(kind, x, dim="seq", count=m.draw(st.integers(0, 9)))
+        m.add(kind, x, dim="seq", count=m.draw(st.integers(1, 9)))
         m.add("last_entry", m.pool[-1])
 
 

@@ -132,7 +132,7 @@ def elements(text: str) -> list[ET.Element]:
 
 
 def test_picture_of_a_block(tiny: Program, golden: Golden) -> None:
-    golden("view/swiglu.svg", view.to_svg(one_block(tiny, "SwiGLU_32")))
+    golden("view/swiglu.svg", svg.to_svg(one_block(tiny, "SwiGLU_32")))
 
 
 def test_a_picture_has_a_box_for_each_operator_and_says_its_type(tiny: Program) -> None:
@@ -149,7 +149,7 @@ def test_a_picture_has_a_box_for_each_operator_and_says_its_type(tiny: Program) 
 
 
 def test_all_graphs_are_drawn_and_calls_lead_to_them(tiny: Program) -> None:
-    found = elements(view.to_svg(tiny))
+    found = elements(svg.to_svg(tiny))
     anchors = [e.attrib["id"] for e in found if "id" in e.attrib]
     assert anchors == [f"block-{name}" for name in reversed(tiny.graphs)]
     links = {e.attrib["href"] for e in found if e.tag == f"{SVG}a"}
@@ -158,14 +158,14 @@ def test_all_graphs_are_drawn_and_calls_lead_to_them(tiny: Program) -> None:
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_pictures_show_texts_and_never_run_them(hostile: str) -> None:
-    found = elements(view.to_svg(named(hostile)))
+    found = elements(svg.to_svg(named(hostile)))
     assert {e.tag.removeprefix(SVG) for e in found} <= DRAWN
     assert not any(name.startswith("on") for e in found for name in e.attrib)
     assert any(hostile in (e.text or "") for e in found)
 
 
 def test_a_picture_stays_a_document_with_control_characters_in_names() -> None:
-    found = elements(view.to_svg(named(CONTROL)))
+    found = elements(svg.to_svg(named(CONTROL)))
     assert any("bell\ufffd null\ufffd escape\ufffd" in (e.text or "") for e in found)
 
 
@@ -185,8 +185,8 @@ def test_names_of_places_are_the_same_on_every_machine(tmp_path: Path) -> None:
     folder.mkdir()
     copied = folder / "deepseek_v3_tiny.yaml"
     copied.write_text((SPECS / "deepseek_v3_tiny.yaml").read_text())
-    here = view.to_svg(lower(load(SPECS / "deepseek_v3_tiny.yaml")))
-    there = view.to_svg(lower(load(copied)))
+    here = svg.to_svg(lower(load(SPECS / "deepseek_v3_tiny.yaml")))
+    there = svg.to_svg(lower(load(copied)))
     assert here == there and "somewhere" not in there
 
 

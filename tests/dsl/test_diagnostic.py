@@ -78,7 +78,12 @@ def test_every_code_of_the_yaml_side_has_a_golden_file() -> None:
 def test_a_label_without_place_and_several_widths_render() -> None:
     source = Source("a.yaml", "x: 1\n" * 9 + "y: 2\n")
     late, early = source.span(45, 46), source.span(0, 1)
-    text = render([Diagnostic("E100", "no place"), Diagnostic("E101", "m", late, "l", (Label(early, "r"),), "h")])
+    text = render(
+        [
+            Diagnostic("E100", "no place"),
+            Diagnostic("E101", "m", late, "l", (Label(early, "r"),), "h"),
+        ]
+    )
     assert text == (
         "error[E100]: no place\n"
         "\n"
@@ -116,7 +121,14 @@ def test_json_holds_the_same_facts() -> None:
         "end_column": 2,
         "label": "again",
         "related": [
-            {"file": "a.yaml", "line": 1, "column": 1, "end_line": 1, "end_column": 2, "text": "first"}
+            {
+                "file": "a.yaml",
+                "line": 1,
+                "column": 1,
+                "end_line": 1,
+                "end_column": 2,
+                "text": "first",
+            }
         ],
         "help": "mend",
     }

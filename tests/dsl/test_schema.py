@@ -127,11 +127,15 @@ def test_numbers_with_a_point_do_not_count() -> None:
     assert codes(VALID.replace("repeat: 2", "repeat: 2.0")) == ["E302"]
     assert codes(VALID.replace("repeat: 2", "repeat: half")) == ["E302"]
     assert codes(VALID.replace("repeat: 2", "repeat: width / 2")) == ["E302"]
-    assert valid(VALID.replace("repeat: 2", "repeat: width // 2")).architecture.layers[0].repeat == 4
+    assert (
+        valid(VALID.replace("repeat: 2", "repeat: width // 2")).architecture.layers[0].repeat == 4
+    )
 
 
 def test_expressions_over_failed_parameters_are_passed_over() -> None:
-    spec, problems = check(f"{VALID.replace('repeat: 2', 'repeat: 2 * broken')}params: {{broken: 1 // 0}}")
+    spec, problems = check(
+        f"{VALID.replace('repeat: 2', 'repeat: 2 * broken')}params: {{broken: 1 // 0}}"
+    )
     assert (spec, problems) == (None, [])
 
 

@@ -36,7 +36,12 @@ def plain(node: Node) -> object:
 
 
 def test_values_are_text_and_spans_are_exact() -> None:
-    text = "é: {größe: 7168, b: [1, foo + bar]}\n\"q r\": 'it''s'\nlist:\n- yes\n-   0x1 # note\n\nend: ~\n"
+    text = (
+        "é: {größe: 7168, b: [1, foo + bar]}\n"
+        "\"q r\": 'it''s'\n"
+        "list:\n- yes\n-   0x1 # note\n\n"
+        "end: ~\n"
+    )
     node = read(text)
     assert plain(node) == {
         "é": {"größe": ("7168", "7168"), "b": [("1", "1"), ("foo + bar", "foo + bar")]},
@@ -152,7 +157,9 @@ def test_all_recoverable_problems_are_reported_with_a_syntax_error_after_them() 
     assert [d.code for d in raised.value.diagnostics] == ["E105", "E104", "E103"]
 
 
-yaml_like = st.text(st.sampled_from("ab1 :-?,[]{}#&*!|>'\"%@`\\\n\t\r.~<=x0Uu\u2028é\x85\ufeff"), max_size=40)
+yaml_like = st.text(
+    st.sampled_from("ab1 :-?,[]{}#&*!|>'\"%@`\\\n\t\r.~<=x0Uu\u2028é\x85\ufeff"), max_size=40
+)
 
 
 @given(yaml_like | st.text(max_size=40))
@@ -168,7 +175,9 @@ def check_spans(node: Node, length: int) -> None:
     assert 0 <= node.span.start <= node.span.end <= length
     if isinstance(node, Mapping):
         for key, entry in node.entries.items():
-            assert key == entry.key_span.text or not key.isalnum() or entry.key_span.text[0] in "'\">|"
+            assert (
+                key == entry.key_span.text or not key.isalnum() or entry.key_span.text[0] in "'\">|"
+            )
             check_spans(entry.node, length)
     elif isinstance(node, Sequence):
         for item in node.items:

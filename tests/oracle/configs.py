@@ -85,7 +85,9 @@ CASES = [
     Case("two_shared_experts", {"n_shared_experts": 2, "routed_scaling_factor": 1.0}),
     Case("no_dense_layer", {"first_k_dense_replace": 0, "num_hidden_layers": 2}),
     Case("all_layers_dense", {"first_k_dense_replace": 3, "rope_scaling": YARN}),
-    Case("yarn", {"rope_scaling": YARN, "rope_theta": 1000.0}),
+    # The ramp between frequencies that stay and that shrink ends beyond the last frequency.
+    Case("yarn", {"rope_scaling": {**YARN, "original_max_position_embeddings": 4096},
+                  "rope_theta": 100.0, "max_position_embeddings": 16384}),
     Case("yarn_two_mscales", {"rope_scaling": {**YARN, "mscale_all_dim": 0.707}}),
     Case("yarn_no_mscale", {"rope_scaling": {k: v for k, v in YARN.items() if "mscale" not in k}
                             | {"factor": 8.0, "beta_fast": 4, "beta_slow": 2},

@@ -7,7 +7,7 @@ of arXiv 2505.09343; what these do not print is computed by the formulas beside.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compiler.analysis import Module, Part, Summary, Work, modules, summary, total
+from compiler.graph.build import site_of
+from compiler.graph.core import Graph, Op, Program
+from compiler.lower import lower
+from compiler.ops import Site
 from compiler.pipeline import compile
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
@@ -120,9 +124,9 @@ def test_multi_token_prediction_stands_apart() -> None:
     assert facts.mtp.parameters == 11_610_068_224
     assert facts.mtp.activated == 688_100_608
     assert facts.mtp.activated + facts.mtp_shared == 2_541_458_688
-    (module,) = facts.mtp.parts
-    assert module.name == "model.layers.61"
-    assert module.parameters == 11_507_286_272 + 102_760_448 + 21_504
+    (part,) = facts.mtp.parts
+    assert (part.name, part.count) == ("model.layers.61", 1)
+    assert part.module.parameters == 11_507_286_272 + 102_760_448 + 21_504
     assert numbers(V2).mtp.parameters == 0
     # Each depth has a module of its own.
     assert numbers(V3, "architecture.mtp.depth=3").mtp.parameters == 3 * facts.mtp.parameters
@@ -294,12 +298,11 @@ def test_the_formulas_hold_for_any_size(
 def test_the_cost_does_not_grow_with_layers_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     def operators_looked_at(*sets: str) -> int:
         seen = 0
-        site_of = modules.site_of
 
-        def counting(*arguments: object) -> object:
+        def counting(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
             nonlocal seen
             seen += 1
-            return site_of(*arguments)  # type: ignore[arg-type]
+            return site_of(op, graph, graphs)
 
         compiled = compile(load(SPECS / "deepseek_v3.yaml", sets=sets))
         with monkeypatch.context() as patch:
@@ -311,22 +314,43 @@ def test_the_cost_does_not_grow_with_layers_and_experts(monkeypatch: pytest.Monk
     assert operators_looked_at() == operators_looked_at(*many) > 0
 
 
+HEADER = "(x: [.., hidden_size]) -> [.., hidden_size]:\n  params hidden_size\n"
+LAYER = "SwiGLU(intermediate_size=10944)"
+
+
+def lowered(folder: Path, blocks: str, old: str, new: str) -> Program:
+    """V2-Lite with the blocks of a file of its own, and with `new` in place of `old`."""
+    (folder / "own.dsl").write_text(blocks)
+    text = (SPECS / "deepseek_v2_lite.yaml").read_text()
+    assert old in text
+    text = text.replace(old, new).replace("blocks: [", "blocks: [./own.dsl, ")
+    (folder / "spec.yaml").write_text(text)
+    return lower(load(folder / "spec.yaml"))
+
+
+def test_a_weight_that_is_used_twice_is_counted_once_and_computed_twice(tmp_path: Path) -> None:
+    inner = f"block Square{HEADER}  return linear(x, to = hidden_size, name = w)\n"
+    body = "  return Square(Square(x, name = a), name = {})\n"
+    twice = f"{inner}\nblock Twice{HEADER}{body.format('a')}"
+    apart = f"{inner}\nblock Twice{HEADER}{body.format('b')}"
+    shared, separate = (
+        summary(program, program)
+        for program in (lowered(tmp_path, text, LAYER, "Twice") for text in (twice, apart))
+    )
+    assert separate.parameters - shared.parameters == 2048 * 2048
+    assert separate.tensor_count - shared.tensor_count == 1
+    assert shared.training_flops == separate.training_flops
+    assert shared.training_flops[Work.DENSE] == 2 * 6 * 2048 * 2048
+
+
 def test_a_model_whose_modules_cannot_be_listed_is_refused(tmp_path: Path) -> None:
     """Blocks that each hold two of the next: 2^16 modules from sixteen short blocks."""
-    header = "(x: [.., hidden_size]) -> [.., hidden_size]:\n  params hidden_size\n"
-    blocks = [
-        f"block Nest{i}{header}  return Nest{i + 1}(Nest{i + 1}(x, name = a), name = b)\n"
-        for i in range(16)
-    ]
-    last = f"block Nest16{header}  return linear(x, to = hidden_size, name = w)\n"
-    (tmp_path / "nest.dsl").write_text("\n".join([*blocks, last]))
-    text = (SPECS / "deepseek_v2_lite.yaml").read_text()
-    text = text.replace("blocks: [", "blocks: [./nest.dsl, ")
-    text = text.replace("SwiGLU(intermediate_size=10944)", "Nest0")
-    (tmp_path / "spec.yaml").write_text(text)
-    compiled = compile(load(tmp_path / "spec.yaml"))
+    body = "  return Nest{0}(Nest{0}(x, name = a), name = b)\n"
+    blocks = [f"block Nest{i}{HEADER}{body.format(i + 1)}" for i in range(16)]
+    last = f"block Nest16{HEADER}  return linear(x, to = hidden_size, name = w)\n"
+    program = lowered(tmp_path, "\n".join([*blocks, last]), LAYER, "Nest0")
     with pytest.raises(DiagnosticError) as caught:
-        summary(compiled.lowered, compiled.programs["decode"])
+        summary(program, program)
     (problem,) = caught.value.diagnostics
     assert problem.code == "E590"
     assert "modules and weights" in problem.message

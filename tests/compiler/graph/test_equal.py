@@ -84,23 +84,23 @@ def result_type(p: Program) -> None:
 
 
 def attribute(p: Program) -> None:
-    p.graphs["DeepSeekMoE"].ops[3].attrs["scale"] = 3
+    p.graphs["DeepSeekMoE"].ops[2].attrs["scale"] = 3
 
 
 def type_of_attribute(p: Program) -> None:
-    p.graphs["DeepSeekMoE"].ops[3].attrs["normalize"] = 1
+    p.graphs["DeepSeekMoE"].ops[2].attrs["normalize"] = 1
 
 
 def region_argument(p: Program) -> None:
-    p.graphs["DeepSeekMoE"].ops[4].regions[0].args[0].name = "other"
+    p.graphs["DeepSeekMoE"].ops[3].regions[0].args[0].name = "other"
 
 
 def region_operator(p: Program) -> None:
-    p.graphs["DeepSeekMoE"].ops[4].regions[0].ops.insert(1, Op("constant"))
+    p.graphs["DeepSeekMoE"].ops[3].regions[0].ops.insert(1, Op("constant"))
 
 
 def region_less(p: Program) -> None:
-    p.graphs["DeepSeekMoE"].ops[4].regions.clear()
+    p.graphs["DeepSeekMoE"].ops[3].regions.clear()
 
 
 CHANGES: dict[Callable[[Program], None], str] = {

@@ -1,0 +1,87 @@
+"""Settings of a spec without effect, and effects without a setting: slips that cause no error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+from compiler.graph.core import Program
+from dsl import ast, yaml
+from dsl.diagnostic import Diagnostic
+from dsl.load import Description
+from dsl.parse import parse_expression
+from dsl.source import Span
+from dsl.suggest import nearest
+
+
+def silent_losses(description: Description, program: Program) -> Iterator[Diagnostic]:
+    """A loss that the model has, and whose weight nobody set, would count for nothing."""
+    loss = description.spec.train.loss
+    place = description.span("train", "loss")
+    inner = [g for name, g in program.graphs.items() if name != program.root]
+    collects = any("balance" in graph.result_names for graph in inner)
+    if collects and not description.sets("train", "loss", "balance_alpha"):
+        yield Diagnostic(
+            "E408",
+            "the experts have a balance loss, and nothing sets its weight balance_alpha",
+            place,
+            "balance_alpha is missing here",
+            help="add `train: {loss: {balance_alpha: 1e-4}}`, or 0 to leave the loss out",
+        )
+    if "mtp" in program.main.result_names and not any(p.value for p in loss.mtp_weight.root):
+        yield Diagnostic(
+            "E409",
+            "the MTP modules are never trained: their weight mtp_weight is always 0",
+            place,
+            "mtp_weight is 0",
+            help="raise mtp_weight, or set architecture.mtp.depth to 0",
+        )
+
+
+def unused_params(description: Description, used: Set[str]) -> Iterator[Diagnostic]:
+    """Parameters that neither a block (`used`) nor another number of the spec reads."""
+    read = used | {name for span in _expressions(description) for name in _names(span)}
+    wanted = {p.name.value for block in description.blocks.values() for p in block.params}
+    for name, value in description.params.items():
+        if name not in read:
+            near = nearest(name, [w for w in wanted if w not in description.params])
+            yield Diagnostic(
+                "E407",
+                f"no block of this model uses {name}",
+                value.span,
+                "has no effect",
+                help=f"did you mean {near}?" if near else "remove it",
+            )
+
+
+def _names(span: Span) -> list[str]:
+    """Names that the expression at `span` reads; quoted text reads none."""
+    if not span.text or span.text.startswith(("'", '"', "|", ">")):
+        return []
+    return ast.names_in(parse_expression(span.source, span.start, span.end))
+
+
+def _expressions(description: Description) -> Iterator[Span]:
+    """Where a spec may use its parameters."""
+    architecture, root = description.spec.architecture, description.composed.root
+    yield from (value.span for value in description.params.values())
+    uses = [architecture.block, architecture.mtp.block, *architecture.mtp.slots.values()]
+    for group in architecture.layers:
+        uses += [group.block, *group.slots.values()]
+    yield from (value.span for use in uses for value in use.arguments.values())
+    numbers: list[tuple[str | int, ...]] = [("architecture", "mtp", "depth")]
+    numbers += [("architecture", "layers", i, "repeat") for i in range(len(architecture.layers))]
+    for path in [*numbers, ("sequence",), ("train",)]:
+        if description.sets(*path):
+            yield from _scalars(yaml.nearest_node(root, path))
+
+
+def _scalars(node: yaml.Node) -> Iterator[Span]:
+    match node:
+        case yaml.Scalar():
+            yield node.span
+        case yaml.Mapping():
+            for entry in node.entries.values():
+                yield from _scalars(entry.node)
+        case yaml.Sequence():
+            for item in node.items:
+                yield from _scalars(item)

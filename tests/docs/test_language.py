@@ -1,0 +1,343 @@
+"""docs/language.md says what the code does: its examples run, its tables are complete and right."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from lark.lexer import PatternStr
+from pydantic.fields import FieldInfo
+
+from compiler.graph.types import BYTES, RUNTIME_DIMS
+from compiler.lower import lower
+from compiler.lower.forms import FORMS, Kind
+from compiler.pipeline import compile
+from dsl.evaluate import FUNCTIONS, evaluate
+from dsl.load import load
+from dsl.parse import KEYWORDS, grammar, parse_blocks, parse_expression
+from dsl.schema import VARIANT_KEYS, BlockUse, Phase, Schedule, Spec, json_schema, text_of
+from dsl.source import Source
+from dsl.units import UNITS, parse_quantity
+from tests.docs.conftest import ROOT, Example, Row, examples, sections, tables
+from tests.dslc.conftest import Run
+
+TEXT = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+EXAMPLES = examples(TEXT)
+TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+CHECKER = doctest.OutputChecker()
+
+
+def plain(cell: str) -> str:
+    """A cell without the marks of code."""
+    return cell.strip("`")
+
+
+def column(first: str, index: int = 0) -> list[str]:
+    return [plain(row[index]) for row in tables(TEXT, first)]
+
+
+# ---- examples -------------------------------------------------------------------------------
+
+
+def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    commands = 0
+    for example in EXAMPLES:
+        if example.name:
+            (tmp_path / example.name).write_text(example.text, encoding="utf-8")
+        if example.language == "console":
+            for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", example.text, re.M):
+                commands += 1
+                printed = output(dslc, command)
+                same = CHECKER.check_output(expected, printed, doctest.ELLIPSIS)
+                assert same, f"$ {command}\nprints\n{printed}\nand the text says\n{expected}"
+    assert commands >= 5
+
+
+def output(dslc: Run, command: str) -> str:
+    program, *arguments = shlex.split(command)
+    if program == "dslc":
+        outcome = dslc(*arguments)
+        return outcome.out + outcome.err
+    assert program == "python"
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_every_spec_of_the_text_compiles_with_each_of_its_variants(tmp_path: Path) -> None:
+    specs = [e.name for e in EXAMPLES if e.language == "yaml" and e.name]
+    for example in EXAMPLES:
+        if example.name:
+            (tmp_path / example.name).write_text(example.text, encoding="utf-8")
+    assert len(specs) >= 3
+    for name in specs:
+        variants = re.findall(r"^  (\w+): \{\w+\.", (tmp_path / name).read_text(), re.M)
+        for variant in (None, *variants):
+            assert compile(load(tmp_path / name, variant=variant)).programs["decode"].main
+
+
+@pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if e.language == "yaml" and not e.name], ids=lambda e: e.text[:12]
+)
+def test_a_part_of_a_spec_loads_in_place_of_the_same_part_of_a_whole_one(
+    example: Example, tmp_path: Path
+) -> None:
+    whole = parts(TINY.read_text(encoding="utf-8"))
+    part = parts(example.text)
+    assert part and part.keys() <= whole.keys()
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("".join({**whole, **part}.values()), encoding="utf-8")
+    if "architecture" not in part:
+        spec.write_text(re.sub(r"hidden_size \* 3", "192", spec.read_text()), encoding="utf-8")
+    description = load(spec)
+    assert all(description.sets(key) for key in part)
+
+
+def parts(text: str) -> dict[str, str]:
+    """The text of each section of a spec."""
+    found = re.split(r"^(?=\w)", text, flags=re.M)
+    return {part.split(":")[0]: part for part in found if ":" in part}
+
+
+@pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if e.language == "dsl"], ids=lambda e: e.text[:16]
+)
+def test_every_block_of_the_text_works_in_a_model(example: Example, tmp_path: Path) -> None:
+    (block,) = parse_blocks(Source("example.dsl", example.text))
+    (tmp_path / "example.dsl").write_text(example.text, encoding="utf-8")
+    name = block.name.value
+    group = "architecture.layers.0"
+    # What a block is for follows from the tensors that it takes.
+    use = {
+        "x": [f"{group}.feed_forward={name}"],
+        "x, position": [f"{group}.block={name}"],
+        "tokens, labels, position, balance_alpha": [
+            f"architecture.block={name}",
+            "architecture.mtp.depth=0",
+        ],
+    }[", ".join(a.name.value for a in block.arguments)]
+    files = "blocks=[causal_lm, decoder, mla, swiglu, deepseek_moe, mtp, ./example.dsl]"
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"extends: {TINY}\nset: {{model: example}}\nvariants: {{}}\n", encoding="utf-8")
+    files = files.replace("./example.dsl", str(tmp_path / "example.dsl"))
+    # The outermost block of the example names no eps, which the layers still read.
+    program = compile(load(spec, sets=[files, *use])).lowered
+    assert name in program.graphs
+
+
+def test_in_place_and_named_calls_name_their_weights_as_the_text_says(tmp_path: Path) -> None:
+    example = next(e for e in EXAMPLES if "block Twice" in e.text)
+    (tmp_path / "twice.dsl").write_text(example.text, encoding="utf-8")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"extends: {TINY}\nset: {{model: twice}}\n", encoding="utf-8")
+    files = f"[causal_lm, decoder, mla, swiglu, deepseek_moe, mtp, {tmp_path / 'twice.dsl'}]"
+    use = "architecture.layers.0.feed_forward=Twice"
+    graph = lower(load(spec, sets=[f"blocks={files}", use])).graphs["Twice"]
+    assert "gate_proj.weight" in graph.weights
+    assert [op.attrs["scope"] for op in graph.walk() if op.kind == "call"] == ["first"]
+
+
+def test_names_of_tensors_are_put_together_as_the_text_says() -> None:
+    torch = pytest.importorskip("torch")
+    import importlib.util
+
+    rows = tables(TEXT, "where")
+    names = [plain(row[2]) for row in rows]
+    library = {p.stem: p.read_text() for p in (ROOT / "specs" / "blocks").glob("*.dsl")}
+    for where, written, _ in rows:
+        (text,) = (t for t in library.values() if f"block {plain(where)}(" in t)
+        written = plain(written.split("`")[1]).replace("(..,", "(").strip("()")
+        for piece in re.split(r"\(\s*|, ", written):
+            assert piece in text, f"{where} does not hold {piece}"
+    del torch, importlib
+    from compiler.analysis import summary
+
+    published = [p.name for p in summary(lower(load(TINY))).published]
+    patterns = [re.sub(r"\\\{(\d+)\\?\.\\?\.(\d+)\\\}", r"\\d+", re.escape(p)) for p in published]
+    for name in names:
+        assert any(re.match(p, name) or p.startswith(re.escape(name)) for p in patterns), name
+
+
+# ---- tables ---------------------------------------------------------------------------------
+
+
+def test_the_keys_of_a_spec_are_those_of_the_schema() -> None:
+    expected = [*schema_rows((), Spec), *variant_rows()]
+    found = [row for row in tables(TEXT, "key") if not row[0].endswith(".SLOT`")]
+    assert found == expected, "\n".join("| " + " | ".join(row) + " |" for row in expected)
+    slots = [plain(row[0]) for row in tables(TEXT, "key") if row[0].endswith(".SLOT`")]
+    free = [name for name, d in json_schema()["$defs"].items() if d.get("additionalProperties")]
+    assert len(slots) == len(free) == 2
+
+
+def schema_rows(path: tuple[str, ...], section: Any) -> Iterator[Row]:
+    """One row for each key, in the order of the schema."""
+    schema = json_schema()
+    properties = schema if section is Spec else schema["$defs"][section.__name__]
+    for name, field in section.model_fields.items():
+        here = (*path, name)
+        items = get_args(field.annotation)
+        inner = items[0] if items and hasattr(items[0], "model_fields") else field.annotation
+        described = properties["properties"][name]
+        yield row(here, field, described, inner)
+        if field.annotation is Schedule:
+            yield from schema_rows((*here, "N"), Phase)
+        elif hasattr(inner, "model_fields"):
+            yield from schema_rows((*here, "N") if items else here, inner)
+
+
+def row(path: tuple[str, ...], field: FieldInfo, schema: dict[str, Any], inner: Any) -> Row:
+    default = "required" if field.is_required() else default_of(field)
+    cells = (f"`{'.'.join(path)}`", value_of(schema, field, inner), default, field.description or "")
+    return tuple(cells)
+
+
+def default_of(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Schedule):
+        value = value.value_at(0)
+    if isinstance(value, BlockUse):
+        return f"`{value}`"
+    simple = isinstance(value, bool | int | float) or (isinstance(value, str) and value)
+    return f"`{text_of(value).strip(chr(34))}`" if simple else ""
+
+
+def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
+    if field.annotation is Schedule:
+        return "schedule"
+    if inner is BlockUse:
+        return "block"
+    if hasattr(inner, "model_fields"):
+        return "list of sections" if schema.get("type") == "array" else "section"
+    if "enum" in schema:
+        return " or ".join(f"`{word}`" for word in schema["enum"])
+    if schema.get("type") == "array":
+        return "list of text"
+    if schema.get("type") == "object":
+        return "mapping of values by name"
+    if "anyOf" not in schema:
+        return "text"
+    number = schema["anyOf"][0]
+    word = "whole number" if number["type"] == "integer" else "number"
+    return f"{word}, at least {number['minimum']}"
+
+
+def variant_rows() -> list[Row]:
+    kinds = {"extends": "text", "set": "changes by path", "variants": "changes by path, by name"}
+    assert kinds.keys() == VARIANT_KEYS.keys()
+    return [(f"`{key}`", kinds[key], "", about) for key, about in VARIANT_KEYS.items()]
+
+
+def test_quantities_have_the_values_in_the_table_and_every_unit_is_there() -> None:
+    rows = tables(TEXT, "written")
+    for written, value, *_ in rows:
+        number = parse_quantity(plain(written))
+        assert repr(number) == repr(type(number)(value)), written
+    named = set(re.findall(r"[A-Za-z]+", " ".join(w for w, *_ in rows)))
+    assert named - {"e"} == set(UNITS)
+
+
+def test_expressions_have_the_values_in_the_table() -> None:
+    names = {"hidden_size": 7168, "n_group": 8}
+    rows = tables(TEXT, "expression")
+    for written, value in rows:
+        source = Source("table", plain(written))
+        result = evaluate(parse_expression(source, 0, len(source.text)), names)
+        assert text_of(result) == value, written
+    used = " ".join(written for written, _ in rows)
+    operators = re.findall(r"`([^`a-z]+)`", " ".join(r[0] for r in tables(TEXT, "operators")))
+    terminals = {"==", "!=", "<=", ">=", "<", ">", "**", "+", "*", "/", "//", "%"} | {"-"}
+    assert {*operators, "-"} == terminals
+    assert all(f" {word} " in f" {used} ".replace("`", " ") for word in ("if", "or", "not"))
+
+
+def test_functions_of_numbers_are_those_of_the_evaluator() -> None:
+    cells = [row[0] for row in tables(TEXT, "function") if row[0].split("(")[0][1:] in FUNCTIONS]
+    assert [c[1:].split("(")[0] for c in cells] == list(FUNCTIONS)
+    for cell in cells:
+        _, fewest, most = FUNCTIONS[cell[1:].split("(")[0]]
+        assert fewest == 1 and (cell.count(",") == 0) == (most == 1)
+
+
+def test_functions_of_blocks_are_those_of_the_compiler() -> None:
+    rows = [row for row in tables(TEXT, "function") if len(row) == 3]
+    expected = {f"`{name}({form.signature})`": form.about for name, form in FORMS.items()}
+    assert {row[0]: row[2] for row in rows} == expected
+    assert len(rows) == len(FORMS)
+    assert {row[0]: row[1] for row in tables(TEXT, "argument") if row[0][1:-1] in kinds()} == {
+        f"`{name}`": about for name, about in kinds().items()
+    }
+
+
+def kinds() -> dict[str, str]:
+    return {kind.name.lower(): kind.value for kind in Kind}
+
+
+def test_element_types_and_run_time_dimensions_are_all_there() -> None:
+    assert set(column("element type")) == set(BYTES)
+    found = {plain(name): about for name, about in tables(TEXT, "dimension")}
+    assert found == RUNTIME_DIMS
+
+
+def test_the_outermost_block_takes_and_gives_what_the_text_says() -> None:
+    description = load(TINY)
+    block = description.blocks["CausalLM"]
+    declared = {a.name.value: a.type for a in block.arguments}
+    rows = [row for row in tables(TEXT, "argument") if plain(row[0]) in declared]
+    assert len(rows) == len(declared)
+    for name, type, _ in rows:
+        node = declared[plain(name)]
+        assert plain(type) == f"{node.dtype}[{', '.join(d.value for d in node.dims)}]"
+    assert set(column("output")) == set(lower(description).main.result_names)
+
+
+# ---- grammar --------------------------------------------------------------------------------
+
+
+def test_keywords_are_those_of_the_grammar() -> None:
+    assert column("keyword") == list(KEYWORDS)
+    words = {
+        t.pattern.value
+        for t in grammar().terminals
+        if isinstance(t.pattern, PatternStr) and t.pattern.value.isalpha()
+    }
+    assert words | {"and", "or", "not", "true", "false"} == set(KEYWORDS)
+
+
+def test_rules_are_those_of_the_grammar() -> None:
+    # Lark makes rules of its own for repetitions; their names begin with two underscores.
+    rules = {str(rule.origin.name) for rule in grammar().rules}
+    assert set(column("rule")) == {name for name in rules if not name.startswith("__")}
+    assert len(column("rule")) == len(set(column("rule")))
+
+
+def test_terminals_are_those_of_the_grammar() -> None:
+    text = (ROOT / "dsl" / "block.lark").read_text(encoding="utf-8")
+    named = set(re.findall(r"^(_?[A-Z]+)(?:\.\d)?:", text, re.M))
+    declared = set(re.findall(r"^%declare (.*)$", text, re.M)[0].split())
+    assert set(column("terminal")) == named | declared
+
+
+def test_every_word_that_begins_a_statement_has_its_paragraph() -> None:
+    paragraphs = re.findall(r"^(?:<a [^>]*></a>)?\*\*(.+?)\*\*", TEXT, re.M)
+    explained = " ".join(paragraphs)
+    for rule in grammar().rules:
+        if str(rule.origin.name) == "statement":
+            (symbol,) = rule.expansion
+            word = symbol.name.removesuffix("_statement")
+            assert word in explained.lower().replace("assignment", "assign"), word
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        file = ROOT / "docs" / path if path else ROOT / "docs" / "language.md"
+        assert file.exists(), target
+        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target
