@@ -85,15 +85,15 @@ def _output_problem(name: str, type: Type, again: bool) -> str:
     return "" if type == _SCALAR else f"{name} is a float32 scalar, not {type}"
 
 
-def _foreseen(
-    output: str, value: Value, ops: Sequence[Op], span: Span
-) -> Iterator[Diagnostic]:
+def _foreseen(output: str, value: Value, ops: Sequence[Op], span: Span) -> Iterator[Diagnostic]:
     """Scores may not come from what is only known when training."""
     needed = {value}
     for op in reversed(ops):
         if needed & set(op.results):
             needed.update(op.operands)
             needed.update(v for region in op.regions for o in walk(region.ops) for v in o.operands)
-    for name in sorted(v.name for v in needed if v.name in ("labels", "mtp_weight", "balance_alpha")):
+    for name in sorted(
+        v.name for v in needed if v.name in ("labels", "mtp_weight", "balance_alpha")
+    ):
         message = f"{output} depends on {name}, which is known in training only"
         yield Diagnostic("E238", message, span, f"made from {name}")

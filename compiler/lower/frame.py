@@ -154,9 +154,7 @@ class Frame(Calls):
                 statement.module.value: group.ref,
                 statement.index.value: LayerIndex(),
             }
-            inner = Frame(
-                self.low, self.bound, self.builder, self.prefix, env, inside="repeat"
-            )
+            inner = Frame(self.low, self.bound, self.builder, self.prefix, env, inside="repeat")
             outer_ops, self.builder.ops = self.builder.ops, region.ops
             try:
                 inner.run(statement.body)
