@@ -9,19 +9,28 @@ from compiler.graph.core import Program, copy_program
 from compiler.graph.equal import equal
 from compiler.graph.verify import verify
 from compiler.lower import lower
+from compiler.passes.absorb import ABSORB
 from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
+from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
 from dsl.load import Description
 
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # Scores of every position, from whole sequences.
-    "forward": (select_outputs("logits", "mtp_logits"), DROP_CACHE, SIMPLIFY),
+    "forward": (select_outputs("logits", "mtp_logits"), DROP_CACHE, SIMPLIFY, FUSE_EXPERTS),
     # What training minimises, and the load of the experts.
-    "loss": (select_outputs("total", "main", "mtp", "balance", "load"), DROP_CACHE, SIMPLIFY),
-    # Scores after the last position, for sequences that grow.
-    "decode": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE),
+    "train": (
+        select_outputs("total", "main", "mtp", "balance", "load"),
+        DROP_CACHE,
+        SIMPLIFY,
+        FUSE_EXPERTS,
+    ),
+    # Scores after the last position of a prompt, or of the next part of one; fills the cache.
+    "prefill": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, FUSE_EXPERTS),
+    # The same for one token at a time, in the latent space.
+    "decode": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, ABSORB, FUSE_EXPERTS, SIMPLIFY),
 }
 
 
@@ -72,5 +81,5 @@ def run(name: str, lowered: Program, passes: tuple[Pass, ...]) -> Iterator[Step]
 
 
 def programs(description: Description) -> Mapping[str, Program]:
-    """The finished programs `forward`, `loss` and `decode`."""
+    """The finished programs, by name."""
     return compile(description).programs

@@ -267,3 +267,62 @@ def count_labels(labels: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """`x` in float32; float64 stays, so that gradients can be checked in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of x [..., hidden] once for each expert in index [..., k], sorted by expert.
+
+    Gives the rows [slots, hidden], where each expert's rows end (int32 [experts]), and the place in
+    the flattened `index` that each row came from (int64 [slots]). No token is dropped.
+    """
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
+    token = torch.div(order, index.shape[-1], rounding_mode="floor")
+    return x.flatten(0, -2)[token], ends, order
+
+
+def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in]."""
+    return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
+
+
+def unpermute(y: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+    """Rows y [slots, hidden] back at their tokens, times weight [..., k], summed, eq. 12.
+
+    The sum runs in the order of each token's choices, whatever the batch: [..., hidden].
+    """
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=y.device))
+    parts = y[place].view(*weight.shape, y.shape[-1])
+    return (parts * weight.to(y.dtype).unsqueeze(-1)).sum(-2)
+
+
+def head_linear(x: Tensor, weight: Tensor, rows: tuple[int, int], *, transposed: bool) -> Tensor:
+    """Each head's rows of weight [heads * n, in] times x [batch, seq, heads, d].
+
+    `rows` are the first and the one after the last of each head's n rows. `transposed` multiplies
+    by their transpose: [batch, seq, heads, in] instead of [batch, seq, heads, rows].
+    """
+    part = weight.unflatten(0, (x.shape[-2], -1))[:, rows[0] : rows[1]]
+    if not transposed:
+        part = part.transpose(1, 2)
+    return torch.einsum("bshd,hde->bshe", x, part)
+
+
+def latent_attention(
+    q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
+) -> Tensor:
+    """Causal attention of all heads to the same latents, which are keys and values at once.
+
+    q_latent [batch, query, heads, c], q_rope [batch, query, heads, r], c_kv [batch, key, c],
+    k_rope [batch, key, r]: [batch, query, heads, c]. The last query sees every key.
+    """
+    queries, keys = q_latent.shape[1], c_kv.shape[1]
+    score = torch.einsum("bqhc,bkc->bhqk", q_latent, c_kv)
+    score = score + torch.einsum("bqhr,bkr->bhqk", q_rope, k_rope)
+    score = _wide(score) * scale
+    if queries > 1:
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=score.device)
+        score = score.masked_fill(~ones.tril(keys - queries), -math.inf)
+    share = score.softmax(-1).to(c_kv.dtype)
+    return torch.einsum("bhqk,bkc->bqhc", share, c_kv)

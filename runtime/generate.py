@@ -44,7 +44,8 @@ def generate(
     while text.shape[1] < start + max_new_tokens and not ended.all():
         first = text.shape[1] - new.shape[1]
         position = torch.arange(first, text.shape[1], device=tokens.device).expand(batch, -1)
-        logits = model.decode(new, position, cache)
+        step = model.decode if new.shape[1] == 1 else model.prefill
+        logits = step(new, position, cache)
         if not logits.isfinite().all():
             raise FloatingPointError(f"the model gave NaN or infinity at token {text.shape[1]}")
         chosen = (

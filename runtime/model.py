@@ -95,8 +95,12 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """Scores of the next token, [batch, vocab], after tokens [batch, new] at `position`."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """What `prefill` computes, in the way that is best for one new token."""
 
     @property
     def dtype(self) -> torch.dtype:

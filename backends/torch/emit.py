@@ -184,6 +184,29 @@ def _experts(e: Emitter, op: Op) -> None:
     e.indent -= 1
 
 
+def _permute(e: Emitter, op: Op) -> None:
+    (count,) = dims_of(op.attrs["count"])
+    e.assign(op, f"F.permute({e.operands(op)}, {count.size})")
+
+
+def _grouped_linear(e: Emitter, op: Op) -> None:
+    stored = op.symbols[0].replace(".*.", ".")
+    e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.weight(stored)})")
+
+
+def _head_linear(e: Emitter, op: Op) -> None:
+    (rows,) = dims_of(op.attrs["rows"])
+    start = op.attrs["start"]
+    assert isinstance(start, int)
+    arguments = [
+        e.operand(op, 0),
+        e.weight(op.symbols[0]),
+        f"({start}, {start + (rows.size or 0)})",
+    ]
+    arguments.append(f"transposed={op.attrs['transposed']}")
+    e.assign(op, f"F.head_linear({', '.join(arguments)})")
+
+
 def _expert_load(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
     e.assign(op, f"F.expert_load({e.operand(op, 0)}, {count.size})")
@@ -329,7 +352,12 @@ EMIT: dict[str, Emit] = {
     "attention": _call_f("attention", "scale"),
     "cache_append": _cache_append,
     "topk_groups": _topk_groups,
+    "latent_attention": _call_f("latent_attention", "scale"),
+    "head_linear": _head_linear,
     "experts": _experts,
+    "permute": _permute,
+    "grouped_linear": _grouped_linear,
+    "unpermute": _call_f("unpermute"),
     "sequence_balance_loss": _call_f("sequence_balance_loss", "k"),
     "expert_load": _expert_load,
     "cross_entropy": _call_f("cross_entropy"),

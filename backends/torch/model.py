@@ -15,9 +15,10 @@ from compiler.graph.equal import equal_graphs
 from compiler.graph.types import Type
 from compiler.pipeline import Compiled
 
-# Programs in the order in which a class lists its methods; a later one that equals an earlier one
-# is served by that method.
-PROGRAMS = ("forward", "loss", "decode")
+# Programs and their methods, in the order in which a class lists them; a graph that equals that of
+# an earlier program is served by its method.
+METHODS = {"forward": "forward", "train": "loss", "prefill": "prefill", "decode": "decode"}
+PROGRAMS = tuple(METHODS)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Root:
     declarations: list[str]
     forward: list[str]
     loss: list[str]
+    prefill: list[str]
     decode: list[str]
 
 
@@ -80,7 +82,7 @@ class _Emission:
         self.dtype = dtype
         # methods[program][graph]: the method that computes this graph of this program.
         self.methods: dict[str, dict[str, str]] = {p: {} for p in PROGRAMS}
-        self.cached = frozenset(_cached(compiled.programs["decode"]))
+        self.cached = {p: frozenset(_cached(compiled.programs[p])) for p in PROGRAMS}
         for name in compiled.lowered.graphs:
             self._choose_methods(name)
 
@@ -91,8 +93,7 @@ class _Emission:
             if graph is None:
                 continue
             same = next((m for m, g in seen if self._same(m, g, program, graph)), None)
-            method = same or program
-            self.methods[program][name] = method
+            self.methods[program][name] = METHODS[same or program]
             if same is None:
                 seen.append((program, graph))
 
@@ -104,14 +105,13 @@ class _Emission:
         )
 
     def _emitter(self, program: str, graph: Graph) -> Emitter:
-        cached = self.cached if program == "decode" else frozenset()
-        return Emitter(graph, self.methods[program], cached)
+        return Emitter(graph, self.methods[program], self.cached[program])
 
     def block(self, graph: Graph) -> Block:
         methods = []
         for program in PROGRAMS:
             version = self.compiled.programs[program].graphs.get(graph.name)
-            if version is not None and self.methods[program][graph.name] == program:
+            if version is not None and (self.methods[program][graph.name] == METHODS[program]):
                 methods.append(self._method(program, version))
         return Block(
             name=class_name(graph.name),
@@ -124,14 +124,16 @@ class _Emission:
     def _method(self, program: str, graph: Graph) -> Method:
         emitter = self._emitter(program, graph)
         arguments = ["self", *(f"{emitter.names[v]}: Tensor" for v in graph.args)]
-        if program == "decode" and graph.name in self.cached:
+        if graph.name in self.cached[program]:
             arguments.append("cache: Cache")
         lines = emitter.body()
         results = emitter.results()
         returns = (
             "Tensor" if len(results) == 1 else f"tuple[{', '.join(['Tensor'] * len(results))}]"
         )
-        return Method(program, arguments, returns, [*lines, f"return {', '.join(results)}"])
+        return Method(
+            METHODS[program], arguments, returns, [*lines, f"return {', '.join(results)}"]
+        )
 
     def root(self) -> Root:
         lowered = self.compiled.lowered
@@ -144,7 +146,8 @@ class _Emission:
             declarations=declarations(lowered.main, self.dtype),
             forward=self._forward(),
             loss=self._loss(),
-            decode=self._decode(),
+            prefill=self._logits("prefill"),
+            decode=self._logits("decode"),
         )
 
     def _body(self, program: str) -> tuple[Graph, list[str], dict[str, list[str]]]:
@@ -163,7 +166,7 @@ class _Emission:
         return [*lines, f"return Output(logits={names['logits'][0]}, mtp_logits={mtp})"]
 
     def _loss(self) -> list[str]:
-        _, lines, names = self._body("loss")
+        _, lines, names = self._body("train")
         fields = (
             ("total=", names["total"][0]),
             ("main=", names["main"][0]),
@@ -173,8 +176,8 @@ class _Emission:
         )
         return [*lines, *lay_out("return ", Call("Loss(", fields))]
 
-    def _decode(self) -> list[str]:
-        _, lines, names = self._body("decode")
+    def _logits(self, program: str) -> list[str]:
+        _, lines, names = self._body(program)
         return [*lines, f"return {names['logits'][0]}"]
 
 
@@ -182,7 +185,7 @@ def _defaults(graph: Graph, program: str) -> list[str]:
     """Arguments of the outermost block that the caller of a method may leave out or never gives."""
     lines = []
     for value in graph.args:
-        if value.name == "position" and program != "decode":
+        if value.name == "position" and program in ("forward", "train"):
             lines.append("position = F.positions(tokens) if position is None else position")
         elif value.name in ("mtp_weight", "balance_alpha"):
             lines.append(f"{value.name} = {WEIGHTS[value.name]}")

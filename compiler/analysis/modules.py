@@ -15,7 +15,7 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value
 from compiler.graph.types import BYTES, Dim
 from compiler.ops import OPS
-from compiler.ops.moe import Experts
+from compiler.ops.moe import Experts, Permute
 
 Sizes = Mapping[str, int]
 
@@ -113,6 +113,7 @@ class _Place:
     around: Work | None
     many: tuple[_Many, ...] = ()
     times: int = 1
+    experts: _Many | None = None
 
 
 @dataclass
@@ -163,8 +164,19 @@ class Modules:
                     self._visit(graph, op.regions[0].ops, inner, content)
                 case "cache_entry":
                     content.cache_bytes += place.times * sum(map(_token_bytes, op.operands))
+                case "permute":
+                    place = self._permuted(graph, op, place)
                 case _:
                     self._add(graph, op, place, content)
+
+    def _permuted(self, graph: Graph, op: Op, place: _Place) -> _Place:
+        """From here on `slot` is known, and weights of all experts are used at once."""
+        site = site_of(op, graph, self._program.graphs)
+        route, ends = op.operands[1].type, op.results[1].type
+        experts = _Many(range(ends.last.size or 0), route.last.size or 0)
+        return replace(
+            place, sizes={**place.sizes, **Permute.sizes(site, place.sizes)}, experts=experts
+        )
 
     def _in_experts(self, graph: Graph, op: Op, place: _Place) -> _Place:
         site = site_of(op, graph, self._program.graphs)
@@ -186,7 +198,9 @@ class Modules:
         content.flops[work] = content.flops.get(work, 0) + flops
         for symbol in op.symbols:
             weight = graph.weights[symbol]
-            name, count, active = _expanded(symbol, place.many)
+            grouped = place.experts if op.kind == "grouped_linear" else None
+            many = (*place.many, grouped) if grouped else place.many
+            name, count, active = _expanded(symbol, many)
             tensor = Tensor(
                 name, weight.type.dims, weight.type.dtype, work, weight.trainable, count, active
             )

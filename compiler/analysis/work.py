@@ -51,7 +51,13 @@ _BY_KIND = {
     "embedding": Work.EMBEDDING,
     "rms_norm": Work.NORMS,
     "attention": Work.ATTENTION_CORE,
+    "latent_attention": Work.ATTENTION_CORE,
+    "grouped_linear": Work.ROUTED_EXPERTS,
 }
+
+# Operators that make a block one of attention, or one of experts.
+ATTENTION = ("attention", "latent_attention")
+EXPERTS = ("experts", "permute")
 
 
 class Shares:
@@ -74,15 +80,15 @@ class Shares:
             return Work.HEAD
         if any(d.name == "context" for v in op.operands for d in v.type.dims):
             return Work.CACHE_PROJECTIONS
-        if _directly_holds(graph, "attention"):
+        if _directly_holds(graph, ATTENTION):
             return Work.ATTENTION_PROJECTIONS
-        if around is not None or _directly_holds(graph, "experts"):
+        if around is not None or _directly_holds(graph, EXPERTS):
             return Work.SHARED_EXPERTS
         return Work.OTHER_PROJECTIONS if self._attends(graph.name) else Work.DENSE
 
     def around_callees(self, graph: Graph, around: Work | None) -> Work | None:
         """What the blocks that `graph` calls belong to, unless they are attention."""
-        if around is None and _directly_holds(graph, "experts"):
+        if around is None and _directly_holds(graph, EXPERTS):
             return Work.SHARED_EXPERTS
         return around
 
@@ -104,10 +110,10 @@ class Shares:
         """Whether a graph, or one that it calls, holds attention."""
         graph = self._program.graphs[name]
         if name not in self._holds_attention:
-            found = _directly_holds(graph, "attention")
+            found = _directly_holds(graph, ATTENTION)
             self._holds_attention[name] = found or any(map(self._attends, graph.calls()))
         return self._holds_attention[name]
 
 
-def _directly_holds(graph: Graph, kind: str) -> bool:
-    return any(op.kind == kind for op in graph.walk())
+def _directly_holds(graph: Graph, kinds: tuple[str, ...]) -> bool:
+    return any(op.kind in kinds for op in graph.walk())

@@ -14,6 +14,7 @@ RUNTIME_DIMS = {
     "seq": "tokens of a sequence that this call works on",
     "context": "tokens of a sequence so far: those in the cache and those of this call",
     "token": "tokens that the router sent to one expert",
+    "slot": "tokens times the experts that each chose, in the order of the experts",
 }
 
 

@@ -223,6 +223,8 @@ class _Check:
                 raise _Broken("E515", f"there is no weight @{name}")
             self.used.add(name)
             stars = name.split(".").count("*")
+            if op.kind == "grouped_linear" and stars == 1:
+                continue  # it works on the weights of all experts at once
             if stars > 1 or (stars and scope.experts is None):
                 raise _Broken("E515", f"@{name} belongs to an expert, and this is none")
             if stars and weight.stack != scope.experts:

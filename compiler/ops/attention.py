@@ -122,6 +122,35 @@ class Attention(Operator):
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
 
 
+class LatentAttention(Operator):
+    """softmax(scale * (q_latent c + q_rope k_rope)) c, causal: all heads read the same latents.
+
+    q_latent [batch, seq, heads, c], q_rope [batch, seq, heads, r], c_kv [batch, context, c],
+    k_rope [batch, context, r] -> [batch, seq, heads, c]. DeepSeek-V2 report, section 2.1.2.
+    """
+
+    kind = "latent_attention"
+    operands = ("q_latent", "q_rope", "c_kv", "k_rope")
+    attrs: ClassVar = {"scale": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        q_latent, q_rope, c_kv, k_rope = site.types
+        for i, (q, k) in enumerate([(q_latent, c_kv), (q_rope, k_rope)]):
+            if len(q.dims) != QK_RANK or len(k.dims) != QK_RANK - 1 or q.last.size != k.last.size:
+                raise TypeMismatch(f"latent_attention: {q.words} does not meet {k.words}", i)
+        if q_latent.dims[:3] != q_rope.dims[:3] or c_kv.dims[:2] != k_rope.dims[:2]:
+            raise TypeMismatch("latent_attention needs a latent for each rotated key", 3)
+        return (q_latent,)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        q, q_rope, c_kv, _ = site.types
+        dim = 2 * (q.last.size or 0) + (q_rope.last.size or 0)
+        pairs = q.dims[1].at(sizes) * c_kv.dims[1].at(sizes)
+        return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
+
+
 class CacheEntry(Operator):
     """Marks what a decoder must remember; the same values when nothing is remembered."""
 

@@ -62,6 +62,11 @@ class Operator:
         """Floating-point operations of matrix products, a multiply-add being two; forward only."""
         return 0
 
+    @classmethod
+    def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Run-time dimensions that this operator brings into being, and their sizes."""
+        return {}
+
 
 def same_shape(kind: str, a: Type, b: Type) -> None:
     """Raises `TypeMismatch` that names the first pair of dimensions that do not meet."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from compiler.graph.types import Type
-from compiler.ops.base import Operator, Site, TypeMismatch, need_float, need_rank
+from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, need_float, need_rank
 
 
 class Embedding(Operator):
@@ -42,3 +43,38 @@ class Linear(Operator):
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
         return 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
+
+
+class HeadLinear(Operator):
+    """Each head's own rows of a weight: y_h = W_h x_h, or y_h = W_h^T x_h where `transposed`.
+
+    x [.., heads, d]; weight [heads * n, in], whose rows start .. start + rows of each n are meant.
+    """
+
+    kind = "head_linear"
+    operands = ("x",)
+    symbols = ("weight",)
+    attrs: ClassVar = {"start": int, "rows": tuple, "transposed": bool}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, weight = site.types[0], site.weights[0]
+        need_float(cls.kind, x)
+        need_rank(cls.kind, x, 2)
+        (rows,) = dims_of(site.attrs["rows"])
+        heads = x.dims[-2].size or 0
+        out = weight.dims[0].size or 0
+        if not heads or out % heads or site.number("start") + (rows.size or 0) > out // heads:
+            raise TypeMismatch(
+                f"{weight.words} has no rows {rows.words} for each head of {x.words}"
+            )
+        given, made = (rows, weight.last) if site.attrs["transposed"] else (weight.last, rows)
+        if x.last.size != given.size:
+            raise TypeMismatch(f"head_linear expects {given.words}, got {x.last.words}", 0)
+        return (x.with_last(made),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        (rows,) = dims_of(site.attrs["rows"])
+        x, inside = site.types[0], site.weights[0].last.size or 0
+        return 2 * x.count(sizes) // (x.last.size or 1) * (rows.size or 0) * inside

@@ -89,6 +89,71 @@ class Experts(Operator):
         return {**sizes, "token": site.types[1].count(sizes)}
 
 
+class Permute(Operator):
+    """Copies of the tokens x [.., hidden], one for each expert in route [.., k], sorted by expert.
+
+    -> sorted [slot, hidden]; ends [experts], where each expert's slots end; order [slot], the place
+    in the flattened route that each slot came from. Equal experts keep the order of the tokens.
+    """
+
+    kind = "permute"
+    operands = ("x", "route")
+    attrs: ClassVar = {"count": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, route = site.types
+        if route.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(f"permute: {route.words} does not fit the tokens {x.words}", 1)
+        slot = Dim("slot")
+        ends = Type("i32", dims_of(site.attrs["count"]))
+        return (Type(x.dtype, (slot, x.last)), ends, Type("i64", (slot,)))
+
+    @classmethod
+    def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {"slot": site.types[1].count(sizes)}
+
+
+class GroupedLinear(Operator):
+    """y = x W_e^T for the slots of each expert e: one product for all experts.
+
+    x [slot, in], ends [experts]; weight [out, in] of each expert, named `experts.*`.
+    """
+
+    kind = "grouped_linear"
+    operands = ("x", "ends")
+    symbols = ("weight",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, weight = site.types[0], site.weights[0]
+        need_float(cls.kind, x)
+        if weight.last != x.last:
+            raise TypeMismatch(f"grouped_linear expects {weight.last.words}, got {x.last.words}", 0)
+        return (x.with_last(weight.dims[0]),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
+
+
+class Unpermute(Operator):
+    """sum_k weight_k * y of the slots that each token was copied to: the inverse of `permute`.
+
+    y [slot, hidden], order [slot], weight [.., k] -> [.., hidden]. Equation 12.
+    """
+
+    kind = "unpermute"
+    operands = ("y", "order", "weight")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        y, order, weight = site.types
+        if order.dims != y.dims[:1]:
+            raise TypeMismatch(f"unpermute: {order.words} does not fit {y.words}", 1)
+        return (Type(y.dtype, (*weight.dims[:-1], y.last)),)
+
+
 class SequenceBalanceLoss(Operator):
     """sum_i f_i P_i for each sequence, averaged over the batch (report, equations 17 to 20).
 

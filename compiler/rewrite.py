@@ -1,0 +1,92 @@
+"""Rewriting one operator at a time: a rule gives what takes its place, or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from compiler.graph.build import Builder
+from compiler.graph.core import Attr, Graph, Op, Program, Region, Value, lists, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Why a rule leaves an operator as it is; `dslc explain` prints it."""
+
+    reason: str
+    op: Op
+
+
+@dataclass
+class Place:
+    """The neighbourhood of one operator, and the operators that shall take its place."""
+
+    op: Op
+    builder: Builder
+    producers: dict[Value, Op]
+    uses: dict[Value, int]
+    matched: list[Op] = field(default_factory=list)
+
+    def producer(self, value: Value, kind: str) -> Op | None:
+        """The operator that makes `value` if it is of this kind; its spans join the rewrite's."""
+        op = self.producers.get(value)
+        if op is None or op.kind != kind:
+            return None
+        self.matched.append(op)
+        return op
+
+    def add(
+        self,
+        kind: str,
+        operands: Sequence[Value] = (),
+        symbols: Sequence[str] = (),
+        *,
+        names: Sequence[str] = (),
+        regions: Sequence[Region] = (),
+        like: Op | None = None,
+        **attrs: Attr,
+    ) -> list[Value]:
+        """A new operator before the one that is replaced; it comes from where the matched ones do.
+
+        With `like` it comes from where that operator does.
+        """
+        origins = [like] if like else [self.op, *self.matched]
+        spans = dict.fromkeys(s for o in origins for s in o.spans)
+        return self.builder.add(
+            kind, operands, symbols, names=names, regions=regions, spans=tuple(spans), **attrs
+        )
+
+
+Rule = Callable[[Place], Sequence[Value] | Miss]
+
+
+def rewrite(program: Program, kind: str, rule: Rule) -> list[Miss]:
+    """Tries `rule` on every operator of `kind`, once. Returns where it did not apply, and why."""
+    misses: list[Miss] = []
+    for graph in program.graphs.values():
+        for ops in lists(graph):
+            for op in [o for o in ops if o.kind == kind]:
+                miss = _try(graph, program, ops, op, rule)
+                if miss is not None:
+                    misses.append(miss)
+    return misses
+
+
+def _try(graph: Graph, program: Program, ops: list[Op], op: Op, rule: Rule) -> Miss | None:
+    builder = Builder(graph, program.graphs)
+    builder.ops = []
+    # If the rule applies these are gone, so that their names serve what takes their place.
+    builder.names -= {v.name for o in walk([op]) for v in [*o.results, *_arguments(o)]}
+    producers = {v: o for o in graph.walk() for v in o.results}
+    result = rule(Place(op, builder, producers, graph.uses()))
+    if isinstance(result, Miss):
+        return result
+    at = ops.index(op)
+    ops[at : at + 1] = builder.ops
+    for old, new in zip(op.results, result, strict=True):
+        graph.replace_uses(old, new)
+    return None
+
+
+def _arguments(op: Op) -> list[Value]:
+    return [v for region in op.regions for v in region.args]
