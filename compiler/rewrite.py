@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Graph, Op, Program, Region, Value, lists, walk
+from compiler.graph.core import Attr, Graph, Op, Program, Value, lists, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,6 @@ class Place:
         symbols: Sequence[str] = (),
         *,
         names: Sequence[str] = (),
-        regions: Sequence[Region] = (),
         like: Op | None = None,
         **attrs: Attr,
     ) -> list[Value]:
@@ -53,7 +52,7 @@ class Place:
         origins = [like] if like else [self.op, *self.matched]
         spans = dict.fromkeys(s for o in origins for s in o.spans)
         return self.builder.add(
-            kind, operands, symbols, names=names, regions=regions, spans=tuple(spans), **attrs
+            kind, operands, symbols, names=names, regions=(), spans=tuple(spans), **attrs
         )
 
 

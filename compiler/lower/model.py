@@ -13,7 +13,7 @@ from compiler.lower.bind import Binder, BlockRef, Bound, Const, Group, SlotValue
 from compiler.lower.contract import argument_problems, output_problems
 from compiler.lower.frame import Frame
 from compiler.lower.names import name_problems
-from compiler.lower.scope import Stop
+from compiler.lower.scope import Stop, TooLarge
 from compiler.lower.settings import silent_losses, unused_params
 from compiler.ops import TypeMismatch
 from dsl import ast
@@ -24,6 +24,8 @@ from dsl.source import Span
 from dsl.suggest import nearest
 
 MAX_DEPTH = 40  # blocks inside blocks
+# DeepSeek-V3 has some 120 operators. What is written out again and again grows without bound.
+MAX_OPERATORS = 20_000
 
 # Element types of a model by precision policy: weights and activations.
 DTYPES = {"bf16": "bf16", "fp32": "f32"}
@@ -55,6 +57,7 @@ class Lowering:
         self._bounds: dict[str, Bound] = {}
         self._open: set[Key] = set()  # being made at the moment
         self._depth = 0
+        self._operators = 0
 
     def run(self) -> Program:
         bound = self._root()
@@ -67,6 +70,19 @@ class Lowering:
         self.problems.raise_if_any()
         self._rename()
         return self.program
+
+    def count_operator(self, here: Span | None) -> None:
+        """Counts one more operator. Raises `TooLarge` where there are more than any model needs."""
+        self._operators += 1
+        if self._operators > MAX_OPERATORS:
+            self.problems.error(
+                "E238",
+                f"this model has more than {MAX_OPERATORS:,} operators",
+                here,
+                "one too many",
+                help="give blocks a `name`, so that equal ones are lowered once",
+            )
+            raise TooLarge
 
     def is_root(self, graph: Graph) -> bool:
         return graph.name == self.program.root

@@ -38,6 +38,10 @@ class Stop(Exception):
     """The expression at hand cannot be made; it is reported already."""
 
 
+class TooLarge(Exception):
+    """The model has more equations than any model; it is reported already."""
+
+
 @dataclass
 class Scope:
     """A block being lowered. Inlined blocks and regions share the builder of the one around."""
@@ -79,6 +83,8 @@ class Scope:
         **attrs: Attr,
     ) -> list[Value]:
         """Adds an operator here. Raises `TypeMismatch` unless the operands' spans are given."""
+
+        self.low.count_operator(self.here)
 
         def make() -> list[Value]:
             return self.builder.add(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from compiler.graph.build import infer
-from compiler.graph.core import Cache, Graph, Op, Program, Value, lists
+from compiler.graph.build import Builder, infer
+from compiler.graph.core import Cache, Graph, Op, Program, lists
 from compiler.graph.types import Dim
 from compiler.passes.base import Pass
 
@@ -64,7 +64,7 @@ def _only_last(program: Program) -> None:
     reader = main.ops[made if head else -1]
     (x,) = reader.operands
     dims = [d for d in x.type.dims if d != Dim("seq")]
-    last = Value(f"last_{x.name}", x.type.with_dims(*dims))
+    last = Builder(main, program.graphs).value(f"last_{x.name}", x.type.with_dims(*dims))
     at = made if head else len(main.ops) - 1
     main.ops.insert(at, Op("last_entry", [x], results=[last], spans=main.ops[made].spans))
     reader.operands = [last]

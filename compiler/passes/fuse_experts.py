@@ -51,15 +51,11 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
 def _grouped(at: Place, inner: Op, inside: dict[Value, Value], ends: Value) -> None:
     """The same equation on the slots of all experts."""
     operands = [inside[v] for v in inner.operands]
+    kind = inner.kind
+    if kind == "linear":
+        kind, operands = "grouped_linear", [*operands, ends]
     names = [v.name for v in inner.results]
-    if inner.kind == "linear":
-        results = at.add(
-            "grouped_linear", [*operands, ends], inner.symbols, names=names, like=inner
-        )
-    else:
-        results = at.add(
-            inner.kind, operands, inner.symbols, names=names, like=inner, **inner.attrs
-        )
+    results = at.add(kind, operands, inner.symbols, names=names, like=inner, **inner.attrs)
     inside.update(zip(inner.results, results, strict=True))
 
 

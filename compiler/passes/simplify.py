@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compiler.graph.core import Graph, Op, Program, Value, lists
 from compiler.ops import OPS
 from compiler.passes.base import Pass
+
+ENDS = ("yield", "return")
 
 
 def _run(program: Program) -> None:
@@ -12,10 +16,11 @@ def _run(program: Program) -> None:
     while changed:
         changed = False
         _drop_graphs(program)
+        pure = _purity(program)
         # Callers stand after callees, so that walking backwards one sweep settles most.
         for graph in reversed(program.graphs.values()):
             changed |= _drop_identities(graph)
-            changed |= _drop_dead(graph, program)
+            changed |= _drop_dead(graph, pure)
         for graph in program.graphs.values():
             changed |= _drop_results(graph, program)
             changed |= _drop_args(graph, program)
@@ -50,30 +55,34 @@ def _same_as(op: Op, zeros: set[Value]) -> Value | None:
     return None
 
 
-def _drop_dead(graph: Graph, program: Program) -> bool:
+def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:
     """Operators whose results nobody reads and that do nothing else."""
     changed = False
     for ops in lists(graph):
         uses = graph.uses()
         for op in reversed(list(ops)):
             changed |= _drop_stacked(op, uses)
-            if _removable(op, program) and not any(uses.get(v) for v in op.results):
+            if _removable(op, pure) and not any(uses.get(v) for v in op.results):
                 ops.remove(op)
                 changed = True
                 uses = graph.uses()
     return changed
 
 
-def _removable(op: Op, program: Program) -> bool:
+def _removable(op: Op, pure: Mapping[str, bool]) -> bool:
     if op.kind == "call":
-        return _pure(program.graphs[str(op.attrs["callee"])], program)
+        return pure[str(op.attrs["callee"])]
     if op.kind == "repeat":
-        return all(_removable(o, program) or o.kind == "yield" for o in op.regions[0].ops)
+        return all(_removable(o, pure) for o in op.regions[0].ops[:-1])
     return OPS[op.kind].pure
 
 
-def _pure(graph: Graph, program: Program) -> bool:
-    return all(_removable(op, program) or op.kind in ("return", "yield") for op in graph.walk())
+def _purity(program: Program) -> dict[str, bool]:
+    """Which graphs do nothing but compute their results; callees stand before callers."""
+    pure: dict[str, bool] = {}
+    for name, graph in program.graphs.items():
+        pure[name] = all(_removable(op, pure) for op in graph.walk() if op.kind not in ENDS)
+    return pure
 
 
 def _drop_stacked(op: Op, uses: dict[Value, int]) -> bool:

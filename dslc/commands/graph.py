@@ -35,7 +35,8 @@ class ProgramName(StrEnum):
     """The programs that are derived from one lowered graph."""
 
     forward = "forward"
-    loss = "loss"
+    train = "train"
+    prefill = "prefill"
     decode = "decode"
 
 

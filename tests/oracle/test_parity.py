@@ -59,16 +59,16 @@ def test_losses(pair: Pair) -> None:
 
 
 def test_expert_load_counts_every_choice(pair: Pair) -> None:
-    load = pair.model.loss(pair.tokens, pair.labels).load
-    gates = sum(name.endswith("mlp.gate.weight") for name in pair.model.state_dict())
-    assert len(load) == gates
-    batch, length = pair.tokens.shape
     config, depth = pair.case.config, pair.case.depth
-    # MTP modules come last; each sees one token less than the one before.
+    load = pair.model.loss(pair.tokens, pair.labels).load
+    # One row for each gate: groups of layers come as matrices, MTP modules as vectors behind them.
+    rows = [row for part in load for row in part.view(-1, config["n_routed_experts"])]
+    gates = sum(name.endswith("mlp.gate.weight") for name in pair.model.state_dict())
+    batch, length = pair.tokens.shape
+    # A module of depth k sees k tokens less.
     lengths = [length] * (gates - depth) + [length - k for k in range(1, depth + 1)]
-    for counts, seen in zip(load, lengths, strict=True):
-        assert counts.shape == (config["n_routed_experts"],)
-        assert counts.sum().item() == batch * seen * config["num_experts_per_tok"]
+    choices = [batch * seen * config["num_experts_per_tok"] for seen in lengths]
+    assert [row.sum().item() for row in rows] == choices
 
 
 def test_gradients(pair: Pair) -> None:

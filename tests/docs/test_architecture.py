@@ -1,0 +1,88 @@
+"""docs/architecture.md names what is there: folders, rules, files, programs, the contents of a build."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from backends.build import build
+from compiler.pipeline import PIPELINES
+from dsl.load import load
+from tests.docs.conftest import ROOT, sections, tables
+from tests.test_layers import LIBRARIES, MAY_IMPORT, imports, sources
+
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+
+
+def test_the_table_of_folders_is_the_rule_that_is_tested() -> None:
+    rows = {row[0].strip("`/"): row for row in tables(TEXT, "folder")}
+    for folder, allowed in MAY_IMPORT.items():
+        named = set(re.findall(r"`(\w+)`", rows[folder][2]))
+        assert named == allowed, folder
+        assert named or rows[folder][2] == "nothing"
+        used = {
+            module.split(".")[0]
+            for path in sources(folder)
+            for _, level, module in imports(path)
+            if level == 0
+        }
+        libraries = used & LIBRARIES[folder]
+        listed = {name.replace(".yaml", "") for name in rows[folder][3].split(", ")} - {"none"}
+        # pydantic's own core comes with it.
+        assert listed == libraries - {"pydantic_core"}, folder
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {"build"}
+    assert folders <= rows.keys()
+
+
+def test_every_file_of_code_is_listed_once_and_exists() -> None:
+    listed = [row[0].strip("`") for row in tables(TEXT, "file") if "/" in row[0][:-2]]
+    assert len(listed) == len(set(listed))
+    assert all((ROOT / path).is_file() for path in listed)
+    code = {
+        str(path.relative_to(ROOT))
+        for folder in ("dsl", "compiler", "backends", "runtime", "dslc")
+        for path in sources(folder)
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert {path for path in listed if path.endswith(".py")} == code
+
+
+def test_programs_and_their_passes_are_those_of_the_pipeline() -> None:
+    found = {row[0].strip("`"): re.findall(r"`(\w+)`", row[2]) for row in tables(TEXT, "program")}
+    assert found == {name: [one.name for one in passes] for name, passes in PIPELINES.items()}
+
+
+def test_a_build_holds_what_the_table_says(tmp_path: Path) -> None:
+    files = build(load(TINY), tmp_path / "tiny").files
+    tops = {name.split("/")[0] + ("/" if "/" in name else "") for name in files}
+    assert {r[0].strip("`") for r in tables(TEXT, "file") if "/" not in r[0][:-2]} == tops
+    package = (tmp_path / "tiny" / "__init__.py").read_text(encoding="utf-8")
+    public = set(re.findall(r'"(\w+)"', package.split("__all__")[1].split("]")[0]))
+    (row,) = (r for r in tables(TEXT, "file") if r[0] == "`__init__.py`")
+    assert set(re.findall(r"`(\w+)`", row[1])) == public
+
+
+def test_methods_of_a_model_are_those_of_its_code(tmp_path: Path) -> None:
+    build(load(TINY), tmp_path / "tiny")
+    code = (tmp_path / "tiny" / "model.py").read_text(encoding="utf-8").split("class Model(")[1]
+    code += (ROOT / "runtime" / "model.py").read_text(encoding="utf-8")
+    signatures = re.findall(r"`Model(?:\.(\w+))?\(([^)]*)\)`", TEXT)
+    assert len(signatures) >= 6
+    for method, arguments in signatures:
+        (found,) = re.findall(
+            rf"def {method or '__init__'}\(\s*self,?([^)]*)\) -> (?!None:\n {{8}}self\.)", code
+        )[:1]
+        for argument in arguments.removesuffix(", ..").split(", "):
+            assert re.search(rf"\b{argument}: ", found), f"{method}({argument})"
+
+
+def test_every_path_and_link_leads_somewhere() -> None:
+    for path in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", TEXT):
+        if not path.startswith(("graph/", "build/")):
+            assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        file = ROOT / "docs" / path if path else ROOT / "docs" / "architecture.md"
+        assert file.exists(), target
+        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target
