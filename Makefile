@@ -36,9 +36,9 @@ golden: $(READY)  ## rewrite the golden files; read the diff before committing i
 	$(BIN)/pytest -q --update-golden
 
 replay: $(READY)  ## build every spec here and at BASE, and compare the bytes
-	rm -rf $(REPLAY) && git worktree prune
-	git worktree add --detach $(REPLAY)/base $(BASE)
-	for spec in specs/*.yaml; do \
+	@rm -rf $(REPLAY) && git worktree prune
+	@git worktree add --quiet --detach $(REPLAY)/base $(BASE)
+	@for spec in specs/*.yaml; do \
 	  name=$$(basename $$spec .yaml); \
 	  $(CURDIR)/$(BIN)/python -m dslc build $$spec -o $(REPLAY)/now/$$name >/dev/null || exit 1; \
 	  if [ -e $(REPLAY)/base/$$spec ]; then \
@@ -46,8 +46,8 @@ replay: $(READY)  ## build every spec here and at BASE, and compare the bytes
 	      >/dev/null || exit 1; \
 	  else echo "$$spec: new since $(BASE)"; fi; \
 	done
-	git worktree remove --force $(REPLAY)/base
-	diff -r $(REPLAY)/then $(REPLAY)/now && echo "same bytes as $(BASE)"
+	@git worktree remove --force $(REPLAY)/base
+	@diff -r $(REPLAY)/then $(REPLAY)/now && echo "same bytes as $(BASE)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

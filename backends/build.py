@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +39,14 @@ class BuildResult:
     changed: bool
 
 
-def build(description: Description, out: Path) -> BuildResult:
+def build(description: Description, out: Path, *, skip: Collection[str] = ()) -> BuildResult:
     """Writes the package of a model to `out`, which is replaced whole or left alone.
 
+    `skip` names passes to leave out, for debugging.
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
     started = time.perf_counter()
-    compiled = compile(description)
+    compiled = compile(description, skip=skip)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     files = package(description, compiled, numbers)
     changed = install(files, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.core import Program, copy_program
@@ -52,23 +52,23 @@ class Compiled:
     steps: tuple[Step, ...]
 
 
-def compile(description: Description) -> Compiled:
+def compile(description: Description, *, skip: Collection[str] = ()) -> Compiled:
     """Lowers a description and runs every pipeline; the verifier runs after each pass.
 
-    Raises `DiagnosticError`.
+    `skip` names passes to leave out, for debugging. Raises `DiagnosticError`.
     """
     lowered = lower(description)
     verify(lowered)
     programs: dict[str, Program] = {}
     steps = [Step("all", "lower", lowered)]
     for name, passes in PIPELINES.items():
-        for step in run(name, lowered, passes):
+        for step in run(name, lowered, [p for p in passes if p.name not in skip]):
             steps.append(step)
             programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 
-def run(name: str, lowered: Program, passes: tuple[Pass, ...]) -> Iterator[Step]:
+def run(name: str, lowered: Program, passes: Sequence[Pass]) -> Iterator[Step]:
     """The program after each pass that changed something, and after the last one in any case."""
     program = lowered
     for i, one in enumerate(passes):

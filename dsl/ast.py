@@ -97,7 +97,7 @@ Expr = Number | Text | Boolean | Name | Unary | Binary | Conditional | Call | Pa
 
 
 def names_in(node: Expr) -> list[str]:
-    """Names that an expression reads, in order, each once; names of functions are not among them."""
+    """Names that an expression reads, in order, each once; those of functions are left out."""
     if isinstance(node, Name):
         return [node.value]
     return list(dict.fromkeys(name for part in _parts(node) for name in names_in(part)))

@@ -158,6 +158,8 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
     except VisitError as error:
         if isinstance(error.orig_exc, DiagnosticError):
             raise error.orig_exc from None
+        if isinstance(error.orig_exc, RecursionError):
+            _fail("E204", "this is nested too deeply", source.span(start, end), "", "split it up")
         raise error.orig_exc from error
     except RecursionError:
         _fail("E204", "this is nested too deeply", source.span(start, end), "", "split it up")
@@ -307,7 +309,7 @@ class _Build(Transformer[Token, Any]):
 
     def binary(self, meta: Meta, items: list[Any]) -> ast.Binary:
         left, operator, right = items
-        span = left.span.to(right.span)
+        span = self.span(meta)
         return ast.Binary(str(operator), left, right, span, self.token_span(operator))
 
     def conditional(self, meta: Meta, items: list[Any]) -> ast.Conditional:

@@ -75,6 +75,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FILES] = GoldenFiles(update=config.getoption("--update-golden"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # Every one of them holds a model of transformers against ours.
+        if "oracle" in item.path.parts:
+            item.add_marker("slow")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if whole_suite_passed(session) and session.config.stash[FILES].unused():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

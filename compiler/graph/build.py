@@ -46,6 +46,7 @@ class Builder:
         self.graph = graph
         self.graphs = graphs
         self.ops: list[Op] = graph.ops
+        self.tried: dict[str, int] = {}  # the number to go on from, by base
         self.names = {v.name for v in graph.args}
         self.names |= {v.name for op in graph.walk() for v in op.results}
         self.names |= {v.name for op in graph.walk() for r in op.regions for v in r.args}
@@ -55,10 +56,11 @@ class Builder:
         # Wishes come from names of weights, which hold numbers and `*`.
         base = re.sub("_?[^A-Za-z0-9_]+_?", "_", base)
         base = f"_{base}" if not base or base[0].isdigit() else base
-        name, n = base, 1
+        name, n = base, self.tried.get(base, 2)
         while name in self.names:
-            n += 1
             name = f"{base}_{n}"
+            n += 1
+        self.tried[base] = max(n - 1, 2)
         self.names.add(name)
         return name
 

@@ -31,8 +31,6 @@ RESERVED: dict[str, Attr] = {"true": True, "false": False, "inf": math.inf, "nan
 # What a weight may say besides its type, and what it is when nothing is said.
 WEIGHT: dict[str, Any] = {f.name: f.default for f in fields(Weight) if f.name != "type"}
 
-# ---- printing ---------------------------------------------------------------------------------
-
 
 def print_program(program: Program, locs: bool = False) -> str:
     """All of a program. `locs` adds the source places. `parse_program` reads it back."""
@@ -141,8 +139,6 @@ def _escaped(text: str) -> str:
     )
 
 
-# ---- reading ----------------------------------------------------------------------------------
-
 # A tree or a token of Lark; its shape is the grammar's.
 Syntax = Any
 
@@ -189,16 +185,16 @@ def _syntax_error(error: UnexpectedInput, source: Source) -> Diagnostic:
     at = min(error.pos_in_stream or 0, len(source.text))
     if isinstance(error, UnexpectedToken):
         names = error.accepts or error.expected
-        end = at if error.token.type == "$END" else at + len(error.token)
-        at, end = (len(source.text),) * 2 if error.token.type == "$END" else (at, end)
+        at = len(source.text) if error.token.type == "$END" else at
+        end = min(at + len(error.token), len(source.text))
     else:
         assert isinstance(error, UnexpectedCharacters)
         names, end = error.allowed or set(), at + 1
     expected = ", ".join(sorted(_readable(name) for name in names))
     found = source.text[at:end].split("\n")[0]
     message = f"`{found}` cannot stand here" if found else "the text of the graph ends too early"
-    help = f"expected {expected}"
-    return Diagnostic("E501", message, source.span(at, end), "unexpected", help=help)
+    place = source.span(at, end)
+    return Diagnostic("E501", message, place, "unexpected", help=f"expected {expected}")
 
 
 def _readable(terminal: str) -> str:
@@ -261,7 +257,8 @@ class _Reader:
         graph.result_names = tuple(map(str, head[::2]))
         declared = [self._type(t) for t in head[1::2]]
         returned = [v.type for v in graph.ops[-1].operands] if graph.ops else []
-        if declared != returned:
+        # An unknown type or value above would be told a second time here.
+        if declared != returned and not self.problems:
             says, gives = (", ".join(map(str, types)) for types in (declared, returned))
             self._problem("E506", f"{name} says it gives ({says}), and returns ({gives})", name)
 
@@ -270,18 +267,17 @@ class _Reader:
         for attribute in node.children if node else ():
             key = attribute.children[0]
             if key not in WEIGHT or type(told[key]) is not type(WEIGHT[key]):
-                known = ", ".join(f"{k}={_literal(v)}" for k, v in WEIGHT.items())
-                self._problem("E507", f"a weight has no such {key}", key, f"for example {known}")
+                self._problem("E507", f"a weight has no such {key}", key, "as in <stack=256>")
                 return Weight(tensor)
         return Weight(tensor, **told)  # type: ignore[arg-type]
 
     def _operators(self, tree: Syntax, scope: dict[str, Value], depth: int) -> list[Op]:
         ops: list[Op] = []
-        if depth > MAX_NESTING:
-            self.problems.error("E504", "regions are nested too deeply", self._span(tree))
-            return ops
         for node in tree.children:
             names, kind, operands, attributes, regions, types, loc = node.children
+            if depth >= MAX_NESTING and regions.children:
+                self._problem("E504", "regions are nested too deeply", kind)
+                break
             given = operands.children if operands else []
             op = Op(
                 str(kind),
@@ -374,13 +370,12 @@ class _Reader:
         return Dim(name, int(size) if size else None, int(offset or 0))
 
     def _places(self, token: Token | None) -> tuple[Span, ...]:
-        return tuple(
-            self._file(_unescaped(name[1:-1])).at(int(line), int(column))
-            for name, line, column in _PLACE.findall(token or "")
-        )
-
-    def _file(self, name: str) -> _File:
-        return self.files.setdefault(name, _File(name, ""))
+        spans = []
+        for quoted, line, column in _PLACE.findall(token or ""):
+            name = _unescaped(quoted[1:-1])
+            file = self.files.setdefault(name, _File(name, ""))
+            spans.append(file.at(int(line), int(column)))
+        return tuple(spans)
 
     def _put(self, table: dict[str, Any], token: Token, value: object) -> None:
         name = token.lstrip("@")

@@ -7,24 +7,28 @@ text of the graph.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import infer
-from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
+from compiler.graph.core import Graph, Op, Program, Value, Weight
 from compiler.graph.names import Name, clashes, is_weight, names_of
+from compiler.graph.rules import (
+    IDENTIFIER,
+    SYMBOL,
+    Broken,
+    need_attributes,
+    need_counts,
+    need_dim,
+    need_symbol,
+    no_end,
+    number,
+)
 from compiler.graph.text import graph_lines, print_op
-from compiler.graph.types import BYTES, RUNTIME_DIMS, Dim, Type
-from compiler.ops import OPS, Operator, TypeMismatch
+from compiler.graph.types import BYTES, Type
+from compiler.ops import OPS, TypeMismatch
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.source import Source, Span
-
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SYMBOL = re.compile(r"([A-Za-z0-9_]+|\*)(\.([A-Za-z0-9_]+|\*))*")
-_DIM = re.compile(r"[A-Za-z0-9_]+([*+][A-Za-z0-9_]+)*")
-_MAX_INT = 2**63
 
 
 def verify(program: Program) -> None:
@@ -51,14 +55,6 @@ def spans_missing(program: Program) -> list[str]:
         for op in graph.walk()
         if not op.spans
     ]
-
-
-class _Broken(Exception):
-    """An invariant that does not hold for the operator, or the graph, at hand."""
-
-    def __init__(self, code: str, reason: str, help: str = "") -> None:
-        super().__init__(reason)
-        self.code, self.reason, self.help = code, reason, help
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +92,7 @@ class _Check:
     def clashes(self, names: Sequence[Name]) -> list[Diagnostic]:
         return [
             self._diagnostic(
-                _Broken("E517", f"{a} and {b} name the same module or weight", "rename one"),
+                Broken("E517", f"{a} and {b} name the same module or weight", "rename one"),
                 b.op or a.op,
             )
             for a, b in clashes(names)
@@ -107,10 +103,10 @@ class _Check:
     def _try(self, rule: Callable[..., None], *arguments: object, op: Op | None = None) -> None:
         try:
             rule(*arguments)
-        except _Broken as broken:
+        except Broken as broken:
             self.problems.append(self._diagnostic(broken, op))
 
-    def _diagnostic(self, broken: _Broken, op: Op | None) -> Diagnostic:
+    def _diagnostic(self, broken: Broken, op: Op | None) -> Diagnostic:
         subject = f"graph @{self.graph.name}" + (f", {print_op(op)}" if op else "")
         message = f"{subject}: {broken.reason}"
         return Diagnostic(broken.code, message, self._place(op), "here", help=broken.help)
@@ -130,34 +126,34 @@ class _Check:
 
     def _head(self, key: str) -> None:
         graph = self.graph
-        if key != graph.name or not _IDENTIFIER.fullmatch(key):
-            raise _Broken("E510", f"is kept under the name {key!r}")
+        if key != graph.name or not IDENTIFIER.fullmatch(key):
+            raise Broken("E510", f"is kept under the name {key!r}")
         self._define(graph.args)
         for name in graph.result_names:
-            if not _IDENTIFIER.fullmatch(name):
-                raise _Broken("E510", f"the name of a result is no identifier: {name!r}")
+            if not IDENTIFIER.fullmatch(name):
+                raise Broken("E510", f"the name of a result is no identifier: {name!r}")
         if not graph.ops:
-            _no_end("return")
+            no_end("return")
         results = graph.ops[-1].operands
         if len(results) != len(graph.result_names):
             names = ", ".join(graph.result_names)
-            raise _Broken("E510", f"returns {len(results)} values, but names {names or 'none'}")
+            raise Broken("E510", f"returns {len(results)} values, but names {names or 'none'}")
 
     def _weight(self, name: str, weight: Weight) -> None:
-        _need_symbol(name)
+        need_symbol(name)
         self._type(weight.type)
         if any(d.size is None for d in weight.type.dims):
-            raise _Broken("E515", f"weight @{name} has a size that is not known: {weight.type}")
+            raise Broken("E515", f"weight @{name} has a size that is not known: {weight.type}")
         if weight.stack < 1 or (weight.stack > 1 and "*" not in name):
-            raise _Broken("E515", f"weight @{name} is stacked {weight.stack} times without a *")
+            raise Broken("E515", f"weight @{name} is stacked {weight.stack} times without a *")
 
     def _unused(self) -> None:
         for name in self.graph.weights:
             if name not in self.used:
-                raise _Broken("E515", f"weight @{name} is used by no operator", "remove it")
+                raise Broken("E515", f"weight @{name} is used by no operator", "remove it")
         for name in self.graph.caches:
             if name not in self.cached:
-                raise _Broken("E518", f"cache @{name} is never written", "remove it")
+                raise Broken("E518", f"cache @{name} is never written", "remove it")
 
     # ---- operators --------------------------------------------------------------------------
 
@@ -169,15 +165,15 @@ class _Check:
     def _op(self, op: Op, scope: _Scope, last: bool) -> None:
         operator = OPS.get(op.kind)
         if operator is None:
-            raise _Broken("E512", f"there is no operator {op.kind}")
+            raise Broken("E512", f"there is no operator {op.kind}")
         if last and op.kind != scope.end:
-            raise _Broken("E514", f"stands last, where `{scope.end}` belongs")
+            raise Broken("E514", f"stands last, where `{scope.end}` belongs")
         if not last and op.kind in ("yield", "return"):
-            raise _Broken("E514", "stands before other operators of its region")
+            raise Broken("E514", "stands before other operators of its region")
         self._operands(op, scope)
         self._define(op.results)
-        _counts(op, operator)
-        _attributes(op.attrs, operator.attrs)
+        need_counts(op, operator)
+        need_attributes(op.attrs, operator.attrs)
         self._symbols(op, scope)
         self._rules(op, scope)
         if self._regions(op, scope):
@@ -186,7 +182,7 @@ class _Check:
     def _operands(self, op: Op, scope: _Scope) -> None:
         for value in op.operands:
             if value not in scope.visible:
-                raise _Broken("E511", f"{value} {self._why_invisible(value)}")
+                raise Broken("E511", f"{value} {self._why_invisible(value)}")
 
     def _why_invisible(self, value: Value) -> str:
         if value in self.defined:
@@ -198,12 +194,12 @@ class _Check:
     def _define(self, values: Sequence[Value]) -> None:
         for value in values:
             if value in self.defined:
-                raise _Broken("E511", f"{value} is defined twice")
+                raise Broken("E511", f"{value} is defined twice")
             self.defined.add(value)
-            if not _IDENTIFIER.fullmatch(value.name):
-                raise _Broken("E511", f"the name of a value is no identifier: {value.name!r}")
+            if not IDENTIFIER.fullmatch(value.name):
+                raise Broken("E511", f"the name of a value is no identifier: {value.name!r}")
             if value.name in self.names:
-                raise _Broken("E511", f"the name {value} is taken by another value")
+                raise Broken("E511", f"the name {value} is taken by another value")
             self.names.add(value.name)
             self._type(value.type)
 
@@ -211,32 +207,36 @@ class _Check:
         if type in self.types:
             return
         if type.dtype not in BYTES:
-            raise _Broken("E513", f"there is no element type {type.dtype}")
+            raise Broken("E513", f"there is no element type {type.dtype}")
         for dim in type.dims:
-            _dim(dim)
+            need_dim(dim)
         self.types.add(type)
 
     def _symbols(self, op: Op, scope: _Scope) -> None:
+        experts = scope.experts
+        if op.kind == "grouped_linear":  # one product for all experts, outside of a region
+            ends = op.operands[1].type
+            experts = ends.last.size if ends.dims else None
         for name in op.symbols:
             weight = self.graph.weights.get(name)
             if weight is None:
-                raise _Broken("E515", f"there is no weight @{name}")
+                raise Broken("E515", f"there is no weight @{name}")
             self.used.add(name)
             stars = name.split(".").count("*")
-            if op.kind == "grouped_linear" and stars == 1:
-                continue  # it works on the weights of all experts at once
-            if stars > 1 or (stars and scope.experts is None):
-                raise _Broken("E515", f"@{name} belongs to an expert, and this is none")
-            if stars and weight.stack != scope.experts:
+            if stars > 1 or (stars and experts is None):
+                raise Broken("E515", f"@{name} belongs to an expert, and this is none")
+            if stars and weight.stack != experts:
                 reason = f"@{name} is there for {weight.stack} experts, of which there are"
-                raise _Broken("E515", f"{reason} {scope.experts}")
+                raise Broken("E515", f"{reason} {experts}")
+            if op.kind == "grouped_linear" and not stars:
+                raise Broken("E515", f"@{name} belongs to no expert")
 
     def _rules(self, op: Op, scope: _Scope) -> None:
         """What holds for one kind of operator only."""
         match op.kind:
             case "repeat" | "experts":
-                if _number(op, "count") < 1 or (op.kind == "repeat" and _number(op, "start") < 0):
-                    raise _Broken("E512", "counts at least 1, from a layer of at least 0")
+                if number(op, "count") < 1 or (op.kind == "repeat" and number(op, "start") < 0):
+                    raise Broken("E512", "counts at least 1, from a layer of at least 0")
             case "call":
                 self._call(op, scope)
             case "cache_entry" | "cache_append":
@@ -245,32 +245,32 @@ class _Check:
     def _call(self, op: Op, scope: _Scope) -> None:
         callee, under = str(op.attrs["callee"]), str(op.attrs["scope"])
         if callee not in self.program.graphs:
-            raise _Broken("E516", f"there is no graph @{callee}")
-        _need_symbol(under)
+            raise Broken("E516", f"there is no graph @{callee}")
+        need_symbol(under)
         if scope.experts is not None:
-            raise _Broken("E516", "a block inside an expert has no name", "leave `name` out")
+            raise Broken("E516", "a block inside an expert has no name", "leave `name` out")
         stars = under.split(".").count("*")
         if stars != scope.repeats:
             reason = f"scope {under} has {stars} `*` for {scope.repeats} repeats around it"
-            raise _Broken("E517", reason, "let the name hold the index of each repeat around")
+            raise Broken("E517", reason, "let the name hold the index of each repeat around")
 
     def _remembered(self, op: Op, scope: _Scope) -> None:
         names = op.attrs["entries"]
         assert isinstance(names, tuple)
         if len(names) != len(op.operands):
-            raise _Broken("E518", f"has {len(names)} names for {len(op.operands)} values")
+            raise Broken("E518", f"has {len(names)} names for {len(op.operands)} values")
         if not scope.outermost:
-            raise _Broken("E518", "stands in a region; a cache belongs to a block")
+            raise Broken("E518", "stands in a region; a cache belongs to a block")
         if op.kind == "cache_entry" and self.graph.caches:
-            raise _Broken("E518", "marks what its graph keeps in caches already")
+            raise Broken("E518", "marks what its graph keeps in caches already")
         for name, value in zip(names, op.operands, strict=True):
-            if name in self.cached or not _IDENTIFIER.fullmatch(str(name)):
-                raise _Broken("E518", f"the cache {name!r} has this name a second time, or no name")
+            if name in self.cached or not IDENTIFIER.fullmatch(str(name)):
+                raise Broken("E518", f"the cache {name!r} has this name a second time, or no name")
             self.cached.add(str(name))
             if op.kind == "cache_append":
                 kept = self.graph.caches.get(str(name))
                 if kept is None or kept.type != value.type:
-                    raise _Broken("E518", f"there is no cache @{name} of {value.type}")
+                    raise Broken("E518", f"there is no cache @{name} of {value.type}")
 
     def _regions(self, op: Op, scope: _Scope) -> bool:
         """Checks what is inside; whether it is sound."""
@@ -278,8 +278,8 @@ class _Check:
         for region in op.regions:
             self._define(region.args)
             if not region.ops:
-                _no_end("yield")
-            experts = _number(op, "count") if op.kind == "experts" else scope.experts
+                no_end("yield")
+            experts = number(op, "count") if op.kind == "experts" else scope.experts
             repeats = scope.repeats + (op.kind == "repeat")
             visible = scope.visible | set(region.args)
             self._ops(region.ops, _Scope(visible, "yield", repeats, experts, False))
@@ -289,80 +289,14 @@ class _Check:
         try:
             types = infer(op, self.graph, self.program.graphs)
         except TypeMismatch as mismatch:
-            raise _Broken("E513", mismatch.message, mismatch.help) from None
+            raise Broken("E513", mismatch.message, mismatch.help) from None
         except (AssertionError, LookupError, ValueError):
             # Rules take shapes for granted that only a broken graph can lack.
-            raise _Broken("E513", "its operands and attributes make no sense together") from None
+            raise Broken("E513", "its operands and attributes make no sense together") from None
         recorded = tuple(v.type for v in op.results)
         if types != recorded:
             made, kept = (", ".join(map(str, t)) or "nothing" for t in (types, recorded))
-            raise _Broken("E513", f"makes {made}, and is recorded as {kept}")
-
-
-# ---- rules without a graph ------------------------------------------------------------------
-
-
-def _no_end(end: str) -> None:
-    raise _Broken("E514", f"there is no `{end}`")
-
-
-def _need_symbol(name: str) -> None:
-    if not _SYMBOL.fullmatch(name):
-        raise _Broken("E515", f"{name!r} is no name of a weight: words between dots", "rename it")
-
-
-def _number(op: Op, name: str) -> int:
-    value = op.attrs[name]
-    assert isinstance(value, int)
-    return value
-
-
-def _dim(dim: Dim) -> None:
-    if not _DIM.fullmatch(dim.name):
-        raise _Broken("E513", f"{dim.name!r} is no name of a dimension")
-    if dim.size is None and dim.name not in RUNTIME_DIMS:
-        raise _Broken("E513", f"dimension {dim.name} has no size")
-    if dim.offset < 0 or (dim.size is not None and (dim.size < 1 or dim.offset)):
-        raise _Broken("E513", f"dimension {dim} has an impossible size")
-
-
-def _counts(op: Op, operator: type[Operator]) -> None:
-    least = sum(not name.endswith("?") for name in operator.symbols)
-    wanted = len(operator.operands)
-    if not operator.variadic and len(op.operands) != wanted:
-        words = ", ".join(operator.operands) or "none"
-        raise _Broken("E512", f"takes {wanted} operands ({words}), got {len(op.operands)}")
-    if not least <= len(op.symbols) <= len(operator.symbols):
-        words = ", ".join(operator.symbols) or "none"
-        raise _Broken("E512", f"takes the weights ({words}), got {len(op.symbols)}")
-    if len(op.regions) != operator.regions:
-        raise _Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")
-
-
-def _attributes(attrs: Mapping[str, Attr], wanted: Mapping[str, type]) -> None:
-    for name, value in attrs.items():
-        if name not in wanted:
-            raise _Broken("E512", f"knows no attribute {name}")
-        if type(value) is not wanted[name]:
-            raise _Broken("E512", f"{name} is {value!r}, and not {wanted[name].__name__}")
-        if not _is_attribute(value):
-            raise _Broken("E512", f"{name} is {value!r}, which a graph cannot hold")
-    for name in wanted:
-        if name not in attrs:
-            raise _Broken("E512", f"attribute {name} is missing")
-
-
-def _is_attribute(value: object) -> bool:
-    """Whether the text of a graph can hold a value."""
-    match value:
-        case tuple():
-            return all(_is_attribute(item) for item in value)
-        case int():
-            return abs(value) < _MAX_INT
-        case float():
-            return math.isfinite(value)
-        case _:
-            return isinstance(value, str)
+            raise Broken("E513", f"makes {made}, and is recorded as {kept}")
 
 
 # ---- rules about all graphs together -----------------------------------------------------------
@@ -389,7 +323,7 @@ def _recursion(program: Program) -> list[Diagnostic]:
 
 def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diagnostic]:
     """The root and the aliases, given sound graphs."""
-    if program.root not in program.graphs or not _IDENTIFIER.fullmatch(program.name):
+    if program.root not in program.graphs or not IDENTIFIER.fullmatch(program.name):
         known = ", ".join(program.graphs)
         message = f"program @{program.name} has no graph @{program.root} to begin with"
         return [Diagnostic("E510", message, help=f"it has {known or 'none'}")]
@@ -398,7 +332,7 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
         alias = f"alias @{copy} = @{original}"
         if not is_weight(original, program.root, names):
             problems.append(Diagnostic("E517", f"{alias}: there is no weight @{original}"))
-        elif is_weight(copy, program.root, names) or not _SYMBOL.fullmatch(copy):
+        elif is_weight(copy, program.root, names) or not SYMBOL.fullmatch(copy):
             message = f"{alias}: @{copy} is a weight of its own, or no name"
             problems.append(Diagnostic("E517", message))
     return problems

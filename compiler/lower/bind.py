@@ -104,21 +104,19 @@ class Binder:
                     self._missing_slot(block, slot, ref.span)
             else:
                 filled[slot.name.value] = value
-        for name in ref.slots:
-            if name not in {s.name.value for s in block.slots}:
-                self._unknown_slot(block, name, ref.slots[name].span)
-                complete = False
-        if not complete:
-            return None
         bound = Bound(block, values, filled)
-        return bound if self._requirements_hold(bound, ref.span) else None
+        return bound if self._requirements_hold(bound, ref.span) and complete else None
 
     def reference(self, node: ast.Expr, values: Mapping[str, Const]) -> BlockRef | None:
         """`SwiGLU` or `SwiGLU(intermediate_size = ..)` in a block file."""
         name = node.function if isinstance(node, ast.Call) else node
         if not isinstance(name, ast.Name):
             self.problems.error(
-                "E210", "this is no block", node.span, "expected the name of a block"
+                "E210",
+                "this is no block",
+                node.span,
+                "expected the name of a block",
+                help="write `NAME`, or `NAME(parameter = value)`",
             )
             return None
         block = self.blocks.get(name.value)
@@ -135,6 +133,7 @@ class Binder:
             )
             return None
         arguments: dict[str, Const] = {}
+        found = len(self.problems)
         numbers = {n: c.value for n, c in values.items()}
         for argument in node.arguments if isinstance(node, ast.Call) else ():
             if argument.name is None:
@@ -152,7 +151,7 @@ class Binder:
                 self.problems.extend(error.diagnostics)
                 continue
             arguments[argument.name.value] = Const(value, argument.span)
-        return BlockRef(block, node.span, arguments)
+        return BlockRef(block, node.span, arguments) if len(self.problems) == found else None
 
     def _param(
         self,
@@ -216,17 +215,6 @@ class Binder:
             help=f"add `{slot.name.value}: BLOCK`",
         )
 
-    def _unknown_slot(self, block: ast.Block, name: str, span: Span) -> None:
-        known = [s.name.value for s in block.slots]
-        near = nearest(name, known)
-        self.problems.error(
-            "E404",
-            f"{block.name.value} has no place for a block {name}",
-            span,
-            "not known there",
-            help=f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}",
-        )
-
     def _requirements_hold(self, bound: Bound, use: Span) -> bool:
         """Checks the block's own `require` lines that need nothing but its parameters."""
         holds = True
@@ -281,9 +269,11 @@ def fill_in(text: ast.Text, numbers: Mapping[str, Number]) -> str:
     return re.sub(r"\{([^{}]*)\}", one, text.value)
 
 
-def related_settings(message: str, params: Mapping[str, Const], here: Span) -> Sequence[Label]:
-    """Where the numbers that a message names were set, when that is another file."""
-    words = dict.fromkeys(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", message))
+def related_settings(
+    names: Sequence[str], params: Mapping[str, Const], here: Span
+) -> Sequence[Label]:
+    """Where those of `names` that are parameters were set, when that is another file."""
+    words = dict.fromkeys(names)
     return [
         Label(params[w].span, f"{w} is set here")
         for w in words

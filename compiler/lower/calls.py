@@ -117,7 +117,7 @@ class Calls(Expressions):
                 else:
                     self.error(
                         "E225",
-                        f"{node.function.value} takes {len(form.tensors)} tensors",
+                        f"{node.function.value} takes {_tensors(len(form.tensors))}",
                         argument.value,
                         "one too many",
                         help=f"{node.function.value}({form.signature})",
@@ -127,7 +127,13 @@ class Calls(Expressions):
         missing = [n for n in form.required if n not in keywords]
         short = form.tensors is not None and len(spans) < len(form.tensors)
         if not bad and (missing or short or (form.dims and not dims)):
-            what = ", ".join(missing) if missing else "a tensor" if short else "a dimension"
+            what = (
+                ", ".join(f"`{n} = ..`" for n in missing)
+                if missing
+                else "a tensor"
+                if short
+                else "a dimension"
+            )
             self.error(
                 "E226",
                 f"{node.function.value} needs {what}",
@@ -144,7 +150,7 @@ class Calls(Expressions):
 
     def _unknown_keyword(self, form: Form, name: ast.Name, node: ast.Call, twice: bool) -> None:
         if twice:
-            self.error("E227", f"{name.value} is given twice", name, "again", help="remove one")
+            self.error("E227", f"`{name.value}` is given twice", name, "again", help="remove one")
         known = [*form.required, *form.optional]
         near = nearest(name.value, known)
         self.error(
@@ -174,7 +180,13 @@ class Calls(Expressions):
         if kind is Kind.BLOCK:
             slot = self._slot_argument(node)
             if not isinstance(slot, BlockRef):
-                self.error("E210", "one block is needed here, this is a list", node, "is a list")
+                self.error(
+                    "E210",
+                    "one block is needed here, this is a list",
+                    node,
+                    "is a list",
+                    help="name a block, or a slot for one",
+                )
             return slot
         value = self.const(node)
         fits = {
@@ -185,7 +197,11 @@ class Calls(Expressions):
         }[kind]
         if not fits:
             self.error(
-                "E229", f"{kind.value} is needed here, this is {value!r}", node, f"is {value!r}"
+                "E229",
+                f"{kind.value} is needed here, this is {value!r}",
+                node,
+                f"is {value!r}",
+                help="`dslc ops NAME` shows what a function takes",
             )
         return value
 
@@ -211,12 +227,13 @@ class Calls(Expressions):
         if use.poisoned:
             self._look_inside(bound, use, node)
         if len(use.operands) != len(ref.block.arguments):
-            wanted = ", ".join(a.name.value for a in ref.block.arguments)
+            wanted = [a.name.value for a in ref.block.arguments]
             self.error(
                 "E225",
-                f"{ref.block.name.value} takes {wanted}",
+                f"{ref.block.name.value} takes {_tensors(len(wanted))}, not {len(use.operands)}",
                 node,
-                f"{len(use.operands)} tensors given",
+                "in this call",
+                help=f"give it {', '.join(wanted)}",
             )
         path = use.path
         if path is None:
@@ -234,6 +251,7 @@ class Calls(Expressions):
             raise Stop
 
         def make() -> list[Value]:
+            self.low.match_arguments(bound, use.operands)
             wishes = [*names, *callee.result_names[len(names) :]]
             return self.op("call", use.operands, names=wishes, callee=callee.name, scope=path)
 
@@ -302,11 +320,10 @@ class Calls(Expressions):
 
         self.checked(match, node, spans, [])
         inner.env.update(zip((a.name.value for a in bound.block.arguments), operands, strict=True))
-        found = len(self.low.problems)
         with self.low.nested(node.span):
             inner.run(bound.block.body)
         if inner.returned is None:
-            if len(self.low.problems) == found:
+            if inner.returns is None:
                 self.low.returns_nothing(bound)
             raise Stop
         return inner.returned
@@ -343,3 +360,7 @@ class Calls(Expressions):
         if inner.collected:
             raise TypeMismatch(f"an expert cannot collect {inner.collected[0][0]}")
         return self.op("experts", tensors, regions=[region], count=count.size or 1)
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"

@@ -96,4 +96,5 @@ def _foreseen(output: str, value: Value, ops: Sequence[Op], span: Span) -> Itera
         v.name for v in needed if v.name in ("labels", "mtp_weight", "balance_alpha")
     ):
         message = f"{output} depends on {name}, which is known in training only"
-        yield Diagnostic("E238", message, span, f"made from {name}")
+        help = "use it for the losses only"
+        yield Diagnostic("E238", message, span, f"made from {name}", help=help)

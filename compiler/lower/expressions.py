@@ -12,7 +12,7 @@ from compiler.graph.core import Value
 from compiler.graph.types import Dim
 from compiler.lower.bind import Const
 from compiler.lower.names import word_problem
-from compiler.lower.scope import LayerIndex, Poison, Result, Scope, Stop
+from compiler.lower.scope import POISON, LayerIndex, Poison, Result, Scope, Stop
 from dsl import ast
 from dsl.evaluate import FUNCTIONS, evaluate
 from dsl.suggest import nearest
@@ -62,7 +62,7 @@ class Expressions(Scope):
 
     def single(self, result: Result, node: ast.Expr) -> Value:
         """The only tensor that `node` gave."""
-        values = self.values(result)
+        values = self.values(result, node)
         if len(values) != 1:
             self.error(
                 "E214",
@@ -73,16 +73,16 @@ class Expressions(Scope):
             )
         return values[0]
 
-    def values(self, result: Result) -> list[Value]:
+    def values(self, result: Result, node: ast.Expr) -> list[Value]:
+        """The tensors that `node` gave."""
         if isinstance(result, Poison):
             raise Stop
         if isinstance(result, Const):
             self.error(
                 "E213",
                 "a tensor is needed here, this is a number",
-                None,
+                node,
                 f"is {result.value!r}",
-                span=result.span,
                 help="numbers may multiply or divide a tensor: `x * 2`, `x / 2`",
             )
         assert isinstance(result, list)
@@ -138,7 +138,11 @@ class Expressions(Scope):
                 span=node.operator_span,
                 help="tensors know + - * /",
             )
-        left, right = self.value(node.left, []), self.value(node.right, [])
+        try:
+            left = self.value(node.left, [])
+        except Stop:
+            left = POISON
+        right = self.value(node.right, [])
         if isinstance(left, Poison) or isinstance(right, Poison):
             raise Stop
         sides = (left, right)
@@ -157,7 +161,13 @@ class Expressions(Scope):
 
     def _as_number(self, value: Any, node: ast.Expr) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
-            self.error("E221", "a tensor is scaled by a number other than 0", node, f"is {value!r}")
+            self.error(
+                "E221",
+                "a tensor is scaled by a number other than 0",
+                node,
+                f"is {value!r}",
+                help="leave the term out, or choose another number",
+            )
         return float(value)
 
     def const(self, node: ast.Expr) -> Any:
@@ -238,12 +248,10 @@ class Expressions(Scope):
         """A dimension: its name is the expression as written, its size the value."""
         size = self.const(node)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            self.error(
-                "E406",
-                f"a dimension is a whole number of at least 1, this is {size!r}",
-                node,
-                f"is {size!r}",
-            )
+            entry = self.env.get(node.value) if isinstance(node, ast.Name) else None
+            place = entry.span if isinstance(entry, Const) else node.span
+            self.low.not_a_size(node.span.text, size, place, ast.names_in(node), self.bound)
+            raise Stop
         text = re.sub(r"\s+", "", node.span.text)
         if not _DIM_NAME.fullmatch(text) or text.isdigit():
             self.error(

@@ -12,7 +12,7 @@ from compiler.lower.calls import Calls
 from compiler.lower.scope import POISON, Entry, LayerIndex, Stop
 from compiler.ops import TypeMismatch
 from dsl import ast
-from dsl.diagnostic import DiagnosticError
+from dsl.diagnostic import DiagnosticError, Label
 
 MAX_COPIES = 1_000  # of the lines of a `for`
 
@@ -73,10 +73,9 @@ class Frame(Calls):
         self.env[statement.name.value] = Const(value, statement.span)
 
     def _poison(self, statement: ast.Statement) -> None:
-        for name in _assigned([statement]):
+        for name in _targets([statement]):
             self.env[name] = POISON
-        if isinstance(statement, ast.Let):
-            self.env[statement.name.value] = POISON
+        self.returns = self.returns or _return_in([statement])
 
     def _assign(self, statement: ast.Assign) -> None:
         names = [t.value for t in statement.targets]
@@ -89,7 +88,7 @@ class Frame(Calls):
                 "not a tensor",
                 help=f"write `let {names[0]} = ..`",
             )
-        values = self.values(result)
+        values = self.values(result, statement.value)
         if len(values) != len(names):
             self.error(
                 "E214",
@@ -112,7 +111,7 @@ class Frame(Calls):
             )
         if self._collects_nothing(statement.value):
             return
-        values = self.values(self.value(statement.value, [statement.name.value]))
+        values = self.values(self.value(statement.value, [statement.name.value]), statement.value)
         self.outputs += [(statement.name, value) for value in values]
 
     def _collects_nothing(self, node: ast.Expr) -> bool:
@@ -126,13 +125,15 @@ class Frame(Calls):
         index = 0
         groups = self.groups(statement.slot)
         if sum(group.count for group in groups) > MAX_COPIES:
-            self.error(
+            self.low.problems.error(
                 "E241",
                 f"`for` would write its lines out more than {MAX_COPIES} times",
-                statement.slot,
+                groups[0].ref.span,
                 f"{sum(group.count for group in groups)} blocks",
-                help="use `repeat`, which stays one loop, or fewer blocks",
+                [Label(statement.slot.span, "written out here")],
+                help="take fewer; `repeat` in a block stays one loop",
             )
+            raise Stop
         for group in groups:
             for _ in range(group.count):
                 index += 1
@@ -141,8 +142,9 @@ class Frame(Calls):
                 self.run(statement.body)
 
     def _repeat(self, statement: ast.Repeat) -> None:
-        carried = [n for n in _assigned(statement.body) if isinstance(self.env.get(n), Value)]
-        start = 0
+        targets = _targets(statement.body)
+        carried = [n for n in targets if isinstance(self.env.get(n), Value)]
+        start, sound = 0, True
         for group in self.groups(statement.slot):
             before = [self.tensor(n) for n in carried]
             region = Region(
@@ -158,10 +160,15 @@ class Frame(Calls):
             outer_ops, self.builder.ops = self.builder.ops, region.ops
             try:
                 inner.run(statement.body)
-                yields = [inner.tensor(n) for n in carried] + [v for _, v in inner.collected]
+                yields = [self._carried(inner, targets[n], n) for n in carried]
+                yields += [v for _, v in inner.collected]
                 region.ops.append(Op("yield", yields, spans=(statement.span,)))
+            except Stop:
+                sound = False
             finally:
                 self.builder.ops = outer_ops
+            if not sound:
+                continue  # only to find what is wrong in the other groups
             names = [*carried, *(n for n, _ in inner.collected)]
             self.here = statement.slot.span
             results = self.op(
@@ -173,6 +180,30 @@ class Frame(Calls):
                 for (name, _), value in zip(inner.collected, results[len(carried) :], strict=True)
             ]
             start += group.count
+        if not sound:
+            raise Stop
+
+    def _carried(self, inner: Frame, target: ast.Name, name: str) -> Value:
+        """What one round makes of a tensor, which the next one takes in its place."""
+        before, after = self.tensor(name), inner.env[name]
+        if isinstance(after, Const):
+            self.error(
+                "E213",
+                f"{name} is a tensor before the repeat",
+                target,
+                "a number here",
+                help="give the number another name",
+            )
+        value = inner.tensor(name)
+        if value.type != before.type:
+            self.error(
+                "E410",
+                f"a round of the repeat takes {name} as {before.type}, and leaves {value.type}",
+                target,
+                "does not fit the next round",
+                help="give the result another name, or bring it back to what it was",
+            )
+        return value
 
 
 # What belongs to a whole block.
@@ -188,18 +219,30 @@ _STATEMENTS: dict[type, Callable[[Frame, Any], None]] = {
 }
 
 
-def _assigned(body: Sequence[ast.Statement]) -> list[str]:
-    """Names that statements assign, in order, each once."""
-    found: dict[str, None] = {}
+def _return_in(body: Sequence[ast.Statement]) -> ast.Return | None:
+    """The first `return` among statements, whichever way their conditions go."""
+    for statement in body:
+        found = statement if isinstance(statement, ast.Return) else None
+        if isinstance(statement, ast.If):
+            found = _return_in([*statement.then, *statement.otherwise])
+        if found is not None:
+            return found
+    return None
+
+
+def _targets(body: Sequence[ast.Statement]) -> dict[str, ast.Name]:
+    """Names that statements assign, in order, each with the place where it is assigned last."""
+    found: dict[str, ast.Name] = {}
     for statement in body:
         match statement:
             case ast.Assign():
-                for target in statement.targets:
-                    found.setdefault(target.value)
+                found.update((target.value, target) for target in statement.targets)
+            case ast.Let():
+                found[statement.name.value] = statement.name
             case ast.If():
-                found |= dict.fromkeys(_assigned([*statement.then, *statement.otherwise]))
+                found.update(_targets([*statement.then, *statement.otherwise]))
             case ast.For() | ast.Repeat():
-                found |= dict.fromkeys(_assigned(statement.body))
+                found.update(_targets(statement.body))
             case _:
                 pass
-    return list(found)
+    return found

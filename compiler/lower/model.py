@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Graph, Op, Program, Value, bind_dims, substitute
 from compiler.graph.types import RUNTIME_DIMS, Dim, Type
-from compiler.lower.bind import Binder, BlockRef, Bound, Const, Group, SlotValue
-from compiler.lower.contract import argument_problems, output_problems
+from compiler.lower.bind import (
+    Binder,
+    BlockRef,
+    Bound,
+    Const,
+    Group,
+    SlotValue,
+    related_settings,
+)
+from compiler.lower.contract import ARGUMENTS, argument_problems, output_problems
 from compiler.lower.frame import Frame
+from compiler.lower.graph_names import graph_names
 from compiler.lower.names import name_problems
 from compiler.lower.scope import Stop, TooLarge
 from compiler.lower.settings import silent_losses, unused_params
@@ -55,11 +64,19 @@ class Lowering:
         self.program = Program(description.spec.model, "")
         self._graphs: dict[Key, Graph | None] = {}
         self._bounds: dict[str, Bound] = {}
+        self._unknown: set[str] = set()  # dimensions
         self._open: set[Key] = set()  # being made at the moment
         self._depth = 0
         self._operators = 0
 
     def run(self) -> Program:
+        with suppress(TooLarge):
+            self._lower()
+        self.problems.raise_if_any()
+        self._rename()
+        return self.program
+
+    def _lower(self) -> None:
         bound = self._root()
         if bound is not None:
             graph = self._root_graph(bound)
@@ -67,16 +84,13 @@ class Lowering:
             self.problems.extend(silent_losses(self.description, self.program))
         if not self.problems:  # else a parameter may be unused because of another mistake
             self.problems.extend(unused_params(self.description, self.binder.used))
-        self.problems.raise_if_any()
-        self._rename()
-        return self.program
 
     def count_operator(self, here: Span | None) -> None:
         """Counts one more operator. Raises `TooLarge` where there are more than any model needs."""
         self._operators += 1
         if self._operators > MAX_OPERATORS:
             self.problems.error(
-                "E238",
+                "E242",
                 f"this model has more than {MAX_OPERATORS:,} operators",
                 here,
                 "one too many",
@@ -128,7 +142,7 @@ class Lowering:
         return self.binder.bind(ref, {}, slots)
 
     def _use(self, use: BlockUse, slots: Mapping[str, BlockUse], span: Span) -> BlockRef:
-        arguments = {n: Const(v.value, v.span) for n, v in use.arguments.items()}
+        arguments = {n: Const(v.value, _written(use, n, v.span)) for n, v in use.arguments.items()}
         inner = {name: self._use(s, {}, s.span or span) for name, s in slots.items()}
         return BlockRef(self.description.blocks[use.name], use.span or span, arguments, inner)
 
@@ -138,6 +152,8 @@ class Lowering:
         self._bounds[name] = bound
         types = [self._type(a.type, bound, None) for a in bound.block.arguments]
         self.problems.extend(argument_problems(bound.block, types))
+        arguments = [a.name.value for a in bound.block.arguments]
+        types = [ARGUMENTS.get(a, t) for a, t in zip(arguments, types, strict=True)]
         graph, frame = self._start(name, bound, types)
         frame.run(bound.block.body)
         outputs = frame.outputs
@@ -181,7 +197,7 @@ class Lowering:
             frame.run(bound.block.body)
             self._open.discard(key)
         if frame.returned is None:
-            if len(self.problems) == found:
+            if frame.returns is None:
                 self.returns_nothing(bound)
             return None
         assert frame.returns is not None
@@ -240,7 +256,8 @@ class Lowering:
         self, graph: Graph, results: Sequence[Value], names: Sequence[str], span: Span
     ) -> None:
         graph.result_names = tuple(names)
-        self.problems.extend(name_problems(graph))
+        if not self.problems:  # what is missing for another reason is not missed twice
+            self.problems.extend(name_problems(graph))
         graph.ops.append(Op("return", list(results), spans=(span,)))
 
     def _check_results(
@@ -263,7 +280,7 @@ class Lowering:
         for declared, value, node in zip(block.results, values, returns.values, strict=True):
             annotation = declared.type if isinstance(declared, ast.Value) else declared
             type = self._type(annotation, bound, leading)
-            if type != value.type:
+            if type != value.type and not {d.name for d in type.dims} & self._unknown:
                 self.problems.error(
                     "E411",
                     f"{block.name.value} declares {type}, and returns {value.type}",
@@ -302,27 +319,41 @@ class Lowering:
                     "not found",
                     help=f"did you mean {near}?" if near else "declare it under `params`",
                 )
+                self._unknown.add(name.value)
                 dims.append(Dim(name.value, 1))
         return Type(node.dtype or self.dtype, tuple(dims))
 
     def _size(self, name: ast.Name, const: Const) -> Dim:
         size = const.value
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            self.problems.error(
-                "E406",
-                f"{name.value} is {size!r}, but a dimension is a whole number of at least 1",
-                const.span,
-                f"is {size!r}",
-                help="give it a size of 1 or more",
-            )
+            self.not_a_size(name.value, size, const.span)
             return Dim(name.value, 1)
         return Dim(name.value, size)
+
+    def not_a_size(
+        self,
+        what: str,
+        size: object,
+        place: Span,
+        names: Sequence[str] = (),
+        bound: Bound | None = None,
+    ) -> None:
+        """Reports a dimension that is none, and where `names`, which it comes from, were set."""
+        params = bound.params if bound else {}
+        self.problems.error(
+            "E406",
+            f"{what} is {size!r}, but a dimension is a whole number of at least 1",
+            place,
+            f"is {size!r}",
+            [label for label in related_settings(names, params, place) if label.span != place],
+            "remove the quotes" if isinstance(size, str) else "give it a size of 1 or more",
+        )
 
     # ---- afterwards -------------------------------------------------------------------------
 
     def _rename(self) -> None:
         """Graphs are called by their block; the differing number or slot is added where it must."""
-        final = _names(self._bounds)
+        final = graph_names(self._bounds)
         graphs = {}
         # Callees stand before callers, the root last.
         for old, graph in self.program.graphs.items():
@@ -332,6 +363,15 @@ class Lowering:
                 if op.kind == "call":
                     op.attrs["callee"] = final[str(op.attrs["callee"])]
         self.program.graphs = graphs
+
+
+def _written(use: BlockUse, name: str, value: Span) -> Span:
+    """The place of `name=value` in the use of a block."""
+    if use.span is not None and use.span.source is value.source:
+        before = value.source.text[use.span.start : value.start]
+        if found := re.search(rf"\b{name}\s*=\s*$", before):
+            return value.source.span(use.span.start + found.start(), value.end)
+    return value
 
 
 def _key(bound: Bound) -> Key:
@@ -347,46 +387,3 @@ def _slot_key(slot: SlotValue) -> Key:
         inner = tuple((n, _slot_key(s)) for n, s in sorted(slot.slots.items()))
         return (slot.block.name.value, arguments, inner)
     return tuple((_slot_key(g.ref), g.count) for g in slot)
-
-
-def _names(bounds: Mapping[str, Bound]) -> dict[str, str]:
-    by_block: dict[str, list[str]] = {}
-    for graph, bound in bounds.items():
-        by_block.setdefault(bound.block.name.value, []).append(graph)
-    final: dict[str, str] = {}
-    taken: set[str] = set()
-    for block, graphs in by_block.items():
-        facts = {g: _facts(bounds[g]) for g in graphs}
-        differing = [
-            key
-            for key in next(iter(facts.values()))
-            if len({f.get(key) for f in facts.values()}) > 1
-        ]
-        for graph in graphs:
-            parts = [block, *(facts[graph].get(key, "") for key in differing)]
-            base = name = re.sub(r"[^A-Za-z0-9_]", "_", "_".join(p for p in parts if p))
-            n = 1
-            while name in taken:
-                n += 1
-                name = f"{base}_{n}"
-            taken.add(name)
-            final[graph] = name
-    return final
-
-
-def _facts(bound: Bound) -> dict[str, str]:
-    """What may tell two graphs of one block apart, in the order in which names list it."""
-
-    def word(slot: SlotValue) -> str:
-        if isinstance(slot, BlockRef):
-            return "_".join(
-                [slot.block.name.value, *(str(c.value) for c in slot.arguments.values())]
-            )
-        return "_".join(word(g.ref) for g in slot)
-
-    slots = {name: word(slot) for name, slot in bound.slots.items()}
-    return {**slots, **{name: str(const.value) for name, const in bound.params.items()}}
-
-
-def _values(ref: BlockRef) -> list[object]:
-    return [const.value for const in ref.arguments.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
@@ -141,7 +142,20 @@ class Scope:
             place = node.span
             if error.operand is not None and error.operand < len(spans):
                 place = spans[error.operand]
-            self.error("E410", error.message, None, "does not fit", help=error.help, span=place)
+            # An argument that the message names may come from a parameter of another name.
+            words = set(re.findall(r"\w+", error.message))
+            arguments = node.arguments if isinstance(node, ast.Call) else ()
+            values = [a.value for a in arguments if a.name and a.name.value in words]
+            settings = [name for value in values for name in ast.names_in(value)]
+            self.error(
+                "E410",
+                error.message,
+                None,
+                "does not fit",
+                help=error.help,
+                span=place,
+                settings=settings,
+            )
         finally:
             self.here = outer
         # A cast that changes nothing makes no operator; its result keeps the name it has.
@@ -161,8 +175,11 @@ class Scope:
         *,
         help: str = "",
         span: Span | None = None,
+        settings: Sequence[str] = (),
     ) -> NoReturn:
+        """Reports a problem; where the numbers that it names, and `settings`, were set, too."""
         place = span or (node.span if node is not None else self.here)
-        related = related_settings(message, self.bound.params, place) if place else ()
+        names = [*re.findall(r"[A-Za-z_][A-Za-z0-9_]*", message), *settings]
+        related = related_settings(names, self.bound.params, place) if place else ()
         self.low.problems.error(code, message, place, label, related, help)
         raise Stop

@@ -31,7 +31,7 @@ def silent_losses(description: Description, program: Program) -> Iterator[Diagno
         yield Diagnostic(
             "E409",
             "the MTP modules are never trained: their weight mtp_weight is always 0",
-            place,
+            description.span("train", "loss", "mtp_weight"),
             "mtp_weight is 0",
             help="raise mtp_weight, or set architecture.mtp.depth to 0",
         )

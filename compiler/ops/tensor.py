@@ -140,8 +140,9 @@ class Concat(Operator):
         same_shape(cls.kind, Type(x.dtype, x.dims[:-1]), Type(y.dtype, y.dims[:-1]))
         (into,) = dims_of(site.attrs["into"])
         if (x.last.size or 0) + (y.last.size or 0) != into.size:
+            total = (x.last.size or 0) + (y.last.size or 0)
             raise TypeMismatch(
-                f"concat of {x.last.words} and {y.last.words} does not make {into.words}", 1
+                f"concat of {x.last.words} and {y.last.words} is {total}, not {into.words}", 1
             )
         return (x.with_last(into),)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,15 +32,6 @@ class GraphFormat(StrEnum):
     svg = "svg"
 
 
-class ProgramName(StrEnum):
-    """The programs that are derived from one lowered graph."""
-
-    forward = "forward"
-    train = "train"
-    prefill = "prefill"
-    decode = "decode"
-
-
 def run(
     spec: SpecArgument,
     block: Annotated[
@@ -47,8 +39,8 @@ def run(
         typer.Option(metavar="NAME", help="Only this block, e.g. MLA.", show_default=False),
     ] = None,
     program: Annotated[
-        ProgramName, typer.Option(help="Which of the model's programs.")
-    ] = ProgramName.forward,
+        str, typer.Option(metavar="NAME", help="Which program: forward, train, prefill, decode.")
+    ] = "forward",
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.text,
     sets: SetOption = None,
     variant: VariantOption = None,
@@ -59,22 +51,28 @@ def run(
     from dslc.specs import read
 
     with reporting(as_json=format is GraphFormat.json):
-        chosen = programs(read(spec, sets, variant))[program.value]
-        print(drawn(only(chosen, block) if block else chosen, format), end="")
+        made = programs(read(spec, sets, variant))
+        if program not in made:
+            raise unknown("program", program, made)
+        chosen = only(made[program], block) if block else made[program]
+        print(drawn(chosen, format), end="")
 
 
 def only(program: Program, block: str) -> Program:
     """The program that holds one block and no others. Raises `DiagnosticError` if none has it."""
     from compiler.graph.core import Program
+
+    if block not in program.graphs:
+        raise unknown("block", block, program.graphs)
+    return Program(program.name, block, {block: program.graphs[block]})
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> Exception:
     from dsl.diagnostic import Diagnostic, DiagnosticError
     from dsl.suggest import did_you_mean
 
-    if block not in program.graphs:
-        known = ", ".join(program.graphs)
-        help = did_you_mean(block, program.graphs) or f"it has {known}"
-        message = f"{program.name} has no block {block!r}"
-        raise DiagnosticError([Diagnostic("E691", message, help=help)])
-    return Program(program.name, block, {block: program.graphs[block]})
+    help = did_you_mean(name, known) or f"there are {', '.join(known)}"
+    return DiagnosticError([Diagnostic("E691", f"the model has no {what} {name!r}", help=help)])
 
 
 def drawn(program: Program, format: GraphFormat) -> str:

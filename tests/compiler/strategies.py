@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_letters, digits
 from typing import Any
 
@@ -200,6 +200,20 @@ def _attention(m: Maker) -> None:
         m.add("attention", q, k, k, scale=m.draw(numbers))
 
 
+def _latent_attention(m: Maker) -> None:
+    q = m.pick(lambda t: t.dtype == "bf16" and t.dims[2:] == (Dim("heads", 4), Dim("head_dim", 6)))
+    x = m.pick(lambda t: t.dtype == "bf16" and t.dims[:-1] == (BATCH, SEQ))
+    if q and x:
+        n, start = m.draw(st.integers(1, 9)), m.draw(st.integers(0, 9))
+        weight = m.weight(Type("bf16", (Dim("heads*rows", 4 * (n + start)), q.type.last)))
+        rows = dims_attr(Dim(m.draw(identifiers), n))
+        m.add("head_linear", q, symbols=(weight,), start=start, rows=rows, transposed=False)
+        latent = Dim(m.draw(identifiers), 6)
+        m.add("linear", x, symbols=(m.weight(Type("bf16", (latent, x.type.last))),))
+        c = m.pool[-1]
+        m.add("latent_attention", q, q, c, c, scale=m.draw(numbers))
+
+
 def _remember(m: Maker) -> None:
     x = m.pick(lambda t: t.dims[:2] == (BATCH, SEQ) and len(t.dims) > 2)
     if x is None or m.depth:
@@ -229,16 +243,24 @@ def _moe(m: Maker) -> None:
     m.add("sequence_balance_loss", score, k=m.draw(st.integers(1, 8)))
     x = m.pick(lambda t: t.dims[:-1] == score.type.dims[:-1] and t.dtype in FLOATS)
     if x and x.type.dims:
+        _grouped(m, x, route, weight)
         count = m.draw(st.integers(1, 300))
         token = m.builder.value(m.draw(identifiers), Type(x.type.dtype, (TOKEN, x.type.last)))
         region, expert = m.inside([token], experts=count)
         expert.move_many(ANYWHERE, 1, 4)
-        y = expert.pick(
-            lambda t: (t.dtype, t.dims[:1], len(t.dims)) == (x.type.dtype, (TOKEN,), 2)
-        )
+        y = expert.pick(lambda t: (t.dtype, t.dims[:1], len(t.dims)) == (x.type.dtype, (TOKEN,), 2))
         assert y
         region.ops.append(Op("yield", [y], spans=m.some_spans()))
         m.add("experts", x, route, weight, regions=[region], count=count)
+
+
+def _grouped(m: Maker, x: Value, route: Value, weight: Value) -> None:
+    """The same as an `experts` region, with one product for all of them."""
+    m.add("permute", x, route, count=dims_attr(Dim("experts", 8)))
+    rows, ends, order = m.pool[-3:]
+    shared = replace(m, experts=8).weight(Type("bf16", (m.draw(dims), x.type.last)))
+    m.add("grouped_linear", rows, ends, symbols=(shared,))
+    m.add("unpermute", m.pool[-1], order, weight)
 
 
 def _losses(m: Maker) -> None:
@@ -306,6 +328,6 @@ def _repeat(m: Maker) -> None:
 
 ANYWHERE: list[Move] = [
     _linear, _rms_norm, _embedding, _pointwise, _elementwise, _scale, _cast, _constant, _split,
-    _layout, _drop, _rope, _attention, _losses, _repeat,
+    _layout, _drop, _rope, _attention, _latent_attention, _losses, _repeat,
 ]  # fmt: skip
 TOP: list[Move] = [*ANYWHERE, _remember, _moe, _call]

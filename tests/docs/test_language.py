@@ -19,10 +19,12 @@ from compiler.analysis import summary
 from compiler.graph.types import BYTES, RUNTIME_DIMS
 from compiler.lower import lower
 from compiler.lower.forms import FORMS, Kind
-from compiler.pipeline import compile
-from dsl.evaluate import FUNCTIONS, evaluate
+from compiler.lower.frame import MAX_COPIES
+from compiler.lower.model import MAX_OPERATORS
+from compiler.pipeline import Compiled, compile
+from dsl.evaluate import FUNCTIONS, MAX_MAGNITUDE, evaluate
 from dsl.load import load
-from dsl.parse import KEYWORDS, grammar, parse_blocks, parse_expression
+from dsl.parse import KEYWORDS, MAX_EXPRESSION, MAX_NESTING, grammar, parse_blocks, parse_expression
 from dsl.schema import VARIANT_KEYS, BlockUse, Phase, Schedule, Spec, json_schema, text_of
 from dsl.source import Source
 from dsl.units import UNITS, parse_quantity
@@ -99,8 +101,6 @@ def test_a_part_of_a_spec_loads_in_place_of_the_same_part_of_a_whole_one(
     assert part and part.keys() <= whole.keys()
     spec = tmp_path / "spec.yaml"
     spec.write_text("".join({**whole, **part}.values()), encoding="utf-8")
-    if "architecture" not in part:
-        spec.write_text(re.sub(r"hidden_size \* 3", "192", spec.read_text()), encoding="utf-8")
     description = load(spec)
     assert all(description.sets(key) for key in part)
 
@@ -116,9 +116,7 @@ def parts(text: str) -> dict[str, str]:
 )
 def test_every_block_of_the_text_works_in_a_model(example: Example, tmp_path: Path) -> None:
     (block,) = parse_blocks(Source("example.dsl", example.text))
-    (tmp_path / "example.dsl").write_text(example.text, encoding="utf-8")
-    name = block.name.value
-    group = "architecture.layers.0"
+    name, group = block.name.value, "architecture.layers.0"
     # What a block is for follows from the tensors that it takes.
     use = {
         "x": [f"{group}.feed_forward={name}"],
@@ -128,23 +126,22 @@ def test_every_block_of_the_text_works_in_a_model(example: Example, tmp_path: Pa
             "architecture.mtp.depth=0",
         ],
     }[", ".join(a.name.value for a in block.arguments)]
-    files = "blocks=[causal_lm, decoder, mla, swiglu, deepseek_moe, mtp, ./example.dsl]"
-    spec = tmp_path / "spec.yaml"
-    spec.write_text(f"extends: {TINY}\nset: {{model: example}}\nvariants: {{}}\n", encoding="utf-8")
-    files = files.replace("./example.dsl", str(tmp_path / "example.dsl"))
-    # The outermost block of the example names no eps, which the layers still read.
-    program = compile(load(spec, sets=[files, *use])).lowered
-    assert name in program.graphs
+    compiled = compile_with(example, tmp_path, use)
+    assert name in compiled.lowered.graphs
+
+
+def compile_with(example: Example, folder: Path, sets: list[str]) -> Compiled:
+    """The tiny model with a block of the text."""
+    (folder / "example.dsl").write_text(example.text, encoding="utf-8")
+    library = ["causal_lm", "decoder", "mla", "swiglu", "deepseek_moe", "mtp"]
+    blocks = ", ".join([*library, str(folder / "example.dsl")])
+    return compile(load(TINY, sets=[f"blocks=[{blocks}]", *sets]))
 
 
 def test_in_place_and_named_calls_name_their_weights_as_the_text_says(tmp_path: Path) -> None:
     example = next(e for e in EXAMPLES if "block Twice" in e.text)
-    (tmp_path / "twice.dsl").write_text(example.text, encoding="utf-8")
-    spec = tmp_path / "spec.yaml"
-    spec.write_text(f"extends: {TINY}\nset: {{model: twice}}\n", encoding="utf-8")
-    files = f"[causal_lm, decoder, mla, swiglu, deepseek_moe, mtp, {tmp_path / 'twice.dsl'}]"
-    use = "architecture.layers.0.feed_forward=Twice"
-    graph = lower(load(spec, sets=[f"blocks={files}", use])).graphs["Twice"]
+    use = ["architecture.layers.0.feed_forward=Twice"]
+    graph = compile_with(example, tmp_path, use).lowered.graphs["Twice"]
     assert "gate_proj.weight" in graph.weights
     assert [op.attrs["scope"] for op in graph.walk() if op.kind == "call"] == ["first"]
 
@@ -307,6 +304,20 @@ def test_the_outermost_block_takes_and_gives_what_the_text_says() -> None:
 
 
 # ---- grammar --------------------------------------------------------------------------------
+
+
+def test_the_grammar_is_not_ambiguous() -> None:
+    pytest.importorskip("interegular")
+    grammar(strict=True)
+
+
+def test_limits_are_those_of_the_code() -> None:
+    flowing = " ".join(TEXT.split())
+    assert f"{MAX_COPIES:,} at most" in flowing
+    assert f"at most {MAX_OPERATORS:,} operators" in flowing
+    assert f"{MAX_EXPRESSION:,} characters" in flowing
+    assert f"{MAX_NESTING} brackets deep" in flowing
+    assert f"10**{len(str(MAX_MAGNITUDE)) - 1}" in flowing
 
 
 def test_keywords_are_those_of_the_grammar() -> None:

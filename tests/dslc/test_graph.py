@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compiler.graph.text import parse_program
+from compiler.pipeline import PIPELINES
 from dsl.source import Source
 from dslc.specs import shipped
 from tests.dslc.conftest import Run
@@ -15,7 +16,7 @@ from tests.dslc.conftest import Run
 TINY = shipped()["deepseek_v3_tiny"]
 
 
-@pytest.mark.parametrize("program", ["forward", "loss", "decode"])
+@pytest.mark.parametrize("program", PIPELINES)
 def test_text_parses_back(dslc: Run, program: str) -> None:
     out = dslc("graph", TINY, "--program", program).out
     parsed = parse_program(Source("out.graph", out))
@@ -39,8 +40,13 @@ def test_pictures(dslc: Run) -> None:
     assert ElementTree.fromstring(svg).tag.endswith("svg") and "q_a_proj" in svg
 
 
-def test_the_nearest_block_is_offered(dslc: Run) -> None:
+def test_the_nearest_block_and_program_are_offered(dslc: Run) -> None:
     outcome = dslc("graph", TINY, "--block", "MLAA")
     assert outcome.status == 1
-    assert "deepseek_v3_tiny has no block 'MLAA'" in outcome.err
+    assert "the model has no block 'MLAA'" in outcome.err
     assert "did you mean `MLA`?" in outcome.err
+    assert "did you mean `decode`?" in dslc("graph", TINY, "--program", "decod").err
+
+
+def test_help_names_every_program(dslc: Run) -> None:
+    assert ", ".join(PIPELINES) in " ".join(dslc("graph", "--help").out.split())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from compiler.graph.core import Cache, Op, Program, copy_program
-from compiler.graph.equal import equal, first_difference
+from compiler.graph.equal import equal, equal_graphs, first_difference
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
 from dsl.load import load
@@ -156,3 +156,11 @@ def test_spans_and_identity_do_not_count(tiny: Program) -> None:
             op.spans = (Source("elsewhere", "").span(0, 0),)
     assert first_difference(tiny, moved) is None
     assert equal(tiny, moved)
+
+
+def test_graphs_compare_by_themselves(tiny: Program) -> None:
+    again = copy_program(tiny)
+    assert equal_graphs(tiny.main, again.main)
+    again.main.ops.pop()
+    assert not equal_graphs(tiny.main, again.main)
+    assert not equal_graphs(tiny.main, tiny.graphs["MLA"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from compiler.graph.core import Op, Program, Value, Weight
+from compiler.graph.core import Cache, Op, Program, Value, Weight
 from compiler.graph.text import parse_program
 from compiler.graph.types import Dim, Type
 from compiler.graph.verify import verify
@@ -227,11 +227,11 @@ REPLACED = {
         "    %up = linear(%z, @experts.*.up.weight) : bf16[token, hidden=8]",
         "E516: graph @Block, %more = call(%x): there is no graph @Other",
     ),
-    "scope of a repeat without `*`": (
+    "scope of a repeat without a star": (
         "scope=layers.*", "scope=layers.0",
         "E517: graph @Model, %h_2 = call(%h_1): scope layers.0 has 0 `*` for 1 repeats around it",
     ),
-    "`*` outside of a repeat": (
+    "star outside of a repeat": (
         "scope=layers.2", "scope=layers.*",
         "E517: graph @Model, %last = call(%kept): scope layers.* has 1 `*` for 0 repeats around it",
     ),
@@ -406,6 +406,10 @@ def circle(program: Program) -> None:
             op.operands.append(program.main.args[0])
 
 
+def cache_without_entries(program: Program) -> None:
+    program.graphs["Block"].caches["h"] = Cache(Type("bf16"))
+
+
 def program_without_identifier(program: Program) -> None:
     program.name = "a-b"
 
@@ -439,6 +443,7 @@ MUTATED: dict[Callable[[Program], None], str] = {
     missing_tokens: "E513: graph @Model: dimension seq--1 has an impossible size",
     expert_that_calls: "E516: graph @Block, %made = call(%x): a block inside an expert has no name",
     circle: "E516: @Block calls @Model calls @Block: a graph cannot hold itself",
+    cache_without_entries: "E518: graph @Block: cache @h is never written",
     program_without_identifier: "E510: program @a-b has no graph @Model to begin with",
 }
 
@@ -448,6 +453,38 @@ def test_broken_graph_is_refused(mutate: Callable[[Program], None]) -> None:
     program = parsed(GOOD)
     mutate(program)
     assert refused(program)[0] == MUTATED[mutate]
+
+
+# ---- experts after they were made one product ------------------------------------------------
+
+REGION = GOOD[GOOD.index("  %y = experts") : GOOD.index("  return(%y)")]
+GROUPED = GOOD.replace(
+    REGION,
+    """\
+  %rows, %ends, %order = permute(%x, %route) <count=(expert=4)> : bf16[slot, hidden=8], i32[expert=4], i64[slot]
+  %up = grouped_linear(%rows, %ends, @experts.*.up.weight) : bf16[slot, hidden=8]
+  %y = unpermute(%up, %order, %w) : bf16[batch, seq, hidden=8]
+""",  # noqa: E501
+)
+
+
+def test_grouped_experts_are_accepted() -> None:
+    verify(parsed(GROUPED))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<stack=4>", "<stack=3>", "is there for 3 experts, of which there are 4"),
+        ("%ends, @experts.*.up.weight", "%ends, @embed.weight", "there is no weight @embed.weight"),
+        ("experts.*.up", "expert.up", "@expert.up.weight belongs to no expert"),
+    ],
+)
+def test_grouped_experts_need_weights_of_all_experts(old: str, new: str, message: str) -> None:
+    text = GROUPED.replace(old, new)
+    if "*" not in new and "stack" not in new:
+        text = text.replace(" <stack=4>", "")
+    assert refused(parsed(text))[0].endswith(message)
 
 
 # ---- how it is said -------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""What holds for an operator, a name or a dimension by itself, whatever is around it.
+
+Each `need_..` raises `Broken` where it does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from compiler.graph.core import Attr, Op
+from compiler.graph.types import RUNTIME_DIMS, Dim
+from compiler.ops import Operator
+
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SYMBOL = re.compile(r"([A-Za-z0-9_]+|\*)(\.([A-Za-z0-9_]+|\*))*")
+_DIM = re.compile(r"[A-Za-z0-9_]+([*+][A-Za-z0-9_]+)*")
+_MAX_INT = 2**63
+
+
+class Broken(Exception):
+    """An invariant that does not hold for the operator, or the graph, at hand."""
+
+    def __init__(self, code: str, reason: str, help: str = "") -> None:
+        super().__init__(reason)
+        self.code, self.reason, self.help = code, reason, help
+
+
+def no_end(end: str) -> None:
+    """Raises `Broken`: a list of operators is empty, where at least `end` belongs."""
+    raise Broken("E514", f"there is no `{end}`")
+
+
+def need_symbol(name: str) -> None:
+    """A name of a weight or a scope: words between dots, some of them `*`."""
+    if not SYMBOL.fullmatch(name):
+        raise Broken("E515", f"{name!r} is no name of a weight: words between dots", "rename it")
+
+
+def number(op: Op, name: str) -> int:
+    """A whole number among the attributes, of an operator whose attributes are as declared."""
+    value = op.attrs[name]
+    assert isinstance(value, int)
+    return value
+
+
+def need_dim(dim: Dim) -> None:
+    """A size of at least 1, or the name of a run-time dimension, which may lack some items."""
+    if not _DIM.fullmatch(dim.name):
+        raise Broken("E513", f"{dim.name!r} is no name of a dimension")
+    if dim.size is None and dim.name not in RUNTIME_DIMS:
+        raise Broken("E513", f"dimension {dim.name} has no size")
+    if dim.offset < 0 or (dim.size is not None and (dim.size < 1 or dim.offset)):
+        raise Broken("E513", f"dimension {dim} has an impossible size")
+
+
+def need_counts(op: Op, operator: type[Operator]) -> None:
+    """As many operands, weights and regions as the kind of operator declares."""
+    least = sum(not name.endswith("?") for name in operator.symbols)
+    wanted = len(operator.operands)
+    if not operator.variadic and len(op.operands) != wanted:
+        words = ", ".join(operator.operands) or "none"
+        raise Broken("E512", f"takes {wanted} operands ({words}), got {len(op.operands)}")
+    if not least <= len(op.symbols) <= len(operator.symbols):
+        words = ", ".join(operator.symbols) or "none"
+        raise Broken("E512", f"takes the weights ({words}), got {len(op.symbols)}")
+    if len(op.regions) != operator.regions:
+        raise Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")
+
+
+def need_attributes(attrs: Mapping[str, Attr], wanted: Mapping[str, type]) -> None:
+    """Exactly the attributes that a kind of operator declares, each of its type."""
+    for name, value in attrs.items():
+        if name not in wanted:
+            raise Broken("E512", f"knows no attribute {name}")
+        if type(value) is not wanted[name]:
+            raise Broken("E512", f"{name} is {value!r}, and not {wanted[name].__name__}")
+        if not _is_attribute(value):
+            raise Broken("E512", f"{name} is {value!r}, which a graph cannot hold")
+    for name in wanted:
+        if name not in attrs:
+            raise Broken("E512", f"attribute {name} is missing")
+
+
+def _is_attribute(value: object) -> bool:
+    """Whether the text of a graph can hold a value."""
+    match value:
+        case tuple():
+            return all(_is_attribute(item) for item in value)
+        case int():
+            return abs(value) < _MAX_INT
+        case float():
+            return math.isfinite(value)
+        case _:
+            return isinstance(value, str)

@@ -1,0 +1,58 @@
+"""The fixture `golden`: it fails on a difference, rewrites on request, and notices leftovers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFTEST = Path(__file__).parent / "conftest.py"
+SUITE = """
+def test_text(golden):
+    golden("folder/a.txt", "one\\ntwo\\n")
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A project of one golden test whose file does not exist yet."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(CONFTEST, tmp_path / "tests")
+    (tmp_path / "tests" / "test_a.py").write_text(SUITE, encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest]\ntestpaths = ["tests"]\n')
+    return tmp_path
+
+
+def run(suite: Path, *arguments: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=suite, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def test_a_difference_fails_with_a_diff_until_it_is_accepted(suite: Path) -> None:
+    status, out = run(suite)
+    assert status == 1 and "golden/folder/a.txt does not exist yet" in out
+    file = suite / "tests" / "golden" / "folder" / "a.txt"
+    assert not file.exists()
+    assert run(suite, "--update-golden")[0] == 0
+    assert file.read_bytes() == b"one\ntwo\n"
+    assert run(suite)[0] == 0
+    file.write_bytes(b"one\r\ntwo\n")
+    status, out = run(suite)
+    assert status == 1 and "golden/folder/a.txt differs" in out
+    status, out = run(suite, "--update-golden")
+    assert status == 0 and "golden file rewritten" in out and "+one\n" in out
+
+
+def test_a_file_that_no_test_reads_fails_the_whole_suite_only(suite: Path) -> None:
+    run(suite, "--update-golden")
+    folder = suite / "tests" / "golden" / "folder"
+    (folder / "a.yaml").write_text("the input of a.txt", encoding="utf-8")
+    assert run(suite)[0] == 0
+    (folder / "b.txt").write_text("left over", encoding="utf-8")
+    status, out = run(suite)
+    assert status == 1 and "tests/golden/folder/b.txt: no test reads it" in out
+    assert run(suite, "tests/test_a.py")[0] == 0
