@@ -94,14 +94,19 @@ def manifest(description: Description, compiled: Compiled, files: Mapping[str, b
         "generator": GENERATOR,
         "version": VERSION,
         "model": description.spec.model,
-        "inputs": {
-            s.name.replace("\\", "/").rsplit("/", 1)[-1]: _sha256(s.text.encode())
+        "inputs": [
+            {"name": _file_name(s.name), "sha256": _sha256(s.text.encode())}
             for s in description.sources
-        },
+        ],
         "passes": [f"{s.program_name}: {s.name}" for s in compiled.steps],
         "outputs": {name: _sha256(data) for name, data in sorted(files.items())},
     }
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _file_name(name: str) -> str:
+    """Without its folders, which differ from machine to machine."""
+    return name.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def _sha256(data: bytes) -> str:

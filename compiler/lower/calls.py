@@ -314,8 +314,10 @@ class Calls(Expressions):
             "region" if self.inside else "",
         )
 
+        dims: dict[str, Dim] = {}
+
         def match() -> list[Value]:
-            self.low.match_arguments(bound, operands)
+            dims.update(self.low.match_arguments(bound, operands))
             return []
 
         self.checked(match, node, spans, [])
@@ -326,6 +328,9 @@ class Calls(Expressions):
             if inner.returns is None:
                 self.low.returns_nothing(bound)
             raise Stop
+        assert inner.returns is not None
+        leading = leading_dims(bound.block, operands)
+        self.low.check_results(bound, inner.returns, inner.returned, leading, dims)
         return inner.returned
 
     def experts(self, tensors: list[Value], count: Dim, ref: Any, path: str) -> list[Value]:
@@ -364,3 +369,11 @@ class Calls(Expressions):
 
 def _tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count} tensors"
+
+
+def leading_dims(block: ast.Block, operands: Sequence[Value]) -> tuple[Dim, ...]:
+    """What `..` stands for in the signature of a block with these operands."""
+    for argument, value in zip(block.arguments, operands, strict=False):
+        if any(dim.value == ".." for dim in argument.type.dims):
+            return value.type.dims[:-1]
+    return ()

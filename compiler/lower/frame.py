@@ -56,6 +56,15 @@ class Frame(Calls):
                 copy, original = self.path(statement.copy), self.path(statement.original)
                 self.low.alias(copy, original, self.builder.graph, statement)
             case ast.Return():
+                if self.returns is not None:
+                    self.error(
+                        "E243",
+                        "the block has returned already",
+                        None,
+                        "never reached",
+                        help="let one `return` stand last",
+                        span=statement.span,
+                    )
                 self.returns = statement
                 self.returned = [self.one(v) for v in statement.values]
             case _:

@@ -18,12 +18,13 @@ from compiler.lower.bind import (
     SlotValue,
     related_settings,
 )
+from compiler.lower.calls import leading_dims
 from compiler.lower.contract import ARGUMENTS, argument_problems, output_problems
 from compiler.lower.frame import Frame
 from compiler.lower.graph_names import graph_names
 from compiler.lower.names import name_problems
 from compiler.lower.scope import Stop, TooLarge
-from compiler.lower.settings import silent_losses, unused_params
+from compiler.lower.settings import silent_losses, unused_blocks, unused_params
 from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.diagnostic import Diagnostics
@@ -82,7 +83,10 @@ class Lowering:
             graph = self._root_graph(bound)
             self.program.graphs[graph.name] = graph
             self.problems.extend(silent_losses(self.description, self.program))
-        if not self.problems:  # else a parameter may be unused because of another mistake
+        # Something may be unused because of another mistake.
+        if not self.problems:
+            self.problems.extend(unused_blocks(self.description))
+        if not self.problems:
             self.problems.extend(unused_params(self.description, self.binder.used))
 
     def count_operator(self, here: Span | None) -> None:
@@ -104,6 +108,8 @@ class Lowering:
     def alias(self, copy: str, original: str, graph: Graph, statement: ast.Alias) -> None:
         """Records that checkpoints hold `original` a second time as `copy`."""
         if not self.is_root(graph) or original not in graph.weights:
+            if self.problems and self.is_root(graph):
+                return  # the weight may only be missing because its equation could not be made
             self.problems.error(
                 "E232",
                 f"{original} is no weight of the outermost block",
@@ -175,14 +181,7 @@ class Lowering:
 
     def graph(self, bound: Bound, operands: Sequence[Value], use: Span) -> Graph | None:
         """The graph of a block with these numbers; made once. None if it has problems."""
-        leading = next(
-            (
-                v.type.dims[:-1]
-                for a, v in zip(bound.block.arguments, operands, strict=False)
-                if any(d.value == ".." for d in a.type.dims)
-            ),
-            (),
-        )
+        leading = leading_dims(bound.block, operands)
         key = (_key(bound), leading)
         if key in self._graphs:
             if key in self._open:
@@ -201,7 +200,7 @@ class Lowering:
                 self.returns_nothing(bound)
             return None
         assert frame.returns is not None
-        self._check_results(bound, frame.returns, frame.returned, leading)
+        self.check_results(bound, frame.returns, frame.returned, leading, {})
         names = [
             r.name.value if isinstance(r, ast.Value) else bound.block.name.value.lower()
             for r in bound.block.results
@@ -260,13 +259,18 @@ class Lowering:
             self.problems.extend(name_problems(graph))
         graph.ops.append(Op("return", list(results), spans=(span,)))
 
-    def _check_results(
+    def check_results(
         self,
         bound: Bound,
         returns: ast.Return,
         values: Sequence[Value],
         leading: tuple[Dim, ...],
+        dims: Mapping[str, Dim],
     ) -> None:
+        """Reports results that are not what a block declares.
+
+        `leading` is what `..` stands for here, `dims` what its run-time dimensions do.
+        """
         block = bound.block
         if len(values) != len(block.results):
             self.problems.error(
@@ -279,7 +283,7 @@ class Lowering:
             return
         for declared, value, node in zip(block.results, values, returns.values, strict=True):
             annotation = declared.type if isinstance(declared, ast.Value) else declared
-            type = self._type(annotation, bound, leading)
+            type = substitute(self._type(annotation, bound, leading), dims)
             if type != value.type and not {d.name for d in type.dims} & self._unknown:
                 self.problems.error(
                     "E411",
@@ -288,18 +292,25 @@ class Lowering:
                     f"is {value.type}",
                 )
 
-    def match_arguments(self, bound: Bound, operands: Sequence[Value]) -> None:
-        """Raises `TypeMismatch` where tensors do not fit what a block declares."""
+    def match_arguments(self, bound: Bound, operands: Sequence[Value]) -> dict[str, Dim]:
+        """What each run-time dimension of a block stands for with these operands.
+
+        Raises `TypeMismatch` where a tensor does not fit what the block declares.
+        """
+        dims: dict[str, Dim] = {}
         for i, (argument, value) in enumerate(zip(bound.block.arguments, operands, strict=True)):
-            leading = value.type.dims[:-1]
-            formal = self._type(argument.type, bound, leading)
+            formal = self._type(argument.type, bound, value.type.dims[:-1])
             name = f"{bound.block.name.value}: {argument.name.value}"
             try:
-                dims = bind_dims([formal], [value.type])
+                here = bind_dims([formal], [value.type])
             except ValueError as error:
                 raise TypeMismatch(f"{name} {error}", i) from None
-            if substitute(formal, dims) != value.type:
+            if substitute(formal, here) != value.type:
                 raise TypeMismatch(f"{name} expects {formal}, got {value.type}", i)
+            for dim, actual in here.items():
+                if dims.setdefault(dim, actual) != actual:
+                    raise TypeMismatch(f"{name} is over {actual}, another over {dims[dim]}", i)
+        return dims
 
     def _type(self, node: ast.TensorType, bound: Bound, leading: tuple[Dim, ...] | None) -> Type:
         dims: list[Dim] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Set
 
 from compiler.graph.core import Program
 from dsl import ast, yaml
-from dsl.diagnostic import Diagnostic
+from dsl.diagnostic import Diagnostic, Label
 from dsl.load import Description
 from dsl.parse import parse_expression
 from dsl.source import Span
@@ -50,6 +50,24 @@ def unused_params(description: Description, used: Set[str]) -> Iterator[Diagnost
                 value.span,
                 "has no effect",
                 help=f"did you mean {near}?" if near else "remove it",
+            )
+
+
+def unused_blocks(description: Description) -> Iterator[Diagnostic]:
+    """Layers or MTP modules that the outermost block has no place for."""
+    architecture = description.spec.architecture
+    root = description.blocks[architecture.block.name]
+    known = {slot.name.value for slot in root.slots}
+    given = {"layers": len(architecture.layers), "mtp": architecture.mtp.depth}
+    for name, count in given.items():
+        if count and name not in known:
+            yield Diagnostic(
+                "E307",
+                f"{root.name.value} has no place for {name}",
+                description.span("architecture", name),
+                "would be left out of the model",
+                (Label(root.name.span, "the outermost block"),),
+                f"declare `slots {name}` there, or remove it here",
             )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from compiler.graph.build import Builder, infer
 from compiler.graph.core import Cache, Graph, Op, Program, lists
-from compiler.graph.types import Dim
+from compiler.graph.types import Dim, Type
+from compiler.ops import TypeMismatch
 from compiler.passes.base import Pass
+from dsl.diagnostic import Diagnostic, DiagnosticError
 
 
 def _drop(program: Program) -> None:
@@ -47,11 +49,28 @@ def _retype(graph: Graph, program: Program) -> None:
             for region in op.regions:
                 again(region.ops)
             if op.results:
-                types = infer(op, graph, program.graphs)
+                types = _types(op, graph, program)
                 for value, type in zip(op.results, types, strict=True):
                     value.type = type
 
     again(graph.ops)
+
+
+def _types(op: Op, graph: Graph, program: Program) -> tuple[Type, ...]:
+    try:
+        return infer(op, graph, program.graphs)
+    except TypeMismatch as error:
+        raise DiagnosticError(
+            [
+                Diagnostic(
+                    "E412",
+                    f"a decoder cannot compute this: {error.message}",
+                    op.spans[0] if op.spans else graph.span,
+                    "remembered and new tokens meet here",
+                    help="use what `cache(..)` gives only as keys and values of an attention",
+                )
+            ]
+        ) from None
 
 
 def _only_last(program: Program) -> None:

@@ -352,9 +352,10 @@ def _train(reader: Reader) -> list[str]:
     alpha = reader.number("aux_loss_alpha", 0)
     if alpha:
         reader.only("seq_aux", [True], "experts are balanced within each sequence")
-        lines.append(f"  loss: {{balance_alpha: {_yaml(alpha)}}}")
+    # Also a weight of 0 is said: left out, it would be a loss that nobody decided on.
+    lines.append(f"  loss: {{balance_alpha: {_yaml(alpha)}}}")
     reader.taken.add("seq_aux")
-    return ["train:", *lines] if lines else []
+    return ["train:", *lines]
 
 
 def _policy(reader: Reader) -> str:

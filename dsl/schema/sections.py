@@ -104,7 +104,11 @@ class LayerGroup(Section):
     __pydantic_extra__: dict[str, Block] = Field(init=False)
 
     repeat: Annotated[int, Number("repeat", 1)] = Field(description="How many layers")
-    block: Block = Field(BlockUse("DecoderLayer"), description="The block of each layer")
+    block: Block = Field(
+        BlockUse("DecoderLayer"),
+        description="The block of each layer",
+        json_schema_extra={"default": "DecoderLayer"},
+    )
 
     @property
     def slots(self) -> Mapping[str, BlockUse]:
@@ -120,7 +124,11 @@ class MTP(Section):
     depth: Annotated[int, Number("MTP depth", 0)] = Field(
         0, description="How many tokens beyond the next are predicted"
     )
-    block: Block = Field(BlockUse("MTP"), description="The block of each depth")
+    block: Block = Field(
+        BlockUse("MTP"),
+        description="The block of each depth",
+        json_schema_extra={"default": "MTP"},
+    )
 
     @property
     def slots(self) -> Mapping[str, BlockUse]:
@@ -130,7 +138,11 @@ class MTP(Section):
 class Architecture(Section):
     """Which blocks the model is made of."""
 
-    block: Block = Field(BlockUse("CausalLM"), description="The block of the whole model")
+    block: Block = Field(
+        BlockUse("CausalLM"),
+        description="The block of the whole model",
+        json_schema_extra={"default": "CausalLM"},
+    )
     layers: tuple[LayerGroup, ...] = Field(min_length=1, description="Layers, from first to last")
     mtp: MTP = Field(default_factory=MTP, description="Multi-token prediction")
 

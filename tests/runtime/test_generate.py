@@ -37,6 +37,9 @@ class Scripted:
         self.asked.append((tokens[0].tolist(), position[0].tolist()))
         return self.script[len(self.asked) - 1].expand(len(tokens), -1)
 
+    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        return self.decode(tokens, position, cache)
+
 
 def generate(model: Any, prompt: Tensor, new: int, **settings: Any) -> list[list[int]]:
     return Model.generate(model, prompt, new, **settings).tolist()

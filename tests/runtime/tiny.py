@@ -266,6 +266,9 @@ class Model(LanguageModel):
         total = main + train.mtp_weight.value_at(tokens_seen) * mtp + train.balance_alpha * balance
         return Loss(total, main, (mtp,), balance, (torch.stack(loads),))
 
+    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        return self.decode(tokens, position, cache)
+
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         h, _, _ = self.hidden(tokens, position, cache)
         return F.linear(h[:, -1], self.lm_head.weight)
