@@ -9,6 +9,7 @@ from typing import Any
 from compiler.graph.core import Op, Region, Value
 from compiler.lower.bind import Const
 from compiler.lower.calls import Calls
+from compiler.lower.contract import OUTPUTS
 from compiler.lower.scope import POISON, Entry, LayerIndex, Stop
 from compiler.ops import TypeMismatch
 from dsl import ast
@@ -118,7 +119,7 @@ class Frame(Calls):
                 "in an inner block",
                 help="write `collect`, or return the value",
             )
-        if self._collects_nothing(statement.value):
+        if OUTPUTS.get(statement.name.value) and self._collects_nothing(statement.value):
             return
         values = self.values(self.value(statement.value, [statement.name.value]), statement.value)
         self.outputs += [(statement.name, value) for value in values]
