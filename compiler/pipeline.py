@@ -80,6 +80,22 @@ def run(name: str, lowered: Program, passes: Sequence[Pass]) -> Iterator[Step]:
         program = after
 
 
+def after(description: Description, program: str, name: str) -> Program:
+    """One program as it is once the pass `name` has run, for the last time if it runs twice.
+
+    `lower` is the graph before all passes. Raises `DiagnosticError`, KeyError for no such pass.
+    """
+    made = lower(description)
+    if name == "lower":
+        return made
+    passes = PIPELINES[program]
+    last = max((i for i, one in enumerate(passes) if one.name == name), default=None)
+    if last is None:
+        raise KeyError(name)
+    *_, step = run(program, made, passes[: last + 1])
+    return step.program
+
+
 def programs(description: Description) -> Mapping[str, Program]:
     """The finished programs, by name."""
     return compile(description).programs

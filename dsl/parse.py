@@ -9,56 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from lark import Lark, Token, Transformer, v_args
-from lark.exceptions import LarkError, UnexpectedCharacters, UnexpectedToken, VisitError
-from lark.indenter import DedentError, Indenter
+from lark.exceptions import LarkError, VisitError
+from lark.indenter import Indenter
 from lark.tree import Meta
 
 from dsl import ast
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
 from dsl.source import Source, Span
-from dsl.suggest import nearest
+from dsl.syntax import syntax_error
 from dsl.units import parse_quantity
-
-KEYWORDS = (
-    "block",
-    "params",
-    "slots",
-    "require",
-    "let",
-    "collect",
-    "alias",
-    "if",
-    "elif",
-    "else",
-    "for",
-    "repeat",
-    "in",
-    "return",
-    "output",
-    "and",
-    "or",
-    "not",
-    "true",
-    "false",
-)
 
 # Deep nesting is refused before a recursive walk over the tree could exhaust Python's stack.
 MAX_NESTING = 60
 MAX_EXPRESSION = 2_000
-
-_READABLE = {
-    "_NEWLINE": "the end of the line",
-    "_INDENT": "an indented line",
-    "_DEDENT": "the end of the indented part",
-    "$END": "the end of the text",
-    "NAME": "a name",
-    "NUMBER": "a number",
-    "TEXT": "quoted text",
-    "BOOLEAN": "`true` or `false`",
-    "DTYPE": "an element type",
-    "DOCSTRING": "a docstring",
-    "COMPARE": "a comparison",
-}
 
 
 class _Indentation(Indenter):
@@ -164,90 +127,7 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
     except RecursionError:
         _fail("E204", "this is nested too deeply", source.span(start, end), "", "split it up")
     except LarkError as error:
-        raise DiagnosticError([_syntax_error(error, source, start, end)]) from None
-
-
-def _syntax_error(error: LarkError, source: Source, start: int, end: int) -> Diagnostic:
-    if isinstance(error, DedentError):
-        return Diagnostic(
-            "E202",
-            "the indentation of a line in this block fits no line above it",
-            source.span(start, start + 5),
-            "in this block",
-            help="indent by two spaces a level, and never by tabs",
-        )
-    if isinstance(error, UnexpectedCharacters):
-        at = start + (error.pos_in_stream or 0)
-        char = source.text[at : at + 1]
-        return Diagnostic(
-            "E203",
-            f"the character {char!r} has no meaning here",
-            source.span(at, at + 1),
-            "not understood",
-            help=_character_help(char),
-        )
-    if isinstance(error, UnexpectedToken):
-        token = error.token
-        if token.type == "$END":
-            at = len(source.text[start:end].rstrip()) + start
-            span = source.span(at, at)
-        else:
-            at = start + (token.start_pos or 0)
-            span = source.span(at, at + max(1, len(str(token).split("\n")[0])))
-        return Diagnostic(
-            "E203",
-            f"expected {_expected(error)}, found {_found(token)}",
-            span,
-            "here",
-            help=_token_help(token, error),
-        )
-    return Diagnostic("E203", "this is not understood", source.span(start, end))
-
-
-def _character_help(char: str) -> str:
-    return {
-        '"': "text stands between two quotes on one line",
-        "'": "text stands between two quotes on one line",
-        "=": "compare with `==`; set an argument with `name = value` inside parentheses",
-        "&": "write `and`",
-        "|": "write `or`",
-        "!": "write `not`, or `!=`",
-        "\t": "indent by spaces",
-        ".": "a number has digits on both sides of its point",
-    }.get(char, "remove it")
-
-
-def _found(token: Token) -> str:
-    if token.type in ("_NEWLINE", "_INDENT", "_DEDENT", "$END"):
-        return _READABLE[token.type]
-    return f"`{token}`"
-
-
-def _expected(error: UnexpectedToken) -> str:
-    terminals = {t.name: t for t in grammar().terminals}
-    words = []
-    for name in sorted(error.expected):
-        if name in _READABLE:
-            words.append(_READABLE[name])
-        elif name in terminals:
-            words.append(f"`{terminals[name].pattern.value}`".replace("\\", ""))
-    words = list(dict.fromkeys(words))
-    # More than a handful of possibilities help nobody.
-    if len(words) > 6:
-        return "an operator or the end of the expression" if "`)`" in words else "an expression"
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _token_help(token: Token, error: UnexpectedToken) -> str:
-    if token.type == "NAME" and {"LET", "RETURN"} & set(error.expected):
-        near = nearest(str(token), KEYWORDS)
-        if near:
-            return f"did you mean `{near}`?"
-    if str(token) in KEYWORDS and "NAME" in error.expected:
-        return f"`{token}` is a word of the language; choose another name"
-    if token.type == "EQUAL":
-        return "an expression compares with `==`"
-    return ""
+        raise DiagnosticError([syntax_error(error, source, start, end)]) from None
 
 
 def _fail(code: str, message: str, span: Span, label: str, help: str) -> Any:

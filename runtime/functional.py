@@ -284,7 +284,18 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
 def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in]."""
-    return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
+    if _grouped_mm_takes(weight):
+        return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(x.split(counts), weight.unbind(), strict=True)
+    return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
+
+
+def _grouped_mm_takes(weight: Tensor) -> bool:
+    """torch 2.13's grouped_mm wants rows of a multiple of 16 bytes, forward and backward."""
+    dtypes = (torch.bfloat16, torch.float32) if weight.device.type == "cpu" else (torch.bfloat16,)
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return weight.dtype in dtypes and aligned
 
 
 def unpermute(y: Tensor, order: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ def _run(program: Program) -> None:
     rewrite(program, "attention", _absorb)
 
 
-ABSORB = Pass("absorb", "fold the up-projections of keys and values into query and output", _run)
+ABSORB = Pass(
+    "absorb",
+    "fold the up-projections of keys and values into query and output",
+    _run,
+    requires="insert_cache",
+    ensures="latent_attention where keys and values came from one latent",
+)
 
 
 def _absorb(at: Place) -> Sequence[Value] | Miss:

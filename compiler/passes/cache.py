@@ -20,7 +20,12 @@ def _drop(program: Program) -> None:
                     ops.remove(op)
 
 
-DROP_CACHE = Pass("drop_cache", "nothing is remembered when whole sequences are computed", _drop)
+DROP_CACHE = Pass(
+    "drop_cache",
+    "nothing is remembered when whole sequences are computed",
+    _drop,
+    ensures="no cache_entry",
+)
 
 
 def _insert(program: Program) -> None:
@@ -37,7 +42,11 @@ def _insert(program: Program) -> None:
 
 
 INSERT_CACHE = Pass(
-    "insert_cache", "keep latents and keys of earlier tokens; score only the last position", _insert
+    "insert_cache",
+    "keep latents and keys of earlier tokens; score only the last position",
+    _insert,
+    requires="simplify: no output but logits, nothing that only other outputs need",
+    ensures="cache_append for every cache_entry; keys and values run over context",
 )
 
 

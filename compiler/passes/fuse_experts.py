@@ -22,7 +22,12 @@ def _run(program: Program) -> None:
     rewrite(program, "experts", _fuse)
 
 
-FUSE_EXPERTS = Pass("fuse_experts", "all experts in one grouped product for each linear", _run)
+FUSE_EXPERTS = Pass(
+    "fuse_experts",
+    "all experts in one grouped product for each linear",
+    _run,
+    ensures="no experts region whose equations have a grouped form",
+)
 
 
 def _fuse(at: Place) -> Sequence[Value] | Miss:

@@ -20,4 +20,9 @@ def select_outputs(*names: str) -> Pass:
         main.result_names = tuple(name for name, _ in chosen)
         main.ops[-1].operands = [value for _, value in chosen]
 
-    return Pass("select_outputs", f"keep the outputs {', '.join(names)}", run)
+    return Pass(
+        "select_outputs",
+        "keep the outputs that a program is for",
+        run,
+        ensures="no other outputs",
+    )

@@ -28,7 +28,12 @@ def _run(program: Program) -> None:
         _drop_weights(graph)
 
 
-SIMPLIFY = Pass("simplify", "drop what nobody reads, and arithmetic that changes nothing", _run)
+SIMPLIFY = Pass(
+    "simplify",
+    "drop what nobody reads, and arithmetic that changes nothing",
+    _run,
+    ensures="every operator, argument, result, weight and graph is used",
+)
 
 
 def _drop_identities(graph: Graph) -> bool:

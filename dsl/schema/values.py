@@ -32,9 +32,9 @@ from dsl.evaluate import (
     expression,
     free_names,
 )
-from dsl.parse import KEYWORDS
 from dsl.source import Span
 from dsl.suggest import did_you_mean
+from dsl.syntax import KEYWORDS
 
 # A path into a spec: keys, and indices of items.
 Loc = tuple[int | str, ...]

@@ -19,6 +19,7 @@ Examples:
   dslc graph deepseek_v3                               all of it, as text
   dslc graph deepseek_v3 --block MLA                   one block
   dslc graph deepseek_v3 --block MLA --program decode  what decoding computes
+  dslc graph deepseek_v3 --program decode --after simplify   before the passes that follow
   dslc graph deepseek_v3 --format svg > v3.svg         a picture
 """
 
@@ -41,20 +42,33 @@ def run(
     program: Annotated[
         str, typer.Option(metavar="NAME", help="Which program: forward, train, prefill, decode.")
     ] = "forward",
+    after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PASS",
+            help="As it is after this pass; `dslc passes` lists them, `lower` is before all.",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.text,
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
     """Print the graph that a spec compiles to."""
-    from compiler.pipeline import programs
+    from compiler import pipeline
     from dslc.report import reporting
     from dslc.specs import read
 
     with reporting(as_json=format is GraphFormat.json):
-        made = programs(read(spec, sets, variant))
-        if program not in made:
-            raise unknown("program", program, made)
-        chosen = only(made[program], block) if block else made[program]
+        if program not in pipeline.PIPELINES:
+            raise unknown("program", program, pipeline.PIPELINES)
+        passes = ["lower", *dict.fromkeys(p.name for p in pipeline.PIPELINES[program])]
+        if after is not None and after not in passes:
+            raise unknown("pass", after, passes)
+        made = pipeline.after(
+            read(spec, sets, variant), program, after or pipeline.PIPELINES[program][-1].name
+        )
+        chosen = only(made, block) if block else made
         print(drawn(chosen, format), end="")
 
 

@@ -24,9 +24,10 @@ from compiler.lower.model import MAX_OPERATORS
 from compiler.pipeline import Compiled, compile
 from dsl.evaluate import FUNCTIONS, MAX_MAGNITUDE, evaluate
 from dsl.load import load
-from dsl.parse import KEYWORDS, MAX_EXPRESSION, MAX_NESTING, grammar, parse_blocks, parse_expression
+from dsl.parse import MAX_EXPRESSION, MAX_NESTING, grammar, parse_blocks, parse_expression
 from dsl.schema import VARIANT_KEYS, BlockUse, Phase, Schedule, Spec, json_schema, text_of
 from dsl.source import Source
+from dsl.syntax import KEYWORDS
 from dsl.units import UNITS, parse_quantity
 from tests.docs.conftest import ROOT, Example, Row, examples, sections, tables
 from tests.dslc.conftest import Run

@@ -345,3 +345,56 @@ def test_embedding_takes_rows() -> None:
 def test_sigmoid_of_large_numbers_is_finite() -> None:
     assert F.sigmoid(torch.tensor([-200.0, 0.0, 200.0])).tolist() == [0.0, 0.5, 1.0]
     assert math.isfinite(F.sequence_balance_loss(torch.zeros(1, 2, 4), k=1).item())
+
+
+@given(st.integers(0, 5), st.integers(1, 3), st.integers(3, 6))
+def test_grouped_experts_are_the_loop_over_experts(tokens: int, k: int, experts: int) -> None:
+    x = random(tokens, 8)
+    index = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)] or [torch.zeros(k)])
+    index = index[:tokens].long()
+    weight, share = random(experts, 4, 8, seed=1), random(tokens, k, seed=2)
+    rows, ends, order = F.permute(x, index, experts)
+    assert rows.shape == (tokens * k, 8) and ends.tolist()[-1] == tokens * k
+    grouped = F.unpermute(F.grouped_linear(rows, ends, weight), order, share)
+    expected = torch.zeros(tokens, 4)
+    for t in range(tokens):
+        for choice in range(k):
+            expected[t] += share[t, choice] * (weight[index[t, choice]] @ x[t])
+    assert torch.allclose(grouped, expected, atol=1e-5)
+
+
+def test_permute_keeps_the_order_of_the_tokens_of_an_expert() -> None:
+    index = torch.tensor([[[2], [0], [2]], [[0], [2], [2]]])
+    rows, ends, order = F.permute(torch.arange(6.0).view(2, 3, 1), index, 3)
+    assert rows.flatten().tolist() == [1, 3, 0, 2, 4, 5]
+    assert ends.tolist() == [2, 2, 6] and order.tolist() == [1, 3, 0, 2, 4, 5]
+
+
+def test_gradients_of_grouped_experts_are_those_of_the_loop() -> None:
+    x, weight = random(7, 8).requires_grad_(), random(4, 6, 8, seed=1).requires_grad_()
+    index = torch.tensor([[0, 3], [3, 0], [0, 2], [2, 3], [3, 2], [0, 2], [2, 0]])  # none chose 1
+    share = random(7, 2, seed=2).requires_grad_()
+    rows, ends, order = F.permute(x, index, 4)
+    y = F.unpermute(F.grouped_linear(rows, ends, weight), order, share)
+    expected = torch.einsum("tk,tkoi,ti->to", share, weight[index], x)
+    ours = torch.autograd.grad(y.square().sum(), [x, weight, share])
+    theirs = torch.autograd.grad(expected.square().sum(), [x, weight, share])
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert not ours[1][1].any()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
+def test_attention_to_latents_is_attention_to_what_is_made_of_them(queries: int, keys: int) -> None:
+    heads, nope, rope, value, latent = 3, 6, 4, 5, 8
+    weight = random(heads * (nope + value), latent, seed=1).double()
+    c_kv, k_rope = random(2, keys, latent, seed=2).double(), random(2, keys, rope, seed=3).double()
+    q_nope = random(2, queries, heads, nope, seed=4).double()
+    q_rope = random(2, queries, heads, rope, seed=5).double()
+    kv = (c_kv @ weight.T).unflatten(-1, (heads, nope + value))
+    k = torch.cat([kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, heads, -1)], -1)
+    expected = F.attention(torch.cat([q_nope, q_rope], -1), k, kv[..., nope:], scale=0.3)
+    q_latent = F.head_linear(q_nope, weight, (0, nope), transposed=True)
+    o_latent = F.latent_attention(q_latent, q_rope, c_kv, k_rope, scale=0.3)
+    o = F.head_linear(o_latent, weight, (nope, nope + value), transposed=False)
+    assert torch.allclose(o, expected, atol=1e-12)
