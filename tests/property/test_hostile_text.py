@@ -132,24 +132,7 @@ def test_texts_of_a_block_file_stay_text(text: str, tmp_path: Path) -> None:
 
 # Words of Python, and what modules have already: weights cannot be called so.
 REFUSED = ["config", "type", "class", "lambda", "None"]
-NAMES = [
-    *[
-        "self",
-        "F",
-        "torch",
-        "nn",
-        "Tensor",
-        "cache",
-        "layer",
-        "expert",
-        "Model",
-        "list",
-        "print",
-        "x",
-        "position",
-        "super",
-    ]
-]
+NAMES = ["self", "F", "torch", "nn", "Tensor", "cache", "layer", "expert", "Model", "list", "super"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, *REFUSED])

@@ -1,0 +1,167 @@
+"""Each pass: the graph before and after it in text, and proof that both compute the same."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backends.build import build
+from compiler.graph.core import Graph, Op, Program, copy_program
+from compiler.graph.text import print_graph
+from compiler.graph.verify import spans_missing, verify
+from compiler.lower import lower
+from compiler.passes.absorb import _absorb
+from compiler.passes.fuse_experts import FUSE_EXPERTS, _fuse
+from compiler.pipeline import PIPELINES, after
+from compiler.rewrite import Miss, rewrite
+from dsl.load import Description, load
+from tests.conftest import Golden
+
+ROOT = Path(__file__).parents[3]
+TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+COUNTER = itertools.count()
+
+# Where a pass shows best: program, the pass before it, the block.
+SHOWN = {
+    "select_outputs": ("decode", "lower", "CausalLM"),
+    "drop_cache": ("forward", "select_outputs", "MLA"),
+    "simplify": ("decode", "select_outputs", "CausalLM"),
+    "insert_cache": ("decode", "lower", "MLA"),
+    "absorb": ("decode", "insert_cache", "MLA"),
+    "fuse_experts": ("forward", "drop_cache", "DeepSeekMoE"),
+}
+
+
+def description(*sets: str) -> Description:
+    return load(TINY, sets=sets)
+
+
+def test_every_pass_is_shown() -> None:
+    assert set(SHOWN) == {one.name for passes in PIPELINES.values() for one in passes}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_before_and_after(name: str, golden: Golden) -> None:
+    program, before, block = SHOWN[name]
+    one_layer = description("architecture.mtp.depth=1")
+    texts = [
+        f"// {moment} {name}\n{print_graph(after(one_layer, program, step).graphs[block])}"
+        for moment, step in (("before", before), ("after", name))
+    ]
+    assert texts[0].split("\n", 1)[1] != texts[1].split("\n", 1)[1]
+    golden(f"passes/{name}.graph", "\n".join(texts))
+
+
+@pytest.mark.parametrize("program", PIPELINES)
+def test_after_every_pass_the_graph_is_sound_and_knows_its_places(program: str) -> None:
+    current = lower(description())
+    for one in PIPELINES[program]:
+        current = copy_program(current)
+        one.run(current)
+        verify(current)
+        assert not list(spans_missing(current)), one.name
+
+
+@pytest.mark.parametrize("program", PIPELINES)
+def test_running_the_passes_again_changes_nothing(program: str) -> None:
+    done = after(description(), program, PIPELINES[program][-1].name)
+    again = copy_program(done)
+    for one in PIPELINES[program]:
+        if one.name != "insert_cache":  # it makes a decoder of what scores whole sequences
+            one.run(again)
+    assert texts_of(again) == texts_of(done)
+
+
+def texts_of(program: Program) -> list[str]:
+    return [print_graph(graph) for graph in program.graphs.values()]
+
+
+def model(folder: Path, *sets: str, skip: tuple[str, ...] = ()) -> Any:
+    """The built model of the tiny spec in float64, so that only real differences count."""
+    name = f"passes_{next(COUNTER)}"
+    build(description(*sets), folder / name, skip=skip)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name).Model(dtype=torch.float64, seed=5)
+    finally:
+        sys.path.remove(str(folder))
+
+
+VARIANTS = [
+    (),
+    (
+        "params.q_lora_rank=0",
+        "params.n_shared_experts=0",
+        "params.n_group=1",
+        "params.topk_group=1",
+    ),
+    ("params.v_head_dim=12", "params.qk_nope_head_dim=20", "params.moe_intermediate_size=10"),
+    ("params.num_attention_heads=3", "params.norm_topk_prob=false", "architecture.mtp.depth=0"),
+]
+
+
+@pytest.mark.parametrize("sets", VARIANTS)
+@pytest.mark.parametrize("skip", ["fuse_experts", "absorb"])
+def test_with_and_without_a_pass_the_model_computes_the_same(
+    skip: str, sets: tuple[str, ...], tmp_path: Path
+) -> None:
+    full, without = model(tmp_path, *sets), model(tmp_path, *sets, skip=(skip,))
+    tokens = torch.randint(512, (2, 19), generator=torch.manual_seed(0))
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.mul_(5)  # away from the start, where all experts are nearly alike
+    without.load_state_dict(full.state_dict())
+    assert torch.allclose(full(tokens).logits, without(tokens).logits, rtol=1e-11, atol=1e-13)
+    grads = []
+    for one in (full, without):
+        loss = one.loss(tokens[:, :-1], tokens[:, 1:]).total
+        loss.backward()
+        grads.append({name: p.grad for name, p in one.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], rtol=1e-9, atol=1e-12), name
+    kept = {one: one.generate(tokens[:, :5], 12, eos_token_id=None) for one in (full, without)}
+    assert torch.equal(kept[full], kept[without])
+
+
+def test_a_rule_says_why_it_leaves_an_operator() -> None:
+    gqa = after(
+        load(
+            TINY,
+            sets=[
+                "blocks=[causal_lm, decoder, gqa, swiglu]",
+                "params={vocab_size: 32, hidden_size: 8, num_attention_heads: 2, "
+                "num_key_value_heads: 1, head_dim: 4, intermediate_size: 8}",
+                "architecture={layers: [{repeat: 1, attention: GQA, feed_forward: SwiGLU}]}",
+                "train={}",
+            ],
+        ),
+        "decode",
+        "insert_cache",
+    )
+    (miss,) = rewrite(gqa, "attention", _absorb)
+    assert isinstance(miss, Miss) and miss.op.kind == "attention"
+    assert miss.reason == "queries and keys are not joined from two parts"
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [op.kind for op in graph.walk()]
+
+
+def test_experts_that_cannot_be_grouped_stay_a_loop() -> None:
+    program = after(description(), "forward", "drop_cache")
+    moe = program.graphs["DeepSeekMoE"]
+    (experts,) = [op for op in moe.walk() if op.kind == "experts"]
+    region = experts.regions[0]
+    norm = Op("sum", [region.ops[0].results[0]], results=[])
+    region.ops.insert(1, norm)
+    (miss,) = rewrite(program, "experts", _fuse)
+    assert miss.reason == "sum inside an expert has no grouped form"
+    region.ops.remove(norm)
+    FUSE_EXPERTS.run(program)
+    assert "experts" not in kinds(moe) and kinds(moe).count("grouped_linear") == 3
