@@ -6,14 +6,11 @@ machines, rates do not.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.peer import pair, seconds
+from peer import pair, seconds
 
 PROMPT, NEW = 64, 64
 
@@ -26,12 +23,9 @@ def main() -> None:
         def theirs(peer: Any) -> None:
             peer.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
 
-        rate = NEW / seconds(
-            lambda model=model: model.generate(prompt, NEW, eos_token_id=None), repeats=3
-        )
+        rate = NEW / seconds(partial(model.generate, prompt, NEW, eos_token_id=None), repeats=3)
         rates = {
-            name: NEW / seconds(lambda peer=peer: theirs(peer), repeats=3)
-            for name, peer in peers.items()
+            name: NEW / seconds(partial(theirs, peer), repeats=3) for name, peer in peers.items()
         }
         best = max(rates, key=lambda name: rates[name])
         words = ", ".join(f"{name} {value:,.0f}" for name, value in rates.items())

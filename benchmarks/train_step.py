@@ -6,15 +6,12 @@ machines, rates do not. The peer's loss has no balance term; ours computes it an
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from peer import pair, seconds
 from torch.nn.functional import cross_entropy
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.peer import pair, seconds
 
 BATCH, SEQ = 8, 256
 
@@ -35,10 +32,7 @@ def main() -> None:
             cross_entropy(logits.float().flatten(0, 1), y.flatten()).backward()
 
         rate = BATCH * SEQ / seconds(ours)
-        rates = {
-            name: BATCH * SEQ / seconds(lambda peer=peer: theirs(peer))
-            for name, peer in peers.items()
-        }
+        rates = {name: BATCH * SEQ / seconds(partial(theirs, peer)) for name, peer in peers.items()}
         best = max(rates, key=lambda name: rates[name])
         words = ", ".join(f"{name} {value:,.0f}" for name, value in rates.items())
         print(f"{dtype}: dslc {rate:,.0f} tokens/s; transformers {words}")
