@@ -15,6 +15,7 @@ from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
+from compiler.rewrite import Miss
 from dsl.load import Description
 
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
@@ -36,11 +37,15 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A program after a pass that changed it; `name` is `lower` or the pass."""
+    """A program after a pass that changed it; `name` is `lower` or the pass.
+
+    `misses` are the places where a rule of the pass did not apply, and why.
+    """
 
     program_name: str
     name: str
     program: Program
+    misses: tuple[Miss, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,23 @@ def compile(description: Description, *, skip: Collection[str] = ()) -> Compiled
     programs: dict[str, Program] = {}
     steps = [Step("all", "lower", lowered)]
     for name, passes in PIPELINES.items():
-        for step in run(name, lowered, [p for p in passes if p.name not in skip]):
+        for step in run(name, lowered, [p for p in passes if p.name not in skip], description):
             steps.append(step)
             programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 
-def run(name: str, lowered: Program, passes: Sequence[Pass]) -> Iterator[Step]:
+def run(
+    name: str, lowered: Program, passes: Sequence[Pass], description: Description
+) -> Iterator[Step]:
     """The program after each pass that changed something, and after the last one in any case."""
     program = lowered
     for i, one in enumerate(passes):
         after = copy_program(program)
-        one.run(after)
+        misses = one.run(after, description)
         verify(after)
         if i == len(passes) - 1 or not equal(program, after):
-            yield Step(name, one.name, after)
+            yield Step(name, one.name, after, tuple(misses))
         program = after
 
 
@@ -92,7 +99,7 @@ def after(description: Description, program: str, name: str) -> Program:
     last = max((i for i, one in enumerate(passes) if one.name == name), default=None)
     if last is None:
         raise KeyError(name)
-    *_, step = run(program, made, passes[: last + 1])
+    *_, step = run(program, made, passes[: last + 1], description)
     return step.program
 
 

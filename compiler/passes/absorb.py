@@ -15,10 +15,11 @@ from compiler.graph.core import Op, Program, Value
 from compiler.ops.base import dims_attr, dims_of
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss, Place, rewrite
+from dsl.load import Description
 
 
-def _run(program: Program) -> None:
-    rewrite(program, "attention", _absorb)
+def _run(program: Program, description: Description) -> Sequence[Miss]:
+    return rewrite(program, "attention", _absorb)
 
 
 ABSORB = Pass(

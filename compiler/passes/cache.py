@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compiler.graph.build import Builder, infer
 from compiler.graph.core import Cache, Graph, Op, Program, lists
 from compiler.graph.types import Dim, Type
 from compiler.ops import TypeMismatch
 from compiler.passes.base import Pass
+from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.load import Description
 
 
-def _drop(program: Program) -> None:
+def _drop(program: Program, description: Description) -> Sequence[Miss]:
     for graph in program.graphs.values():
         for ops in lists(graph):
             for op in list(ops):
@@ -18,6 +22,7 @@ def _drop(program: Program) -> None:
                     for old, new in zip(op.results, op.operands, strict=True):
                         graph.replace_uses(old, new)
                     ops.remove(op)
+    return ()
 
 
 DROP_CACHE = Pass(
@@ -28,7 +33,7 @@ DROP_CACHE = Pass(
 )
 
 
-def _insert(program: Program) -> None:
+def _insert(program: Program, description: Description) -> Sequence[Miss]:
     for graph in program.graphs.values():
         for op in graph.walk():
             if op.kind == "cache_entry":
@@ -39,6 +44,7 @@ def _insert(program: Program) -> None:
                     graph.caches[str(name)] = Cache(value.type)
         _retype(graph, program)
     _only_last(program)
+    return ()
 
 
 INSERT_CACHE = Pass(

@@ -13,13 +13,14 @@ from compiler.graph.types import Dim
 from compiler.ops.base import dims_attr
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss, Place, rewrite
+from dsl.load import Description
 
 # Operators that treat every row alike, so that it does not matter which expert a row is for.
 ROWWISE = ("silu", "sigmoid", "softmax", "add", "sub", "mul", "div", "scale", "cast")
 
 
-def _run(program: Program) -> None:
-    rewrite(program, "experts", _fuse)
+def _run(program: Program, description: Description) -> Sequence[Miss]:
+    return rewrite(program, "experts", _fuse)
 
 
 FUSE_EXPERTS = Pass(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compiler.graph.core import Program
 from compiler.passes.base import Pass
+from compiler.rewrite import Miss
+from dsl.load import Description
 
 
 def select_outputs(*names: str) -> Pass:
     """Outputs in the order of `names`; those that a model does not have are passed over."""
 
-    def run(program: Program) -> None:
+    def run(program: Program, description: Description) -> Sequence[Miss]:
         main = program.main
         chosen = [
             (name, value)
@@ -19,6 +23,7 @@ def select_outputs(*names: str) -> Pass:
         ]
         main.result_names = tuple(name for name, _ in chosen)
         main.ops[-1].operands = [value for _, value in chosen]
+        return ()
 
     return Pass(
         "select_outputs",

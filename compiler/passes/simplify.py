@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from compiler.graph.core import Graph, Op, Program, Value, lists
 from compiler.ops import OPS
 from compiler.passes.base import Pass
+from compiler.rewrite import Miss
+from dsl.load import Description
 
 ENDS = ("yield", "return")
 
 
-def _run(program: Program) -> None:
+def _run(program: Program, description: Description) -> Sequence[Miss]:
     changed = True
     while changed:
         changed = False
@@ -26,6 +28,7 @@ def _run(program: Program) -> None:
             changed |= _drop_args(graph, program)
     for graph in program.graphs.values():
         _drop_weights(graph)
+    return ()
 
 
 SIMPLIFY = Pass(

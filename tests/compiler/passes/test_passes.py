@@ -60,21 +60,23 @@ def test_before_and_after(name: str, golden: Golden) -> None:
 
 @pytest.mark.parametrize("program", PIPELINES)
 def test_after_every_pass_the_graph_is_sound_and_knows_its_places(program: str) -> None:
-    current = lower(description())
+    spec = description()
+    current = lower(spec)
     for one in PIPELINES[program]:
         current = copy_program(current)
-        one.run(current)
+        one.run(current, spec)
         verify(current)
         assert not list(spans_missing(current)), one.name
 
 
 @pytest.mark.parametrize("program", PIPELINES)
 def test_running_the_passes_again_changes_nothing(program: str) -> None:
-    done = after(description(), program, PIPELINES[program][-1].name)
+    spec = description()
+    done = after(spec, program, PIPELINES[program][-1].name)
     again = copy_program(done)
     for one in PIPELINES[program]:
         if one.name != "insert_cache":  # it makes a decoder of what scores whole sequences
-            one.run(again)
+            one.run(again, spec)
     assert texts_of(again) == texts_of(done)
 
 
@@ -163,5 +165,5 @@ def test_experts_that_cannot_be_grouped_stay_a_loop() -> None:
     (miss,) = rewrite(program, "experts", _fuse)
     assert miss.reason == "sum inside an expert has no grouped form"
     region.ops.remove(norm)
-    FUSE_EXPERTS.run(program)
+    FUSE_EXPERTS.run(program, description())
     assert "experts" not in kinds(moe) and kinds(moe).count("grouped_linear") == 3
