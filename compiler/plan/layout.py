@@ -1,0 +1,169 @@
+"""The layout: which ranks there are, and which stages and experts each of them holds.
+
+A mesh has three axes. Ranks count along `expert` first, then `replica`, then `pipeline`, so that
+the ranks of one expert group are neighbours and fill whole nodes, and the neighbours of a rank
+along the pipeline have its place within their nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from compiler.graph.core import Graph
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The place of a rank in the mesh. Together `replica` and `expert` are its data rank."""
+
+    pipeline: int
+    replica: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`pipeline` x `replicas` x `expert` ranks on nodes of `node_size` ranks each.
+
+    Each data rank, of `replicas` x `expert`, works on sequences of its own. The routed experts of
+    a layer lie spread over the `expert` ranks of a group, and once in each of the `replicas`.
+    """
+
+    pipeline: int
+    replicas: int
+    expert: int
+    node_size: int
+
+    @property
+    def data(self) -> int:
+        """Ranks that work on different sequences with the same layers."""
+        return self.replicas * self.expert
+
+    @property
+    def size(self) -> int:
+        return self.pipeline * self.data
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.size // self.node_size)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        rest, expert = divmod(rank, self.expert)
+        pipeline, replica = divmod(rest, self.replicas)
+        return Coordinates(pipeline, replica, expert)
+
+    def rank(self, pipeline: int, replica: int, expert: int) -> int:
+        return (pipeline * self.replicas + replica) * self.expert + expert
+
+    def node(self, rank: int) -> int:
+        return rank // self.node_size
+
+    def data_group(self, rank: int) -> range:
+        """The ranks with the same layers, which share gradients of all but routed experts."""
+        start = rank - rank % self.data
+        return range(start, start + self.data)
+
+    def expert_group(self, rank: int) -> range:
+        """The ranks that exchange tokens with `rank` around the routed experts."""
+        start = rank - rank % self.expert
+        return range(start, start + self.expert)
+
+    def expert_replicas(self, rank: int) -> range:
+        """The ranks of one pipeline rank that hold the same routed experts as `rank`."""
+        group = self.data_group(rank)
+        return range(group.start + rank % self.expert, group.stop, self.expert)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the outermost block that no cut divides: one layer, or operators of its own.
+
+    Its operators are `ops` of the graph, by index; for a layer that is the `repeat`. `layer` is the
+    number of the layer, None for operators outside of layers.
+    """
+
+    ops: range
+    layer: int | None = None
+
+
+def units(main: Graph) -> tuple[Unit, ...]:
+    """The units of an outermost block, in order; together they are all of it but `return`.
+
+    What stands before the first layer (the embedding) is a unit, and so is all that follows the
+    last one: norm, head, losses and the modules of multi-token prediction.
+    """
+    found: list[Unit] = []
+    start = 0
+    for i, op in enumerate(main.ops):
+        if op.kind not in ("repeat", "return"):
+            continue
+        if i > start:
+            found.append(Unit(range(start, i)))
+        if op.kind == "repeat":
+            first, count = op.attrs["start"], op.attrs["count"]
+            assert isinstance(first, int) and isinstance(count, int)
+            found += [Unit(range(i, i + 1), n) for n in range(first, first + count)]
+        start = i + 1
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Units that follow each other and run on one pipeline rank. Stages count from 0."""
+
+    index: int
+    units: tuple[Unit, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(unit.layer for unit in self.units if unit.layer is not None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies, and in how many pieces a step is worked off.
+
+    `schedule` is `1f1b`, `zero_bubble` or `dualpipe`. With `dualpipe` micro-batches enter at both
+    ends of the pipeline, and each pipeline rank holds two stages: p for those that come from rank
+    0, and the mirrored one for those that come from the last rank (report, section 3.2.1).
+    """
+
+    mesh: Mesh
+    schedule: str
+    stages: tuple[Stage, ...]
+    micro_batch: int  # sequences
+    micro_batches: int  # a step, on each data rank; with dualpipe half of them from each end
+    zero: int  # 0: optimizer state on every rank, 1: sharded over the ranks that hold a weight
+
+    @cached_property
+    def both_ways(self) -> bool:
+        return self.schedule == "dualpipe"
+
+    def stages_of(self, pipeline: int) -> tuple[int, ...]:
+        """The stages on one pipeline rank, by direction: from rank 0, then from the last rank."""
+        mirrored = self.mesh.pipeline - 1 - pipeline
+        return (pipeline, mirrored) if self.both_ways else (pipeline,)
+
+    def holders(self, stage: int) -> tuple[int, ...]:
+        """The pipeline ranks that hold a stage, by direction."""
+        return self.stages_of(stage)
+
+    def experts_of(self, expert: int, count: int) -> range:
+        """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""
+        each = count // self.mesh.expert
+        return range(expert * each, (expert + 1) * each)
+
+    def owner(self, routed: int, count: int) -> int:
+        """The `expert` coordinate of the ranks that hold routed expert `routed` of `count`."""
+        return routed // (count // self.mesh.expert)
+
+    def nodes_of_group(self, group: int, groups: int, count: int) -> tuple[int, ...]:
+        """The nodes, of those of an expert group, on which one of the router's groups lies.
+
+        `count` experts are cut into `groups` (report, section 2.1.2, node-limited routing). Nodes
+        count from that of the expert group's first rank.
+        """
+        each = count // groups
+        members = range(group * each, (group + 1) * each)
+        return tuple(sorted({self.mesh.node(self.owner(e, count)) for e in members}))

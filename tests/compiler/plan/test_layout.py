@@ -1,0 +1,62 @@
+"""The mesh: ranks are coordinates, groups cut the ranks, experts are spread evenly."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compiler.pipeline import compile
+from compiler.plan.layout import Layout, Mesh, Stage, units
+from dsl.load import load
+from dslc.specs import shipped
+
+meshes = st.builds(Mesh, *(st.integers(1, 5) for _ in range(3)), st.integers(1, 8))
+
+
+@given(meshes)
+def test_ranks_and_coordinates_are_one_to_one(mesh: Mesh) -> None:
+    for rank in range(mesh.size):
+        at = mesh.coordinates(rank)
+        assert mesh.rank(at.pipeline, at.replica, at.expert) == rank
+        assert at.pipeline < mesh.pipeline and at.replica < mesh.replicas
+    assert mesh.node(mesh.size - 1) == mesh.nodes - 1
+
+
+@given(meshes)
+def test_groups_cut_the_ranks(mesh: Mesh) -> None:
+    for group_of in (mesh.data_group, mesh.expert_group, mesh.expert_replicas):
+        groups = {tuple(group_of(rank)) for rank in range(mesh.size)}
+        assert all(rank in group_of(rank) for rank in range(mesh.size))
+        assert sorted(rank for group in groups for rank in group) == list(range(mesh.size))
+    rank = mesh.size // 2
+    met = set(mesh.expert_group(rank)) & set(mesh.expert_replicas(rank))
+    assert met == {rank}
+
+
+@given(meshes, st.integers(1, 4))
+def test_every_expert_has_one_owner_in_a_group(mesh: Mesh, each: int) -> None:
+    layout = Layout(mesh, "1f1b", (), 1, 1, 1)
+    count = each * mesh.expert
+    held = [e for at in range(mesh.expert) for e in layout.experts_of(at, count)]
+    assert held == list(range(count))
+    assert all(e in layout.experts_of(layout.owner(e, count), count) for e in range(count))
+
+
+def test_v3_as_published_keeps_each_group_of_experts_on_one_node() -> None:
+    mesh = Mesh(pipeline=16, replicas=2, expert=64, node_size=8)
+    assert (mesh.size, mesh.nodes, mesh.data) == (2048, 256, 128)
+    layout = Layout(mesh, "dualpipe", (), 1, 120, 1)
+    assert [layout.nodes_of_group(g, 8, 256) for g in range(8)] == [(n,) for n in range(8)]
+    assert layout.stages_of(0) == (0, 15) and layout.stages_of(15) == (15, 0)
+    assert layout.holders(3) == (3, 12)
+    # Neighbours along the pipeline sit at the same place of their nodes.
+    assert (mesh.rank(1, 0, 0) - mesh.rank(0, 0, 0)) % mesh.node_size == 0
+
+
+def test_units_are_the_whole_outermost_block_in_order() -> None:
+    main = compile(load(shipped()["deepseek_v3"])).programs["train"].main
+    found = units(main)
+    assert [unit.layer for unit in found] == [None, *range(61), None]
+    indices = dict.fromkeys(i for unit in found for i in unit.ops)
+    assert list(indices) == list(range(len(main.ops) - 1))
+    assert Stage(0, found[:5]).layers == (0, 1, 2, 3)
