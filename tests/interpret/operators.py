@@ -1,0 +1,230 @@
+"""What each kind of operator does, mostly by the function that generated code calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiler.graph.core import Attr, Op
+from compiler.graph.rules import number
+from compiler.graph.types import Type
+from compiler.ops.base import dims_of
+from runtime import functional as F
+
+if TYPE_CHECKING:
+    from tests.interpret.frame import Frame
+
+Run = Callable[..., Tensor | Sequence[Tensor]]
+"""(frame, op, *operands) -> the result, or all results."""
+
+
+def _f(name: str, *attrs: str) -> Run:
+    """`F.name(operands, weights, attr=..)`, as generated code has it."""
+
+    def apply(f: Frame, op: Op, *x: Tensor) -> Any:
+        weights = [f.weight(s) for s in op.symbols]
+        return getattr(F, name)(*x, *weights, **{a: op.attrs[a] for a in attrs})
+
+    return apply
+
+
+def _t(function: Callable[..., Tensor]) -> Run:
+    """A function of the operands alone."""
+    return lambda f, op, *x: function(*x)
+
+
+def _dims(op: Op, name: str) -> list[int]:
+    return [d.size or 0 for d in dims_of(op.attrs[name])]
+
+
+def _axis(type: Type, dim: Attr) -> int:
+    return [d.name for d in type.dims].index(str(dim))
+
+
+# ---- products with weights -------------------------------------------------------------------
+
+
+def _linear(f: Frame, op: Op, x: Tensor) -> Tensor:
+    """Several weights are one product whose results stand side by side."""
+    return F.linear(x, torch.cat([f.weight(s) for s in op.symbols]).to(x.dtype))
+
+
+def _grouped_linear(f: Frame, op: Op, x: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_linear(x, ends, torch.cat([f.weight(s) for s in op.symbols], 1))
+
+
+def _head_linear(f: Frame, op: Op, x: Tensor) -> Tensor:
+    start, (count,) = number(op, "start"), _dims(op, "rows")
+    transposed = bool(op.attrs["transposed"])
+    weight = f.weight(op.symbols[0])
+    return F.head_linear(x, weight, (start, start + count), transposed=transposed)
+
+
+# ---- experts ---------------------------------------------------------------------------------
+
+
+def _topk_groups(f: Frame, op: Op, score: Tensor) -> tuple[Tensor, Tensor]:
+    bias = f.weight(op.symbols[0]) if op.symbols else None
+    (k,) = _dims(op, "k")
+    rest: dict[str, Any] = {name: value for name, value in op.attrs.items() if name != "k"}
+    return F.topk_groups(score, bias, k=k, **rest)
+
+
+def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tensor:
+    (region,) = op.regions
+    y = x.new_zeros(*x.shape[:-1], region.yielded[0].type.last.size or 0)
+    for expert, chosen in enumerate(F.dispatch(route, number(op, "count"))):
+        inside = replace(f, expert=expert, values=dict(f.values), sizes=dict(f.sizes))
+        (out,) = inside.region(region.args, region.ops, [F.gather_tokens(x, chosen)])
+        F.add_tokens(y, chosen, out, weight)
+    return y
+
+
+# ---- arithmetic and layout -------------------------------------------------------------------
+
+
+def _cast(f: Frame, op: Op, x: Tensor) -> Tensor:
+    return x.to(f.torch_dtype(str(op.attrs["dtype"])))
+
+
+def _constant(f: Frame, op: Op) -> Tensor:
+    return torch.tensor(op.attrs["value"], dtype=f.torch_dtype("f32"))
+
+
+def _split(f: Frame, op: Op, x: Tensor) -> Sequence[Tensor]:
+    return x.split(_dims(op, "into"), -1)
+
+
+def _broadcast(f: Frame, op: Op, x: Tensor) -> Tensor:
+    return x.unsqueeze(-2).expand(*x.shape[:-1], *_dims(op, "dim"), -1)
+
+
+def _drop(f: Frame, op: Op, x: Tensor) -> Tensor:
+    at, count = _axis(op.operands[0].type, op.attrs["dim"]), number(op, "count")
+    start = count if op.kind == "drop_first" else 0
+    return x.narrow(at, start, x.shape[at] - count)
+
+
+def _last_entry(f: Frame, op: Op, x: Tensor) -> Tensor:
+    return x.select(_axis(op.operands[0].type, "seq"), -1)
+
+
+# ---- effects ---------------------------------------------------------------------------------
+
+
+def _entries(f: Frame, op: Op) -> list[str]:
+    """Full names of what an operator remembers or reads; a backward graph reads its forward's."""
+    names = op.attrs["entries"]
+    assert isinstance(names, tuple)
+    return [f"{f.prefix}{f.graph.name.removesuffix('_backward')}:{name}" for name in names]
+
+
+def _cache_append(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
+    cache = f.state.cache
+    for name, new in zip(_entries(f, op), x, strict=True):
+        cache[name] = torch.cat([cache[name], new], 1) if name in cache else new
+    return [cache[name] for name in _entries(f, op)]
+
+
+def _keep(f: Frame, op: Op, *x: Tensor) -> Sequence[Tensor]:
+    f.state.kept.update(zip(_entries(f, op), x, strict=True))
+    return []
+
+
+def _kept(f: Frame, op: Op) -> list[Tensor]:
+    return [f.state.kept[name] for name in _entries(f, op)]
+
+
+def _accumulate_grad(f: Frame, op: Op, grad: Tensor) -> Sequence[Tensor]:
+    """Gradients of several weights stand side by side, as their products do."""
+    sizes = [f.graph.weights[s].type.dims[0].size or 0 for s in op.symbols]
+    stacked = "*" in op.symbols[0]
+    for symbol, part in zip(op.symbols, grad.split(sizes, int(stacked)), strict=True):
+        for name, own in zip(f.names(symbol), part if stacked else [part], strict=True):
+            grads = f.state.grads
+            grads[name] = grads[name] + own if name in grads else own
+    return []
+
+
+# ---- control ---------------------------------------------------------------------------------
+
+
+def _call(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
+    callee = f.program.graphs[str(op.attrs["callee"])]
+    assert f.expert is None
+    inside = replace(f, graph=callee, prefix=f.scope(op), layers=(), values={}, sizes={})
+    return inside.run(x)
+
+
+def _repeat(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
+    (region,) = op.regions
+    start, count, carried = number(op, "start"), number(op, "count"), list(x)
+    stacks: list[list[Tensor]] = [[] for _ in op.results[len(x) :]]
+    layers = range(start, start + count)
+    for layer in reversed(layers) if op.attrs.get("reverse") else layers:
+        inside = replace(f, layers=(*f.layers, layer))  # it shares the values around it
+        yielded = inside.region(region.args, region.ops, carried)
+        carried = yielded[: len(x)]
+        for stack, value in zip(stacks, yielded[len(x) :], strict=True):
+            stack.append(value)
+    return [*carried, *map(torch.stack, stacks)]
+
+
+def _end(f: Frame, op: Op, *x: Tensor) -> Sequence[Tensor]:
+    raise AssertionError(f"{op.kind} does not stand last")
+
+
+RUN: dict[str, Run] = {
+    "embedding": _f("embedding"),
+    "linear": _linear,
+    "head_linear": _head_linear,
+    "rms_norm": _f("rms_norm", "eps"),
+    "silu": _f("silu"),
+    "sigmoid": _f("sigmoid"),
+    "softmax": _f("softmax"),
+    "rope_table": _f(
+        "rope_table", "dim", "theta", "factor", "original_max_position_embeddings", "beta_fast",
+        "beta_slow", "attention_factor",
+    ),
+    "rotate": _f("rotate"),
+    "attention": _f("attention", "scale"),
+    "latent_attention": _f("latent_attention", "scale"),
+    "cache_entry": lambda f, op, *x: x,
+    "cache_append": _cache_append,
+    "keep": _keep,
+    "kept": _kept,
+    "accumulate_grad": _accumulate_grad,
+    "topk_groups": _topk_groups,
+    "experts": _experts,
+    "permute": lambda f, op, x, route: F.permute(x, route, *_dims(op, "count")),
+    "grouped_linear": _grouped_linear,
+    "unpermute": _f("unpermute"),
+    "sequence_balance_loss": _f("sequence_balance_loss", "k"),
+    "expert_load": lambda f, op, route: F.expert_load(route, *_dims(op, "count")),
+    "cross_entropy": _f("cross_entropy"),
+    "count_labels": _f("count_labels"),
+    "add": _t(torch.add),
+    "sub": _t(torch.sub),
+    "mul": _t(torch.mul),
+    "div": _t(torch.div),
+    "scale": lambda f, op, x: x * op.attrs["by"],
+    "cast": _cast,
+    "constant": _constant,
+    "sum": _t(torch.sum),
+    "split": _split,
+    "concat": lambda f, op, *x: torch.cat(x, -1),
+    "flatten": lambda f, op, x: x.flatten(-len(_dims(op, "dims"))),
+    "unflatten": lambda f, op, x: x.unflatten(-1, _dims(op, "dims")),
+    "broadcast": _broadcast,
+    "drop_first": _drop,
+    "drop_last": _drop,
+    "last_entry": _last_entry,
+    "call": _call,
+    "repeat": _repeat,
+    "yield": _end,
+    "return": _end,
+}  # fmt: skip
