@@ -39,14 +39,20 @@ class BuildResult:
     changed: bool
 
 
-def build(description: Description, out: Path, *, skip: Collection[str] = ()) -> BuildResult:
+def build(
+    description: Description,
+    out: Path,
+    *,
+    skip: Collection[str] = (),
+    until: str | None = None,
+) -> BuildResult:
     """Writes the package of a model to `out`, which is replaced whole or left alone.
 
-    `skip` names passes to leave out, for debugging.
+    `skip` and `until` leave passes out, for debugging (`compiler.pipeline.chosen`).
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
     started = time.perf_counter()
-    compiled = compile(description, skip=skip)
+    compiled = compile(description, skip=skip, until=until)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     files = package(description, compiled, numbers)
     changed = install(files, out)
@@ -74,7 +80,7 @@ def package(description: Description, compiled: Compiled, numbers: Summary) -> d
     }
     for path in sorted(Path(runtime.__file__).parent.glob("*.py")):
         texts[f"runtime/{path.name}"] = path.read_text(encoding="utf-8")
-    for i, step in enumerate(compiled.steps):
+    for i, step in enumerate(step for step in compiled.steps if step.changed):
         name = f"graph/{i:02d}-{step.program_name}-{step.name}.graph"
         texts[name] = print_program(step.program)
     for name, program in compiled.programs.items():
@@ -98,7 +104,7 @@ def manifest(description: Description, compiled: Compiled, files: Mapping[str, b
             {"name": _file_name(s.name), "sha256": _sha256(s.text.encode())}
             for s in description.sources
         ],
-        "passes": [f"{s.program_name}: {s.name}" for s in compiled.steps],
+        "passes": [f"{s.program_name}: {s.name}" for s in compiled.steps if s.changed],
         "outputs": {name: _sha256(data) for name, data in sorted(files.items())},
     }
     return (json.dumps(content, indent=2) + "\n").encode()

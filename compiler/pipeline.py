@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from compiler.graph.core import Program, copy_program
 from compiler.graph.equal import equal
@@ -37,15 +39,27 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A program after a pass that changed it; `name` is `lower` or the pass.
+    """A program after one pass; `name` is that of the pass, or `lower`.
 
-    `misses` are the places where a rule of the pass did not apply, and why.
+    `delta` says how many operators of each kind there are more than before, each block counted
+    once; `misses` are the places where a rule did not apply, and why. `seconds` is how long the
+    pass took, for terminals only: a build holds no times.
     """
 
     program_name: str
     name: str
     program: Program
+    changed: bool = True
+    delta: Mapping[str, int] = field(default_factory=dict)
     misses: tuple[Miss, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def told(self) -> str:
+        """What the pass did, in words: `experts -1, grouped_linear +3`."""
+        if not self.changed:
+            return "no change"
+        return ", ".join(f"{kind} {n:+}" for kind, n in self.delta.items()) or "same operators"
 
 
 @dataclass(frozen=True)
@@ -56,38 +70,72 @@ class Compiled:
     programs: Mapping[str, Program]
     steps: tuple[Step, ...]
 
+    def steps_of(self, program: str) -> list[Step]:
+        """How a program came to be: `lower`, then each of its passes."""
+        return [s for s in self.steps if s.name == "lower" or s.program_name == program]
 
-def compile(description: Description, *, skip: Collection[str] = ()) -> Compiled:
+
+def compile(
+    description: Description, *, skip: Collection[str] = (), until: str | None = None
+) -> Compiled:
     """Lowers a description and runs every pipeline; the verifier runs after each pass.
 
-    `skip` names passes to leave out, for debugging. Raises `DiagnosticError`.
+    `skip` and `until` leave passes out, as `chosen` says. Raises `DiagnosticError`.
     """
+    start = time.perf_counter()
     lowered = lower(description)
     verify(lowered)
+    steps = [Step("all", "lower", lowered, seconds=time.perf_counter() - start)]
     programs: dict[str, Program] = {}
-    steps = [Step("all", "lower", lowered)]
-    for name, passes in PIPELINES.items():
-        for step in run(name, lowered, [p for p in passes if p.name not in skip], description):
+    for name in PIPELINES:
+        for step in run(name, lowered, chosen(name, skip, until), description):
             steps.append(step)
             programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 
+def chosen(program: str, skip: Collection[str] = (), until: str | None = None) -> list[Pass]:
+    """The passes of a program without those in `skip` and those behind the last `until`.
+
+    Essential passes run in any case. `until` counts for programs that have it.
+    """
+    passes = PIPELINES[program]
+    last = max((i for i, one in enumerate(passes) if one.name == until), default=len(passes))
+    return [
+        one for i, one in enumerate(passes) if one.essential or (one.name not in skip and i <= last)
+    ]
+
+
 def run(
     name: str, lowered: Program, passes: Sequence[Pass], description: Description
 ) -> Iterator[Step]:
-    """The program after each pass that changed something, and after the last one in any case."""
+    """The program after each pass."""
     program = lowered
-    for i, one in enumerate(passes):
+    for one in passes:
+        start = time.perf_counter()
         after = copy_program(program)
         misses = one.run(after, description)
         verify(after)
-        if i == len(passes) - 1 or not equal(program, after):
-            yield Step(name, one.name, after, tuple(misses))
+        seconds = time.perf_counter() - start
+        delta = _delta(program, after)
+        yield Step(name, one.name, after, not equal(program, after), delta, tuple(misses), seconds)
         program = after
 
 
-def after(description: Description, program: str, name: str) -> Program:
+def _delta(before: Program, after: Program) -> dict[str, int]:
+    counts = Counter(op.kind for graph in after.graphs.values() for op in graph.walk())
+    counts.subtract(op.kind for graph in before.graphs.values() for op in graph.walk())
+    return {kind: n for kind, n in sorted(counts.items()) if n}
+
+
+def after(
+    description: Description,
+    program: str,
+    name: str,
+    *,
+    skip: Collection[str] = (),
+    until: str | None = None,
+) -> Program:
     """One program as it is once the pass `name` has run, for the last time if it runs twice.
 
     `lower` is the graph before all passes. Raises `DiagnosticError`, KeyError for no such pass.
@@ -95,7 +143,7 @@ def after(description: Description, program: str, name: str) -> Program:
     made = lower(description)
     if name == "lower":
         return made
-    passes = PIPELINES[program]
+    passes = chosen(program, skip, until)
     last = max((i for i, one in enumerate(passes) if one.name == name), default=None)
     if last is None:
         raise KeyError(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Graph, Op, Program, Value, lists, walk
@@ -11,10 +11,14 @@ from compiler.graph.core import Attr, Graph, Op, Program, Value, lists, walk
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Why a rule leaves an operator as it is; `dslc explain` prints it."""
+    """Why a rule leaves an operator as it is; `dslc explain` prints it.
+
+    `op` is what the rule stumbled over, in the graph `block`, which `rewrite` fills in.
+    """
 
     reason: str
     op: Op
+    block: str = ""
 
 
 @dataclass
@@ -67,7 +71,7 @@ def rewrite(program: Program, kind: str, rule: Rule) -> list[Miss]:
             for op in [o for o in ops if o.kind == kind]:
                 miss = _try(graph, program, ops, op, rule)
                 if miss is not None:
-                    misses.append(miss)
+                    misses.append(replace(miss, block=graph.name))
     return misses
 
 

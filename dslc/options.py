@@ -38,6 +38,24 @@ VariantOption = Annotated[
         "--variant", metavar="NAME", help="Use a variant that the spec names.", show_default=False
     ),
 ]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip",
+        metavar="PASS",
+        help="Leave a pass out, for debugging. Repeatable.",
+        show_default=False,
+    ),
+]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(
+        "--only-until",
+        metavar="PASS",
+        help="Leave out what follows this pass, but for essential passes.",
+        show_default=False,
+    ),
+]
 FormatOption = Annotated[
     Format, typer.Option("--format", help="Print for people, or as JSON on standard output.")
 ]

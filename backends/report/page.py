@@ -175,7 +175,7 @@ def _values(description: Description) -> Iterator[tuple[str, str, str]]:
 
 def _passes(compiled: Compiled) -> Iterator[tuple[str, str, str, bool]]:
     """Program, pass, what the pass is for, and whether it changed anything."""
-    changed = {(step.program_name, step.name) for step in compiled.steps}
+    changed = {(step.program_name, step.name) for step in compiled.steps if step.changed}
     for program, passes in PIPELINES.items():
         for one in passes:
             yield program, one.name, one.purpose, (program, one.name) in changed

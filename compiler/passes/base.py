@@ -16,7 +16,8 @@ class Pass:
 
     `run` may ask the description what the model's author chose, and gives the places where a rule
     did not apply, with the reason. `purpose` is one line for people; `requires` says what must hold
-    before, `ensures` what holds after it, beyond what the verifier checks after every pass.
+    before, `ensures` what holds after it, beyond what the verifier checks after every pass. An
+    `essential` pass makes the program what it is; any other one may be left out (`--skip`).
     """
 
     name: str
@@ -24,3 +25,4 @@ class Pass:
     run: Callable[[Program, Description], Sequence[Miss]]
     requires: str = "nothing"
     ensures: str = ""
+    essential: bool = False

@@ -30,6 +30,7 @@ DROP_CACHE = Pass(
     "nothing is remembered when whole sequences are computed",
     _drop,
     ensures="no cache_entry",
+    essential=True,
 )
 
 
@@ -53,6 +54,7 @@ INSERT_CACHE = Pass(
     _insert,
     requires="simplify: no output but logits, nothing that only other outputs need",
     ensures="cache_append for every cache_entry; keys and values run over context",
+    essential=True,
 )
 
 

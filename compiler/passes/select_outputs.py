@@ -30,4 +30,5 @@ def select_outputs(*names: str) -> Pass:
         "keep the outputs that a program is for",
         run,
         ensures="no other outputs",
+        essential=True,
     )

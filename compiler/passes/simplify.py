@@ -36,6 +36,7 @@ SIMPLIFY = Pass(
     "drop what nobody reads, and arithmetic that changes nothing",
     _run,
     ensures="every operator, argument, result, weight and graph is used",
+    essential=True,
 )
 
 

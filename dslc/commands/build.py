@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantOption
+from dslc.options import (
+    Format,
+    FormatOption,
+    SetOption,
+    SkipOption,
+    SpecArgument,
+    UntilOption,
+    VariantOption,
+)
 
 if TYPE_CHECKING:
     from backends.build import BuildResult
@@ -18,6 +26,7 @@ Examples:
   dslc build specs/deepseek_v3.yaml                    writes build/deepseek_v3
   dslc build my_model.yaml --variant small -o build/small
   dslc build deepseek_v3 --set params.n_routed_experts=128 --set model=v3_128
+  dslc build deepseek_v3 --skip fuse_experts -o build/loop    to see what a pass does
 
 \b
 Use the result where build/ is on sys.path; it needs torch and safetensors, but not dslc:
@@ -36,6 +45,8 @@ def run(
     ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
+    skip: SkipOption = None,
+    until: UntilOption = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Write a model as a package of readable torch code.
@@ -44,13 +55,15 @@ def run(
     did not write is never replaced.
     """
     from backends.build import build
+    from dslc.passes import check
     from dslc.report import print_json, reporting
     from dslc.specs import read
 
     with reporting(as_json=format is Format.json):
+        check(skip, until)
         description = read(spec, sets, variant)
         out = output or Path("build") / description.spec.model
-        result = build(description, out)
+        result = build(description, out, skip=skip or (), until=until)
         if format is Format.json:
             files = dict(result.files)
             print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dslc.options import SetOption, SpecArgument, VariantOption
+from dslc.options import SetOption, SkipOption, SpecArgument, UntilOption, VariantOption
 
 if TYPE_CHECKING:
     from compiler.graph.core import Program
@@ -20,6 +19,7 @@ Examples:
   dslc graph deepseek_v3 --block MLA                   one block
   dslc graph deepseek_v3 --block MLA --program decode  what decoding computes
   dslc graph deepseek_v3 --program decode --after simplify   before the passes that follow
+  dslc graph deepseek_v3 --program decode --skip absorb      without one of them
   dslc graph deepseek_v3 --format svg > v3.svg         a picture
 """
 
@@ -50,23 +50,29 @@ def run(
             show_default=False,
         ),
     ] = None,
+    skip: SkipOption = None,
+    until: UntilOption = None,
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.text,
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
     """Print the graph that a spec compiles to."""
     from compiler import pipeline
+    from dsl.diagnostic import DiagnosticError
+    from dslc.passes import check, unknown
     from dslc.report import reporting
     from dslc.specs import read
 
     with reporting(as_json=format is GraphFormat.json):
         if program not in pipeline.PIPELINES:
-            raise unknown("program", program, pipeline.PIPELINES)
-        passes = ["lower", *dict.fromkeys(p.name for p in pipeline.PIPELINES[program])]
-        if after is not None and after not in passes:
-            raise unknown("pass", after, passes)
+            raise DiagnosticError([unknown("program", program, pipeline.PIPELINES)])
+        check(skip, until)
+        passes = [one.name for one in pipeline.chosen(program, skip or (), until)]
+        if after is not None and after not in ["lower", *passes]:
+            raise DiagnosticError([unknown("pass", after, dict.fromkeys(["lower", *passes]))])
+        description = read(spec, sets, variant)
         made = pipeline.after(
-            read(spec, sets, variant), program, after or pipeline.PIPELINES[program][-1].name
+            description, program, after or passes[-1], skip=skip or (), until=until
         )
         chosen = only(made, block) if block else made
         print(drawn(chosen, format), end="")
@@ -75,18 +81,12 @@ def run(
 def only(program: Program, block: str) -> Program:
     """The program that holds one block and no others. Raises `DiagnosticError` if none has it."""
     from compiler.graph.core import Program
+    from dsl.diagnostic import DiagnosticError
+    from dslc.passes import unknown
 
     if block not in program.graphs:
-        raise unknown("block", block, program.graphs)
+        raise DiagnosticError([unknown("block", block, program.graphs)])
     return Program(program.name, block, {block: program.graphs[block]})
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> Exception:
-    from dsl.diagnostic import Diagnostic, DiagnosticError
-    from dsl.suggest import did_you_mean
-
-    help = did_you_mean(name, known) or f"there are {', '.join(known)}"
-    return DiagnosticError([Diagnostic("E691", f"the model has no {what} {name!r}", help=help)])
 
 
 def drawn(program: Program, format: GraphFormat) -> str:

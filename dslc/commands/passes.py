@@ -2,22 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dslc.options import SetOption, SkipOption, UntilOption, VariantOption
+
+if TYPE_CHECKING:
+    from compiler.pipeline import Compiled, Step
+    from compiler.rewrite import Miss
+
 EXAMPLES = """
 \b
 Examples:
   dslc passes                                                what runs for which program
+  dslc passes deepseek_v3                                    what each one does to a model
   dslc graph deepseek_v3 --program decode --after absorb     the graph after a pass
 """
 
 
-def run() -> None:
-    """List the passes of each program, what they need and what they ensure."""
-    from compiler.pipeline import PIPELINES
+def run(
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]",
+            help="Run them on this spec, and say what each one changed.",
+            show_default=False,
+        ),
+    ] = None,
+    sets: SetOption = None,
+    variant: VariantOption = None,
+    skip: SkipOption = None,
+    until: UntilOption = None,
+) -> None:
+    """List the passes of each program, what they need and ensure, or what they do to a model."""
+    from dslc.passes import check
+    from dslc.report import reporting
+    from dslc.specs import read
 
-    for program, passes in PIPELINES.items():
-        print(f"{program}: lower, {', '.join(one.name for one in passes)}")
-    known = {one.name: one for passes in PIPELINES.values() for one in passes}
-    for one in known.values():
-        print(f"\n{one.name}: {one.purpose}")
-        print(f"  requires: {one.requires}")
-        print(f"  ensures:  {one.ensures}")
+    if spec is None:
+        print("\n\n".join("\n".join(part) for part in listed()))
+        return
+    from compiler.pipeline import compile
+
+    with reporting():
+        check(skip, until)
+        compiled = compile(read(spec, sets, variant), skip=skip or (), until=until)
+        print("\n".join(told(compiled)))
+
+
+def listed() -> Iterator[list[str]]:
+    """The passes of each program, then each pass with its purpose and promises."""
+    from compiler.pipeline import PIPELINES
+    from dslc.passes import passes
+
+    yield [f"{p}: lower, {', '.join(one.name for one in all)}" for p, all in PIPELINES.items()]
+    for name in passes():
+        yield about(name)
+
+
+def about(name: str) -> list[str]:
+    """All about one pass."""
+    from dslc.passes import passes, programs_of
+
+    one = passes()[name]
+    return [
+        f"{one.name}: {one.purpose}",
+        f"  requires: {one.requires}",
+        f"  ensures:  {one.ensures}",
+        f"  runs for: {', '.join(programs_of(name))}{'' if one.essential else ' (--skip)'}",
+    ]
+
+
+def told(compiled: Compiled) -> Iterator[str]:
+    """What each pass changed in each program, and how long it took on this machine."""
+    from dslc.commands.show import table
+
+    rows: list[tuple[str, ...]] = [("program", "pass", "operators", "ms", "what it did")]
+    rows.append(_row("all", compiled.steps[0]))
+    remarks = []
+    for program in compiled.programs:
+        for step in compiled.steps_of(program)[1:]:
+            rows.append(_row(program, step))
+            remarks += [f"{program}, {step.name}: {line}" for line in map(remark, step.misses)]
+    yield from table(rows, "<<>><")
+    if remarks:
+        yield ""
+        yield from remarks
+
+
+def _row(program: str, step: Step) -> tuple[str, ...]:
+    count = sum(1 for graph in step.program.graphs.values() for _ in graph.walk())
+    what = "" if step.name == "lower" else step.told
+    return (program, step.name, str(count), f"{1000 * step.seconds:.1f}", what)
+
+
+def remark(miss: Miss) -> str:
+    """Why a rule left an operator as it is, in one line."""
+    from compiler.graph.text import print_op
+
+    return f"{miss.block}: {print_op(miss.op)} stays as it is: {miss.reason}"

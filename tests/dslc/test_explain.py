@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 from dslc.commands.explain import catalog
+from dslc.commands.passes import about
+from tests.compiler.passes.test_passes import GQA
+from tests.conftest import Golden
 from tests.dslc.conftest import ROOT, Run
 
 
@@ -35,4 +38,19 @@ def test_all_codes_are_listed_in_order(dslc: Run) -> None:
 
 def test_an_unknown_code_is_the_users_mistake(dslc: Run) -> None:
     outcome = dslc("explain", "E999")
-    assert outcome.status == 1 and "there is no error 'E999'" in outcome.err
+    assert outcome.status == 1 and "there is no error or pass 'E999'" in outcome.err
+
+
+def test_a_pass_is_explained_with_what_it_did_and_why_it_did_nothing(
+    dslc: Run, golden: Golden
+) -> None:
+    assert dslc("explain", "absorb").out == "\n".join(about("absorb")) + "\n"
+    tiny = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+    sets = [part for one in GQA for part in ("--set", one)]
+    texts = [
+        dslc("explain", "absorb", tiny, "--at", "MLA").out,
+        dslc("explain", "absorb", tiny, "--at", "GQA", *sets).out,
+    ]
+    golden("cli/explain_absorb.txt", "\n".join(texts))
+    outcome = dslc("explain", "absorb", tiny, "--at", "MLAA")
+    assert outcome.status == 1 and "did you mean `MLA`?" in outcome.err

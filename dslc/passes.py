@@ -1,0 +1,54 @@
+"""The passes that a command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from dsl.diagnostic import Diagnostic, DiagnosticError
+
+if TYPE_CHECKING:
+    from compiler.passes.base import Pass
+
+
+def check(skip: Sequence[str] | None, until: str | None) -> None:
+    """Raises `DiagnosticError` for a pass that does not exist, or that cannot be left out."""
+    known = passes()
+    problems = [
+        unknown("pass", name, known)
+        for name in (*(skip or ()), *([until] if until else ()))
+        if name not in known
+    ]
+    problems += [
+        Diagnostic(
+            "E693",
+            f"`{name}` cannot be left out: it makes a program what it is",
+            help=f"these can be: {', '.join(n for n, one in known.items() if not one.essential)}",
+        )
+        for name in skip or ()
+        if name in known and known[name].essential
+    ]
+    if problems:
+        raise DiagnosticError(problems)
+
+
+def passes() -> dict[str, Pass]:
+    """Every pass by name, in the order in which they first run."""
+    from compiler.pipeline import PIPELINES
+
+    return {one.name: one for passes in PIPELINES.values() for one in passes}
+
+
+def programs_of(name: str) -> list[str]:
+    """The programs that run a pass."""
+    from compiler.pipeline import PIPELINES
+
+    return [p for p, passes in PIPELINES.items() if name in {one.name for one in passes}]
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> Diagnostic:
+    """That a model has no such program, block or pass, and the nearest that it has."""
+    from dsl.suggest import did_you_mean
+
+    help = did_you_mean(name, known) or f"there are {', '.join(known)}"
+    return Diagnostic("E691", f"the model has no {what} {name!r}", help=help)

@@ -1,0 +1,88 @@
+"""The runner: what it tells of each pass, and which passes it leaves out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.build import package
+from compiler.analysis import summary
+from compiler.graph.core import Program
+from compiler.graph.equal import equal
+from compiler.pipeline import PIPELINES, Compiled, chosen, compile
+from dsl.load import Description, load
+from tests.compiler.passes.test_passes import GQA
+
+TINY = load(Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml")
+PASSES = {one.name: one for passes in PIPELINES.values() for one in passes}
+OPTIONAL = [name for name, one in PASSES.items() if not one.essential]
+
+
+def kinds(program: Program) -> Counter[str]:
+    return Counter(op.kind for graph in program.graphs.values() for op in graph.walk())
+
+
+@pytest.mark.parametrize("program", PIPELINES)
+def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
+    before, *steps = compile(TINY).steps_of(program)
+    assert [before.name, *(s.name for s in steps)] == [
+        "lower",
+        *(p.name for p in PIPELINES[program]),
+    ]
+    for step in steps:
+        expected = kinds(before.program)
+        expected.update(step.delta)
+        assert +expected == kinds(step.program)
+        assert 0 not in step.delta.values()
+        assert step.changed != equal(before.program, step.program)
+        assert step.changed or not step.delta
+        assert step.seconds > 0
+        before = step
+
+
+def test_a_step_says_it_in_words() -> None:
+    steps = {s.name: s for s in compile(TINY).steps_of("decode")}
+    assert steps["absorb"].told == "attention -1, head_linear +2, latent_attention +1"
+    assert steps["select_outputs"].told == "same operators"
+    nothing = {s.name: s for s in compile(gqa()).steps_of("decode")}
+    assert nothing["absorb"].told == "no change"
+
+
+def gqa() -> Description:
+    return load(Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml", sets=GQA)
+
+
+def test_why_a_rule_did_not_apply_is_kept_also_where_nothing_changed() -> None:
+    steps = {s.name: s for s in compile(gqa()).steps_of("decode")}
+    (miss,) = steps["absorb"].misses
+    assert (miss.block, miss.op.kind) == ("GQA", "attention")
+    assert miss.reason == "queries and keys are not joined from two parts"
+
+
+def test_until_and_skip_leave_out_what_is_not_essential() -> None:
+    names = [p.name for p in chosen("decode", until="insert_cache")]
+    assert names == [p.name for p in PIPELINES["decode"] if p.name not in OPTIONAL]
+    names = [p.name for p in chosen("decode", skip=["absorb"])]
+    assert names == [p.name for p in PIPELINES["decode"] if p.name != "absorb"]
+    # A pass that a program does not have changes nothing for it.
+    assert chosen("train", until="absorb") == list(PIPELINES["train"])
+
+
+@settings(max_examples=12)
+@given(st.sets(st.sampled_from(OPTIONAL)), st.none() | st.sampled_from(list(PASSES)))
+def test_a_package_can_be_written_without_any_optional_passes(
+    skip: set[str], until: str | None
+) -> None:
+    compiled: Compiled = compile(TINY, skip=skip, until=until)
+    files = package(TINY, compiled, summary(compiled.lowered, compiled.programs["decode"]))
+    builtin_compile(files["model.py"].decode())
+
+
+def builtin_compile(source: str) -> None:
+    import builtins
+
+    builtins.compile(source, "model.py", "exec")
