@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from compiler.graph.core import Attr, Graph, Op, Region, Value
+from compiler.graph.placement import placed
 from compiler.graph.types import Type
 from compiler.ops import OPS
 from compiler.ops.base import Signature, Site, TypeMismatch
@@ -36,7 +37,8 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
 
 def infer(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> tuple[Type, ...]:
     """Types of an operator's results. Raises `TypeMismatch`."""
-    return OPS[op.kind].infer(site_of(op, graph, graphs))
+    site, operator = site_of(op, graph, graphs), OPS[op.kind]
+    return placed(operator, site, operator.infer(site))
 
 
 class Builder:

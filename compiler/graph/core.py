@@ -62,6 +62,7 @@ class Weight:
     """A tensor of the model, named as in the published checkpoint, relative to its block.
 
     A `*` in the name stands for the expert; `stack` is then their number and `type` that of one.
+    With `axis` each rank of that axis of the mesh holds `stack` experts of its own, in order.
     """
 
     type: Type
@@ -69,6 +70,7 @@ class Weight:
     std: float = 0.0
     trainable: bool = True
     stack: int = 1
+    axis: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +160,12 @@ def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
     """
     bound: dict[str, Dim] = {}
     for f, a in zip(formal, actual, strict=True):
-        if len(f.dims) != len(a.dims) or f.dtype != a.dtype:
+        if (len(f.dims), f.dtype, f.partial) != (len(a.dims), a.dtype, a.partial):
             raise ValueError(f"expects {f}, got {a}")
         for fd, ad in zip(f.dims, a.dims, strict=True):
             if fd.size is None and ad.size is None:
+                if fd.axes != ad.axes:
+                    raise ValueError(f"expects {fd}, got {ad}")
                 if bound.setdefault(fd.name, ad) == ad and fd.offset == 0:
                     continue
                 raise ValueError(f"{fd} is {bound[fd.name]} in one argument and {ad} in another")
@@ -177,9 +181,9 @@ def substitute(type: Type, bound: Mapping[str, Dim]) -> Type:
         if d.size is not None or d.name not in bound:
             return d
         outer = bound[d.name]
-        return Dim(outer.name, None, outer.offset + d.offset)
+        return Dim(outer.name, None, outer.offset + d.offset, outer.axes)
 
-    return Type(type.dtype, tuple(dim(d) for d in type.dims))
+    return type.with_dims(*map(dim, type.dims))
 
 
 def copy_program(program: Program) -> Program:

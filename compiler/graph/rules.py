@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from compiler.graph.core import Attr, Op
-from compiler.graph.types import RUNTIME_DIMS, Dim
+from compiler.graph.types import MESH_AXES, RUNTIME_DIMS, Dim
 from compiler.ops import Operator
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -51,8 +51,18 @@ def need_dim(dim: Dim) -> None:
         raise Broken("E513", f"{dim.name!r} is no name of a dimension")
     if dim.size is None and dim.name not in RUNTIME_DIMS:
         raise Broken("E513", f"dimension {dim.name} has no size")
+    need_axes(dim.axes)
     if dim.offset < 0 or (dim.size is not None and (dim.size < 1 or dim.offset)):
         raise Broken("E513", f"dimension {dim} has an impossible size")
+
+
+def need_axes(axes: tuple[str, ...]) -> None:
+    """Axes of the mesh of ranks, each once, in the order of `MESH_AXES`."""
+    if axes != tuple(axis for axis in MESH_AXES if axis in axes):
+        known = ", ".join(MESH_AXES)
+        raise Broken(
+            "E513", f"spread over {', '.join(axes)}; a mesh has the axes {known}, in order"
+        )
 
 
 def need_counts(op: Op, operator: type[Operator]) -> None:

@@ -20,7 +20,7 @@ from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
 from compiler.graph.core import Attr, Cache, Graph, Op, Program, Region, Value, Weight
-from compiler.graph.types import BYTES, Dim, Type
+from compiler.graph.types import BYTES, Type, parse_type
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
 from dsl.source import Source, Span
 from dsl.suggest import nearest
@@ -143,7 +143,6 @@ def _escaped(text: str) -> str:
 Syntax = Any
 
 MAX_NESTING = 60
-_DIM = re.compile(r"([A-Za-z0-9_]+(?:[*+][A-Za-z0-9_]+)*)(?:=([0-9]{1,18})|-([0-9]{1,18}))?")
 _PLACE = re.compile(r'("(?:[^"\\]|\\.)*"):([0-9]+):([0-9]+)')
 _ESCAPE = re.compile(r'\\(?:u\{((?:10|[0-9a-f])?[0-9a-f]{1,4})\}|(["\\]))')
 _READABLE = {
@@ -352,22 +351,17 @@ class _Reader:
     def _type(self, token: Token) -> Type:
         """The type that a text means; equal texts share one."""
         if token not in self.types:
-            dtype, _, dims = token[:-1].partition("[")
-            if dtype not in BYTES:
+            try:
+                self.types[token] = parse_type(token)
+            except ValueError as error:
+                help = "as in batch, seq-1, heads=8 or slot@expert"
+                self._problem("E505", str(error), token, help)
+                return Type("f32")
+            if self.types[token].dtype not in BYTES:
                 help = f"one of {', '.join(BYTES)}"
-                self._problem("E505", f"there is no element type {dtype}", token, help)
-            parts = dims.split(",") if dims.strip() else []
-            self.types[token] = Type(dtype, tuple(self._dim(p.strip(), token) for p in parts))
+                message = f"there is no element type {self.types[token].dtype}"
+                self._problem("E505", message, token, help)
         return self.types[token]
-
-    def _dim(self, text: str, token: Token) -> Dim:
-        match = _DIM.fullmatch(text)
-        if match is None:
-            help = "as in batch, seq-1 or heads=8"
-            self._problem("E505", f"`{text}` is no dimension", token, help)
-            return Dim("batch")
-        name, size, offset = match.groups()
-        return Dim(name, int(size) if size else None, int(offset or 0))
 
     def _places(self, token: Token | None) -> tuple[Span, ...]:
         spans = []

@@ -18,6 +18,7 @@ from compiler.graph.rules import (
     SYMBOL,
     Broken,
     need_attributes,
+    need_axes,
     need_counts,
     need_dim,
     need_symbol,
@@ -146,6 +147,10 @@ class _Check:
             raise Broken("E515", f"weight @{name} has a size that is not known: {weight.type}")
         if weight.stack < 1 or (weight.stack > 1 and "*" not in name):
             raise Broken("E515", f"weight @{name} is stacked {weight.stack} times without a *")
+        if weight.axis:
+            need_axes((weight.axis,))
+            if "*" not in name:
+                raise Broken("E515", f"weight @{name} is spread over {weight.axis} without a *")
 
     def _unused(self) -> None:
         for name in self.graph.weights:
@@ -210,6 +215,7 @@ class _Check:
             raise Broken("E513", f"there is no element type {type.dtype}")
         for dim in type.dims:
             need_dim(dim)
+        need_axes(type.partial)
         self.types.add(type)
 
     def _symbols(self, op: Op, scope: _Scope) -> None:

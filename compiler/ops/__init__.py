@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compiler.ops import attention, control, linear, loss, moe, norm, tensor
+from compiler.ops import attention, comm, control, linear, loss, moe, norm, tensor
 from compiler.ops.base import Operator, Site, TypeMismatch
 
 _ALL: tuple[type[Operator], ...] = (
@@ -44,6 +44,13 @@ _ALL: tuple[type[Operator], ...] = (
     tensor.DropFirst,
     tensor.DropLast,
     tensor.LastEntry,
+    comm.Dispatch,
+    comm.Combine,
+    comm.Send,
+    comm.Recv,
+    comm.AllGather,
+    comm.ReduceScatter,
+    comm.AllReduce,
     control.Call,
     control.Repeat,
     control.Yield,

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from compiler.graph.core import Attr
 from compiler.graph.types import Dim, Type
 
 Signature = tuple[tuple[Type, ...], tuple[Type, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes that one rank sends to other ranks of its node, and to other nodes."""
+
+    inside: int = 0
+    across: int = 0
 
 
 class TypeMismatch(Exception):
@@ -20,6 +28,10 @@ class TypeMismatch(Exception):
         self.message = message
         self.operand = operand
         self.help = help
+
+
+class PartialSum(TypeMismatch):
+    """An operand that is a partial sum where the whole is needed; an `all_reduce` makes it one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,10 @@ class Operator:
     attrs: ClassVar[Mapping[str, type]] = {}
     regions: ClassVar[int] = 0
     variadic: ClassVar[bool] = False  # takes any number of operands
+    # Where a partial sum over ranks may stand, and then makes partial sums of the results, because
+    # the operator is linear there: nowhere, in the `first` operand, in any `one` of them, in `all`
+    # of them at once. `own`: `infer` says how the results are placed.
+    sums: ClassVar[Literal["nowhere", "first", "one", "all", "own"]] = "nowhere"
     pure: ClassVar[bool] = True  # may be dropped when nobody reads its results
 
     @classmethod
@@ -61,6 +77,11 @@ class Operator:
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
         """Floating-point operations of matrix products, a multiply-add being two; forward only."""
         return 0
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        """What a rank sends; at most, where that depends on the routing."""
+        return Moved()
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -14,6 +14,7 @@ class Call(Operator):
 
     kind = "call"
     variadic = True
+    sums = "own"
     attrs: ClassVar = {"callee": str, "scope": str}
     pure = False  # the callee may write a cache; simplify looks inside
 
@@ -41,6 +42,7 @@ class Repeat(Operator):
 
     kind = "repeat"
     variadic = True
+    sums = "own"
     attrs: ClassVar = {"start": int, "count": int}
     regions = 1
     pure = False
@@ -55,12 +57,13 @@ class Repeat(Operator):
                     raise TypeMismatch(f"repeat carries {x}, but its region makes {y} of it", i)
             raise TypeMismatch("the region of a repeat takes and yields what the repeat carries")
         layer = Dim("layer", site.number("count"))
-        stacked = tuple(Type(y.dtype, (layer, *y.dims)) for y in yields[carried:])
+        stacked = tuple(y.with_dims(layer, *y.dims) for y in yields[carried:])
         return (*site.types, *stacked)
 
 
 class _End(Operator):
     variadic = True
+    sums = "own"
     pure = False
 
     @classmethod

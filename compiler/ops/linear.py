@@ -29,6 +29,7 @@ class Linear(Operator):
 
     kind = "linear"
     operands = ("x",)
+    sums = "all"
     symbols = ("weight",)
 
     @classmethod
@@ -53,6 +54,7 @@ class HeadLinear(Operator):
 
     kind = "head_linear"
     operands = ("x",)
+    sums = "all"
     symbols = ("weight",)
     attrs: ClassVar = {"start": int, "rows": tuple, "transposed": bool}
 

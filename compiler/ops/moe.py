@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from compiler.graph.types import Dim, Type
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, need_float, need_rank
+
+
+def slots(route: Type, sizes: Mapping[str, int]) -> int:
+    """Rows that the experts of one rank work on, all together: for each token its k choices.
+
+    Tokens that arrived from other ranks chose experts elsewhere, too: `dispatch` knows the slots.
+    """
+    arrived = any(dim.name == "arrived" for dim in route.dims)
+    return sizes["slot"] if arrived else route.count(sizes)
 
 
 class TopkGroups(Operator):
@@ -56,7 +66,8 @@ class Experts(Operator):
     """sum_k weight_k * expert_{route_k}(x): each token through the experts that were chosen for it.
 
     x [.., hidden], route and weight [.., k]. The region is one expert on its tokens
-    [token, hidden]; its weights are named `experts.*`. No token is dropped. Equation 12.
+    [token, hidden]; its weights are named `experts.*`. No token is dropped. A route of -1 is an
+    expert of another rank, and adds nothing here. Equation 12.
     """
 
     kind = "experts"
@@ -86,7 +97,7 @@ class Experts(Operator):
     @classmethod
     def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
         """Sizes inside the region when all experts are counted together: each token k times."""
-        return {**sizes, "token": site.types[1].count(sizes)}
+        return {**sizes, "token": slots(site.types[1], sizes)}
 
 
 class Permute(Operator):
@@ -94,9 +105,11 @@ class Permute(Operator):
 
     -> sorted [slot, hidden]; ends [experts], where each expert's slots end; order [slot], the place
     in the flattened route that each slot came from. Equal experts keep the order of the tokens.
+    A route of -1 is an expert of another rank: no slot.
     """
 
     kind = "permute"
+    sums = "own"
     operands = ("x", "route")
     attrs: ClassVar = {"count": tuple}
 
@@ -105,13 +118,16 @@ class Permute(Operator):
         x, route = site.types
         if route.dims[:-1] != x.dims[:-1]:
             raise TypeMismatch(f"permute: {route.words} does not fit the tokens {x.words}", 1)
-        slot = Dim("slot")
-        ends = Type("i32", dims_of(site.attrs["count"]))
+        slot = Dim("slot", axes=route.axes)
+        (experts,) = dims_of(site.attrs["count"])
+        # Each rank counts the slots of its own experts.
+        spread = tuple(axis for axis in route.axes if axis == "expert")
+        ends = Type("i32", (replace(experts, axes=spread),))
         return (Type(x.dtype, (slot, x.last)), ends, Type("i64", (slot,)))
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
-        return {"slot": site.types[1].count(sizes)}
+        return {"slot": slots(site.types[1], sizes)}
 
 
 class GroupedLinear(Operator):
@@ -121,6 +137,7 @@ class GroupedLinear(Operator):
     """
 
     kind = "grouped_linear"
+    sums = "first"
     operands = ("x", "ends")
     symbols = ("weight",)
 
@@ -144,6 +161,7 @@ class Unpermute(Operator):
     """
 
     kind = "unpermute"
+    sums = "first"
     operands = ("y", "order", "weight")
 
     @classmethod

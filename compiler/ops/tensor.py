@@ -38,24 +38,28 @@ class Add(_Elementwise):
     """x + y of equal shapes; a scalar meets every shape."""
 
     kind = "add"
+    sums = "all"
 
 
 class Sub(_Elementwise):
     """x - y of equal shapes."""
 
     kind = "sub"
+    sums = "all"
 
 
 class Mul(_Elementwise):
     """x * y of equal shapes; a scalar meets every shape."""
 
     kind = "mul"
+    sums = "one"
 
 
 class Div(_Elementwise):
     """x / y of equal shapes; a scalar meets every shape."""
 
     kind = "div"
+    sums = "first"
 
 
 class Scale(Operator):
@@ -63,6 +67,7 @@ class Scale(Operator):
 
     kind = "scale"
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"by": float}
 
     @classmethod
@@ -76,6 +81,7 @@ class Cast(Operator):
 
     kind = "cast"
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"dtype": str}
 
     @classmethod
@@ -99,6 +105,7 @@ class Sum(Operator):
 
     kind = "sum"
     operands = ("x",)
+    sums = "all"
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -111,6 +118,7 @@ class Split(Operator):
 
     kind = "split"
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"into": tuple}
 
     @classmethod
@@ -130,6 +138,7 @@ class Concat(Operator):
 
     kind = "concat"
     operands = ("x", "y")
+    sums = "all"
     attrs: ClassVar = {"into": tuple}
 
     @classmethod
@@ -152,6 +161,7 @@ class Flatten(Operator):
 
     kind = "flatten"
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"dims": tuple}
 
     @classmethod
@@ -171,6 +181,7 @@ class Unflatten(Operator):
 
     kind = "unflatten"
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"dims": tuple}
 
     @classmethod
@@ -190,6 +201,7 @@ class Broadcast(Operator):
 
     kind = "broadcast"
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"dim": tuple}
 
     @classmethod
@@ -201,6 +213,7 @@ class Broadcast(Operator):
 
 class _Drop(Operator):
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"dim": str, "count": int}
 
     @classmethod
@@ -239,3 +252,5 @@ class LastEntry(Operator):
         (x,) = site.types
         at = find_dim(cls.kind, x, "seq")
         return (x.with_dims(*x.dims[:at], *x.dims[at + 1 :]),)
+
+    sums = "all"

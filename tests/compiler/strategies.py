@@ -16,7 +16,8 @@ from compiler.graph.types import FLOATS, Dim, Type
 from compiler.ops.base import dims_attr
 from dsl.source import Source, Span
 
-BATCH, SEQ, TOKEN = Dim("batch"), Dim("seq"), Dim("token")
+BATCH, SEQ, TOKEN, K = Dim("batch"), Dim("seq"), Dim("token"), Dim("k", 2)
+PLACED = Dim("context", axes=("replica", "expert"))
 
 identifiers = st.builds(
     str.__add__,
@@ -69,6 +70,9 @@ def _arguments(width: Dim, other: Dim) -> list[Value]:
         Value("k", Type("bf16", (BATCH, SEQ, Dim("kv_heads", 2), Dim("head_dim", 6)))),
         Value("score", Type("f32", (BATCH, SEQ, Dim("experts", 8)))),
         Value("scalar", Type("f32")),
+        Value("placed", Type("bf16", (PLACED, SEQ, width))),
+        Value("chosen", Type("i64", (PLACED, SEQ, K))),
+        Value("part", Type("f32", (width, other), ("replica", "expert"))),
     ]
 
 
@@ -101,9 +105,13 @@ class Maker:
     def some_spans(self) -> tuple[Span, ...]:
         return tuple(self.draw(st.lists(st.sampled_from(self.spans), min_size=1, max_size=2)))
 
-    def pick(self, fits: Callable[[Type], bool]) -> Value | None:
-        """A visible value that fits; the later ones are as likely as the first."""
-        found = [value for value in self.pool if fits(value.type)]
+    def pick(self, fits: Callable[[Type], bool], *, partial: bool = False) -> Value | None:
+        """A visible value that fits; the later ones are as likely as the first.
+
+        Most operators do not take a partial sum, so that one must be asked for.
+        """
+        pool = [value for value in self.pool if partial or not value.type.partial]
+        found = [value for value in pool if fits(value.type)]
         return self.draw(st.sampled_from(found)) if found else None
 
     def floats(self, rank: int) -> Value | None:
@@ -271,6 +279,35 @@ def _losses(m: Maker) -> None:
         m.add("count_labels", labels)
 
 
+def _exchange(m: Maker) -> None:
+    route = m.pick(lambda t: t.dtype == "i64" and t.last == K and bool(t.axes))
+    x = m.pick(lambda t: t.dtype == "bf16" and bool(t.dims) and bool(t.dims[0].axes))
+    if route and x and x.type.dims[:-1] == route.type.dims[:-1]:
+        sizes = {"count": 8, "ranks": 4, "nodes": 2, "limit": m.draw(st.integers(1, 2))}
+        m.add("dispatch", x, route, **sizes)
+        arrived, _, source = m.pool[-3:]
+        m.add("combine", arrived, source, route, **sizes)
+
+
+def _collective(m: Maker) -> None:
+    if x := m.pick(lambda t: bool(t.partial) and _known(t), partial=True):
+        axes = m.draw(st.sampled_from([x.type.partial[:1], x.type.partial]))
+        group = {"axes": axes, "ranks": 4, "nodes": m.draw(st.sampled_from([1, 2, 4]))}
+        m.add("all_reduce", x, **group)
+        m.add("reduce_scatter", x, **group)
+        m.add("all_gather", m.pool[-1], into=dims_attr(*x.type.dims), **group)
+
+
+def _known(t: Type) -> bool:
+    return bool(t.dims) and all(dim.size and not dim.axes for dim in t.dims)
+
+
+def _pipeline(m: Maker) -> None:
+    if x := m.pick(lambda t: bool(t.axes)):
+        m.add("send", x, stage=m.draw(st.integers(0, 99)))
+        m.add("recv", stage=m.draw(st.integers(0, 99)), type=str(x.type))
+
+
 def _split(m: Maker) -> None:
     if x := m.pick(lambda t: t.dtype in FLOATS and bool(t.dims) and (t.last.size or 0) > 1):
         size = x.type.last.size or 0
@@ -300,11 +337,11 @@ def _call(m: Maker) -> None:
     if m.experts is not None or not m.builder.graphs:
         return
     callee = m.builder.graphs[m.draw(st.sampled_from(sorted(m.builder.graphs)))]
-    operands = [m.pick(lambda t, a=a: t == a.type) for a in callee.args]  # type: ignore[misc]
+    operands = [m.pick(lambda t, a=a: t == a.type, partial=True) for a in callee.args]  # type: ignore[misc]
     assert all(operands)
     if m.draw(st.booleans()):
         for i, x in enumerate(operands):
-            if x and x.type.dims:
+            if x and SEQ in x.type.dims:
                 m.add("drop_first", x, dim="seq", count=1)
                 operands[i] = m.pool[-1]
     scope = f"block{len(m.builder.names)}" + f".{m.draw(identifiers)}.*" * m.repeats
@@ -319,7 +356,7 @@ def _repeat(m: Maker) -> None:
     arguments = [m.builder.value(m.draw(identifiers), v.type) for v in carried]
     region, inner = m.inside(arguments, repeats=m.repeats + 1)
     inner.move_many(ANYWHERE if m.experts else TOP, 1, 5)
-    yields = [inner.pick(lambda t, a=a: t == a.type) for a in arguments]  # type: ignore[misc]
+    yields = [inner.pick(lambda t, a=a: t == a.type, partial=True) for a in arguments]  # type: ignore[misc]
     more = m.draw(st.lists(st.sampled_from(inner.pool), max_size=2))
     region.ops.append(Op("yield", [v for v in (*yields, *more) if v], spans=m.some_spans()))
     start, count = m.draw(st.integers(0, 99)), m.draw(positive)
@@ -329,5 +366,6 @@ def _repeat(m: Maker) -> None:
 ANYWHERE: list[Move] = [
     _linear, _rms_norm, _embedding, _pointwise, _elementwise, _scale, _cast, _constant, _split,
     _layout, _drop, _rope, _attention, _latent_attention, _losses, _repeat,
+    _collective, _exchange, _pipeline,
 ]  # fmt: skip
 TOP: list[Move] = [*ANYWHERE, _remember, _moe, _call]

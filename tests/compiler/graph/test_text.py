@@ -9,7 +9,7 @@ from lark import Token
 
 from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
 from compiler.graph.text import MAX_NESTING, grammar, parse_program, print_graph, print_program
-from compiler.graph.types import Dim, Type
+from compiler.graph.types import Dim, Type, parse_type
 from compiler.ops import OPS
 from dsl.diagnostic import Diagnostic, DiagnosticError, render
 from dsl.source import Source
@@ -91,6 +91,31 @@ def test_attributes_print_and_read_back(value: Attr, text: str) -> None:
     assert f"  op() <a={text}>\n" in print_graph(graph)
     again = parsed(print_program(Program("p", "G", {"G": graph}))).main.ops[0].attrs["a"]
     assert repr(again) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("type", "text"),
+    [
+        (Type("f32", (), ("expert",)), "f32[] partial(expert)"),
+        (
+            Type("bf16", (Dim("batch", axes=("replica", "expert")), Dim("seq", offset=2))),
+            "bf16[batch@(replica, expert), seq-2]",
+        ),
+        (
+            Type("f32", (Dim("shard", 8, axes=("expert",)), Dim("h", 2)), ("replica", "expert")),
+            "f32[shard=8@expert, h=2] partial(replica, expert)",
+        ),
+    ],
+)
+def test_placements_print_and_read_back(type: Type, text: str) -> None:
+    assert str(type) == text
+    assert parse_type(text) == type
+
+
+@pytest.mark.parametrize("text", ["f32[a=2@]", "f32[a=2@(b)]", "f32[a=2@(b, c]", "f32[@a]"])
+def test_what_is_no_placement_is_no_dimension(text: str) -> None:
+    with pytest.raises(ValueError, match="is no dimension"):
+        parse_type(text)
 
 
 @pytest.mark.parametrize(

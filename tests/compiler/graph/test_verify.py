@@ -155,6 +155,16 @@ REPLACED = {
         "@embed.weight : bf16[vocab=32,", "@embed.weight : bf16[vocab=0,",
         "E513: graph @Model: dimension vocab=0 has an impossible size",
     ),
+    "axis that no mesh has": (
+        "%tokens: i64[batch, seq]", "%tokens: i64[batch@node, seq]",
+        "E513: graph @Model: spread over node; a mesh has the axes replica, expert, in order",
+        "E513: graph @Model, %h = embedding(%tokens, @embed.weight): makes "
+        "bf16[batch@node, seq, hidden=8], and is recorded as bf16[batch, seq, hidden=8]",
+    ),
+    "axis of what is no expert": (
+        "@norm.weight : bf16[hidden=8] <init=ones>", "@norm.weight : bf16[hidden=8] <axis=expert>",
+        "E515: graph @Block: weight @norm.weight is spread over expert without a *",
+    ),
     "no yield": (
         "    yield(%up)\n", "",
         "E514: graph @Block, %up = linear(%z, @experts.*.up.weight): stands last, where `yield` "

@@ -1,0 +1,256 @@
+"""What moves tensors between ranks.
+
+Every rank runs the same program on its own part; these operators are where it meets the others.
+`moved` counts the bytes that one rank sends. Ranks of a group are spread evenly over `nodes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import ClassVar
+
+from compiler.graph.core import Attr
+from compiler.graph.types import BYTES, Dim, Type, ordered, parse_type
+from compiler.ops.base import Moved, Operator, Site, TypeMismatch, dims_of
+
+
+class _Exchange(Operator):
+    """Between the ranks that tokens are on and those that hold their experts.
+
+    Of `ranks` ranks on `nodes` nodes each holds `count / ranks` experts that follow each other. The
+    experts of a token lie on at most `limit` of the nodes.
+    """
+
+    variadic = True
+    sums = "own"
+    attrs: ClassVar = {"count": int, "ranks": int, "nodes": int, "limit": int}
+
+    @classmethod
+    def check(cls, site: Site) -> None:
+        """Raises `TypeMismatch` where experts, ranks and nodes do not go into each other."""
+        count, ranks, nodes = (site.number(n) for n in ("count", "ranks", "nodes"))
+        if ranks < 1 or nodes < 1 or count % ranks or ranks % nodes:
+            raise TypeMismatch(f"{count} experts on {ranks} ranks of {nodes} nodes: not evenly")
+        if not 1 <= site.number("limit") <= nodes:
+            raise TypeMismatch(f"limit is {site.number('limit')}, of {nodes} nodes")
+
+    @classmethod
+    def spread(cls, site: Site, bytes_a_token: int, route: Type, sizes: Mapping[str, int]) -> Moved:
+        """Bytes sent when each token goes once to each of its nodes, and inside to its ranks.
+
+        To another node it goes to the rank of the same place, which passes it on inside.
+        """
+        k = route.last.size or 1
+        tokens = route.count(sizes) // k
+        nodes, limit = site.number("nodes"), site.number("limit")
+        others = site.number("ranks") // nodes - 1  # on a node, beside the one that it arrives at
+        across = min(k, limit, nodes - 1)
+        return Moved(
+            tokens * min(k, limit * others) * bytes_a_token, tokens * across * bytes_a_token
+        )
+
+
+class Dispatch(_Exchange):
+    """Rows of tokens to the ranks that hold the experts in route [.., k].
+
+    rows [.., width], any number of them, then route -> for each of them [arrived, width], in the
+    order of the ranks and of their tokens; then route [arrived, k] with the experts of this rank
+    counted from 0 and -1 for all others, and source [arrived], which rank and token each came from.
+    A token goes once to each node that it needs (at most `limit`) and there to the ranks.
+    DeepSeek-V3 report, sections 2.1.2 and 3.2.2.
+    """
+
+    kind = "dispatch"
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        cls.check(site)
+        if len(site.types) < 2:
+            raise TypeMismatch("dispatch takes rows and a route")
+        *rows, route = site.types
+        for i, row in enumerate(rows):
+            if row.dims[:-1] != route.dims[:-1]:
+                raise TypeMismatch(f"dispatch: {route.words} does not fit the rows {row.words}", i)
+        arrived = Dim("arrived", axes=route.axes)
+        there = [row.with_dims(arrived, row.last) for row in (*rows, route)]
+        return (*there, Type("i64", (arrived,)))
+
+    @classmethod
+    def token_bytes(cls, site: Site) -> int:
+        """Bytes of one token for one destination, without its routing: weights and experts."""
+        *rows, route = site.types
+        return sum(_row_bytes(row) for row in rows if row.last != route.last)
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        return cls.spread(site, sum(map(_row_bytes, site.types)), site.types[-1], sizes)
+
+    @classmethod
+    def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        """As many as every rank gets when all experts get the same number of tokens, at most."""
+        route = site.types[-1]
+        k = route.last.size or 1
+        slots = route.count(sizes)
+        return {"slot": slots, "arrived": slots // k * min(k, site.number("ranks"))}
+
+
+class Combine(_Exchange):
+    """The rows of each token back from the ranks it was sent to, summed: `dispatch` transposed.
+
+    y [arrived, width], source [arrived] and the route [.., k] that was dispatched -> [.., width].
+    Sums are made on each node, by rank, and then over the nodes, in order.
+    """
+
+    kind = "combine"
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        cls.check(site)
+        if len(site.types) != 3:
+            raise TypeMismatch("combine takes rows, their source and the route")
+        y, source, route = site.types
+        if y.dims[:-1] != source.dims:
+            raise TypeMismatch(f"combine: {source.words} does not fit the rows {y.words}", 1)
+        return (y.with_dims(*route.dims[:-1], y.last),)
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        return cls.spread(site, _row_bytes(site.types[0]), site.types[2], sizes)
+
+
+class Send(Operator):
+    """x to the rank of the same place in another pipeline stage."""
+
+    kind = "send"
+    operands = ("x",)
+    attrs: ClassVar = {"stage": int}
+    sums = "own"
+    pure = False
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return ()
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        # Pipeline stages have nodes of their own.
+        return Moved(across=site.types[0].bytes(sizes))
+
+
+class Recv(Operator):
+    """What the rank of the same place in another pipeline stage sends."""
+
+    kind = "recv"
+    attrs: ClassVar = {"stage": int, "type": str}
+    sums = "own"
+    pure = False
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        try:
+            return (parse_type(str(site.attrs["type"])),)
+        except ValueError as error:
+            raise TypeMismatch(str(error)) from None
+
+
+class _Collective(Operator):
+    """Between all ranks of `axes` of the mesh, which are `ranks` on `nodes` nodes."""
+
+    operands = ("x",)
+    attrs: ClassVar = {"axes": tuple, "ranks": int, "nodes": int}
+    sums = "own"
+
+    @classmethod
+    def group(cls, site: Site) -> tuple[str, ...]:
+        """The axes. Raises `TypeMismatch` where the ranks are not spread evenly over the nodes."""
+        ranks, nodes = site.number("ranks"), site.number("nodes")
+        if nodes < 1 or ranks < 1 or ranks % nodes:
+            raise TypeMismatch(f"{ranks} ranks on {nodes} nodes: not evenly")
+        return axes_of(site.attrs["axes"])
+
+    @classmethod
+    def summed(cls, site: Site) -> Type:
+        """x without the partial sum. Raises `TypeMismatch` where there is none to add up."""
+        x, axes = site.types[0], cls.group(site)
+        if not axes or not {*axes} <= {*x.partial}:
+            raise TypeMismatch(f"{cls.kind} over {', '.join(axes)} of what is no such sum: {x}", 0)
+        return replace(x, partial=tuple(a for a in x.partial if a not in axes))
+
+    @classmethod
+    def once(cls, site: Site, whole: int) -> Moved:
+        """Bytes sent when each rank ends with its share of `whole` bytes, or begins with it.
+
+        First inside of each node, then between the ranks of the same place of all nodes.
+        """
+        ranks, nodes = site.number("ranks"), site.number("nodes")
+        on_node = ranks // nodes
+        return Moved(whole * (on_node - 1) // on_node, whole * (nodes - 1) // ranks)
+
+
+class AllReduce(_Collective):
+    """The sum of what all ranks hold, on all of them."""
+
+    kind = "all_reduce"
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (cls.summed(site),)
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        there = cls.once(site, site.types[0].bytes(sizes))
+        return Moved(2 * there.inside, 2 * there.across)
+
+
+class ReduceScatter(_Collective):
+    """The sum of what all ranks hold, flat, and of that each rank's share: [shard].
+
+    Shares are equal; the last one is filled up with zeros.
+    """
+
+    kind = "reduce_scatter"
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        axes, x = cls.group(site), cls.summed(site)
+        if any(dim.size is None for dim in x.dims):
+            raise TypeMismatch(f"reduce_scatter needs known sizes, got {x.words}", 0)
+        share = Dim("shard", -(-x.count() // site.number("ranks")), axes=axes)
+        return (x.with_dims(replace(share, axes=ordered((*axes, *x.axes)))),)
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        return cls.once(site, site.types[0].bytes(sizes))
+
+
+class AllGather(_Collective):
+    """The shares [shard] of all ranks as one tensor of dimensions `into`, on all of them."""
+
+    kind = "all_gather"
+    attrs: ClassVar = {**_Collective.attrs, "into": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, axes, into = site.types[0], cls.group(site), dims_of(site.attrs["into"])
+        share = -(-prod(dim.size or 0 for dim in into) // site.number("ranks"))
+        if len(x.dims) != 1 or x.last.size != share or not {*axes} <= {*x.axes}:
+            raise TypeMismatch(f"all_gather takes a share of {share}, got {x}", 0)
+        left = tuple(axis for axis in x.axes if axis not in axes)
+        return (x.with_dims(replace(into[0], axes=left), *into[1:]),)
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        whole = site.types[0].bytes(sizes) * site.number("ranks")
+        return cls.once(site, whole)
+
+
+def axes_of(value: Attr) -> tuple[str, ...]:
+    """The axes of a mesh kept as an attribute."""
+    assert isinstance(value, tuple)
+    return tuple(map(str, value))
+
+
+def _row_bytes(row: Type) -> int:
+    return (row.last.size or 0) * BYTES[row.dtype]
