@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compiler.graph.core import Graph, Op, Program, Value
 from compiler.graph.types import FLOATS
+from tests.interpret.comm import Rank
 from tests.interpret.operators import RUN
 
 DTYPES = {
@@ -38,13 +39,15 @@ def run(
     graph: str | None = None,
     state: State | None = None,
     dtype: torch.dtype | None = None,
+    rank: Rank | None = None,
 ) -> list[Tensor]:
     """The results of `graph` (of the root, if None), in the order of its `result_names`.
 
-    `inputs` are its arguments by name; `weights` have published names, seen from that graph.
+    `inputs` are its arguments by name; `weights` have published names, seen from that graph. The
+    program of one `rank` of several takes from them what is that rank's.
     """
     called = program.graphs[graph or program.root]
-    frame = Frame(program, called, weights, state or State(), dtype)
+    frame = Frame(program, called, weights, state or State(), dtype, rank=rank)
     return frame.run([inputs[v.name] for v in called.args])
 
 
@@ -60,6 +63,7 @@ class Frame:
     prefix: str = ""  # of names of weights: "" or the scope and a point
     layers: tuple[int, ...] = ()
     expert: int | None = None
+    rank: Rank | None = None
     values: dict[Value, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -103,8 +107,10 @@ class Frame:
 
     def names(self, symbol: str) -> list[str]:
         """Published names of a weight: one for each expert, unless one of them is at hand."""
-        experts = range(self.graph.weights[symbol].stack) if self.expert is None else [self.expert]
-        return [self.prefix + symbol.replace("*", str(expert)) for expert in experts]
+        weight = self.graph.weights[symbol]
+        experts = range(weight.stack) if self.expert is None else [self.expert]
+        first = self.rank.place.expert * weight.stack if self.rank and weight.axis else 0
+        return [self.prefix + symbol.replace("*", str(first + expert)) for expert in experts]
 
     def weight(self, symbol: str) -> Tensor:
         """A weight; that of the expert at hand, or outside of an expert all of them, stacked."""

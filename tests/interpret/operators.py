@@ -14,6 +14,7 @@ from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 from runtime import functional as F
+from tests.interpret.comm import COMM
 
 if TYPE_CHECKING:
     from tests.interpret.frame import Frame
@@ -225,6 +226,7 @@ RUN: dict[str, Run] = {
     "last_entry": _last_entry,
     "call": _call,
     "repeat": _repeat,
+    **COMM,
     "yield": _end,
     "return": _end,
 }  # fmt: skip

@@ -1,0 +1,206 @@
+"""What operators do that move tensors between ranks, and ranks that run in lockstep.
+
+Every rank is a thread that runs its own program; at a collective they wait for each other. What
+each of them sends is counted message by message, the way `compiler/ops/comm.py` describes it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Queue
+from threading import Barrier
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compiler.graph.core import Op
+from compiler.graph.rules import number
+from compiler.graph.types import parse_type
+from compiler.ops.base import Moved, dims_of
+from compiler.ops.comm import axes_of
+from compiler.plan.layout import Coordinates, Mesh
+
+if TYPE_CHECKING:
+    from tests.interpret.frame import Frame
+
+WAIT = 60.0
+"""Seconds after which a rank that waits for the others gives up: they have failed."""
+
+
+class World:
+    """The ranks of a mesh, and what is under way between them."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.ranks = [Rank(self, i) for i in range(mesh.size)]
+        self.barriers: dict[tuple[int, ...], Barrier] = {}
+        self.posted: dict[tuple[int, ...], dict[int, Any]] = defaultdict(dict)
+        self.mail: dict[tuple[int, int], Queue[Tensor]] = defaultdict(Queue)
+        for rank in self.ranks:
+            for axes in (("expert",), ("replica",), ("replica", "expert")):
+                group = rank.group(axes)
+                self.barriers.setdefault(group, Barrier(len(group)))
+
+    def run(self, one: Callable[[Rank], Any]) -> list[Any]:
+        """What `one` gives for each rank, all of them at once."""
+
+        def guarded(rank: Rank) -> Any:
+            try:
+                return one(rank)
+            except BaseException:
+                for barrier in self.barriers.values():
+                    barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            jobs = [pool.submit(guarded, rank) for rank in self.ranks]
+        # The first mistake, and not that somebody waited for it in vain.
+        errors = [job.exception() for job in jobs if job.exception()]
+        for error in sorted(errors, key=lambda e: type(e).__name__ == "BrokenBarrierError"):
+            raise error  # type: ignore[misc]
+        return [job.result() for job in jobs]
+
+
+@dataclass
+class Rank:
+    """One rank: its place, and the bytes that it has sent for each kind of operator."""
+
+    world: World
+    number: int
+    sent: dict[str, Moved] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Coordinates:
+        return self.world.mesh.coordinates(self.number)
+
+    def group(self, axes: Sequence[str]) -> tuple[int, ...]:
+        """The ranks that differ from this one in `axes` only, in order."""
+        mesh, here = self.world.mesh, self.place
+        replicas = range(mesh.replicas) if "replica" in axes else [here.replica]
+        experts = range(mesh.expert) if "expert" in axes else [here.expert]
+        return tuple(mesh.rank(here.pipeline, r, e) for r in replicas for e in experts)
+
+    def exchange(self, axes: Sequence[str], value: Any) -> list[Any]:
+        """What every rank of the group gave, in order."""
+        group = self.group(axes)
+        barrier, posted = self.world.barriers[group], self.world.posted[group]
+        posted[self.number] = value
+        barrier.wait(WAIT)
+        found = [posted[rank] for rank in group]
+        barrier.wait(WAIT)
+        return found
+
+    def count(self, op: Op, inside: int = 0, across: int = 0) -> None:
+        """Bytes that this rank sends to others on its node, and to other nodes."""
+        before = self.sent.get(op.kind, Moved())
+        self.sent[op.kind] = Moved(before.inside + inside, before.across + across)
+
+
+def _rank(f: Frame) -> Rank:
+    assert f.rank is not None, "a program of one rank runs in a World"
+    return f.rank
+
+
+def _dispatch(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
+    rank, each = _rank(f), number(op, "count") // number(op, "ranks")
+    rows = [x.flatten(0, -2) for x in given]
+    _count_tokens(f, op, rows[-1] // each, sum(x[:1].nbytes for x in rows))
+    first = rank.place.expert * each
+    arrived: list[list[Tensor]] = []
+    for source, (*theirs, route) in enumerate(rank.exchange(("expert",), rows)):
+        mine = (route >= first) & (route < first + each)
+        (token,) = mine.any(-1).nonzero(as_tuple=True)
+        local = torch.where(mine, route - first, -1)
+        arrived.append([x[token] for x in (*theirs, local)] + [token + (source << 32)])
+    return [torch.cat(parts) for parts in zip(*arrived, strict=True)]
+
+
+def _count_tokens(f: Frame, op: Op, ranks: Tensor, size: int) -> None:
+    """Each token once to each node, and there from the rank it arrives at to the others.
+
+    `ranks` [tokens, k] are the ranks of the experts. What is passed on is counted as sent by the
+    rank of the token: a balanced load makes the two alike.
+    """
+    rank, mesh = _rank(f), _rank(f).world.mesh
+    group = rank.group(("expert",))
+    for chosen in ranks.tolist():
+        to = {group[r] for r in chosen}
+        nodes = {mesh.node(r) for r in to}
+        assert len(nodes) <= number(op, "limit"), f"a token goes to {len(nodes)} nodes"
+        # On each node it arrives at the rank of the same place.
+        landings = {node * mesh.node_size + rank.number % mesh.node_size for node in nodes}
+        across = len(nodes - {mesh.node(rank.number)})
+        rank.count(op, size * len(to - landings), size * across)
+
+
+def _combine(f: Frame, op: Op, y: Tensor, source: Tensor, route: Tensor) -> Tensor:
+    rank, each = _rank(f), number(op, "count") // number(op, "ranks")
+    flat = route.flatten(0, -2)
+    _count_tokens(f, op, flat // each, y[:1].nbytes if len(y) else y.shape[-1] * y.element_size())
+    on_node = number(op, "ranks") // number(op, "nodes")
+    total = y.new_zeros(len(flat), y.shape[-1])
+    part = torch.zeros_like(total)
+    for i, (rows, sources) in enumerate(rank.exchange(("expert",), (y, source))):
+        (back,) = (sources >> 32 == rank.place.expert).nonzero(as_tuple=True)
+        part.index_add_(0, sources[back] & 0xFFFFFFFF, rows[back])
+        if (i + 1) % on_node == 0:
+            total, part = total + part, torch.zeros_like(part)
+    return total.view(*route.shape[:-1], -1)
+
+
+def _summed(f: Frame, op: Op, x: Tensor) -> Tensor:
+    parts = _rank(f).exchange(axes_of(op.attrs["axes"]), x)
+    return torch.stack(parts).sum(0)
+
+
+def _place(f: Frame, op: Op) -> int:
+    """The place of this rank among those of a collective."""
+    rank = _rank(f)
+    return rank.group(axes_of(op.attrs["axes"])).index(rank.number)
+
+
+def _reduce_scatter(f: Frame, op: Op, x: Tensor) -> Tensor:
+    flat, share = _summed(f, op, x).flatten(), op.result.type.last.size or 0
+    filled = torch.nn.functional.pad(flat, (0, share * number(op, "ranks") - len(flat)))
+    return filled.split(share)[_place(f, op)]
+
+
+def _all_gather(f: Frame, op: Op, x: Tensor) -> Tensor:
+    whole = torch.cat(_rank(f).exchange(axes_of(op.attrs["axes"]), x))
+    shape = [d.size or 0 for d in dims_of(op.attrs["into"])]
+    return whole[: torch.Size(shape).numel()].view(shape)
+
+
+def _stage(f: Frame, op: Op) -> int:
+    rank = _rank(f)
+    here = rank.place
+    return rank.world.mesh.rank(number(op, "stage"), here.replica, here.expert)
+
+
+def _send(f: Frame, op: Op, x: Tensor) -> list[Tensor]:
+    rank, to = _rank(f), _stage(f, op)
+    rank.count(op, across=x.nbytes)
+    rank.world.mail[rank.number, to].put(x)
+    return []
+
+
+def _recv(f: Frame, op: Op) -> Tensor:
+    rank = _rank(f)
+    found = rank.world.mail[_stage(f, op), rank.number].get(timeout=WAIT)
+    assert len(found.shape) == len(parse_type(str(op.attrs["type"])).dims)
+    return found
+
+
+COMM: dict[str, Callable[..., Any]] = {
+    "dispatch": _dispatch,
+    "combine": _combine,
+    "all_reduce": _summed,
+    "reduce_scatter": _reduce_scatter,
+    "all_gather": _all_gather,
+    "send": _send,
+    "recv": _recv,
+}
