@@ -1,0 +1,122 @@
+"""Random specs: every number and choice drawn, from all blocks there are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+
+from dsl.diagnostic import DiagnosticError, render
+from dsl.load import Description, load
+
+T = TypeVar("T")
+
+SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16])
+ATTENTION = st.sampled_from(["MLA", "GQA", "MHA"])
+FEED_FORWARD = st.sampled_from(
+    ["SwiGLU", "SwiGLU(intermediate_size=12)", "DeepSeekMoE", "SoftmaxMoE"]
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> dict[str, Any]:
+    """A spec with every number and choice drawn; many do not fit together."""
+    params = {
+        "vocab_size": draw(st.sampled_from([17, 32])),
+        "hidden_size": draw(SIZES) * 4,
+        "intermediate_size": draw(SIZES) * 3,
+        "num_attention_heads": draw(SIZES),
+        "num_key_value_heads": draw(st.sampled_from([1, 2, 3])),
+        "head_dim": draw(SIZES),
+        "q_lora_rank": draw(st.sampled_from([0, 5, 8])),
+        "kv_lora_rank": draw(SIZES),
+        "qk_nope_head_dim": draw(SIZES),
+        "qk_rope_head_dim": draw(st.sampled_from([2, 4, 6, 8, 8, 8, 5])),
+        "v_head_dim": draw(SIZES),
+        "yarn_factor": draw(st.sampled_from([1, 4, 40])),
+        "yarn_mscale_all_dim": draw(st.sampled_from([0, 1])),
+        "n_routed_experts": draw(st.sampled_from([4, 6, 8, 8, 16])),
+        "num_experts_per_tok": draw(st.sampled_from([1, 2, 3, 5])),
+        "n_shared_experts": draw(st.integers(0, 2)),
+        "moe_intermediate_size": draw(SIZES),
+        "n_group": draw(st.sampled_from([1, 1, 2, 3, 4])),
+        "topk_group": draw(st.sampled_from([1, 1, 2, 3])),
+        "norm_topk_prob": draw(st.booleans()),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "mtp_concat": draw(st.sampled_from(['"embedding_first"', '"hidden_first"'])),
+        "mtp_hidden_state": draw(st.sampled_from(['"after_norm"', '"before_norm"'])),
+    }
+
+    def layer(repeat: int) -> dict[str, Any]:
+        return {"repeat": repeat, "attention": draw(ATTENTION), "feed_forward": draw(FEED_FORWARD)}
+
+    depth = draw(st.integers(-1, 2))
+    return {
+        "params": params,
+        "layers": [layer(draw(st.integers(1, 2))) for _ in range(draw(st.integers(1, 2)))],
+        "mtp": {"depth": depth, "attention": draw(ATTENTION), "feed_forward": draw(FEED_FORWARD)},
+        "policy": draw(st.sampled_from(["fp32", "bf16"])),
+        "alpha": draw(st.sampled_from(["1e-3", "0"])),
+    }
+
+
+def text_of(spec: dict[str, Any], name: str, unused: set[str]) -> str:
+    params = "\n".join(
+        f"  {key}: {json.dumps(value) if not isinstance(value, str) else value}"
+        for key, value in spec["params"].items()
+        if key not in unused
+    )
+    layers = "\n".join(f"    - {json.dumps(layer)}" for layer in spec["layers"])
+    return f"""model: {name}
+blocks: [causal_lm, decoder, mla, gqa, mha, swiglu, deepseek_moe, softmax_moe, mtp]
+params:
+{params}
+architecture:
+  layers:
+{layers}
+  mtp: {json.dumps(spec["mtp"])}
+sequence: {{max_position_embeddings: 64}}
+precision: {{policy: {spec["policy"]}}}
+train: {{loss: {{balance_alpha: {spec["alpha"]}, mtp_weight: 0.3}}}}
+"""
+
+
+def fitted(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with numbers that go together, so that it is accepted."""
+    p = dict(spec["params"])
+    p["num_key_value_heads"] = math.gcd(p["num_attention_heads"], p["num_key_value_heads"])
+    p["head_dim"] += p["head_dim"] % 2
+    p["qk_rope_head_dim"] += p["qk_rope_head_dim"] % 2
+    p["n_group"] = math.gcd(p["n_routed_experts"] // 2, p["n_group"])  # two or more in each
+    p["topk_group"] = min(p["topk_group"], p["n_group"])
+    candidates = p["n_routed_experts"] // p["n_group"] * p["topk_group"]
+    p["num_experts_per_tok"] = min(p["num_experts_per_tok"], candidates)
+    mtp = {**spec["mtp"], "depth": max(spec["mtp"]["depth"], 0)}
+    return {**spec, "params": p, "mtp": mtp}
+
+
+def accepted(
+    spec: dict[str, Any], folder: Path, name: str, use: Callable[[Description], T]
+) -> T | None:
+    """What `use` makes of a spec, without the parameters that its blocks do not read.
+
+    None if the spec is refused; then every reason is a diagnostic with a place.
+    """
+    path = folder / "spec.yaml"
+    unused: set[str] = set()
+    while True:
+        path.write_text(text_of(spec, name, unused))
+        try:
+            return use(load(path))
+        except DiagnosticError as error:
+            assert error.diagnostics and render(error.diagnostics)
+            found = {d.message.split()[-1] for d in error.diagnostics if d.code == "E407"}
+            if not found or found <= unused:
+                assert all(d.message and d.span for d in error.diagnostics)
+                return None
+            unused |= found
