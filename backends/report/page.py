@@ -4,43 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from backends.report.html import environment
 from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, total, training_flops
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
 from compiler.pipeline import PIPELINES, Compiled
 from dsl.load import Description
-from dsl.units import format_count
 
 # Context lengths of the cache table, besides the longest that the model takes.
 CONTEXTS = (4_096, 32_768, 131_072)
-
-_PREFIXES = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
-
-
-@cache
-def _environment() -> Environment:
-    """Everything is escaped: the texts of a spec are not ours."""
-    environment = Environment(
-        loader=PackageLoader("backends", "report"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": format_count, "exact": "{:,}".format, "quantity": quantity}
-    return environment
-
-
-def quantity(number: int, unit: str) -> str:
-    """A number with a decimal prefix: 250449887232 of FLOP is `250.45 GFLOP`."""
-    for prefix, scale in _PREFIXES:
-        if number >= scale:
-            return f"{number / scale:.2f} {prefix}{unit}"
-    return f"{number} {unit}"
 
 
 def render_report(
@@ -55,7 +28,7 @@ def render_report(
 
     `files` are the paths in the build that it links to. Texts of the spec appear escaped.
     """
-    template = _environment().get_template("report.html.jinja")
+    template = environment().get_template("report.html.jinja")
     return template.render(
         spec=description.spec,
         version=version,

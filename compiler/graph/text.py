@@ -73,12 +73,12 @@ def print_op(op: Op) -> str:
 def print_weight(name: str, weight: Weight) -> str:
     """A weight with what is not as usual of it."""
     told = {k: getattr(weight, k) for k, v in WEIGHT.items() if getattr(weight, k) != v}
-    return f"@{name} : {weight.type}{_attributes(told)}"
+    return f"@{name} : {weight.type}{print_attributes(told)}"
 
 
 def _op_lines(ops: Sequence[Op], indent: str, locs: bool) -> Iterator[tuple[Op | None, str]]:
     for op in ops:
-        line = f"{indent}{print_op(op)}{_attributes(op.attrs)}"
+        line = f"{indent}{print_op(op)}{print_attributes(op.attrs)}"
         begins: Op | None = op
         for region in op.regions:
             arguments = f" |{_arguments(region.args)}|" if region.args else ""
@@ -98,7 +98,7 @@ def _places(spans: Sequence[Span]) -> str:
     return f" loc {' '.join(places)}" if spans else ""
 
 
-def _attributes(attrs: Mapping[str, Attr]) -> str:
+def print_attributes(attrs: Mapping[str, Attr]) -> str:
     return f" <{', '.join(f'{k}={_literal(v)}' for k, v in attrs.items())}>" if attrs else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ Examples:
   dslc graph deepseek_v3 --program decode --after simplify   before the passes that follow
   dslc graph deepseek_v3 --program decode --skip absorb      without one of them
   dslc graph deepseek_v3 --format svg > v3.svg         a picture
+  dslc graph deepseek_v3 --html                        a page that steps through all passes
 """
 
 
@@ -53,16 +55,31 @@ def run(
     skip: SkipOption = None,
     until: UntilOption = None,
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.text,
+    html: Annotated[
+        bool,
+        typer.Option(
+            "--html",
+            help="Write a page that steps through the passes of all programs, and opens here.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The page to write; MODEL.html by default."
+        ),
+    ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
-    """Print the graph that a spec compiles to."""
+    """Print the graph that a spec compiles to, or write a page that shows how it came to be."""
     from compiler import pipeline
     from dsl.diagnostic import DiagnosticError
     from dslc.passes import check, unknown
     from dslc.report import reporting
     from dslc.specs import read
 
+    if output and not html:
+        raise typer.BadParameter("-o goes with --html; redirect other formats with >")
     with reporting(as_json=format is GraphFormat.json):
         if program not in pipeline.PIPELINES:
             raise DiagnosticError([unknown("program", program, pipeline.PIPELINES)])
@@ -71,6 +88,11 @@ def run(
         if after is not None and after not in ["lower", *passes]:
             raise DiagnosticError([unknown("pass", after, dict.fromkeys(["lower", *passes]))])
         description = read(spec, sets, variant)
+        if html:
+            from dslc.page import write
+
+            write(description, output, program, after, block, skip=skip or (), until=until)
+            return
         made = pipeline.after(
             description, program, after or passes[-1], skip=skip or (), until=until
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backends.report import render_report
-from backends.report.page import quantity
+from backends.report.html import quantity
 from compiler.analysis import CONVENTIONS, summary
 from compiler.pipeline import PIPELINES, compile
 from dsl.load import load

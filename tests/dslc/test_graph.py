@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -38,6 +40,25 @@ def test_pictures(dslc: Run) -> None:
     assert dot.startswith("digraph") and "q_a_proj" in dot
     svg = dslc("graph", TINY, "--block", "MLA", "--format", "svg").out
     assert ElementTree.fromstring(svg).tag.endswith("svg") and "q_a_proj" in svg
+
+
+def test_a_page_of_all_passes(dslc: Run) -> None:
+    outcome = dslc("graph", TINY, "--html", "--program", "decode", "--after", "absorb")
+    assert re.fullmatch(r"wrote deepseek_v3_tiny\.html: \d+ KB\n", outcome.out)
+    text = Path("deepseek_v3_tiny.html").read_text(encoding="utf-8")
+    assert 'data-start="decode-4"' in text and text.count("<script>") == 1
+    assert dslc("graph", TINY, "--html", "--block", "MLA").status == 0  # its own page again
+    assert 'data-start="forward-4/MLA"' in Path("deepseek_v3_tiny.html").read_text("utf-8")
+    assert "did you mean `MLA`?" in dslc("graph", TINY, "--html", "--block", "MLAA").err
+
+
+def test_a_page_replaces_no_file_of_others(dslc: Run) -> None:
+    Path("thesis.html").write_text("precious", encoding="utf-8")
+    outcome = dslc("graph", TINY, "--html", "-o", "thesis.html")
+    assert outcome.status == 1 and "error[E692]: thesis.html exists" in outcome.err
+    assert Path("thesis.html").read_text(encoding="utf-8") == "precious"
+    assert dslc("graph", TINY, "-o", "v3.txt").status == 2
+    assert not Path("v3.txt").exists()
 
 
 def test_the_nearest_block_and_program_are_offered(dslc: Run) -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backends.build import package
+from backends.report.steps import render_steps
 from compiler.analysis import summary
 from compiler.pipeline import compile
 from dsl.diagnostic import DiagnosticError
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
 
 USE = "SwiGLU(intermediate_size=hidden_size * 3)"  # of the first layer
+STEPS = "steps.html"  # the page of `dslc graph --html`, which is no file of a build
 TRIPWIRE = "__import__('pathlib').Path('tripped').touch()"
 HOSTILE = [
     f'"""\n{TRIPWIRE}\n"""',
@@ -58,17 +60,25 @@ class Scripts(HTMLParser):
         self.found += tag in ("script", "img") or any(name.startswith("on") for name, _ in attrs)
 
 
+def scripts(text: str) -> int:
+    """How many scripts, images and handlers of events a page holds."""
+    page = Scripts()
+    page.feed(text)
+    return page.found
+
+
 def check(files: dict[str, bytes]) -> None:
-    """Generated Python parses, calls nothing of the text, and the report holds no script."""
+    """Generated Python parses, calls nothing of the text, and the report holds no script.
+
+    The page that steps through the passes holds its own script and no other.
+    """
     for name, data in files.items():
         text = data.decode()
         if name.endswith(".py") and not name.startswith("runtime/"):
             calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
             assert "__import__" not in {getattr(c.func, "id", "") for c in calls}
         if name.endswith(".html"):
-            scripts = Scripts()
-            scripts.feed(text)
-            assert not scripts.found
+            assert scripts(text) == (name == STEPS)
 
 
 def files_of(path: Path, *sets: str) -> dict[str, bytes] | None:
@@ -76,7 +86,8 @@ def files_of(path: Path, *sets: str) -> dict[str, bytes] | None:
         description = load(path, sets=sets)
         compiled = compile(description)
         numbers = summary(compiled.lowered, compiled.programs["decode"])
-        return package(description, compiled, numbers)
+        page = render_steps(description, compiled, version="0", start="train-1")
+        return {**package(description, compiled, numbers), STEPS: page.encode()}
     except DiagnosticError as error:
         assert error.diagnostics
         return None

@@ -22,7 +22,7 @@ from tests.conftest import GOLDEN
 def test_random_programs_are_valid_and_read_back_equal() -> None:
     seen: set[str] = set()
 
-    @settings(max_examples=100)
+    @settings(max_examples=200)
     @given(programs(), st.booleans())
     def one(program: Program, locs: bool) -> None:
         verify(program)

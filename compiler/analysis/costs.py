@@ -1,0 +1,95 @@
+"""What each operator of a program costs: arithmetic and bytes of results, at given sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compiler.graph.build import site_of
+from compiler.graph.core import Graph, Op, Program
+from compiler.ops import OPS
+from compiler.ops.moe import Experts
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one run of an operator with all that it holds or calls, and bytes of its results.
+
+    FLOPs count as in `summary.CONVENTIONS`: a multiply-add as two, matrix products and attention.
+    """
+
+    flops: int
+    bytes: int
+
+
+class Costs:
+    """The costs of one program. Blocks that are called with the same sizes are looked at once."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._flops: dict[tuple[str, tuple[tuple[str, int], ...]], int] = {}
+
+    def of(self, graph: Graph, sizes: Sizes) -> dict[Op, Cost]:
+        """Of every operator of a graph, those in regions included, whose sizes are of one run."""
+        costs: dict[Op, Cost] = {}
+        self._visit(graph, graph.ops, sizes, costs)
+        return costs
+
+    def flops(self, graph: Graph, sizes: Sizes) -> int:
+        """Of one run of a graph."""
+        key = (graph.name, tuple(sorted(sizes.items())))
+        if key not in self._flops:
+            costs: dict[Op, Cost] = {}
+            self._flops[key] = self._visit(graph, graph.ops, sizes, costs)
+        return self._flops[key]
+
+    def runs(self) -> dict[str, int]:
+        """How often one run of the program runs each of its graphs."""
+        runs = dict.fromkeys(self._program.graphs, 0)
+        runs[self._program.root] = 1
+        # Callers stand after callees.
+        for graph in reversed(self._program.graphs.values()):
+            self._count(graph.ops, runs[graph.name], runs)
+        return runs
+
+    def _count(self, ops: Sequence[Op], times: int, runs: dict[str, int]) -> None:
+        for op in ops:
+            if op.kind == "call":
+                runs[str(op.attrs["callee"])] += times
+            for region in op.regions:
+                self._count(region.ops, times * _times(op), runs)
+
+    def _visit(self, graph: Graph, ops: Sequence[Op], sizes: Sizes, costs: dict[Op, Cost]) -> int:
+        """Fills in `costs`; the sum of all FLOPs."""
+        total = 0
+        for op in ops:
+            site = site_of(op, graph, self._program.graphs)
+            flops = max(0, OPS[op.kind].flops(site, sizes))
+            inside = Experts.inner_sizes(site, sizes) if op.kind == "experts" else sizes
+            for region in op.regions:
+                flops += _times(op) * self._visit(graph, region.ops, inside, costs)
+            if op.kind == "call":
+                callee = self._program.graphs[str(op.attrs["callee"])]
+                flops += self.flops(callee, _bound(callee, op, sizes))
+            sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
+            costs[op] = Cost(flops, sum(v.type.bytes(sizes) for v in op.results))
+            total += flops
+        return total
+
+
+def _times(op: Op) -> int:
+    count = op.attrs["count"] if op.kind == "repeat" else 1
+    assert isinstance(count, int)
+    return count
+
+
+def _bound(callee: Graph, op: Op, sizes: Sizes) -> dict[str, int]:
+    """The sizes of the caller, and those that the callee's dimensions have in this call."""
+    inner = dict(sizes)
+    for formal, actual in zip(callee.args, op.operands, strict=True):
+        for dim, outer in zip(formal.type.dims, actual.type.dims, strict=True):
+            if dim.size is None:
+                inner[dim.name] = max(0, outer.at(sizes))
+    return inner

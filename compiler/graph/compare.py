@@ -1,0 +1,193 @@
+"""Two programs side by side: what was added, removed, changed or moved, block by block.
+
+Blocks are aligned by name, and where only the numbers in it differ, by what is left of the name;
+lines by the value, weight or cache that they define, so that a renumbered line is no change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from enum import StrEnum
+
+from compiler.graph.core import Graph, Op, Program
+from compiler.graph.text import print_attributes, print_op, print_weight
+
+# Operators that say where something ends, not what is computed.
+ENDS = ("yield", "return")
+
+
+class Mark(StrEnum):
+    """What became of a line or a block."""
+
+    SAME = "same"
+    ADDED = "added"
+    REMOVED = "removed"
+    CHANGED = "changed"
+    MOVED = "moved"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a graph. `key` is what it defines, `inside` the key of the region around it.
+
+    `was` is the text before, or the block that a moved line came from; a removed line has the text
+    that it had. `op` is the operator that the line shows, in the graph that it is in.
+    """
+
+    key: str
+    text: str
+    inside: str = ""
+    op: Op | None = None
+    mark: Mark = Mark.SAME
+    was: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A block before and after; `lines` of both, in the order of the one after."""
+
+    name: str
+    mark: Mark
+    lines: tuple[Line, ...]
+    before: Graph | None
+    after: Graph | None
+
+    def counts(self) -> Counter[Mark]:
+        """How many lines became what."""
+        return Counter(line.mark for line in self.lines if line.mark is not Mark.SAME)
+
+
+def compare(before: Program, after: Program) -> list[Comparison]:
+    """Every block of both programs, callees first; those that are gone come last."""
+    pairs = _aligned(before.graphs, after.graphs)
+    found = [compare_graphs(a, b) for a, b in pairs]
+    return _with_moves(found)
+
+
+def compare_graphs(before: Graph | None, after: Graph | None) -> Comparison:
+    """One block before and after; None where there is none."""
+    if before is None and after is not None:
+        lines = tuple(replace(line, mark=Mark.ADDED) for line in lines_of(after))
+        return Comparison(after.name, Mark.ADDED, lines, None, after)
+    assert before is not None
+    if after is None:
+        lines = tuple(replace(line, mark=Mark.REMOVED) for line in lines_of(before))
+        return Comparison(before.name, Mark.REMOVED, lines, before, None)
+    lines = tuple(_merged(list(lines_of(before)), list(lines_of(after))))
+    mark = Mark.CHANGED if any(line.mark is not Mark.SAME for line in lines) else Mark.SAME
+    return Comparison(after.name, mark, lines, before, after)
+
+
+def lines_of(graph: Graph) -> Iterator[Line]:
+    """The signature of a graph, its weights and caches, and its operators, regions flattened."""
+    arguments = ", ".join(f"{v}: {v.type}" for v in graph.args)
+    returned = graph.results if graph.ops else []
+    results = ", ".join(
+        f"{n}: {v.type}" for n, v in zip(graph.result_names, returned, strict=False)
+    )
+    yield Line("graph", f"({arguments}) -> ({results})")
+    for name, weight in graph.weights.items():
+        yield Line(f"@{name}", f"weight {print_weight(name, weight)}")
+    for name, cache in graph.caches.items():
+        yield Line(f"cache @{name}", f"cache @{name} : {cache.type}")
+    yield from _op_lines(graph.ops, "", Counter())
+
+
+def _op_lines(ops: Sequence[Op], inside: str, seen: Counter[str]) -> Iterator[Line]:
+    for op in ops:
+        # What defines nothing is known by its kind and its weights, and by the how manieth it is.
+        key = str(op.results[0]) if op.results else " ".join([op.kind, inside, *op.symbols])
+        seen[key] += 1
+        if seen[key] > 1:
+            key += f" {seen[key]}"
+        yield Line(key, print_line(op), inside, op)
+        for i, region in enumerate(op.regions):
+            name = f"{key} region {i}" if i else f"{key} region"
+            arguments = ", ".join(f"{v}: {v.type}" for v in region.args)
+            yield Line(name, f"|{arguments}|", key)
+            yield from _op_lines(region.ops, name, seen)
+
+
+def print_line(op: Op) -> str:
+    """An operator with attributes and types, without what is inside of it."""
+    types = f" : {', '.join(str(v.type) for v in op.results)}" if op.results else ""
+    return f"{print_op(op)}{print_attributes(op.attrs)}{types}"
+
+
+def _aligned(
+    before: Mapping[str, Graph], after: Mapping[str, Graph]
+) -> Iterator[tuple[Graph | None, Graph | None]]:
+    lost = [name for name in before if name not in after]
+    new = [name for name in after if name not in before]
+    by_stem = {_stem(name): name for name in lost}
+    counts = Counter(map(_stem, lost)) + Counter(map(_stem, new))
+    # Only where there is no doubt: one of that name on each side.
+    partner = {
+        name: by_stem[_stem(name)]
+        for name in new
+        if _stem(name) in by_stem and counts[_stem(name)] == 2
+    }
+    for name, graph in after.items():
+        yield before.get(partner.get(name, name)), graph
+    taken = set(partner.values())
+    for name in lost:
+        if name not in taken:
+            yield before[name], None
+
+
+def _stem(name: str) -> str:
+    """A block's name without its numbers: `SwiGLU_18432` is `SwiGLU`."""
+    return re.sub(r"_[0-9]+(?=_|$)", "", name)
+
+
+def _merged(old: Sequence[Line], new: Sequence[Line]) -> Iterator[Line]:
+    """The lines of both in the order of `new`; what is gone stands where it stood."""
+    before = {line.key: line for line in old}
+    after = {line.key for line in new}
+    matcher = SequenceMatcher(None, [x.key for x in old], [x.key for x in new], autojunk=False)
+    for _, i1, i2, j1, j2 in matcher.get_opcodes():
+        in_place = {line.key for line in old[i1:i2]}
+        yield from (replace(x, mark=Mark.REMOVED) for x in old[i1:i2] if x.key not in after)
+        yield from (_marked(x, before.get(x.key), x.key in in_place) for x in new[j1:j2])
+
+
+def _marked(line: Line, old: Line | None, in_place: bool) -> Line:
+    if old is None:
+        return replace(line, mark=Mark.ADDED)
+    if old.text != line.text:
+        return replace(line, mark=Mark.CHANGED, was=old.text)
+    if not in_place or old.inside != line.inside:
+        return replace(line, mark=Mark.MOVED)
+    return line
+
+
+def _with_moves(found: Iterable[Comparison]) -> list[Comparison]:
+    """What was removed in one block and added in another, otherwise equal, has moved."""
+    found = list(found)
+    homes: dict[tuple[object, ...], list[str]] = {}
+    for block in found:
+        for line in block.lines:
+            if line.mark is Mark.REMOVED and line.op is not None:
+                homes.setdefault(_signature(line.op), []).append(block.name)
+
+    def settled(line: Line, block: str) -> Line:
+        if line.mark is not Mark.ADDED or line.op is None or line.op.kind in ENDS:
+            return line
+        others = homes.get(_signature(line.op), [])
+        home = next((h for h in others if h != block), None)
+        if home is None:
+            return line
+        others.remove(home)
+        return replace(line, mark=Mark.MOVED, was=home)
+
+    return [replace(b, lines=tuple(settled(x, b.name) for x in b.lines)) for b in found]
+
+
+def _signature(op: Op) -> tuple[object, ...]:
+    """All of an operator but the names of its values."""
+    types = tuple(v.type for v in op.results)
+    return op.kind, op.symbols, repr(op.attrs), types, len(op.operands)
