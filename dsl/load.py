@@ -10,12 +10,24 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from dsl import ast, yaml
+from dsl.cluster import read_cluster
 from dsl.compose import Composed, compose
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics, Label
 from dsl.evaluate import Value, evaluate_params
 from dsl.parse import parse_blocks
 from dsl.read import read_source
-from dsl.schema import MTP, BlockUse, LayerGroup, Loc, Phase, Schedule, Spec, text_of, validate
+from dsl.schema import (
+    MTP,
+    BlockUse,
+    Cluster,
+    LayerGroup,
+    Loc,
+    Phase,
+    Schedule,
+    Spec,
+    text_of,
+    validate,
+)
 from dsl.source import Source, Span
 from dsl.suggest import did_you_mean, nearest
 from specs import BLOCKS
@@ -45,6 +57,7 @@ class Description:
     blocks: Mapping[str, ast.Block]
     sources: tuple[Source, ...]
     composed: Composed = field(repr=False)
+    cluster: Cluster | None = None  # that of `parallel`
 
     def span(self, *path: str | int) -> Span:
         """The place of `path`, such as ("architecture", "layers", 1, "repeat"), or the nearest."""
@@ -98,10 +111,24 @@ def load(path: str | Path, *, sets: Sequence[str] = (), variant: str | None = No
                 library.add(item)
     if spec is not None and library.complete:
         problems.extend(_misused_blocks(spec, composed.root, library.blocks))
+    cluster, cluster_sources = _cluster(composed.root, problems)
     problems.raise_if_any()
     assert spec is not None
-    sources = (*composed.sources, *library.sources)
-    return Description(spec, params, library.blocks, sources, composed)
+    sources = (*composed.sources, *library.sources, *cluster_sources)
+    return Description(spec, params, library.blocks, sources, composed, cluster)
+
+
+def _cluster(root: yaml.Mapping, problems: Diagnostics) -> tuple[Cluster | None, list[Source]]:
+    """The cluster that `parallel` names, and its file."""
+    section = yaml.child_of(root, "parallel")
+    named = yaml.child_of(section, "cluster") if section is not None else None
+    if isinstance(named, yaml.Scalar) and named.value:
+        try:
+            cluster, source = read_cluster(named)
+            return cluster, [source]
+        except DiagnosticError as error:
+            problems.extend(error.diagnostics)
+    return None, []
 
 
 class _Library:

@@ -1,11 +1,13 @@
 """What a spec may say: its keys, their types and bounds. Also exported as a JSON schema."""
 
+from dsl.schema.cluster import Cluster
 from dsl.schema.sections import (
     MTP,
     VARIANT_KEYS,
     Architecture,
     LayerGroup,
     Loss,
+    Parallel,
     Phase,
     Precision,
     Schedule,
@@ -14,7 +16,7 @@ from dsl.schema.sections import (
     Train,
     json_schema,
 )
-from dsl.schema.validate import validate
+from dsl.schema.validate import validate, validate_file
 from dsl.schema.values import BlockUse, Loc, text_of
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "VARIANT_KEYS",
     "Architecture",
     "BlockUse",
+    "Cluster",
     "LayerGroup",
     "Loc",
     "Loss",
+    "Parallel",
     "Phase",
     "Precision",
     "Schedule",
@@ -34,4 +38,5 @@ __all__ = [
     "json_schema",
     "text_of",
     "validate",
+    "validate_file",
 ]

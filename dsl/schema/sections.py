@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,8 @@ from dsl.schema.values import (
     Text,
     choice,
 )
+
+ScheduleName = Literal["1f1b", "zero_bubble", "dualpipe"]
 
 
 class Section(BaseModel):
@@ -190,6 +192,33 @@ class Train(Section):
     loss: Loss = Field(default_factory=Loss, description="The loss")
 
 
+class Parallel(Section):
+    """How training is spread over a cluster. Sizes count ranks, one to a GPU."""
+
+    cluster: Text = Field(description="A cluster file: a name of those shipped, or a path")
+    pipeline: Annotated[int, Number("pipeline", 1)] = Field(
+        1, description="Stages that the layers are cut into, each on ranks of its own"
+    )
+    expert: Annotated[int, Number("expert", 1)] = Field(
+        1, description="Ranks that the routed experts of a layer are spread over"
+    )
+    zero: Annotated[int, Number("zero", 0, maximum=1)] = Field(
+        1, description="1: optimizer state is sharded over the ranks that hold a weight; 0: not"
+    )
+    schedule: Annotated[ScheduleName, choice(*get_args(ScheduleName))] = Field(
+        "1f1b", description="In which order a pipeline rank works: 1f1b, zero_bubble or dualpipe"
+    )
+    sequence_length: Annotated[int, Number("sequence_length", 1)] = Field(
+        description="Tokens of a training sequence"
+    )
+    batch: Annotated[int, Number("batch", 1)] = Field(
+        description="Sequences of a step, all ranks together"
+    )
+    micro_batch: Annotated[int, Number("micro_batch", 1)] = Field(
+        1, description="Sequences that go through the pipeline at a time"
+    )
+
+
 class Spec(Section):
     """A model: its parameters, its architecture and how it is trained."""
 
@@ -205,6 +234,7 @@ class Spec(Section):
     sequence: SequenceLimits = Field(description="Lengths and special tokens of sequences")
     precision: Precision = Field(default_factory=Precision, description="Element types")
     train: Train = Field(default_factory=Train, description="Training")
+    parallel: Parallel | None = Field(None, description="How training is spread over a cluster")
 
 
 # What a file may say besides: how it is made from another. `dsl.compose` reads these.

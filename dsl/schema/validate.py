@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,6 +13,8 @@ from dsl.evaluate import Value
 from dsl.schema.sections import VARIANT_KEYS, Phase, Schedule, Section, Spec
 from dsl.schema.values import Loc, Scope
 from dsl.suggest import did_you_mean, nearest
+
+File = TypeVar("File", bound=Section)
 
 
 def validate(
@@ -30,11 +32,22 @@ def validate(
         failed = frozenset(section.entries) - frozenset(values)
         # Parameters that failed have a diagnostic; their names are still to be checked.
         data["params"] = {name: values.get(name, 0) for name in section.entries}
+    return _validated(Spec, data, Scope(values, failed), root)
+
+
+def validate_file(schema: type[File], root: yaml.Mapping) -> tuple[File | None, list[Diagnostic]]:
+    """What a file without parameters says, such as that of a cluster, or what is wrong with it."""
+    data = {key: _plain(entry.node) for key, entry in root.entries.items()}
+    return _validated(schema, data, Scope({}), root)
+
+
+def _validated(
+    schema: type[File], data: Mapping[str, object], scope: Scope, root: yaml.Mapping
+) -> tuple[File | None, list[Diagnostic]]:
     try:
-        scope = Scope(values, failed)
-        return Spec.model_validate(data, context=scope), []
+        return schema.model_validate(data, context=scope), []
     except ValidationError as error:
-        return None, list(_diagnose(error, root))
+        return None, list(_diagnose(error, root, schema))
 
 
 def _plain(node: yaml.Node) -> object:
@@ -47,16 +60,18 @@ def _plain(node: yaml.Node) -> object:
 _CONTAINERS = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a list"}
 
 
-def _diagnose(error: ValidationError, root: yaml.Mapping) -> Iterator[Diagnostic]:
+def _diagnose(
+    error: ValidationError, root: yaml.Mapping, schema: type[Section]
+) -> Iterator[Diagnostic]:
     errors = [(e["type"], e["loc"], e.get("ctx", {})) for e in error.errors()]
     # A misspelt key is one mistake, though its right name is missing then, too.
     misspelt: set[Loc] = set()
     for kind, loc, _ in errors:
-        if kind == "missing" and (typo := _typo(loc, root)):
+        if kind == "missing" and (typo := _typo(loc, root, schema)):
             misspelt.add((*loc[:-1], typo))
-            yield _unknown_key((*loc[:-1], typo), root)
+            yield _unknown_key((*loc[:-1], typo), root, schema)
         elif kind == "missing":
-            yield _missing_key(loc, root)
+            yield _missing_key(loc, root, schema)
     for kind, loc, context in errors:
         if kind == "missing" or loc in misspelt:
             continue
@@ -64,7 +79,7 @@ def _diagnose(error: ValidationError, root: yaml.Mapping) -> Iterator[Diagnostic
             # Items that are wrong do not count for pydantic; each has an error of its own.
             continue
         if kind == "extra_forbidden":
-            yield _unknown_key(loc, root)
+            yield _unknown_key(loc, root, schema)
         elif kind == "diagnostics":
             yield from context["diagnostics"]
         else:
@@ -95,45 +110,52 @@ def _misfit(kind: str, loc: Loc, context: Mapping[str, Any], root: yaml.Mapping)
     return Diagnostic("E302", message, node.span, f"expected {wanted}")
 
 
-def _fields(loc: Loc) -> dict[str, Any]:
+def _fields(loc: Loc, schema: type[Section]) -> dict[str, Any]:
     """The fields of the section that is found at `loc`."""
-    section: Any = Spec
+    section: Any = schema
     for part in loc:
         if section is Schedule:
             section = Phase
         elif isinstance(part, int):
             section = get_args(section)[0]
         else:
-            section = section.model_fields[part].annotation
+            section = _required(section.model_fields[part].annotation)
     fields: dict[str, Any] = section.model_fields
     return fields
 
 
-def _typo(loc: Loc, root: yaml.Mapping) -> str | None:
+def _required(annotation: Any) -> Any:
+    """The section that `Section | None` may hold; other types are what they are."""
+    options = get_args(annotation)
+    return options[0] if options and options[-1] is type(None) else annotation
+
+
+def _typo(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> str | None:
     """The unknown key beside a missing one that was most likely meant to be it."""
     mapping = yaml.nearest_node(root, loc[:-1])
     if not isinstance(mapping, yaml.Mapping):
         return None
-    known = _fields(loc[:-1])
+    known = _fields(loc[:-1], schema)
     unknown = [key for key in mapping.entries if key not in known]
     return next((key for key in unknown if nearest(key, known) == loc[-1]), None)
 
 
-def _missing_key(loc: Loc, root: yaml.Mapping) -> Diagnostic:
+def _missing_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnostic:
     node = yaml.nearest_node(root, loc[:-1])
-    about = _fields(loc[:-1])[str(loc[-1])].description
+    about = _fields(loc[:-1], schema)[str(loc[-1])].description
     message = f"`{'.'.join(map(str, loc))}` is missing"
     help = f"add `{loc[-1]}: ...` ({about})"
     return Diagnostic("E301", message, node.span, f"has no key `{loc[-1]}`", help=help)
 
 
-def _unknown_key(loc: Loc, root: yaml.Mapping) -> Diagnostic:
+def _unknown_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnostic:
     key = str(loc[-1])
-    known = [*_fields(loc[:-1]), *(VARIANT_KEYS if len(loc) == 1 else ())]
+    extra = VARIANT_KEYS if len(loc) == 1 and schema is Spec else ()
+    known = [*_fields(loc[:-1], schema), *extra]
     help = did_you_mean(key, known)
     if not help:
         # Right name, wrong place: `hidden_size` beside `params` instead of in it.
-        paths = {path[-1]: ".".join(path) for path in _paths(Spec)}
+        paths = {path[-1]: ".".join(path) for path in _paths(schema)}
         params = yaml.child_of(root, "params")
         if isinstance(params, yaml.Mapping):
             paths |= {name: f"params.{name}" for name in params.entries}
@@ -146,5 +168,6 @@ def _unknown_key(loc: Loc, root: yaml.Mapping) -> Diagnostic:
 def _paths(section: type[BaseModel]) -> Iterator[tuple[str, ...]]:
     for name, about in section.model_fields.items():
         yield (name,)
-        if isinstance(about.annotation, type) and issubclass(about.annotation, Section):
-            yield from ((name, *path) for path in _paths(about.annotation))
+        inner = _required(about.annotation)
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from ((name, *path) for path in _paths(inner))

@@ -105,11 +105,15 @@ def _expression(scalar: yaml.Scalar) -> ast.Expr:
 
 @dataclass(frozen=True)
 class Number:
-    """A number of at least `minimum`, or an expression of one; `name` is what messages call it."""
+    """A number from `minimum` to `maximum`, or an expression of one.
+
+    `name` is what messages call it.
+    """
 
     name: str
     minimum: int = 0
     whole: bool = True
+    maximum: int | None = None
 
     def validate(self, node: object, info: Any) -> int | float:
         wanted = "a whole number" if self.whole else "a number"
@@ -127,6 +131,10 @@ class Number:
             message = f"{self.name} below {self.minimum}: {value}"
             label = f"must be at least {self.minimum}"
             refuse(Diagnostic("E303", message, scalar.span, label))
+        if self.maximum is not None and value > self.maximum:
+            message = f"{self.name} above {self.maximum}: {value}"
+            label = f"must be at most {self.maximum}"
+            refuse(Diagnostic("E303", message, scalar.span, label))
         return int(value) if self.whole else float(value)
 
     def __get_pydantic_core_schema__(
@@ -138,6 +146,8 @@ class Number:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         number = {"type": "integer" if self.whole else "number", "minimum": self.minimum}
+        if self.maximum is not None:
+            number["maximum"] = self.maximum
         return {"anyOf": [number, {"type": "string", "description": EXPRESSION}]}
 
 

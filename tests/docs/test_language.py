@@ -186,7 +186,8 @@ def schema_rows(path: tuple[str, ...], section: Any) -> Iterator[Row]:
         if field.annotation is Schedule:
             yield from schema_rows((*here, "N"), Phase)
         elif hasattr(inner, "model_fields"):
-            yield from schema_rows((*here, "N") if items else here, inner)
+            listed = described.get("type") == "array"
+            yield from schema_rows((*here, "N") if listed else here, inner)
 
 
 def row(path: tuple[str, ...], field: FieldInfo, schema: dict[str, Any], inner: Any) -> Row:
@@ -227,6 +228,8 @@ def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
         return "text"
     number = schema["anyOf"][0]
     word = "whole number" if number["type"] == "integer" else "number"
+    if "maximum" in number:
+        return f"{word}, {number['minimum']} to {number['maximum']}"
     return f"{word}, at least {number['minimum']}"
 
 
