@@ -1,0 +1,95 @@
+"""Which weights a unit of the model holds. Experts are counted, not walked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from compiler.graph.core import Graph, Op, Program
+from compiler.graph.types import BYTES, Type
+from compiler.plan.layout import Unit
+from dsl.source import Span
+
+
+@dataclass(frozen=True)
+class Held:
+    """`count` equal weights of a unit.
+
+    A `*` in the published name stands for the layer; `{0..255}` for experts, which are `routed`,
+    or for layers within a block. `span` is the equation that uses the weight.
+    """
+
+    name: str
+    type: Type
+    count: int
+    routed: bool
+    trainable: bool
+    span: Span | None
+
+    @property
+    def elements(self) -> int:
+        """Of all of them."""
+        return self.count * self.type.count()
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * BYTES[self.type.dtype]
+
+    def named(self, layer: int | None) -> Held:
+        """The same weights of one layer."""
+        return self if layer is None else replace(self, name=self.name.replace("*", str(layer), 1))
+
+
+def weights_of(program: Program, unit: Unit) -> tuple[Held, ...]:
+    """The weights that the operators of a unit use, each once, in order."""
+    main = program.main
+    ops: list[Op] = []
+    for i in unit.ops:
+        op = main.ops[i]
+        ops += [op] if unit.layer is None else op.regions[0].ops
+    layer = () if unit.layer is None else ("*",)
+    found: dict[str, Held] = {}
+    for held in _used(program, main, ops, "", 1, layer):
+        found.setdefault(held.name, held)
+    return tuple(found.values())
+
+
+def _used(
+    program: Program, graph: Graph, ops: Sequence[Op], prefix: str, count: int, around: _Stars
+) -> Iterator[Held]:
+    """`around` says what the stars of scopes stand for; together they are `count` modules."""
+    for op in ops:
+        for symbol in op.symbols:
+            yield _held(graph, symbol, op, prefix, count)
+        if op.kind == "call":
+            scope = f"{prefix}{_written(str(op.attrs['scope']), around)}."
+            callee = program.graphs[str(op.attrs["callee"])]
+            yield from _used(program, callee, callee.ops, scope, count, ())
+        elif op.kind == "repeat":
+            first, times = op.attrs["start"], op.attrs["count"]
+            assert isinstance(first, int) and isinstance(times, int)
+            stars = (*around, f"{{{first}..{first + times - 1}}}")
+            inside = op.regions[0].ops
+            yield from _used(program, graph, inside, prefix, count * times, stars)
+        else:
+            for region in op.regions:
+                yield from _used(program, graph, region.ops, prefix, count, around)
+
+
+_Stars = tuple[str, ...]
+
+
+def _written(scope: str, stars: _Stars) -> str:
+    """A scope with each `*` replaced; the last star belongs to the innermost repeat."""
+    pieces = scope.split("*")
+    used = stars[len(stars) - len(pieces) + 1 :]
+    return pieces[0] + "".join(s + p for s, p in zip(used, pieces[1:], strict=True))
+
+
+def _held(graph: Graph, symbol: str, op: Op, prefix: str, count: int) -> Held:
+    weight = graph.weights[symbol]
+    routed = "*" in symbol
+    name = symbol.replace("*", f"{{0..{weight.stack - 1}}}") if routed else symbol
+    times = count * (weight.stack if routed else 1)
+    span = op.spans[0] if op.spans else None
+    return Held(f"{prefix}{name}", weight.type, times, routed, weight.trainable, span)
