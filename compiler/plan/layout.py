@@ -149,6 +149,16 @@ class Layout:
         """The pipeline ranks that hold a stage, by direction."""
         return self.stages_of(stage)
 
+    def in_flight(self, stage: int) -> int:
+        """For how many micro-batches a stage keeps activations at most.
+
+        A micro-batch returns to a stage once it has been to the last one and back, while the stage
+        has begun as many others as there are stages from it to the last. Together the two stages
+        of a rank under DualPipe keep one more than there are stages (report, table 2).
+        """
+        ways = 2 if self.both_ways else 1
+        return min(self.mesh.pipeline - stage, self.micro_batches // ways)
+
     def experts_of(self, expert: int, count: int) -> range:
         """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""
         each = count // self.mesh.expert

@@ -1,0 +1,115 @@
+"""What lies in the memory of a rank while it trains, by tensor, with the line behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from compiler.graph.types import BYTES
+from compiler.plan.kept import Activations
+from compiler.plan.layout import Layout, Unit
+from compiler.plan.placement import Placed
+from dsl.source import Span
+
+# Sums over micro-batches are kept in FP32 (report, section 3.3.2).
+GRADIENT_BYTES = 4
+MASTER_BYTES = 4
+
+
+class Kind(StrEnum):
+    """What memory is for, in the order in which tables list it."""
+
+    PARAMETERS = "parameters"
+    GRADIENTS = "gradients"
+    MASTER = "master_weights"
+    MOMENTS = "moments"
+    ACTIVATIONS = "activations"
+    WORKING = "working"
+
+    @property
+    def words(self) -> str:
+        return self.value.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Use:
+    """Memory of one tensor or kind of activation; `span` is the line that it comes from."""
+
+    kind: Kind
+    name: str
+    bytes: int
+    span: Span | None
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Of each rank with one pipeline coordinate; they differ by a few elements of shards at most.
+
+    `parameters` counts the elements that the rank holds.
+    """
+
+    pipeline: int
+    parameters: int
+    uses: tuple[Use, ...]
+
+    @property
+    def peak(self) -> int:
+        return sum(use.bytes for use in self.uses)
+
+    def of(self, kind: Kind) -> int:
+        return sum(use.bytes for use in self.uses if use.kind is kind)
+
+    def largest(self) -> list[Use]:
+        """Most first; all that one tensor takes of one kind counts together."""
+        return sorted(self.uses, key=lambda use: (-use.bytes, use.kind.value, use.name))
+
+
+def rank_memory(
+    layout: Layout,
+    placed: Sequence[Placed],
+    kept: Mapping[range, Activations],
+    pipeline: int,
+) -> RankMemory:
+    """The memory of the ranks at `pipeline`; `kept` is by the operators of a unit."""
+    own = [one for one in placed if pipeline in one.pipelines]
+    uses = [use for one in own for use in _weight_uses(one, layout.zero)]
+    for stage in layout.stages_of(pipeline):
+        uses += _activation_uses(layout, stage, kept)
+    held = [unit for s in layout.stages_of(pipeline) for unit in layout.stages[s].units]
+    uses.append(_working_use(held, kept))
+    parameters = sum(one.on_rank for one in own)
+    return RankMemory(pipeline, parameters, tuple(use for use in uses if use.bytes))
+
+
+def _weight_uses(one: Placed, zero: int) -> Iterator[Use]:
+    held = one.held
+    width = BYTES[held.type.dtype]
+    yield Use(Kind.PARAMETERS, one.name, one.on_rank * width, held.span)
+    if not held.trainable:
+        return
+    yield Use(Kind.GRADIENTS, one.name, one.on_rank * GRADIENT_BYTES, held.span)
+    # The largest shard; weights in FP32 are their own masters.
+    shard = len(one.shard(one.copies - 1)) if zero else one.on_rank
+    if width < MASTER_BYTES:
+        yield Use(Kind.MASTER, one.name, shard * MASTER_BYTES, held.span)
+    # Two, each in the element type of the weight (report, section 3.3.2).
+    yield Use(Kind.MOMENTS, one.name, shard * 2 * width, held.span)
+
+
+def _activation_uses(
+    layout: Layout, stage: int, kept: Mapping[range, Activations]
+) -> Iterator[Use]:
+    times = layout.in_flight(stage)
+    units: dict[range, list[Unit]] = {}
+    for unit in layout.stages[stage].units:
+        units.setdefault(unit.ops, []).append(unit)
+    for ops, equal in units.items():
+        for one in kept[ops].kept:
+            name = f"{one.block} %{one.name}, {len(equal)} x {times} micro-batches"
+            yield Use(Kind.ACTIVATIONS, name, len(equal) * times * one.bytes, one.span)
+
+
+def _working_use(units: Sequence[Unit], kept: Mapping[range, Activations]) -> Use:
+    largest = max((kept[unit.ops].working for unit in units), key=lambda one: one.bytes)
+    return Use(Kind.WORKING, f"{largest.block} {largest.name}", largest.bytes, largest.span)

@@ -1,0 +1,219 @@
+"""What ranks send each other in one step: messages and bytes, inside nodes and across."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from compiler.graph.core import Graph, Op, Program
+from compiler.graph.types import BYTES, Type
+from compiler.plan.kept import FP8_BYTES, TILE
+from compiler.plan.layout import Layout, Unit
+from compiler.plan.memory import GRADIENT_BYTES
+from compiler.plan.placement import Placed
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The experts of one block: what a token costs on its way to them and back.
+
+    `dispatch` and `combine` are bytes for a token and destination node; `nodes` is the most nodes
+    that a token goes to, its own included, and `k` the experts that it goes to.
+    """
+
+    block: str
+    experts: int
+    k: int
+    nodes: int
+    dispatch: int
+    combine: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one rank sends in a step, for one purpose."""
+
+    purpose: str
+    messages_inside: int
+    bytes_inside: int
+    messages_across: int
+    bytes_across: int
+
+
+def exchanges(program: Program, unit: Unit, layout: Layout, *, fp8: bool) -> tuple[Exchange, ...]:
+    """The routed experts inside a unit, in order."""
+    main = program.main
+    ops = [op for i in unit.ops for op in [main.ops[i], *_regions(main.ops[i])]]
+    return tuple(_exchanges(program, main, ops, layout, fp8))
+
+
+def _regions(op: Op) -> Iterator[Op]:
+    for region in op.regions:
+        for inner in region.ops:
+            yield inner
+            yield from _regions(inner)
+
+
+def _exchanges(
+    program: Program, graph: Graph, ops: Sequence[Op], layout: Layout, fp8: bool
+) -> Iterator[Exchange]:
+    routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
+    for op in ops:
+        if op.kind == "call":
+            callee = program.graphs[str(op.attrs["callee"])]
+            yield from _exchanges(program, callee, list(callee.walk()), layout, fp8)
+        elif op.kind == "permute":
+            x, route = op.operands
+            back = next(o for o in graph.walk() if o.kind == "unpermute")
+            experts, k = op.results[1].type.last.size or 0, route.type.last.size or 0
+            yield Exchange(
+                graph.name,
+                experts,
+                k,
+                _nodes(routes.get(route), experts, k, layout),
+                token_bytes(x.type, fp8=fp8),
+                token_bytes(back.operands[0].type, fp8=False),
+            )
+
+
+def token_bytes(tokens: Type, *, fp8: bool) -> int:
+    """Bytes of one token [.., hidden] on the wire, with the scales of FP8 tiles of 128."""
+    hidden = tokens.last.size or 0
+    if not fp8 or tokens.dtype != "bf16":
+        return hidden * BYTES[tokens.dtype]
+    return hidden + (FP8_BYTES[0] - TILE) * -(-hidden // TILE)
+
+
+def _nodes(router: Op | None, experts: int, k: int, layout: Layout) -> int:
+    """The most nodes that one token is sent to (report, section 2.1.2, node-limited routing)."""
+    spanned = len({layout.mesh.node(rank) for rank in layout.mesh.expert_group(0)})
+    limit = min(k, spanned)
+    if router is None:
+        return limit
+    groups, kept = router.attrs["n_group"], router.attrs["topk_group"]
+    assert isinstance(groups, int) and isinstance(kept, int)
+    widest = max(len(layout.nodes_of_group(g, groups, experts)) for g in range(groups))
+    return min(limit, kept * widest)
+
+
+def sent(
+    layout: Layout,
+    placed: Sequence[Placed],
+    around: Mapping[range, tuple[Exchange, ...]],
+    boundary: int,
+    tokens: int,
+    pipeline: int,
+) -> tuple[Sent, ...]:
+    """What each rank at `pipeline` sends in a step.
+
+    `around` are the exchanges by the operators of a unit, `boundary` the bytes that a stage hands
+    on for a micro-batch of `tokens` tokens.
+    """
+    own = [one for one in placed if pipeline in one.pipelines]
+    found = [
+        *_experts(layout, around, tokens, pipeline),
+        _handed_on(layout, boundary, pipeline),
+        _ring("gradients", layout, own, pipeline, GRADIENT_BYTES),
+        _ring("parameters", layout, own, pipeline, None),
+    ]
+    return tuple(one for one in found if one.messages_inside + one.messages_across)
+
+
+def _experts(
+    layout: Layout, around: Mapping[range, tuple[Exchange, ...]], tokens: int, pipeline: int
+) -> Iterator[Sent]:
+    """Dispatch and combine, each forward and once more backward, with evenly spread routes.
+
+    A token goes once to each of its nodes, to the rank with the index of its own, and from there
+    to the ranks that hold its experts; the way back is the same (report, section 3.2.2).
+    """
+    mesh = layout.mesh
+    if mesh.expert == 1:
+        return
+    group = mesh.expert_group(0)
+    nodes = len({mesh.node(rank) for rank in group})
+    inside = mesh.expert // nodes
+    times = 2 * layout.micro_batches // (2 if layout.both_ways else 1)
+    units = [u for s in layout.stages_of(pipeline) for u in layout.stages[s].units]
+    every = [one for unit in units for one in around[unit.ops]]
+    for purpose in ("dispatch", "combine"):
+        near = far = Fraction(0)
+        for one in every:
+            size = one.dispatch if purpose == "dispatch" else one.combine
+            far += size * one.nodes * Fraction(nodes - 1, nodes)
+            near += size * one.k * Fraction(inside - 1, inside)
+        yield Sent(
+            purpose,
+            times * len(every) * (inside - 1),
+            int(times * tokens * near),
+            times * len(every) * (nodes - 1),
+            int(times * tokens * far),
+        )
+
+
+def _handed_on(layout: Layout, boundary: int, pipeline: int) -> Sent:
+    """Activations to the next stage, gradients to the one before."""
+    mesh = layout.mesh
+    last = mesh.pipeline - 1
+    messages = [0, 0]
+    here = mesh.rank(pipeline, 0, 0)
+    each = layout.micro_batches // (2 if layout.both_ways else 1)
+    for neighbour in (pipeline - 1, pipeline + 1):
+        if 0 <= neighbour <= last:
+            across = mesh.node(mesh.rank(neighbour, 0, 0)) != mesh.node(here)
+            # One way these are activations, the other way gradients; under DualPipe both.
+            messages[across] += each * len(layout.stages_of(pipeline))
+    return Sent(
+        "pipeline", messages[0], messages[0] * boundary, messages[1], messages[1] * boundary
+    )
+
+
+def _ring(
+    purpose: str, layout: Layout, placed: Sequence[Placed], pipeline: int, width: int | None
+) -> Sent:
+    """A reduce-scatter, or an all-gather, over the ranks that hold the same elements.
+
+    Each is a ring through the ranks in order: every rank sends all but one shard, and as many of
+    the hops leave a node as there are nodes, if there are several. Without ZeRO the sums of
+    gradients go around, too, so that no parameters have to.
+    """
+    sums = [0, 0]
+    messages = [0, 0]
+    rounds = 1 if layout.zero else (2 if purpose == "gradients" else 0)
+    for pipelines, routed in dict.fromkeys((one.pipelines, one.held.routed) for one in placed):
+        group = holders(layout, pipelines, routed, pipeline)
+        hops = len(group)
+        if hops == 1 or not rounds:
+            continue
+        total = sum(
+            one.on_rank * (width or BYTES[one.held.type.dtype])
+            for one in placed
+            if (one.pipelines, one.held.routed) == (pipelines, routed) and one.held.trainable
+        )
+        nodes = len({layout.mesh.node(rank) for rank in group})
+        leaving = Fraction(nodes if nodes > 1 else 0, hops)
+        size = rounds * Fraction(total * (hops - 1), hops)
+        messages[0] += int(rounds * (hops - 1) * (1 - leaving))
+        messages[1] += int(rounds * (hops - 1) * leaving)
+        sums[0] += int(size * (1 - leaving))
+        sums[1] += int(size * leaving)
+    return Sent(purpose, messages[0], sums[0], messages[1], sums[1])
+
+
+def holders(
+    layout: Layout, pipelines: Sequence[int], routed: bool, pipeline: int
+) -> tuple[int, ...]:
+    """The ranks that hold the same elements as the first rank at `pipeline`."""
+    mesh = layout.mesh
+    if pipeline not in pipelines:
+        return ()
+    return tuple(
+        rank
+        for at in pipelines
+        for rank in (
+            mesh.expert_replicas(mesh.rank(at, 0, 0))
+            if routed
+            else mesh.data_group(mesh.rank(at, 0, 0))
+        )
+    )
