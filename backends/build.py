@@ -21,6 +21,9 @@ from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
 from compiler.lower.model import DTYPES
 from compiler.pipeline import Compiled, compile
+from compiler.plan.make import make_plan
+from compiler.plan.plan import Plan
+from compiler.plan.record import record
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
@@ -35,6 +38,7 @@ class BuildResult:
     path: Path
     files: Mapping[str, int]
     summary: Summary
+    plan: Plan | None
     seconds: float
     changed: bool
 
@@ -54,13 +58,16 @@ def build(
     started = time.perf_counter()
     compiled = compile(description, skip=skip, until=until)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
-    files = package(description, compiled, numbers)
+    plan = make_plan(description, compiled)
+    files = package(description, compiled, numbers, plan)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
-    return BuildResult(out, sizes, numbers, time.perf_counter() - started, changed)
+    return BuildResult(out, sizes, numbers, plan, time.perf_counter() - started, changed)
 
 
-def package(description: Description, compiled: Compiled, numbers: Summary) -> dict[str, bytes]:
+def package(
+    description: Description, compiled: Compiled, numbers: Summary, plan: Plan | None = None
+) -> dict[str, bytes]:
     """Every file of a build by its path inside the package. Same inputs, same bytes."""
     # What was extended comes first.
     spec = description.composed.sources[-1].name.replace("\\", "/").rsplit("/", 1)[-1]
@@ -85,6 +92,9 @@ def package(description: Description, compiled: Compiled, numbers: Summary) -> d
         texts[name] = print_program(step.program)
     for name, program in compiled.programs.items():
         texts[f"graph/{name}.graph"] = print_program(program)
+    if plan is not None:
+        values = record(description.spec.model, plan)
+        texts["plan.json"] = json.dumps(values, indent=2) + "\n"
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
         description, compiled, numbers, version=VERSION, files=names

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from backends import VERSION
-from dslc.commands import build, check, explain, graph, init, ops, passes, schema, show
+from dslc.commands import build, check, explain, graph, init, ops, passes, plan, schema, show
 
 EXAMPLES = """
 \b
@@ -53,7 +53,7 @@ def options(
     pass
 
 
-for command in (check, show, graph, passes, build, init, schema, ops, explain):
+for command in (check, show, plan, graph, passes, build, init, schema, ops, explain):
     app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
 
 

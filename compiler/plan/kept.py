@@ -9,10 +9,10 @@ kept, in FP8 where the policy has FP8 products.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from compiler.graph.build import site_of
-from compiler.graph.core import Graph, Op, Program, Value
+from compiler.graph.core import Graph, Op, Program, Region, Value
 from compiler.graph.types import BYTES, FLOATS
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
@@ -79,16 +79,30 @@ def activations(program: Program, unit: Unit, sizes: Sizes, *, fp8: bool) -> Act
     main = program.main
     ops = [op for i in unit.ops for op in _inside(main.ops[i], unit)]
     walk = _Walk(program, fp8)
-    kept, outer = walk.visit(main, ops, dict(sizes))
+    found = walk.visit(main, ops, dict(sizes))
+    walk.grow(main, found.values)
     given = set(main.args)
-    for value, readers in outer.items():
-        if value not in given:
-            kept.append(walk.kept(main, value, readers, sizes, main.ops[unit.ops[0]]))
+    outer = [
+        walk.kept(main, value, readers, sizes, main.ops[unit.ops[0]])
+        for value, readers in found.outer.items()
+        if value not in given
+    ]
+    kept = (*found.kept, *outer)
     return Activations(tuple(one for one in kept if one.bytes), walk.largest)
 
 
 def _inside(op: Op, unit: Unit) -> Sequence[Op]:
     return [op] if unit.layer is None else op.regions[0].ops
+
+
+@dataclass
+class _Found:
+    """Of a list of operators: what they keep, the values from outside that they need, with the
+    operators that read them, and the bytes of all their values, those of regions included."""
+
+    kept: list[Kept] = field(default_factory=list)
+    outer: dict[Value, Readers] = field(default_factory=dict)
+    values: int = 0
 
 
 class _Walk:
@@ -99,60 +113,69 @@ class _Walk:
         self._fp8 = fp8
         self.largest = Kept("", "", 0, None)
 
-    def visit(
-        self, graph: Graph, ops: Sequence[Op], sizes: dict[str, int]
-    ) -> tuple[list[Kept], dict[Value, Readers]]:
-        """What `ops` keep, and the values from outside of them that they need, with readers."""
-        kept: list[Kept] = []
-        needed: dict[Value, Readers] = {}
+    def visit(self, graph: Graph, ops: Sequence[Op], sizes: dict[str, int]) -> _Found:
+        """What `ops` need; `sizes` are the run-time sizes around them."""
+        found = _Found()
         for op in ops:
-            self._needs(graph, op, sizes, kept, needed)
-        self._work(graph, ops, sizes)
+            self._needs(graph, op, sizes, found)
         for op in reversed(ops):
             for value in op.results:
-                readers = needed.pop(value, None)
+                readers = found.outer.pop(value, None)
                 if readers is None or value.type.dtype not in FLOATS:
                     continue
                 if self._is_repeated(graph, op):
                     passed = readers if op.kind in VIEWS else frozenset((op.kind,))
-                    _add(needed, op.operands, passed)
+                    _add(found.outer, op.operands, passed)
                 else:
-                    kept.append(self.kept(graph, value, readers, sizes, op))
-        return kept, {v: r for v, r in needed.items() if v.type.dtype in FLOATS}
+                    found.kept.append(self.kept(graph, value, readers, sizes, op))
+        found.outer = {v: r for v, r in found.outer.items() if v.type.dtype in FLOATS}
+        return found
 
-    def _needs(
-        self,
-        graph: Graph,
-        op: Op,
-        sizes: dict[str, int],
-        kept: list[Kept],
-        needed: dict[Value, Readers],
-    ) -> None:
+    def grow(self, graph: Graph, values: int) -> None:
+        """While a block runs backward, its values are there and as many gradients."""
+        if 2 * values > self.largest.bytes:
+            self.largest = Kept("values and gradients", graph.name, 2 * values, graph.span)
+
+    def _needs(self, graph: Graph, op: Op, sizes: dict[str, int], found: _Found) -> None:
         """Adds what the gradient of one operator reads."""
         site = site_of(op, graph, self._program.graphs)
         sizes.update(OPS[op.kind].sizes(site, sizes))
+        if op.kind not in VIEWS and not op.regions:
+            found.values += sum(v.type.bytes(sizes) for v in op.results if v.type.dtype in FLOATS)
         if op.kind == "call":
-            callee = self._program.graphs[str(op.attrs["callee"])]
-            inner, outer = self.visit(callee, callee.ops, _bound(op, callee, sizes))
-            kept += inner
-            for formal, actual in zip(callee.args, op.operands, strict=True):
-                if formal in outer:
-                    _add(needed, [actual], outer[formal])
-            return
+            self._call(op, sizes, found)
         for region in op.regions:
-            times = int(str(op.attrs["count"])) if op.kind == "repeat" else 1
-            around = Experts.inner_sizes(site, sizes) if op.kind == "experts" else sizes
-            inner, outer = self.visit(graph, region.ops, dict(around))
-            own = [
-                self.kept(graph, v, outer.pop(v), around, None) for v in region.args if v in outer
-            ]
-            kept += [replace(one, bytes=times * one.bytes) for one in (*inner, *own)]
-            for value, readers in outer.items():
-                _add(needed, [value], readers)
+            around = Experts.inner_sizes(site, sizes) if op.kind == "experts" else dict(sizes)
+            self._region(graph, op, region, around, found)
         reads = frozenset((op.kind,))
-        _add(needed, [op.operands[i] for i in READS.get(op.kind, ())], reads)
+        _add(found.outer, [op.operands[i] for i in READS.get(op.kind, ())], reads)
         if op.kind in READS_RESULT:
-            _add(needed, op.results, reads)
+            _add(found.outer, op.results, reads)
+
+    def _call(self, op: Op, sizes: Sizes, found: _Found) -> None:
+        callee = self._program.graphs[str(op.attrs["callee"])]
+        inner = self.visit(callee, callee.ops, _bound(op, callee, sizes))
+        self.grow(callee, inner.values)
+        found.kept += inner.kept
+        for formal, actual in zip(callee.args, op.operands, strict=True):
+            if formal in inner.outer:
+                _add(found.outer, [actual], inner.outer[formal])
+
+    def _region(
+        self, graph: Graph, op: Op, region: Region, sizes: dict[str, int], found: _Found
+    ) -> None:
+        """Of all layers of a `repeat`; experts are counted together already."""
+        times = int(str(op.attrs["count"])) if op.kind == "repeat" else 1
+        inner = self.visit(graph, region.ops, sizes)
+        own = [
+            self.kept(graph, arg, inner.outer.pop(arg), sizes, op)
+            for arg in region.args
+            if arg in inner.outer
+        ]
+        found.values += inner.values + sum(arg.type.bytes(sizes) for arg in region.args)
+        found.kept += [replace(one, bytes=times * one.bytes) for one in (*inner.kept, *own)]
+        for value, readers in inner.outer.items():
+            _add(found.outer, [value], readers)
 
     def _is_repeated(self, graph: Graph, op: Op) -> bool:
         if op.kind in VIEWS or op.kind in REPEATED:
@@ -182,19 +205,6 @@ class _Walk:
             if readers == {"attention", "linear"}:
                 return E5M6_BYTES
         return BYTES[value.type.dtype], 1
-
-    def _work(self, graph: Graph, ops: Iterable[Op], sizes: Sizes) -> None:
-        """While a block runs backward, its values are there and as many gradients."""
-        values = [
-            v
-            for op in ops
-            if op.kind not in VIEWS or op.kind == "concat"
-            for v in op.results
-            if v.type.dtype in FLOATS and not op.regions
-        ]
-        size = 2 * sum(v.type.bytes(sizes) for v in values)
-        if size > self.largest.bytes:
-            self.largest = Kept("values and gradients", graph.name, size, graph.span)
 
 
 def _add(needed: dict[Value, Readers], values: Iterable[Value], readers: Readers) -> None:

@@ -20,7 +20,7 @@ MASTER_BYTES = 4
 class Kind(StrEnum):
     """What memory is for, in the order in which tables list it."""
 
-    PARAMETERS = "parameters"
+    WEIGHTS = "weights"
     GRADIENTS = "gradients"
     MASTER = "master_weights"
     MOMENTS = "moments"
@@ -34,11 +34,15 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Use:
-    """Memory of one tensor or kind of activation; `span` is the line that it comes from."""
+    """Memory of one tensor or kind of activation.
+
+    `layer` is the first layer that it belongs to, if any; `span` is the equation behind it.
+    """
 
     kind: Kind
     name: str
     bytes: int
+    layer: int | None
     span: Span | None
 
 
@@ -83,18 +87,20 @@ def rank_memory(
 
 
 def _weight_uses(one: Placed, zero: int) -> Iterator[Use]:
-    held = one.held
-    width = BYTES[held.type.dtype]
-    yield Use(Kind.PARAMETERS, one.name, one.on_rank * width, held.span)
-    if not held.trainable:
-        return
-    yield Use(Kind.GRADIENTS, one.name, one.on_rank * GRADIENT_BYTES, held.span)
+    width = BYTES[one.held.type.dtype]
     # The largest shard; weights in FP32 are their own masters.
     shard = len(one.shard(one.copies - 1)) if zero else one.on_rank
-    if width < MASTER_BYTES:
-        yield Use(Kind.MASTER, one.name, shard * MASTER_BYTES, held.span)
-    # Two, each in the element type of the weight (report, section 3.3.2).
-    yield Use(Kind.MOMENTS, one.name, shard * 2 * width, held.span)
+    sizes = {Kind.WEIGHTS: one.on_rank * width}
+    if one.held.trainable:
+        sizes |= {
+            Kind.GRADIENTS: one.on_rank * GRADIENT_BYTES,
+            Kind.MASTER: shard * MASTER_BYTES if width < MASTER_BYTES else 0,
+            # Two, each in the element type of the weight (report, section 3.3.2).
+            Kind.MOMENTS: shard * 2 * width,
+        }
+    layer = one.layers[0] if one.layers else None
+    for kind, size in sizes.items():
+        yield Use(kind, one.name, size, layer, one.held.span)
 
 
 def _activation_uses(
@@ -106,10 +112,20 @@ def _activation_uses(
         units.setdefault(unit.ops, []).append(unit)
     for ops, equal in units.items():
         for one in kept[ops].kept:
-            name = f"{one.block} %{one.name}, {len(equal)} x {times} micro-batches"
-            yield Use(Kind.ACTIVATIONS, name, len(equal) * times * one.bytes, one.span)
+            name = f"%{one.name} of {one.block}, {_counted(equal)} x {times} micro-batches"
+            size = len(equal) * times * one.bytes
+            yield Use(Kind.ACTIVATIONS, name, size, equal[0].layer, one.span)
+
+
+def _counted(equal: Sequence[Unit]) -> str:
+    layers = [unit.layer for unit in equal]
+    if layers[0] is None:
+        return "once"
+    return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
 
 
 def _working_use(units: Sequence[Unit], kept: Mapping[range, Activations]) -> Use:
-    largest = max((kept[unit.ops].working for unit in units), key=lambda one: one.bytes)
-    return Use(Kind.WORKING, f"{largest.block} {largest.name}", largest.bytes, largest.span)
+    unit = max(units, key=lambda one: kept[one.ops].working.bytes)
+    largest = kept[unit.ops].working
+    name = f"{largest.name} of {largest.block}"
+    return Use(Kind.WORKING, name, largest.bytes, unit.layer, largest.span)

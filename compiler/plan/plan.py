@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 
 from compiler.analysis.summary import TRAINING_PASSES
 from compiler.analysis.work import Tally, Work, merged, scaled, total
 from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
-from compiler.graph.verify import verify
-from compiler.passes.base import Pass
 from compiler.plan.kept import Activations, activations
 from compiler.plan.layout import Layout, Mesh, Unit, units
-from compiler.plan.memory import RankMemory, rank_memory
+from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
 from compiler.plan.stages import cut, unit_flops
 from compiler.plan.traffic import Exchange, Sent, exchanges, sent
+from compiler.plan.weights import weights_of
 from dsl.schema import Cluster, Parallel
 
 # Products of these are FP8 where the policy says so (report, section 3.3.1).
@@ -63,3 +62,124 @@ class Plan:
     @property
     def fullest(self) -> Rank:
         return max(self.ranks, key=lambda rank: (rank.memory.peak, -rank.pipeline))
+
+    def seconds(self, rank: Rank) -> Mapping[str, float]:
+        """How long a step at least keeps a rank busy, at the full speeds of the cluster.
+
+        By `compute`, `memory` (weights and sums of gradients go through it for each micro-batch,
+        the optimizer's state once), `inside` (links inside the node) and `across`; those without a
+        known speed are left out.
+        """
+        fast = sum(n for work, n in rank.flops.items() if self.fp8 and work in FP8_WORK)
+        slow = total(rank.flops) - fast
+        rates, links = self.cluster.flops, self.cluster.links
+        found = {}
+        if rates.bf16 and (rates.fp8 or not fast):
+            found["compute"] = slow / rates.bf16 + (fast / rates.fp8 if rates.fp8 else 0.0)
+        if self.cluster.memory_bandwidth:
+            found["memory"] = self._moved(rank.memory) / self.cluster.memory_bandwidth
+        if links.inside:
+            found["inside"] = sum(one.bytes_inside for one in rank.sent) / links.inside
+        if links.across:
+            found["across"] = sum(one.bytes_across for one in rank.sent) / links.across
+        return found
+
+    def _moved(self, memory: RankMemory) -> int:
+        """Bytes of weights that are read or written in a step: twice each time."""
+        passes = self.layout.micro_batches // (2 if self.layout.both_ways else 1)
+        each = memory.of(Kind.WEIGHTS) + memory.of(Kind.GRADIENTS)
+        return 2 * (passes * each + memory.of(Kind.MASTER) + memory.of(Kind.MOMENTS))
+
+
+class Planner:
+    """Makes plans of one model on one cluster, for any layout that can be.
+
+    `program` is what training computes, as the equations say it: before operators are fused.
+    """
+
+    def __init__(self, program: Program, cluster: Cluster, *, fp8: bool, longest: int) -> None:
+        self.program = program
+        self.cluster = cluster
+        self.fp8 = fp8
+        self.longest = longest  # tokens of a sequence
+        self.units = units(program.main)
+        self.kinds: Mapping[range, Unit] = {unit.ops: unit for unit in self.units}
+        weights = [held for unit in self.kinds.values() for held in weights_of(program, unit)]
+        # How many routed experts there are in a layer, of each kind of layer that has any.
+        self.experts = tuple(
+            dict.fromkeys(
+                int(held.name.split("{0..")[1].split("}")[0]) + 1 for held in weights if held.routed
+            )
+        )
+
+    def layout(self, parallel: Parallel) -> Layout:
+        """The layout that `parallel` asks for; it must be possible (`compiler.plan.possible`)."""
+        data = self.cluster.ranks // parallel.pipeline
+        mesh = Mesh(
+            parallel.pipeline, data // parallel.expert, parallel.expert, self.cluster.gpus_per_node
+        )
+        flops = self._flops(parallel.micro_batch, parallel.sequence_length)
+        costs = [total(flops[unit.ops]) for unit in self.units]
+        return Layout(
+            mesh,
+            parallel.schedule,
+            cut(self.units, costs, parallel.pipeline),
+            parallel.micro_batch,
+            parallel.batch // (data * parallel.micro_batch),
+            parallel.zero,
+        )
+
+    def plan(self, parallel: Parallel) -> Plan:
+        """The plan for a layout that is possible; it may still not fit."""
+        layout = self.layout(parallel)
+        placed = placements(self.program, layout)
+        kept = self._kept(parallel.micro_batch, parallel.sequence_length)
+        flops = self._flops(parallel.micro_batch, parallel.sequence_length)
+        around = {
+            ops: exchanges(self.program, unit, layout, fp8=self.fp8)
+            for ops, unit in self.kinds.items()
+        }
+        tokens = parallel.micro_batch * parallel.sequence_length
+        boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
+        ranks = tuple(
+            Rank(
+                rank_memory(layout, placed, kept, at),
+                _step_flops(layout, flops, at),
+                sent(layout, placed, around, boundary, tokens, at),
+            )
+            for at in range(parallel.pipeline)
+        )
+        found = tuple(dict.fromkeys(one for every in around.values() for one in every))
+        return Plan(parallel, self.cluster, layout, placed, found, ranks, self.fp8)
+
+    @cache  # noqa: B019 - a planner lives as long as one command
+    def _flops(self, micro_batch: int, length: int) -> dict[range, Tally]:
+        return unit_flops(self.program, self.units, _sizes(micro_batch, length))
+
+    @cache  # noqa: B019
+    def _kept(self, micro_batch: int, length: int) -> dict[range, Activations]:
+        sizes = _sizes(micro_batch, length)
+        return {
+            ops: activations(self.program, unit, sizes, fp8=self.fp8)
+            for ops, unit in self.kinds.items()
+        }
+
+    def _boundary(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that one layer hands to the next for a micro-batch."""
+        repeats = [op for op in self.program.main.ops if op.kind == "repeat"]
+        carried = [v.type for op in repeats[:1] for v in op.regions[0].args]
+        return sum(type.bytes(sizes) for type in carried if type.dtype in FLOATS)
+
+
+def _sizes(micro_batch: int, length: int) -> dict[str, int]:
+    return {"batch": micro_batch, "seq": length, "context": length}
+
+
+def _step_flops(layout: Layout, flops: Mapping[range, Tally], pipeline: int) -> Tally:
+    """FLOPs of a step on one rank, forward and backward."""
+    each = layout.micro_batches // (2 if layout.both_ways else 1)
+    found: Tally = {}
+    for stage in layout.stages_of(pipeline):
+        for unit in layout.stages[stage].units:
+            found = merged(found, flops[unit.ops])
+    return scaled(found, TRAINING_PASSES * each)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from compiler.graph.core import Graph, Op, Program
+from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
 from compiler.plan.kept import FP8_BYTES, TILE
 from compiler.plan.layout import Layout, Unit
@@ -44,15 +44,8 @@ class Sent:
 def exchanges(program: Program, unit: Unit, layout: Layout, *, fp8: bool) -> tuple[Exchange, ...]:
     """The routed experts inside a unit, in order."""
     main = program.main
-    ops = [op for i in unit.ops for op in [main.ops[i], *_regions(main.ops[i])]]
+    ops = list(walk([main.ops[i] for i in unit.ops]))
     return tuple(_exchanges(program, main, ops, layout, fp8))
-
-
-def _regions(op: Op) -> Iterator[Op]:
-    for region in op.regions:
-        for inner in region.ops:
-            yield inner
-            yield from _regions(inner)
 
 
 def _exchanges(
@@ -63,17 +56,16 @@ def _exchanges(
         if op.kind == "call":
             callee = program.graphs[str(op.attrs["callee"])]
             yield from _exchanges(program, callee, list(callee.walk()), layout, fp8)
-        elif op.kind == "permute":
-            x, route = op.operands
-            back = next(o for o in graph.walk() if o.kind == "unpermute")
-            experts, k = op.results[1].type.last.size or 0, route.type.last.size or 0
+        elif op.kind == "experts":
+            x, route = op.operands[:2]
+            experts, k = int(str(op.attrs["count"])), route.type.last.size or 0
             yield Exchange(
                 graph.name,
                 experts,
                 k,
                 _nodes(routes.get(route), experts, k, layout),
                 token_bytes(x.type, fp8=fp8),
-                token_bytes(back.operands[0].type, fp8=False),
+                token_bytes(op.result.type, fp8=False),
             )
 
 

@@ -87,4 +87,7 @@ def told(result: BuildResult) -> list[str]:
         )
     else:
         lines.append(f"{shown(result.path)} is up to date")
+    if result.plan is not None and not result.plan.fits:
+        cluster = result.plan.cluster.cluster
+        lines.append(f"its plan does not fit {cluster}; `dslc plan --why` says what takes the room")
     return lines

@@ -22,13 +22,14 @@ def run(
     """Say whether a spec is right, or show every mistake.
 
     Each comes with its place, its cause and a fix."""
-    from compiler.pipeline import programs
+    from compiler.pipeline import compile
+    from compiler.plan.make import make_plan
     from dslc.report import print_json, reporting
     from dslc.specs import read
 
     with reporting(as_json=format is Format.json):
         description = read(spec, sets, variant)
-        programs(description)
+        make_plan(description, compile(description))
         if format is Format.json:
             print_json({"ok": True, "diagnostics": []})
         else:

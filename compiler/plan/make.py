@@ -1,0 +1,58 @@
+"""The front door: a description and its compiled programs to a plan, or to diagnostics."""
+
+from __future__ import annotations
+
+from compiler.graph.core import Program
+from compiler.pipeline import Compiled
+from compiler.plan.plan import Plan, Planner
+from compiler.plan.search import changes, neighbours, why_not
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.load import Description
+
+
+def make_plan(description: Description, compiled: Compiled) -> Plan | None:
+    """The plan that `parallel` of a spec asks for; None where a spec has no such section.
+
+    Raises `DiagnosticError` (E530) where the layout cannot be; whether it fits is `Plan.fits`.
+    """
+    parallel = description.spec.parallel
+    if parallel is None:
+        return None
+    planner = planner_of(description, compiled)
+    wrong = why_not(planner, parallel)
+    if wrong:
+        near = [changes(parallel, one) for one in neighbours(planner, parallel)[:3]]
+        help = f"the nearest that can be: {'; '.join(near)}" if near else ""
+        raise DiagnosticError(
+            Diagnostic(
+                "E530",
+                problem.message,
+                description.span("parallel", problem.key),
+                "this cannot be",
+                help=help,
+            )
+            for problem in wrong
+        )
+    return planner.plan(parallel)
+
+
+def planner_of(description: Description, compiled: Compiled) -> Planner:
+    """The planner of a model whose spec has a section `parallel`."""
+    assert description.cluster is not None
+    spec = description.spec
+    return Planner(
+        planned(compiled),
+        description.cluster,
+        fp8=spec.precision.policy.startswith("fp8"),
+        longest=spec.sequence.max_position_embeddings,
+    )
+
+
+def planned(compiled: Compiled) -> Program:
+    """What training computes, as the equations say it: before operators are fused."""
+    program = compiled.lowered
+    for step in compiled.steps_of("train"):
+        if step.name not in ("lower", "select_outputs", "drop_cache", "simplify"):
+            break
+        program = step.program
+    return program

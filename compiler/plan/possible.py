@@ -1,0 +1,85 @@
+"""Which layouts can be at all: what must divide what, and what a schedule needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dsl.schema import Cluster, Parallel
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a layout cannot be; `key` is the one of `parallel` that asks for too much."""
+
+    key: str
+    message: str
+
+
+def problems(
+    parallel: Parallel, cluster: Cluster, units: int, experts: Sequence[int], longest: int
+) -> Iterator[Problem]:
+    """What is wrong with a layout of a model.
+
+    The model has `units` parts to cut, layers with `experts` routed experts, and sequences of at
+    most `longest` tokens.
+    """
+    pipeline, ranks = parallel.pipeline, cluster.ranks
+    if parallel.sequence_length > longest:
+        yield Problem(
+            "sequence_length",
+            f"a sequence of {parallel.sequence_length} tokens is longer than the model takes,"
+            f" {longest}",
+        )
+    if pipeline > units:
+        yield Problem(
+            "pipeline",
+            f"the model has {units} parts, layers and what stands around them: too few for"
+            f" {pipeline} stages",
+        )
+    if ranks % pipeline:
+        yield Problem("pipeline", f"{ranks} ranks cannot be cut into {pipeline} equal stages")
+        return
+    data = ranks // pipeline
+    yield from _expert_problems(parallel.expert, data, experts)
+    yield from _batch_problems(parallel, data)
+
+
+def _expert_problems(expert: int, data: int, experts: Sequence[int]) -> Iterator[Problem]:
+    if data % expert:
+        yield Problem(
+            "expert", f"the {data} ranks of a stage cannot be cut into groups of {expert}"
+        )
+    if expert > 1 and not experts:
+        yield Problem("expert", "the model has no routed experts to spread")
+    for count in experts:
+        if count % expert:
+            yield Problem(
+                "expert",
+                f"{count} routed experts cannot be spread evenly over {expert} ranks",
+            )
+
+
+def _batch_problems(parallel: Parallel, data: int) -> Iterator[Problem]:
+    share = data * parallel.micro_batch
+    if parallel.batch % share:
+        yield Problem(
+            "batch",
+            f"{parallel.batch} sequences cannot be dealt evenly to {data} ranks in micro-batches"
+            f" of {parallel.micro_batch}",
+        )
+        return
+    if parallel.schedule != "dualpipe":
+        return
+    # Half of them enter at each end (DualPipe: an even number of ranks, two chunks for each).
+    count = parallel.batch // share
+    if parallel.pipeline % 2:
+        yield Problem(
+            "schedule", f"dualpipe needs an even number of stages, not {parallel.pipeline}"
+        )
+    if count % 2 or count < 2 * parallel.pipeline:
+        yield Problem(
+            "batch",
+            f"dualpipe needs an even number of micro-batches, at least {2 * parallel.pipeline} for"
+            f" {parallel.pipeline} stages; each rank has {count}",
+        )

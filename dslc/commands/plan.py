@@ -1,0 +1,219 @@
+"""`dslc plan`: where a model lies on a cluster, what that takes, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantOption
+
+if TYPE_CHECKING:
+    from compiler.plan.plan import Plan, Planner
+    from dsl.diagnostic import Diagnostic
+    from dsl.load import Description
+
+EXAMPLES = """
+\b
+Examples:
+  dslc plan deepseek_v3
+  dslc plan deepseek_v3 --why                             what takes the room, and layouts nearby
+  dslc plan deepseek_v3 --set parallel.expert=32
+  dslc plan my_model.yaml --cluster h100_8 --format json  what builds hold as plan.json
+
+\b
+Exit status: 0 it fits, 1 it cannot be or does not fit.
+"""
+
+Row = tuple[str, ...]
+
+
+def run(
+    spec: SpecArgument,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Another cluster than the spec's.", show_default=False),
+    ] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="Print the largest tensors, and layouts nearby.")
+    ] = False,
+    sets: SetOption = None,
+    variant: VariantOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Show which rank of a cluster holds and does what, and whether it fits.
+
+    Memory, arithmetic and messages of a training step, by stage of the pipeline."""
+    from compiler.pipeline import compile
+    from compiler.plan.explain import misfit
+    from compiler.plan.make import make_plan, planner_of
+    from compiler.plan.record import record
+    from dsl.diagnostic import DiagnosticError
+    from dslc.report import print_json, reporting
+    from dslc.specs import read
+
+    with reporting(as_json=format is Format.json):
+        chosen = [*(sets or ()), *([f"parallel.cluster={cluster}"] if cluster else ())]
+        description = read(spec, chosen, variant)
+        compiled = compile(description)
+        plan = make_plan(description, compiled)
+        if plan is None:
+            raise DiagnosticError([no_section(description)])
+        planner = planner_of(description, compiled)
+        if format is Format.json and plan.fits:
+            print_json(record(description.spec.model, plan))
+        elif format is Format.text:
+            print(as_text(plan, description))
+            if why:
+                print(f"\n{explained(plan, planner, description)}")
+        if not plan.fits:
+            raise DiagnosticError([misfit(plan, planner, description)])
+
+
+def no_section(description: Description) -> Diagnostic:
+    from dsl.diagnostic import Diagnostic
+
+    help = "add `parallel: {cluster: h800_2048, batch: .., sequence_length: ..}`, or with --set"
+    message = f"{description.spec.model} says nothing of how it is spread"
+    return Diagnostic("E532", message, description.span(), "there is no `parallel` here", help=help)
+
+
+def as_text(plan: Plan, description: Description) -> str:
+    from compiler.plan.explain import CONVENTIONS
+    from dslc.commands.show import table, wrapped
+
+    stages = list(stage_rows(plan))
+    work = list(work_rows(plan))
+    parts = [
+        table(layout_rows(plan, description.spec.model), "<<"),
+        table(expert_rows(plan), "<>>>>>") if plan.exchanges else [],
+        table(stages, "<<<" + ">" * (len(stages[0]) - 3)),
+        table(work, "<" + ">" * (len(work[0]) - 1)),
+        table(sent_rows(plan), "<>>>>"),
+        ["How this is counted:", *wrapped(CONVENTIONS)],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
+    mesh, layout, cluster = plan.layout.mesh, plan.layout, plan.cluster
+    yield ("model", model)
+    size = f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs"
+    memory = f", {cluster.memory / 10**9:g} GB each" if cluster.memory else ""
+    yield ("cluster", f"{cluster.cluster}: {size}{memory}")
+    yield ("mesh", f"{mesh.pipeline} pipeline x {mesh.replicas} replicas x {mesh.expert} expert")
+    yield ("products", "FP8" if plan.fp8 else "in the element type of the weights")
+    ways = ", half of them from each end" if layout.both_ways else ""
+    yield ("schedule", f"{layout.schedule}, {layout.micro_batches} micro-batches{ways}")
+    length = plan.parallel.sequence_length
+    yield ("micro-batch", f"{layout.micro_batch} x {length:,} tokens on each rank")
+    zero = "sharded over the ranks that hold a weight" if layout.zero else "on every rank"
+    yield ("optimizer", f"{zero} (ZeRO-{layout.zero})")
+
+
+def expert_rows(plan: Plan) -> Iterator[Row]:
+    yield ("experts of", "in all", "on a rank", "nodes a token", "dispatch bytes", "combine bytes")
+    for one in plan.exchanges:
+        on_rank = one.experts // plan.layout.mesh.expert
+        numbers = (one.experts, on_rank, one.nodes, one.dispatch, one.combine)
+        yield (one.block, *(f"{n:,}" for n in numbers))
+
+
+def stage_rows(plan: Plan) -> Iterator[Row]:
+    """Memory by pipeline rank, in the unit of its peak."""
+    from compiler.plan.memory import Kind
+    from dsl.units import format_count
+
+    kinds = [kind.words for kind in Kind]
+    limit, (scale, unit) = plan.cluster.memory, unit_of(plan)
+    yield ("rank", "stages", "layers", "parameters", *kinds, f"peak {unit}", "of a GPU")
+    for rank in plan.ranks:
+        memory, stages = rank.memory, plan.layout.stages_of(rank.pipeline)
+        yield (
+            str(rank.pipeline),
+            ", ".join(map(str, stages)),
+            ", ".join(layers_of(plan, stage) for stage in stages),
+            format_count(memory.parameters),
+            *(f"{memory.of(kind) / scale:.2f}" for kind in Kind),
+            f"{memory.peak / scale:.2f}",
+            f"{memory.peak / limit:.0%}" if limit else "",
+        )
+
+
+def unit_of(plan: Plan) -> tuple[int, str]:
+    """GB, or MB where all is small."""
+    return (10**9, "GB") if plan.fullest.memory.peak >= 10**9 else (10**6, "MB")
+
+
+def layers_of(plan: Plan, stage: int) -> str:
+    """The layers of a stage; `+` stands for what is before the first or behind the last one."""
+    units = plan.layout.stages[stage].units
+    layers = plan.layout.stages[stage].layers
+    ends = f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
+    before = "+ " if units[0].layer is None and layers else ""
+    after = "+" if not layers else " +" if units[-1].layer is None else ""
+    return f"{before}{ends}{after}"
+
+
+def work_rows(plan: Plan) -> Iterator[Row]:
+    """A step of one rank: what it computes and sends, and how long that takes at full speed."""
+    from compiler.analysis import total
+    from dsl.units import format_count
+
+    scale, unit = unit_of(plan)
+    yield (
+        "rank",
+        "FLOPs",
+        *("messages inside", f"{unit} inside", "messages across", f"{unit} across"),
+        *("s computing", "s in memory", "s inside", "s across"),
+    )
+    for rank in plan.ranks:
+        seconds = plan.seconds(rank)
+        yield (
+            str(rank.pipeline),
+            format_count(total(rank.flops)),
+            f"{sum(one.messages_inside for one in rank.sent):,}",
+            f"{sum(one.bytes_inside for one in rank.sent) / scale:,.2f}",
+            f"{sum(one.messages_across for one in rank.sent):,}",
+            f"{sum(one.bytes_across for one in rank.sent) / scale:,.2f}",
+            *(
+                f"{seconds[name]:.2f}" if name in seconds else ""
+                for name in ("compute", "memory", "inside", "across")
+            ),
+        )
+
+
+def sent_rows(plan: Plan) -> Iterator[Row]:
+    """What the rank that sends most sends, by purpose."""
+    busiest = max(plan.ranks, key=lambda rank: sum(one.bytes_across for one in rank.sent))
+    scale, unit = unit_of(plan)
+    sends = f"rank {busiest.pipeline} sends"
+    yield (sends, "messages inside", f"{unit} inside", "messages across", f"{unit} across")
+    for one in busiest.sent:
+        yield (
+            one.purpose,
+            f"{one.messages_inside:,}",
+            f"{one.bytes_inside / scale:,.2f}",
+            f"{one.messages_across:,}",
+            f"{one.bytes_across / scale:,.2f}",
+        )
+
+
+def explained(plan: Plan, planner: Planner, description: Description) -> str:
+    """`--why`: the largest tensors of the fullest rank, and the nearest layouts."""
+    from compiler.plan.explain import alternatives, gigabytes, spec_span
+    from dslc.commands.show import table
+
+    fullest, (scale, unit) = plan.fullest.memory, unit_of(plan)
+    largest: list[Row] = [(unit, "kind", "equation", "spec", f"on rank {fullest.pipeline}")]
+    for use in fullest.largest()[:12]:
+        equation = use.span.location if use.span else ""
+        spec = spec_span(use, description).location
+        largest.append((f"{use.bytes / scale:.2f}", use.kind.words, equation, spec, use.name))
+    near: list[Row] = [("layouts nearby", "peak", "fits", "most on its fullest rank")]
+    near += [
+        (one.changes, gigabytes(one.peak), "yes" if one.fits else "no", one.reason)
+        for one in alternatives(plan, planner)
+    ]
+    return "\n\n".join("\n".join(t) for t in (table(largest, "><<<<"), table(near, "<><<")))
