@@ -14,7 +14,10 @@ from compiler.lower import lower
 from compiler.passes.absorb import ABSORB
 from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
+from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
+from compiler.passes.fuse_loss import FUSE_LOSS
+from compiler.passes.outline import OUTLINE
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
 from compiler.rewrite import Miss
@@ -29,6 +32,9 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         DROP_CACHE,
         SIMPLIFY,
         FUSE_EXPERTS,
+        FUSE_LOSS,
+        OUTLINE,
+        DIFFERENTIATE,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, FUSE_EXPERTS),

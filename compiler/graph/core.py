@@ -8,10 +8,15 @@ are in `README.md` beside this file; `verify.py` checks them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compiler.graph.types import Dim, Type
 from dsl.source import Span
+
+# Operators that run their region once for each layer of a range.
+REPEATS = ("repeat", "repeat_backward")
+# The gradients of a graph are a graph of this name behind its own.
+BACKWARD = "_backward"
 
 Attr = int | float | bool | str | tuple["Attr", ...]
 
@@ -89,6 +94,8 @@ class Graph:
     ops: list[Op] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
+    # What a forward graph keeps for its backward graph, declared in both.
+    kept: dict[str, Type] = field(default_factory=dict)
     # Those beyond what the block declares were collected from blocks inside.
     result_names: tuple[str, ...] = ()
     about: str = ""
@@ -122,16 +129,29 @@ class Graph:
 
 @dataclass(eq=False)
 class Program:
-    """Graphs by name; `root` is the one that a user calls. `aliases` are copies in checkpoints."""
+    """Graphs by name; `root` is the one that a user calls. `aliases` are copies in checkpoints.
+
+    `backward` is the graph that gives the gradients of the root, where a program has one.
+    """
 
     name: str
     root: str
     graphs: dict[str, Graph] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    backward: str = ""
 
     @property
     def main(self) -> Graph:
         return self.graphs[self.root]
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The graphs that nobody in the program calls."""
+        return (self.root, self.backward) if self.backward else (self.root,)
+
+    def backward_of(self, name: str) -> Graph | None:
+        """The graph of the gradients of a graph, where it has been derived."""
+        return self.graphs.get(name + BACKWARD)
 
 
 def walk(ops: Sequence[Op]) -> Iterator[Op]:
@@ -163,12 +183,14 @@ def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
         if (len(f.dims), f.dtype, f.partial) != (len(a.dims), a.dtype, a.partial):
             raise ValueError(f"expects {f}, got {a}")
         for fd, ad in zip(f.dims, a.dims, strict=True):
-            if fd.size is None and ad.size is None:
+            if fd.size is None and ad.size is None and ad.offset >= fd.offset:
                 if fd.axes != ad.axes:
                     raise ValueError(f"expects {fd}, got {ad}")
-                if bound.setdefault(fd.name, ad) == ad and fd.offset == 0:
+                whole = replace(ad, offset=ad.offset - fd.offset)
+                if bound.setdefault(fd.name, whole) == whole:
                     continue
-                raise ValueError(f"{fd} is {bound[fd.name]} in one argument and {ad} in another")
+                first = bound[fd.name]
+                raise ValueError(f"{fd.name} is {first} in one argument and {whole} in another")
             if fd != ad:
                 raise ValueError(f"expects {fd.words}, got {ad.words}")
     return bound
@@ -189,7 +211,7 @@ def substitute(type: Type, bound: Mapping[str, Dim]) -> Type:
 def copy_program(program: Program) -> Program:
     """A program that shares nothing with the first one but types, attributes and spans."""
     graphs = {name: _copy_graph(graph) for name, graph in program.graphs.items()}
-    return Program(program.name, program.root, graphs, dict(program.aliases))
+    return Program(program.name, program.root, graphs, dict(program.aliases), program.backward)
 
 
 def _copy_graph(graph: Graph) -> Graph:
@@ -218,6 +240,7 @@ def _copy_graph(graph: Graph) -> Graph:
         ops(graph.ops),
         dict(graph.weights),
         dict(graph.caches),
+        dict(graph.kept),
         graph.result_names,
         graph.about,
         graph.span,

@@ -35,6 +35,7 @@ def _program(program: Program) -> Iterator[Fact]:
     place = "program"
     yield place, "name is", program.name
     yield place, "root is", program.root
+    yield place, "backward is", program.backward
     yield from _list(place, "alias", (f"@{a} = @{b}" for a, b in program.aliases.items()))
     yield from _list(place, "graph", (f"@{name}" for name in program.graphs))
     for name, graph in program.graphs.items():
@@ -48,6 +49,7 @@ def _graph(place: str, graph: Graph) -> Iterator[Fact]:
     yield from _list(place, "result", graph.result_names)
     yield from _list(place, "weight", (print_weight(n, w) for n, w in graph.weights.items()))
     yield from _list(place, "cache", (f"@{n} : {c.type}" for n, c in graph.caches.items()))
+    yield from _list(place, "kept", (f"@{n} : {t}" for n, t in graph.kept.items()))
     yield from _ops(place, graph.ops)
 
 

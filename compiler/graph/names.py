@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from compiler.graph.core import Graph, Op
+from compiler.graph.core import REPEATS, Graph, Op
 
 Range = tuple[int, int]  # first and last
 Part = str | Range
@@ -63,6 +63,8 @@ def clashes(names: Sequence[Name]) -> Iterator[tuple[Name, Name]]:
     """
     same: dict[tuple[str, ...], list[Name]] = {}
     for name in names:
+        if not name.parts:  # a part of the same module, whose weights it shares
+            continue
         same.setdefault(name.key, []).append(name)
     for key, group in same.items():
         group.sort(key=lambda n: n.ranges)
@@ -78,22 +80,27 @@ def clashes(names: Sequence[Name]) -> Iterator[tuple[Name, Name]]:
 
 def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool:
     """Whether a full name is that of a weight, given what each graph names and no clashes."""
-    parts = parts_of(name)
-    graph = root
-    while True:
-        under = (n for n in names[graph] if _meet(n, Name(parts)) and len(n.parts) <= len(parts))
-        found = next(under, None)
-        if found is None or found.op is None:
-            return found is not None and len(found.parts) == len(parts)
-        graph, parts = str(found.op.attrs["callee"]), parts[len(found.parts) :]
+
+    def found(parts: tuple[Part, ...], graph: str) -> bool:
+        for n in names[graph]:
+            if len(n.parts) > len(parts) or not _meet(n, Name(parts)):
+                continue
+            if n.op is None and len(n.parts) == len(parts):
+                return True
+            if n.op is not None and found(parts[len(n.parts) :], str(n.op.attrs["callee"])):
+                return True
+        return False
+
+    return found(parts_of(name), root)
 
 
 def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[Name]:
     for op in ops:
         if op.kind == "call":
-            yield Name(parts_of(str(op.attrs["scope"]), layers), op)
+            scope = str(op.attrs["scope"])
+            yield Name(parts_of(scope, layers) if scope else (), op)
         inside = layers
-        if op.kind == "repeat":
+        if op.kind in REPEATS:
             start, count = op.attrs["start"], op.attrs["count"]
             assert isinstance(start, int) and isinstance(count, int)
             inside = (*layers, (start, start + count - 1))

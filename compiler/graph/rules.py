@@ -68,11 +68,13 @@ def need_axes(axes: tuple[str, ...]) -> None:
 def need_counts(op: Op, operator: type[Operator]) -> None:
     """As many operands, weights and regions as the kind of operator declares."""
     least = sum(not name.endswith("?") for name in operator.symbols)
+    most = math.inf if any(name.endswith("*") for name in operator.symbols) else least
+    most = max(most, len(operator.symbols))
     wanted = len(operator.operands)
     if not operator.variadic and len(op.operands) != wanted:
         words = ", ".join(operator.operands) or "none"
         raise Broken("E512", f"takes {wanted} operands ({words}), got {len(op.operands)}")
-    if not least <= len(op.symbols) <= len(operator.symbols):
+    if not least <= len(op.symbols) <= most:
         words = ", ".join(operator.symbols) or "none"
         raise Broken("E512", f"takes the weights ({words}), got {len(op.symbols)}")
     if len(op.regions) != operator.regions:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from compiler.graph.core import Graph, Op, Program, Region, Value
+from compiler.graph.core import REPEATS, Graph, Op, Program, Region, Value
 from compiler.graph.layout import Box, Layout, arrange
 from compiler.graph.types import Type
 from dsl.source import Source, Span
@@ -177,11 +177,11 @@ def _node(op: Op) -> _Node:
     style = _STYLES.get(op.kind, "plain")
     lines = [op.kind]
     if op.kind == "call":
-        lines = [str(op.attrs["callee"]), f"as {op.attrs['scope']}"]
-    elif op.kind == "repeat":
+        lines = [str(op.attrs["callee"]), f"as {op.attrs['scope'] or 'a part of this'}"]
+    elif op.kind in REPEATS:
         start, count = op.attrs["start"], op.attrs["count"]
         assert isinstance(start, int) and isinstance(count, int)
-        lines = [f"repeat: layers {start}..{start + count - 1}"]
+        lines = [f"{op.kind}: layers {start}..{start + count - 1}"]
     elif op.kind == "experts":
         lines = [f"experts: {op.attrs['count']}, {op.operands[1].type.last.words} for each token"]
     lines += [f"@{symbol}" for symbol in op.symbols]

@@ -35,6 +35,8 @@ WEIGHT: dict[str, Any] = {f.name: f.default for f in fields(Weight) if f.name !=
 def print_program(program: Program, locs: bool = False) -> str:
     """All of a program. `locs` adds the source places. `parse_program` reads it back."""
     head = f"program @{program.name} root @{program.root}"
+    if program.backward:
+        head += f" backward @{program.backward}"
     if program.aliases:
         pairs = (f"{INDENT}alias @{a} = @{b}\n" for a, b in program.aliases.items())
         head += f" {{\n{''.join(pairs)}}}"
@@ -59,6 +61,8 @@ def graph_lines(graph: Graph, locs: bool = False) -> Iterator[tuple[Op | None, s
         yield None, f"{INDENT}weight {print_weight(name, weight)}"
     for name, remembered in graph.caches.items():
         yield None, f"{INDENT}cache @{name} : {remembered.type}"
+    for name, type in graph.kept.items():
+        yield None, f"{INDENT}kept @{name} : {type}"
     yield from _op_lines(graph.ops, INDENT, locs)
     yield None, "}"
 
@@ -227,8 +231,8 @@ class _Reader:
         self.files: dict[str, _File] = {}
 
     def program(self, tree: Syntax) -> Program:
-        name, root, aliases, *graphs = tree.children
-        program = Program(name[1:], root[1:])
+        name, root, backward, aliases, *graphs = tree.children
+        program = Program(name[1:], root[1:], backward=backward[1:] if backward else "")
         for copy, original in (a.children for a in aliases.children) if aliases else ():
             self._put(program.aliases, copy, original[1:])
         for node in graphs:
@@ -246,8 +250,10 @@ class _Reader:
             symbol, type, *rest = node.children
             if node.data == "weight":
                 self._put(graph.weights, symbol, self._weight(self._type(type), rest[0]))
-            else:
+            elif node.data == "cache":
                 self._put(graph.caches, symbol, Cache(self._type(type)))
+            else:
+                self._put(graph.kept, symbol, self._type(type))
         graph.ops = self._operators(operators, scope, 0)
         self._results(graph, name, results.children if results else [])
         return graph

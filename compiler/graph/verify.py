@@ -7,11 +7,11 @@ text of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import infer
-from compiler.graph.core import Graph, Op, Program, Value, Weight
+from compiler.graph.core import REPEATS, Graph, Op, Program, Value, Weight
 from compiler.graph.names import Name, clashes, is_weight, names_of
 from compiler.graph.rules import (
     IDENTIFIER,
@@ -81,6 +81,7 @@ class _Check:
         self.types: set[Type] = set()
         self.used: set[str] = set()
         self.cached: set[str] = set()
+        self.keeps: set[str] = set()
 
     def run(self, key: str) -> None:
         self._try(self._head, key)
@@ -159,6 +160,9 @@ class _Check:
         for name in self.graph.caches:
             if name not in self.cached:
                 raise Broken("E518", f"cache @{name} is never written", "remove it")
+        for name in self.graph.kept:
+            if name not in self.keeps:
+                raise Broken("E518", f"kept @{name} is never written or read", "remove it")
 
     # ---- operators --------------------------------------------------------------------------
 
@@ -220,9 +224,9 @@ class _Check:
 
     def _symbols(self, op: Op, scope: _Scope) -> None:
         experts = scope.experts
-        if op.kind == "grouped_linear":  # one product for all experts, outside of a region
-            ends = op.operands[1].type
-            experts = ends.last.size if ends.dims else None
+        if op.kind in GROUPED:  # one product for all experts, outside of a region
+            counted = op.operands[GROUPED[op.kind]].type
+            experts = counted.dims[0].size if counted.dims else None
         for name in op.symbols:
             weight = self.graph.weights.get(name)
             if weight is None:
@@ -234,25 +238,28 @@ class _Check:
             if stars and weight.stack != experts:
                 reason = f"@{name} is there for {weight.stack} experts, of which there are"
                 raise Broken("E515", f"{reason} {experts}")
-            if op.kind == "grouped_linear" and not stars:
+            if op.kind in GROUPED and op.kind != "accumulate_grad" and not stars:
                 raise Broken("E515", f"@{name} belongs to no expert")
 
     def _rules(self, op: Op, scope: _Scope) -> None:
         """What holds for one kind of operator only."""
         match op.kind:
-            case "repeat" | "experts":
-                if number(op, "count") < 1 or (op.kind == "repeat" and number(op, "start") < 0):
+            case "repeat" | "repeat_backward" | "experts":
+                if number(op, "count") < 1 or (op.kind in REPEATS and number(op, "start") < 0):
                     raise Broken("E512", "counts at least 1, from a layer of at least 0")
             case "call":
                 self._call(op, scope)
             case "cache_entry" | "cache_append":
                 self._remembered(op, scope)
+            case "keep" | "kept":
+                self._kept(op, scope)
 
     def _call(self, op: Op, scope: _Scope) -> None:
         callee, under = str(op.attrs["callee"]), str(op.attrs["scope"])
         if callee not in self.program.graphs:
             raise Broken("E516", f"there is no graph @{callee}")
-        need_symbol(under)
+        if under:  # none: a part of the same module
+            need_symbol(under)
         if scope.experts is not None:
             raise Broken("E516", "a block inside an expert has no name", "leave `name` out")
         stars = under.split(".").count("*")
@@ -278,6 +285,19 @@ class _Check:
                 if kept is None or kept.type != value.type:
                     raise Broken("E518", f"there is no cache @{name} of {value.type}")
 
+    def _kept(self, op: Op, scope: _Scope) -> None:
+        names = op.attrs["entries"]
+        assert isinstance(names, tuple)
+        values = op.operands if op.kind == "keep" else op.results
+        if not scope.outermost:
+            raise Broken("E518", "stands in a region; what is kept belongs to a block")
+        if len(names) != len(values):
+            raise Broken("E518", f"has {len(names)} names for {len(values)} values")
+        for name, value in zip(names, values, strict=True):
+            if name in self.keeps or self.graph.kept.get(str(name)) != value.type:
+                raise Broken("E518", f"nothing of {value.type} is declared as kept @{name}")
+            self.keeps.add(str(name))
+
     def _regions(self, op: Op, scope: _Scope) -> bool:
         """Checks what is inside; whether it is sound."""
         found = len(self.problems)
@@ -286,7 +306,7 @@ class _Check:
             if not region.ops:
                 no_end("yield")
             experts = number(op, "count") if op.kind == "experts" else scope.experts
-            repeats = scope.repeats + (op.kind == "repeat")
+            repeats = scope.repeats + (op.kind in REPEATS)
             visible = scope.visible | set(region.args)
             self._ops(region.ops, _Scope(visible, "yield", repeats, experts, False))
         return len(self.problems) == found
@@ -304,6 +324,13 @@ class _Check:
             made, kept = (", ".join(map(str, t)) or "nothing" for t in (types, recorded))
             raise Broken("E513", f"makes {made}, and is recorded as {kept}")
 
+
+# Operators on the weights of all experts at once, and the operand that counts the experts.
+GROUPED = {
+    "grouped_linear": 1,
+    "grouped_linear_input_grad": 1,
+    "accumulate_grad": 0,
+}
 
 # ---- rules about all graphs together -----------------------------------------------------------
 
@@ -333,7 +360,7 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
         known = ", ".join(program.graphs)
         message = f"program @{program.name} has no graph @{program.root} to begin with"
         return [Diagnostic("E510", message, help=f"it has {known or 'none'}")]
-    problems = []
+    problems = list(_backward(program))
     for copy, original in program.aliases.items():
         alias = f"alias @{copy} = @{original}"
         if not is_weight(original, program.root, names):
@@ -342,3 +369,14 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
             message = f"{alias}: @{copy} is a weight of its own, or no name"
             problems.append(Diagnostic("E517", message))
     return problems
+
+
+def _backward(program: Program) -> Iterator[Diagnostic]:
+    """What a backward graph reads is what its forward graph keeps."""
+    if program.backward and program.backward not in program.graphs:
+        yield Diagnostic("E510", f"program @{program.name} has no graph @{program.backward}")
+    for name, graph in program.graphs.items():
+        backward = program.backward_of(name)
+        if backward is not None and backward.kept != graph.kept:
+            message = f"@{backward.name} reads what @{name} does not keep, or not as it keeps it"
+            yield Diagnostic("E518", message, graph.span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compiler.ops import attention, comm, control, linear, loss, moe, norm, tensor
+from compiler.ops import attention, comm, control, gradient, linear, loss, moe, norm, tensor
 from compiler.ops.base import Operator, Site, TypeMismatch
 
 _ALL: tuple[type[Operator], ...] = (
@@ -27,6 +27,7 @@ _ALL: tuple[type[Operator], ...] = (
     moe.SequenceBalanceLoss,
     moe.ExpertLoad,
     loss.CrossEntropy,
+    loss.LinearCrossEntropy,
     loss.CountLabels,
     tensor.Add,
     tensor.Sub,
@@ -51,8 +52,34 @@ _ALL: tuple[type[Operator], ...] = (
     comm.AllGather,
     comm.ReduceScatter,
     comm.AllReduce,
+    gradient.LinearInputGrad,
+    gradient.LinearWeightGrad,
+    gradient.GroupedLinearInputGrad,
+    gradient.GroupedLinearWeightGrad,
+    gradient.EmbeddingGrad,
+    gradient.RMSNormGrad,
+    gradient.SiLUGrad,
+    gradient.SigmoidGrad,
+    gradient.SoftmaxGrad,
+    gradient.AttentionSaving,
+    gradient.AttentionGrad,
+    gradient.TopkGroupsGrad,
+    gradient.PermuteGrad,
+    gradient.UnpermuteGrad,
+    gradient.SequenceBalanceLossGrad,
+    gradient.CrossEntropyGrad,
+    gradient.SumOver,
+    gradient.ExpandLike,
+    gradient.ZerosLike,
+    gradient.PadFirst,
+    gradient.PadLast,
+    gradient.Rename,
     control.Call,
     control.Repeat,
+    control.RepeatBackward,
+    control.Keep,
+    control.Kept,
+    control.AccumulateGrad,
     control.Yield,
     control.Return,
 )

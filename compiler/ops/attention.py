@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from compiler.graph.core import Op, Value
 from compiler.graph.types import Dim, Type
-from compiler.ops.base import Operator, Site, TypeMismatch, need_float, need_rank
+from compiler.ops.base import Adjoint, Operator, Site, TypeMismatch, need_float, need_rank
 
 QK_RANK = 4
 # Below these the frequencies of rotary embedding are not defined.
@@ -27,6 +28,7 @@ class RopeTable(Operator):
     """
 
     kind = "rope_table"
+    differentiable = False
     operands = ("position",)
     attrs: ClassVar = {
         "dim": int,
@@ -77,6 +79,15 @@ class Rotate(Operator):
             raise TypeMismatch(f"rotate of {x.words} by a table for {cos.words}", 1)
         return (x,)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        """Turned back: by the same angles, the other way."""
+        x, cos, sin = op.operands
+        if d[0] is None:
+            return [None, None, None]
+        (back,) = at.add("scale", [sin], names=[f"minus_{sin.name}"], by=-1.0)
+        return [*at.add("rotate", [d[0], cos, back], names=[f"d_{x.name}"]), None, None]
+
 
 class Attention(Operator):
     """softmax(scale * q k^T) v, causal, softmax in float32; the last query meets the last key.
@@ -86,6 +97,7 @@ class Attention(Operator):
     """
 
     kind = "attention"
+    saving = "attention_saving"
     operands = ("q", "k", "v")
     attrs: ClassVar = {"scale": float}
 
@@ -120,6 +132,16 @@ class Attention(Operator):
         if q.dims[1] == k.dims[1]:
             pairs //= 2
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        """From the results of `attention_saving`, which stands in its place by then."""
+        if d[0] is None:
+            return [None, None, None]
+        return at.add(
+            "attention_grad", [d[0], *op.operands, *op.results],
+            names=[f"d_{v.name}" for v in op.operands], scale=op.attrs["scale"],
+        )  # fmt: skip
 
 
 class LatentAttention(Operator):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
-from compiler.graph.core import Attr
+from compiler.graph.core import Attr, Op, Value
 from compiler.graph.types import Dim, Type
 
 Signature = tuple[tuple[Type, ...], tuple[Type, ...]]
@@ -38,7 +38,8 @@ class PartialSum(TypeMismatch):
 class Site:
     """The place where an operator stands, as its rules see it.
 
-    `regions` and `callee` give the types of arguments and results of what is inside or called.
+    `regions` and `callee` give the types of arguments and results of what is inside or called,
+    `kept` those of the entries that a backward graph reads.
     """
 
     types: tuple[Type, ...]
@@ -46,6 +47,7 @@ class Site:
     attrs: Mapping[str, Attr] = field(default_factory=dict)
     regions: tuple[Signature, ...] = ()
     callee: Signature | None = None
+    kept: tuple[Type, ...] = ()
 
     def number(self, name: str) -> int:
         value = self.attrs[name]
@@ -53,12 +55,37 @@ class Site:
         return value
 
 
+class Adjoint(Protocol):
+    """Where the operators of a derivative are put; their types are computed at once."""
+
+    def add(
+        self,
+        kind: str,
+        operands: Sequence[Value] = (),
+        symbols: Sequence[str] = (),
+        *,
+        names: Sequence[str] = (),
+        **attrs: Attr,
+    ) -> list[Value]:
+        """The results of a new operator; values of the forward pass may be its operands."""
+
+    def weight(self, symbol: str) -> Type:
+        """The type of a weight."""
+
+    def wants(self, value: Value) -> bool:
+        """Whether anybody asks for the gradient of this value."""
+
+    def trains(self, symbols: Sequence[str]) -> bool:
+        """Whether these weights are trained."""
+
+
 class Operator:
     """One kind of operator. Subclasses declare; the docstring is what `dslc ops` prints."""
 
     kind: ClassVar[str]
     operands: ClassVar[tuple[str, ...]] = ()
-    symbols: ClassVar[tuple[str, ...]] = ()  # a name that ends in "?" may be left out
+    # A name that ends in "?" may be left out, and one that ends in "*" stands for one or more.
+    symbols: ClassVar[tuple[str, ...]] = ()
     attrs: ClassVar[Mapping[str, type]] = {}
     regions: ClassVar[int] = 0
     variadic: ClassVar[bool] = False  # takes any number of operands
@@ -67,6 +94,10 @@ class Operator:
     # of them at once. `own`: `infer` says how the results are placed.
     sums: ClassVar[Literal["nowhere", "first", "one", "all", "own"]] = "nowhere"
     pure: ClassVar[bool] = True  # may be dropped when nobody reads its results
+    # Whether its results change with its real operands so that they have a derivative.
+    differentiable: ClassVar[bool] = True
+    # The operator that computes the same and also what the derivative needs besides.
+    saving: ClassVar[str] = ""
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -84,9 +115,23 @@ class Operator:
         return Moved()
 
     @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        """The gradients of an operator's operands, given those of its results, as operators.
+
+        None where there is none: a result that nothing depends on, an operand that `at` does not
+        want or that is no real number. Gradients of weights are accumulated on the way.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
         """Run-time dimensions that this operator brings into being, and their sizes."""
         return {}
+
+
+def grad_name(symbols: Sequence[str]) -> str:
+    """What the gradient of a weight is called: `d_` and the name of its layer."""
+    return f"d_{symbols[0].removesuffix('.weight').rpartition('.')[2]}"
 
 
 def same_shape(kind: str, a: Type, b: Type) -> None:

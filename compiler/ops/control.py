@@ -61,6 +61,84 @@ class Repeat(Operator):
         return (*site.types, *stacked)
 
 
+class RepeatBackward(Operator):
+    """The region once for each layer, from the last of start, start + 1, .. to the first.
+
+    The first `carried` operands are carried along; of the others, [layer, ..], the region takes
+    the entry of the layer at hand. It yields what is carried.
+    """
+
+    kind = "repeat_backward"
+    variadic = True
+    attrs: ClassVar = {"start": int, "count": int, "carried": int}
+    regions = 1
+    pure = False
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        carried, sliced = site.types[: site.number("carried")], site.types[site.number("carried") :]
+        layer = Dim("layer", site.number("count"))
+        for i, x in enumerate(sliced):
+            if x.dims[:1] != (layer,):
+                raise TypeMismatch(f"{x.words} holds nothing for {layer.words}", len(carried) + i)
+        inside = (*carried, *(Type(x.dtype, x.dims[1:]) for x in sliced))
+        arguments, yields = site.regions[0]
+        if arguments != inside or yields != carried:
+            raise TypeMismatch("the region of a repeat takes and yields what the repeat carries")
+        return carried
+
+
+class Keep(Operator):
+    """Keeps values of the forward graph for its backward graph, under the names in `entries`."""
+
+    kind = "keep"
+    variadic = True
+    pure = False
+    attrs: ClassVar = {"entries": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return ()
+
+
+class Kept(Operator):
+    """What the forward graph kept; the first operator of every backward graph.
+
+    The graph takes gradients of the forward graph's `results` and gives those of its `arguments`,
+    both by number.
+    """
+
+    kind = "kept"
+    pure = False
+    attrs: ClassVar = {"entries": tuple, "results": tuple, "arguments": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return site.kept
+
+
+class AccumulateGrad(Operator):
+    """Adds to the gradient of a weight, or of several below one another: [out, in].
+
+    Of the weights of all experts at once: [experts, out, in].
+    """
+
+    kind = "accumulate_grad"
+    operands = ("d",)
+    symbols = ("weight*",)
+    pure = False
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (d,) = site.types
+        rank = len(site.weights[0].dims)
+        rows = sum(w.dims[0].size or 0 for w in site.weights)
+        sizes = tuple(x.size for x in d.dims[-rank:])
+        if sizes != (rows, *(x.size for x in site.weights[0].dims[1:])):
+            raise TypeMismatch(f"{d.words} is no gradient of {site.weights[0].words}", 0)
+        return ()
+
+
 class _End(Operator):
     variadic = True
     sums = "own"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from compiler.graph.core import Op, Value
 from compiler.graph.types import Type
-from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, need_float, need_rank
+from compiler.ops.base import (
+    Adjoint,
+    Operator,
+    Site,
+    TypeMismatch,
+    dims_attr,
+    dims_of,
+    grad_name,
+    need_float,
+    need_rank,
+)
 
 
 class Embedding(Operator):
@@ -22,6 +33,14 @@ class Embedding(Operator):
         if tokens.dtype not in ("i32", "i64"):
             raise TypeMismatch(f"embedding needs token numbers, got {tokens.dtype}", 0)
         return (Type(weight.dtype, (*tokens.dims, weight.last)),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is not None and at.trains(op.symbols):
+            rows = dims_attr(at.weight(op.symbols[0]).dims[0])
+            table = at.add("embedding_grad", [d[0], op.operands[0]], names=["d_table"], rows=rows)
+            at.add("accumulate_grad", table, op.symbols)
+        return [None]
 
 
 class Linear(Operator):
@@ -44,6 +63,19 @@ class Linear(Operator):
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
         return 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if d[0] is None:
+            return [None]
+        dx = None
+        if at.wants(x):
+            (dx,) = at.add("linear_input_grad", [d[0]], op.symbols, names=[f"d_{x.name}"])
+        if at.trains(op.symbols):
+            dw = at.add("linear_weight_grad", [d[0], x], names=[grad_name(op.symbols)])
+            at.add("accumulate_grad", dw, op.symbols)
+        return [dx]
 
 
 class HeadLinear(Operator):

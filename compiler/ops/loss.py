@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from compiler.graph.core import Op, Value
 from compiler.graph.types import Type
-from compiler.ops.base import Operator, Site, TypeMismatch, need_float, need_rank
+from compiler.ops.base import (
+    Adjoint,
+    Operator,
+    Site,
+    TypeMismatch,
+    grad_name,
+    need_float,
+    need_rank,
+)
 
 
 class CrossEntropy(Operator):
@@ -26,11 +37,58 @@ class CrossEntropy(Operator):
             )
         return (Type("f32"),)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None, None]
+        names = [f"d_{op.operands[0].name}"]
+        return [*at.add("cross_entropy_grad", [d[0], *op.operands], names=names), None]
+
+
+class LinearCrossEntropy(Operator):
+    """`cross_entropy` of a head's scores x W^T, which are made in pieces and never kept.
+
+    x [batch, seq, hidden_size], labels [batch, seq], weight [vocab_size, hidden_size]. Since the
+    scores are gone afterwards, the gradients of x and of the weight are made along with the loss,
+    for a gradient of 1.
+    """
+
+    kind = "linear_cross_entropy"
+    operands = ("x", "labels")
+    symbols = ("weight",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, labels = site.types
+        weight = site.weights[0]
+        if labels.dims != x.dims[:-1] or labels.dtype != "i64":
+            raise TypeMismatch(f"{cls.kind} needs a label for each position of {x}", 1)
+        if weight.last != x.last:
+            raise TypeMismatch(f"{cls.kind} expects {weight.last.words}, got {x.last.words}", 0)
+        return (Type("f32"), x, weight.with_dtype(x.dtype))
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        # Scores, and from them the gradients of x and of the weight.
+        return 3 * 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        x, _ = op.operands
+        _, x_grad, weight_grad = op.results
+        if d[0] is None:
+            return [None, None]
+        if at.trains(op.symbols):
+            dw = at.add("mul", [weight_grad, d[0]], names=[grad_name(op.symbols)])
+            at.add("accumulate_grad", dw, op.symbols)
+        return [*at.add("mul", [x_grad, d[0]], names=[f"d_{x.name}"]), None]
+
 
 class CountLabels(Operator):
     """Number of labels other than -100, and at least one, as a divisor."""
 
     kind = "count_labels"
+    differentiable = False
     operands = ("labels",)
 
     @classmethod

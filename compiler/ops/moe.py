@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from compiler.graph.core import Op, Value
 from compiler.graph.types import Dim, Type
-from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, need_float, need_rank
+from compiler.ops.base import (
+    Adjoint,
+    Operator,
+    Site,
+    TypeMismatch,
+    dims_of,
+    grad_name,
+    need_float,
+    need_rank,
+)
 
 
 def slots(route: Type, sizes: Mapping[str, int]) -> int:
@@ -60,6 +70,16 @@ class TopkGroups(Operator):
             if bias.dims != (score.last,):
                 raise TypeMismatch(f"the bias is for {bias.words}, the scores {score.words}", 1)
         return (Type("i64", (*score.dims[:-1], k)), score.with_last(k))
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (score,) = op.operands
+        if d[1] is None:
+            return [None]
+        return at.add(
+            "topk_groups_grad", [d[1], score, op.results[0]], names=[f"d_{score.name}"],
+            normalize=op.attrs["normalize"], scale=op.attrs["scale"],
+        )  # fmt: skip
 
 
 class Experts(Operator):
@@ -129,6 +149,14 @@ class Permute(Operator):
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
         return {"slot": slots(site.types[1], sizes)}
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        x, route = op.operands
+        if d[0] is None:
+            return [None, None]
+        _, _, order = op.results
+        return [*at.add("permute_grad", [d[0], order, route], names=[f"d_{x.name}"]), None]
+
 
 class GroupedLinear(Operator):
     """y = x W_e^T for the slots of each expert e: one product for all experts.
@@ -153,6 +181,22 @@ class GroupedLinear(Operator):
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
         return 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        x, ends = op.operands
+        if d[0] is None:
+            return [None, None]
+        dx = None
+        if at.wants(x):
+            (dx,) = at.add(
+                "grouped_linear_input_grad", [d[0], ends], op.symbols, names=[f"d_{x.name}"]
+            )
+        if at.trains(op.symbols):
+            names = [grad_name(op.symbols)]
+            dw = at.add("grouped_linear_weight_grad", [d[0], x, ends], names=names)
+            at.add("accumulate_grad", dw, op.symbols)
+        return [dx, None]
+
 
 class Unpermute(Operator):
     """sum_k weight_k * y of the slots that each token was copied to: the inverse of `permute`.
@@ -170,6 +214,15 @@ class Unpermute(Operator):
         if order.dims != y.dims[:1]:
             raise TypeMismatch(f"unpermute: {order.words} does not fit {y.words}", 1)
         return (Type(y.dtype, (*weight.dims[:-1], y.last)),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        y, order, weight = op.operands
+        if d[0] is None:
+            return [None, None, None]
+        names = [f"d_{y.name}", f"d_{weight.name}"]
+        dy, dweight = at.add("unpermute_grad", [d[0], y, order, weight], names=names)
+        return [dy, None, dweight]
 
 
 class SequenceBalanceLoss(Operator):
@@ -191,6 +244,14 @@ class SequenceBalanceLoss(Operator):
         if not 1 <= site.number("k") <= (score.last.size or 0):
             raise TypeMismatch(f"k is {site.number('k')}, of {score.last.words}", 0)
         return (Type("f32"),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (score,) = op.operands
+        if d[0] is None:
+            return [None]
+        names = [f"d_{score.name}"]
+        return at.add("sequence_balance_loss_grad", [d[0], score], names=names, k=op.attrs["k"])
 
 
 class ExpertLoad(Operator):

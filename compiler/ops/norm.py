@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+from compiler.graph.core import Op, Value
 from compiler.graph.types import Type
-from compiler.ops.base import Operator, Site, TypeMismatch, need_float, need_rank
+from compiler.ops.base import (
+    Adjoint,
+    Operator,
+    Site,
+    TypeMismatch,
+    grad_name,
+    need_float,
+    need_rank,
+)
 
 
 class RMSNorm(Operator):
@@ -29,6 +39,19 @@ class RMSNorm(Operator):
             raise TypeMismatch(f"rms_norm expects {weight.words}, got {x.last.words}", 0)
         return (x,)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if d[0] is None:
+            return [None]
+        dx, dw = at.add(
+            "rms_norm_grad", [d[0], x], op.symbols,
+            names=[f"d_{x.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
+        )  # fmt: skip
+        if at.trains(op.symbols):
+            at.add("accumulate_grad", [dw], op.symbols)
+        return [dx]
+
 
 class _Pointwise(Operator):
     operands = ("x",)
@@ -44,14 +67,33 @@ class SiLU(_Pointwise):
 
     kind = "silu"
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return _of_one(at, op, d, op.operands[0])
+
 
 class Sigmoid(_Pointwise):
     """1 / (1 + exp(-x))."""
 
     kind = "sigmoid"
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return _of_one(at, op, d, op.result)
+
 
 class Softmax(_Pointwise):
     """exp(x) / sum(exp(x)) over the last dimension, in float32."""
 
     kind = "softmax"
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return _of_one(at, op, d, op.result)
+
+
+def _of_one(at: Adjoint, op: Op, d: Sequence[Value | None], other: Value) -> list[Value | None]:
+    """By the operator `.._grad`, from the gradient and one value of the forward pass."""
+    if d[0] is None:
+        return [None]
+    return [*at.add(f"{op.kind}_grad", [d[0], other], names=[f"d_{op.operands[0].name}"])]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import ClassVar
 
-from compiler.graph.types import Dim, Type
+from compiler.graph.core import Op, Value
+from compiler.graph.types import FLOATS, Dim, Type
 from compiler.ops.base import (
+    Adjoint,
     Operator,
     Site,
     TypeMismatch,
+    dims_attr,
     dims_of,
     find_dim,
     need_float,
@@ -40,12 +44,21 @@ class Add(_Elementwise):
     kind = "add"
     sums = "all"
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return [_fit(at, d[0], v) for v in op.operands]
+
 
 class Sub(_Elementwise):
     """x - y of equal shapes."""
 
     kind = "sub"
     sums = "all"
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        x, y = op.operands
+        return [_fit(at, d[0], x), _fit(at, _negative(at, d[0], y), y)]
 
 
 class Mul(_Elementwise):
@@ -54,12 +67,24 @@ class Mul(_Elementwise):
     kind = "mul"
     sums = "one"
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        x, y = op.operands
+        return [_fit(at, _times(at, d[0], y, x), x), _fit(at, _times(at, d[0], x, y), y)]
+
 
 class Div(_Elementwise):
     """x / y of equal shapes; a scalar meets every shape."""
 
     kind = "div"
     sums = "first"
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        """d / y, and -d (x / y) / y."""
+        x, y = op.operands
+        dx, dy = _over(at, d[0], y, x), _over(at, _times(at, d[0], op.result, y), y, y)
+        return [_fit(at, dx, x), _fit(at, _negative(at, dy, y), y)]
 
 
 class Scale(Operator):
@@ -75,6 +100,12 @@ class Scale(Operator):
         need_float(cls.kind, site.types[0])
         return site.types
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None]
+        return at.add("scale", [d[0]], names=[f"d_{op.operands[0].name}"], by=op.attrs["by"])
+
 
 class Cast(Operator):
     """x in another element type; `bf16` stands for the model's own."""
@@ -88,6 +119,13 @@ class Cast(Operator):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         return (site.types[0].with_dtype(str(site.attrs["dtype"])),)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if d[0] is None or x.type.dtype not in FLOATS:
+            return [None]
+        return at.add("cast", [d[0]], names=[f"d_{x.name}"], dtype=x.type.dtype)
+
 
 class Constant(Operator):
     """A scalar."""
@@ -98,6 +136,10 @@ class Constant(Operator):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         return (Type("f32"),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return []
 
 
 class Sum(Operator):
@@ -111,6 +153,13 @@ class Sum(Operator):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         need_float(cls.kind, site.types[0])
         return (Type(site.types[0].dtype),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if d[0] is None:
+            return [None]
+        return at.add("expand_like", [d[0], x], names=[f"d_{x.name}"])
 
 
 class Split(Operator):
@@ -132,28 +181,46 @@ class Split(Operator):
             raise TypeMismatch(f"split of {x.last.words} into {words}, which is {total}", 0)
         return tuple(x.with_last(d) for d in parts)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if all(part is None for part in d):
+            return [None]
+        parts = [
+            part or at.add("zeros_like", [result], names=[f"d_{result.name}"])[0]
+            for part, result in zip(d, op.results, strict=True)
+        ]
+        return at.add("concat", parts, names=[f"d_{x.name}"], into=dims_attr(x.type.last))
+
 
 class Concat(Operator):
-    """Two tensors joined along the last dimension."""
+    """Tensors joined along the last dimension."""
 
     kind = "concat"
-    operands = ("x", "y")
+    variadic = True
     sums = "all"
     attrs: ClassVar = {"into": tuple}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, y = site.types
-        need_rank(cls.kind, x, 1)
-        need_rank(cls.kind, y, 1, 1)
-        same_shape(cls.kind, Type(x.dtype, x.dims[:-1]), Type(y.dtype, y.dims[:-1]))
+        first, *others = site.types
+        for i, x in enumerate(site.types):
+            need_rank(cls.kind, x, 1, i)
+        for x in others:
+            same_shape(cls.kind, Type(first.dtype, first.dims[:-1]), Type(x.dtype, x.dims[:-1]))
         (into,) = dims_of(site.attrs["into"])
-        if (x.last.size or 0) + (y.last.size or 0) != into.size:
-            total = (x.last.size or 0) + (y.last.size or 0)
-            raise TypeMismatch(
-                f"concat of {x.last.words} and {y.last.words} is {total}, not {into.words}", 1
-            )
-        return (x.with_last(into),)
+        total = sum(x.last.size or 0 for x in site.types)
+        if total != into.size:
+            words = " and ".join(x.last.words for x in site.types)
+            raise TypeMismatch(f"concat of {words} is {total}, not {into.words}", 1)
+        return (first.with_last(into),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None for _ in op.operands]
+        into = dims_attr(*(v.type.last for v in op.operands))
+        return at.add("split", [d[0]], names=[f"d_{v.name}" for v in op.operands], into=into)
 
 
 class Flatten(Operator):
@@ -175,6 +242,13 @@ class Flatten(Operator):
         merged = Dim("*".join(d.name for d in dims), prod(d.size or 0 for d in dims))
         return (x.with_dims(*x.dims[: -len(dims)], merged),)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None]
+        names = [f"d_{op.operands[0].name}"]
+        return at.add("unflatten", [d[0]], names=names, dims=op.attrs["dims"])
+
 
 class Unflatten(Operator):
     """The last dimension made several, `heads*head_dim` to `heads, head_dim`."""
@@ -195,6 +269,17 @@ class Unflatten(Operator):
             raise TypeMismatch(f"unflatten of {x.last.words} into {words}, which is {size}", 0)
         return (x.with_last(*dims),)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if d[0] is None:
+            return [None]
+        names = [f"d_{x.name}"]
+        (dx,) = at.add("flatten", [d[0]], names=names, dims=op.attrs["dims"])
+        if dx.type != x.type:
+            (dx,) = at.add("rename", [dx], names=names, dim=dims_attr(x.type.last))
+        return [dx]
+
 
 class Broadcast(Operator):
     """A new dimension before the last one, with equal entries: one head's keys for all heads."""
@@ -209,6 +294,12 @@ class Broadcast(Operator):
         (x,) = site.types
         need_rank(cls.kind, x, 1)
         return (x.with_last(*dims_of(site.attrs["dim"]), x.last),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None]
+        return at.add("sum_over", [d[0]], names=[f"d_{op.operands[0].name}"], dim=op.attrs["dim"])
 
 
 class _Drop(Operator):
@@ -234,17 +325,26 @@ class DropFirst(_Drop):
 
     kind = "drop_first"
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return _padded(at, op, d[0], "pad_first")
+
 
 class DropLast(_Drop):
     """x without its last `count` entries along a run-time dimension."""
 
     kind = "drop_last"
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        return _padded(at, op, d[0], "pad_last")
+
 
 class LastEntry(Operator):
     """The last entry along `seq`: the only position whose next token a decoder asks for."""
 
     kind = "last_entry"
+    sums = "all"
     operands = ("x",)
 
     @classmethod
@@ -253,4 +353,38 @@ class LastEntry(Operator):
         at = find_dim(cls.kind, x, "seq")
         return (x.with_dims(*x.dims[:at], *x.dims[at + 1 :]),)
 
-    sums = "all"
+
+def _fit(at: Adjoint, d: Value | None, x: Value) -> Value | None:
+    """A gradient in the type of its operand: a scalar that met a tensor takes the sum."""
+    if d is None or not at.wants(x):
+        return None
+    if d.type.dims and not x.type.dims:
+        (d,) = at.add("sum", [d], names=[f"d_{x.name}"])
+    if d.type.dtype != x.type.dtype:
+        (d,) = at.add("cast", [d], names=[f"d_{x.name}"], dtype=x.type.dtype)
+    return d
+
+
+def _times(at: Adjoint, d: Value | None, by: Value, x: Value) -> Value | None:
+    if d is None or not at.wants(x):
+        return None
+    return at.add("mul", [d, by], names=[f"d_{x.name}"])[0]
+
+
+def _over(at: Adjoint, d: Value | None, by: Value, x: Value) -> Value | None:
+    if d is None or not at.wants(x):
+        return None
+    return at.add("div", [d, by], names=[f"d_{x.name}"])[0]
+
+
+def _negative(at: Adjoint, d: Value | None, x: Value) -> Value | None:
+    if d is None or not at.wants(x):
+        return None
+    return at.add("scale", [d], names=[f"d_{x.name}"], by=-1.0)[0]
+
+
+def _padded(at: Adjoint, op: Op, d: Value | None, kind: str) -> Sequence[Value | None]:
+    (x,) = op.operands
+    if d is None:
+        return [None]
+    return at.add(kind, [d], names=[f"d_{x.name}"], dim=op.attrs["dim"], count=op.attrs["count"])

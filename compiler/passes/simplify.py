@@ -125,7 +125,7 @@ def _drop_results(graph: Graph, program: Program) -> bool:
         uses = caller.uses()
         used |= {i for i, v in enumerate(op.results) if uses.get(v)}
     keep = [i for i in range(len(graph.results)) if i in used]
-    if not calls or len(keep) == len(graph.results):
+    if _is_tied(graph, program) or not calls or len(keep) == len(graph.results):
         return False
     graph.result_names = tuple(graph.result_names[i] for i in keep)
     graph.ops[-1].operands = [graph.results[i] for i in keep]
@@ -134,11 +134,16 @@ def _drop_results(graph: Graph, program: Program) -> bool:
     return True
 
 
+def _is_tied(graph: Graph, program: Program) -> bool:
+    """Whether a graph and its gradients speak of one another's arguments by number."""
+    return graph.ops[0].kind == "kept" or program.backward_of(graph.name) is not None
+
+
 def _drop_args(graph: Graph, program: Program) -> bool:
     """Arguments of a graph that it does not read."""
     uses = graph.uses()
     keep = [i for i, v in enumerate(graph.args) if uses.get(v)]
-    if len(keep) == len(graph.args):
+    if _is_tied(graph, program) or len(keep) == len(graph.args):
         return False
     graph.args = [graph.args[i] for i in keep]
     for _, op in _calls_of(graph, program):
@@ -155,7 +160,8 @@ def _drop_graphs(program: Program) -> None:
             for callee in program.graphs[name].calls():
                 reach(callee)
 
-    reach(program.root)
+    for root in program.roots:
+        reach(root)
     program.graphs = {n: g for n, g in program.graphs.items() if n in reached}
 
 

@@ -1,0 +1,326 @@
+"""Derivatives that are operators of their own: what `Operator.grad` of the others is made of.
+
+Their first operand is the gradient of a result; they give gradients of operands. Each is defined
+by the derivative of the operator whose name it bears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from compiler.graph.types import Dim, Type
+from compiler.ops.attention import Attention
+from compiler.ops.base import Operator, Site, TypeMismatch, dims_of
+
+
+class LinearInputGrad(Operator):
+    """dx = dy W for y = x W^T; weights [out, in], several below one another."""
+
+    kind = "linear_input_grad"
+    operands = ("dy",)
+    symbols = ("weight*",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (dy,) = site.types
+        _meets(cls.kind, dy, site.weights)
+        return (dy.with_last(site.weights[0].last),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.weights[0].last.size or 0)
+
+
+class LinearWeightGrad(Operator):
+    """dW = dy^T x, summed over all tokens, for y = x W^T."""
+
+    kind = "linear_weight_grad"
+    operands = ("dy", "x")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        dy, x = site.types
+        if dy.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(f"{cls.kind}: {dy.words} is not about the tokens of {x.words}", 0)
+        return (Type(dy.dtype, (dy.last, x.last)),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.types[1].last.size or 0)
+
+
+class GroupedLinearInputGrad(Operator):
+    """dx = dy W_e for the slots of each expert e: dy [slot, out], ends [experts] -> [slot, in]."""
+
+    kind = "grouped_linear_input_grad"
+    operands = ("dy", "ends")
+    symbols = ("weight*",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        dy = site.types[0]
+        _meets(cls.kind, dy, site.weights)
+        return (dy.with_last(site.weights[0].last),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.weights[0].last.size or 0)
+
+
+class GroupedLinearWeightGrad(Operator):
+    """dW_e = dy^T x over the slots of each expert e.
+
+    dy [slot, out], x [slot, in], ends [experts] -> [experts, out, in]; zeros for idle experts.
+    """
+
+    kind = "grouped_linear_weight_grad"
+    operands = ("dy", "x", "ends")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        dy, x, ends = site.types
+        if dy.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(f"{cls.kind}: {dy.words} is not about the slots of {x.words}", 0)
+        return (Type(dy.dtype, (*ends.dims, dy.last, x.last)),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.types[1].last.size or 0)
+
+
+class EmbeddingGrad(Operator):
+    """Gradient of the table: the rows of d [.., hidden_size] summed by token."""
+
+    kind = "embedding_grad"
+    operands = ("d", "tokens")
+    attrs: ClassVar = {"rows": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        d = site.types[0]
+        return (Type(d.dtype, (*dims_of(site.attrs["rows"]), d.last)),)
+
+
+class RMSNormGrad(Operator):
+    """Gradients of `rms_norm`: of x [.., n] and of the weight [n], summed in float32."""
+
+    kind = "rms_norm_grad"
+    operands = ("d", "x")
+    symbols = ("weight",)
+    attrs: ClassVar = {"eps": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, weight = site.types[1], site.weights[0]
+        return (x, weight.with_dtype(x.dtype))
+
+
+class _LikeSecond(Operator):
+    """The gradient of the second operand, of whose type it is."""
+
+    operands: ClassVar[tuple[str, ...]] = ("d", "x")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (site.types[1],)
+
+
+class SiLUGrad(_LikeSecond):
+    """d * sigmoid(x) * (1 + x * (1 - sigmoid(x)))."""
+
+    kind = "silu_grad"
+
+
+class SigmoidGrad(_LikeSecond):
+    """d * y * (1 - y), where y is the sigmoid."""
+
+    kind = "sigmoid_grad"
+    operands = ("d", "y")
+
+
+class SoftmaxGrad(_LikeSecond):
+    """y * (d - sum(d * y)), where y is the softmax; in float32."""
+
+    kind = "softmax_grad"
+    operands = ("d", "y")
+
+
+class AttentionSaving(Attention):
+    """`attention`, and the logarithm of each query's sum of exponentials: [batch, seq, heads]."""
+
+    kind = "attention_saving"
+    saving = ""
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (o,) = super().infer(site)
+        return (o, Type("f32", o.dims[:-1]))
+
+
+class AttentionGrad(Operator):
+    """Gradients of q, k and v, from what `attention_saving` gave; scores are made once more."""
+
+    kind = "attention_grad"
+    operands = ("d", "q", "k", "v", "o", "lse")
+    attrs: ClassVar = {"scale": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return site.types[1:4]
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        # Five products where the forward pass has two: scores, dp, dv, dq, dk.
+        q, k, v = site.types[1:4]
+        dim = 3 * (q.last.size or 0) + 2 * (v.last.size or 0)
+        pairs = q.dims[1].at(sizes) * k.dims[1].at(sizes) // 2
+        return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
+
+
+class TopkGroupsGrad(Operator):
+    """Gradient of the scores: of the chosen ones only, through the division by their sum.
+
+    d and route [.., k], score [.., experts]. The bias has none: it selects.
+    """
+
+    kind = "topk_groups_grad"
+    operands = ("d", "score", "route")
+    attrs: ClassVar = {"normalize": bool, "scale": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (site.types[1],)
+
+
+class PermuteGrad(Operator):
+    """Gradient of the tokens: the sum over the slots that each was copied to.
+
+    d [slot, hidden], order [slot], route [.., k] -> [.., hidden].
+    """
+
+    kind = "permute_grad"
+    operands = ("d", "order", "route")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        d, _, route = site.types
+        return (Type(d.dtype, (*route.dims[:-1], d.last)),)
+
+
+class UnpermuteGrad(Operator):
+    """Gradients of the slots y [slot, hidden] and of the weights [.., k]."""
+
+    kind = "unpermute_grad"
+    operands = ("d", "y", "order", "weight")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (site.types[1], site.types[3])
+
+
+class SequenceBalanceLossGrad(_LikeSecond):
+    """Gradient of the scores, through P_i only: the count f_i has none (equations 17 to 20)."""
+
+    kind = "sequence_balance_loss_grad"
+    operands = ("d", "score")
+    attrs: ClassVar = {"k": int}
+
+
+class CrossEntropyGrad(_LikeSecond):
+    """d * (softmax(logits) - onehot(label)) where the label counts, else 0."""
+
+    kind = "cross_entropy_grad"
+    operands = ("d", "logits", "labels")
+
+
+def _meets(kind: str, dy: Type, weights: tuple[Type, ...]) -> None:
+    rows = sum(w.dims[-2].size or 0 for w in weights)
+    if dy.last.size != rows:
+        raise TypeMismatch(f"{kind}: {dy.last.words} does not meet {rows} rows of weights", 0)
+
+
+class SumOver(Operator):
+    """The sum over one dimension: the gradient of `broadcast`."""
+
+    kind = "sum_over"
+    operands = ("x",)
+    attrs: ClassVar = {"dim": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (x,) = site.types
+        (dim,) = dims_of(site.attrs["dim"])
+        if dim not in x.dims:
+            raise TypeMismatch(f"{cls.kind}: there is no {dim.words} in {x.words}", 0)
+        return (x.with_dims(*(d for d in x.dims if d != dim)),)
+
+
+class ExpandLike(Operator):
+    """A scalar in every place of the shape of x: the gradient of `sum`."""
+
+    kind = "expand_like"
+    operands = ("d", "x")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (site.types[1].with_dtype(site.types[0].dtype),)
+
+
+class ZerosLike(Operator):
+    """Zeros of the type of x: the gradient of what nothing depends on."""
+
+    kind = "zeros_like"
+    operands = ("x",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return site.types
+
+
+class _Pad(Operator):
+    operands = ("x",)
+    attrs: ClassVar = {"dim": str, "count": int}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (x,) = site.types
+        count = site.number("count")
+        if not any(d.name == site.attrs["dim"] and d.offset >= count for d in x.dims):
+            raise TypeMismatch(f"{cls.kind}: {x.words} lacks no {count} entries", 0)
+        return (
+            x.with_dims(
+                *(
+                    Dim(d.name, None, d.offset - count) if d.name == site.attrs["dim"] else d
+                    for d in x.dims
+                )
+            ),
+        )
+
+
+class PadFirst(_Pad):
+    """Zeros before x along a run-time dimension: the gradient of `drop_first`."""
+
+    kind = "pad_first"
+
+
+class PadLast(_Pad):
+    """Zeros behind x along a run-time dimension: the gradient of `drop_last`."""
+
+    kind = "pad_last"
+
+
+class Rename(Operator):
+    """x with its last dimension under another name."""
+
+    kind = "rename"
+    operands = ("x",)
+    attrs: ClassVar = {"dim": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (x,) = site.types
+        (dim,) = dims_of(site.attrs["dim"])
+        if x.last.size != dim.size:
+            raise TypeMismatch(f"{cls.kind} of {x.last.words} to {dim.words}", 0)
+        return (x.with_last(dim),)

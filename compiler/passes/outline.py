@@ -1,0 +1,110 @@
+"""What stands between the layers becomes graphs of its own, so that the outermost block only calls.
+
+Embedding before the layers, head and losses behind them: each run of operators between two calls
+is a part of the same module. A part is then differentiated like any block, and can be a stage of a
+pipeline by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compiler.graph.core import Graph, Op, Program, Value
+from compiler.passes.base import Pass
+from compiler.rewrite import Miss
+from dsl.load import Description
+
+CALLS = ("call", "repeat")
+
+
+def _run(program: Program, description: Description) -> Sequence[Miss]:
+    main = program.main
+    runs = _runs(main.ops[:-1])
+    if not any(op.kind in CALLS for op in main.ops) or len(runs) <= 1:
+        return ()
+    graphs = dict(program.graphs)
+    ops: list[Op] = []
+    number = -1
+    for i, run in enumerate(runs):
+        if run[0].kind in CALLS:
+            ops += run
+            continue
+        number += 1
+        end = "start" if i == 0 else "end" if i == len(runs) - 1 else f"middle_{number}"
+        part = _part(f"{main.name}_{end}", run, main)
+        graphs[part.name] = part
+        ops.append(_call(part, run, main))
+    main.ops[:-1] = ops
+    used = {s for op in main.walk() for s in op.symbols}
+    main.weights = {n: w for n, w in main.weights.items() if n in used}
+    # Callees stand before callers.
+    del graphs[main.name]
+    program.graphs = {**graphs, main.name: main}
+    return ()
+
+
+OUTLINE = Pass(
+    "outline",
+    "what stands between the layers becomes parts of their own",
+    _run,
+    ensures="the outermost block holds nothing but calls and loops of calls",
+)
+
+
+def _runs(ops: Sequence[Op]) -> list[list[Op]]:
+    """Neighbours that are calls, and neighbours that are none, in turn."""
+    runs: list[list[Op]] = []
+    for op in ops:
+        if runs and (runs[-1][0].kind in CALLS) == (op.kind in CALLS):
+            runs[-1].append(op)
+        else:
+            runs.append([op])
+    return runs
+
+
+def _part(name: str, run: list[Op], main: Graph) -> Graph:
+    """A graph of some operators; values keep their names."""
+    made = {v for op in run for v in op.results}
+    inputs = dict.fromkeys(v for op in run for v in op.operands if v not in made)
+    outside = {v for op in main.ops if op not in run for v in op.operands}
+    outside |= {v for op in main.ops if op not in run for o in _inside(op) for v in o.operands}
+    outputs = [v for op in run for v in op.results if v in outside]
+    copies = {v: Value(v.name, v.type) for v in (*inputs, *made)}
+    ops = [
+        Op(
+            op.kind,
+            [copies[v] for v in op.operands],
+            op.symbols,
+            dict(op.attrs),
+            [],
+            [copies[v] for v in op.results],
+            op.spans,
+        )
+        for op in run
+    ]
+    ops.append(Op("return", [copies[v] for v in outputs], spans=run[-1].spans))
+    symbols = dict.fromkeys(s for op in run for s in op.symbols)
+    return Graph(
+        name,
+        [copies[v] for v in inputs],
+        ops,
+        {s: main.weights[s] for s in symbols},
+        result_names=tuple(v.name for v in outputs),
+        about=f"A part of {main.name}: {', '.join(dict.fromkeys(op.kind for op in run))}.",
+        span=main.span,
+    )
+
+
+def _inside(op: Op) -> list[Op]:
+    return [inner for region in op.regions for inner in region.ops]
+
+
+def _call(part: Graph, run: list[Op], main: Graph) -> Op:
+    by_name = {v.name: v for op in run for v in [*op.operands, *op.results]}
+    return Op(
+        "call",
+        [by_name[v.name] for v in part.args],
+        attrs={"callee": part.name, "scope": ""},
+        results=[by_name[v.name] for v in part.results],
+        spans=tuple(dict.fromkeys(s for op in run for s in op.spans)),
+    )
