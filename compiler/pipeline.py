@@ -33,6 +33,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         FUSE_EXPERTS,
         FUSE_LOSS,
+        SIMPLIFY,
         OUTLINE,
         DIFFERENTIATE,
     ),

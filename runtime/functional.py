@@ -18,8 +18,8 @@ from torch import Tensor
 IGNORED_LABEL = -100
 """Positions with this label count in no loss, as in torch and transformers."""
 
-# Keeps a sum of scores that all underflowed from dividing by zero, as transformers does.
-_TINY = 1e-20
+TINY = 1e-20
+"""Keeps a sum of scores that all underflowed from dividing by zero, as transformers does."""
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`w x / sqrt(mean(x^2) + eps)` over the last dimension, weighted before the cast back."""
-    wide = _wide(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * (wide * scale)).to(x.dtype)
+    exact = wide(x)
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (weight * (exact * scale)).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -46,12 +46,12 @@ def silu(x: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """`1 / (1 + exp(-x))`, elementwise: the affinity of a token to an expert, eq. 15."""
-    return torch.sigmoid(_wide(x)).to(x.dtype)
+    return torch.sigmoid(wide(x)).to(x.dtype)
 
 
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the last dimension."""
-    return torch.softmax(_wide(x), dim=-1).to(x.dtype)
+    return torch.softmax(wide(x), dim=-1).to(x.dtype)
 
 
 def rope_table(
@@ -99,7 +99,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if x.dim() > cos.dim():
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    even, odd = _wide(x[..., 0::2]), _wide(x[..., 1::2])
+    even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
     pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return pairs.flatten(-2).to(x.dtype)
 
@@ -115,9 +115,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     if queries > keys:
         raise ValueError(f"attention got {queries} queries but only {keys} keys")
-    # Torch's fast kernels want one width for q, k and v; a zero adds nothing to a product.
-    width, v_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    q, k, v = (torch_f.pad(t, (0, width - t.shape[-1])).transpose(1, 2) for t in (q, k, v))
+    v_width = v.shape[-1]
+    q, k, v = equally_wide(q, k, v)
     mask = None
     if 1 < queries < keys:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
@@ -132,6 +131,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)[..., :v_width]
+
+
+def equally_wide(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [batch, seq, heads, ..] as [batch, heads, seq, width], padded with zeros alike.
+
+    Torch's fast kernels want one width for q, k and v; a zero adds nothing to a product.
+    """
+    width = max(t.shape[-1] for t in parts)
+    padded = (torch_f.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in parts)
+    return tuple(t.transpose(1, 2) for t in padded)
 
 
 def topk_groups(
@@ -169,7 +178,7 @@ def topk_groups(
     index = _best(choice, k)
     weight = score.gather(-1, index)
     if normalize:
-        weight = weight / (weight.sum(-1, keepdim=True) + _TINY)
+        weight = weight / (weight.sum(-1, keepdim=True) + TINY)
     return index, weight * scale
 
 
@@ -231,10 +240,14 @@ def sequence_balance_loss(score: Tensor, k: int) -> Tensor:
     the sequences of the batch.
     """
     experts = score.shape[-1]
-    chosen = torch.zeros_like(score).scatter(-1, _best(score, k), 1.0)
-    frequency = chosen.mean(-2) * (experts / k)
-    probability = (score / (score.sum(-1, keepdim=True) + _TINY)).mean(-2)
+    frequency = chosen(score, k).mean(-2) * (experts / k)
+    probability = (score / (score.sum(-1, keepdim=True) + TINY)).mean(-2)
     return (frequency * probability).sum(-1).mean()
+
+
+def chosen(score: Tensor, k: int) -> Tensor:
+    """1 for each of the k best of the last dimension, 0 for the others."""
+    return torch.zeros_like(score).scatter(-1, _best(score, k), 1.0)
 
 
 def expert_load(index: Tensor, n: int) -> Tensor:
@@ -252,7 +265,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     loss of an MTP depth by the length of the whole sequence.
     """
     return torch_f.cross_entropy(
-        _wide(logits).flatten(0, -2),
+        wide(logits).flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORED_LABEL,
         reduction="sum",
@@ -264,7 +277,7 @@ def count_labels(labels: Tensor) -> Tensor:
     return (labels != IGNORED_LABEL).sum().clamp(min=1).float()
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """`x` in float32; float64 stays, so that gradients can be checked in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -284,18 +297,22 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
 def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in]."""
-    if _grouped_mm_takes(weight):
+    if grouped_mm_takes(x, weight):
         return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = zip(x.split(counts), weight.unbind(), strict=True)
     return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
 
 
-def _grouped_mm_takes(weight: Tensor) -> bool:
-    """torch 2.13's grouped_mm wants rows of a multiple of 16 bytes, forward and backward."""
-    dtypes = (torch.bfloat16, torch.float32) if weight.device.type == "cpu" else (torch.bfloat16,)
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    return weight.dtype in dtypes and aligned
+def grouped_mm_takes(*factors: Tensor) -> bool:
+    """torch 2.13's grouped_mm wants rows of a multiple of 16 bytes, forward and backward.
+
+    factors: rows [slots, width] or the matrices of all experts [experts, out, in].
+    """
+    dtype, device = factors[0].dtype, factors[0].device.type
+    dtypes = (torch.bfloat16, torch.float32) if device == "cpu" else (torch.bfloat16,)
+    sizes = {size for t in factors for size in (t.shape[1:] if t.dim() > 2 else t.shape[-1:])}
+    return dtype in dtypes and all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
 def unpermute(y: Tensor, order: Tensor, weight: Tensor) -> Tensor:
@@ -331,7 +348,7 @@ def latent_attention(
     queries, keys = q_latent.shape[1], c_kv.shape[1]
     score = torch.einsum("bqhc,bkc->bhqk", q_latent, c_kv)
     score = score + torch.einsum("bqhr,bkr->bhqk", q_rope, k_rope)
-    score = _wide(score) * scale
+    score = wide(score) * scale
     if queries > 1:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=score.device)
         score = score.masked_fill(~ones.tril(keys - queries), -math.inf)

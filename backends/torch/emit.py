@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from backends.torch.declare import TORCH_DTYPES
 from backends.torch.layout import WIDTH, lay_out, parse_call
@@ -15,22 +16,33 @@ from compiler.ops.base import dims_of
 MARGIN = 62  # column of the remarks, where there is room
 
 
+@dataclass(frozen=True)
+class Part:
+    """What autograd is told of a part of the outermost block: its weights and `Gradients`."""
+
+    weights: tuple[str, ...]
+    gradients: str
+
+
 class Emitter:
     """Statements of one graph.
 
-    `methods` says by which method each called graph is to be reached, `cached` which graphs take
-    the cache.
+    `methods` says by which method each called graph is to be reached, `trailing` what those of a
+    program pass on: the cache, what is kept. Given `units`, calls are made in the way of autograd
+    (`runtime/unit.py`): each graph with its weights and its derivative's `Gradients`.
     """
 
     def __init__(
         self,
         graph: Graph,
         methods: Mapping[str, str],
-        cached: frozenset[str],
+        trailing: Mapping[str, Sequence[str]],
+        units: Mapping[str, Part] | None = None,
     ) -> None:
         self.graph = graph
         self.methods = methods
-        self.cached = cached
+        self.trailing = trailing
+        self.units = units
         self.names = Names(graph)
         self.parts: dict[str, str] = {}  # weight of all experts: the name of its parts
         self.lines: list[str] = []
@@ -62,6 +74,9 @@ class Emitter:
         self.lines += lines
 
     def assign(self, op: Op, expression: str) -> None:
+        if not op.results:
+            self.line(expression)
+            return
         targets = ", ".join([self.names.give(v, op) for v in op.results])
         self.line(f"{targets} = {expression}")
 
@@ -70,8 +85,8 @@ class Emitter:
         EMIT[op.kind](self, op)
 
     def remark(self, op: Op) -> None:
-        """Puts the place of `op` in the block beside the next line."""
-        self._comment = margin(op)
+        """Puts the place of `op` in the block beside the next line, where it stands for one."""
+        self._comment = "" if op.kind in ("keep", "kept", "accumulate_grad") else margin(op)
 
     # ---- pieces of expressions ---------------------------------------------------------------
 
@@ -90,6 +105,10 @@ class Emitter:
             if weight.type.dtype == "bf16" and "*" not in name
         ]
         return f"{like[0]}.dtype" if like else "torch.bfloat16"
+
+    def stored(self, op: Op) -> str:
+        """The stored tensor of an operator's weights; of all experts where it is for all."""
+        return self.weight(op.symbols[0].replace(".*.", "."))
 
     def weight(self, symbol: str) -> str:
         """The stored tensor, or the part of it that belongs to the expert at hand."""
@@ -127,13 +146,18 @@ def literal(value: Attr) -> str:
 Emit = Callable[[Emitter, Op], None]
 
 
-def _call_f(name: str, *attrs: str) -> Emit:
+def _call_g(name: str, *attrs: str) -> Emit:
+    """`G.name(operands, weights, attr=..)`: derivatives."""
+    return _call_f(name, *attrs, module="G")
+
+
+def _call_f(name: str, *attrs: str, module: str = "F") -> Emit:
     """`F.name(operands, weights, attr=..)`."""
 
     def emit(e: Emitter, op: Op) -> None:
         parts = [e.names[v] for v in op.operands] + [e.weight(s) for s in op.symbols]
         parts += [f"{a}={literal(op.attrs[a])}" for a in attrs]
-        e.assign(op, f"F.{name}({', '.join(parts)})")
+        e.assign(op, f"{module}.{name}({', '.join(parts)})")
 
     return emit
 
@@ -286,15 +310,30 @@ def _cache_append(e: Emitter, op: Op) -> None:
 
 def _call_graph(e: Emitter, op: Op, module: str) -> None:
     callee = str(op.attrs["callee"])
-    method = e.methods[callee]
     arguments = [e.names[v] for v in op.operands]
-    if callee in e.cached:
-        arguments.append("cache")
+    if e.units is not None and callee in e.units:
+        _call_part(e, op, e.units[callee], arguments)
+        return
+    if e.units is not None:
+        e.assign(op, f"{module}({', '.join([*arguments, 'train=True'])})")
+        return
+    method = e.methods[callee]
+    arguments += e.trailing.get(callee, ())
     function = module if method == "forward" else f"{module}.{method}"
     e.assign(op, f"{function}({', '.join(arguments)})")
 
 
+def _call_part(e: Emitter, op: Op, part: Part, arguments: Sequence[str]) -> None:
+    name = e.methods[str(op.attrs["callee"])]
+    methods = [f"self.{name}", f"self.{name}_backward"]
+    weights = f"[{', '.join(f'self.{w}' for w in part.weights)}]"
+    e.assign(op, f"differentiable({', '.join([*methods, part.gradients, weights, *arguments])})")
+
+
 def _call(e: Emitter, op: Op) -> None:
+    if not op.attrs["scope"]:
+        _call_graph(e, op, "self")
+        return
     scope = str(op.attrs["scope"]).split(".")
     if scope[-1] == "*":
         _call_graph(e, op, "layer")
@@ -303,6 +342,56 @@ def _call(e: Emitter, op: Op) -> None:
     for part in scope:
         module += f"[{part}]" if part.isdigit() else f".{part}"
     _call_graph(e, op, module)
+
+
+def _keep(e: Emitter, op: Op) -> None:
+    if e.units is not None:  # autograd takes care of what is between the units
+        return
+    e.line(f"kept.keep(self, {e.operands(op)})")
+
+
+def _kept(e: Emitter, op: Op) -> None:
+    if not op.results:
+        return
+    targets = [e.names.give(v, op) for v in op.results]
+    left = f"({targets[0]},)" if len(targets) == 1 else ", ".join(targets)
+    e.line(f"{left} = kept.take(self)")
+
+
+def _accumulate_grad(e: Emitter, op: Op) -> None:
+    e.line(f"grads.add({e.stored(op)}, {e.operand(op, 0)})")
+
+
+def _linear_input_grad(e: Emitter, op: Op) -> None:
+    weight = e.stored(op)
+    if op.operands[0].type.dtype != e.graph.weights[op.symbols[0]].type.dtype:
+        weight = f"{weight}.float()"
+    e.assign(op, f"G.{op.kind}({', '.join([e.operands(op), weight])})")
+
+
+def _linear_cross_entropy(e: Emitter, op: Op) -> None:
+    arguments = [e.operands(op), e.stored(op), "gradients=kept.wanted"]
+    e.assign(op, f"G.linear_cross_entropy({', '.join(arguments)})")
+
+
+def _embedding_grad(e: Emitter, op: Op) -> None:
+    (rows,) = dims_of(op.attrs["rows"])
+    e.assign(op, f"G.embedding_grad({e.operands(op)}, {rows.size})")
+
+
+def _sum_over(e: Emitter, op: Op) -> None:
+    (dim,) = dims_of(op.attrs["dim"])
+    type = op.operands[0].type
+    e.assign(op, f"{e.operand(op, 0)}.sum({_index_of(type, dim.name) - len(type.dims)})")
+
+
+def _pad(e: Emitter, op: Op) -> None:
+    at = _index_of(op.operands[0].type, op.attrs["dim"])
+    e.assign(op, f"G.{op.kind}({e.operand(op, 0)}, {at}, {op.attrs['count']})")
+
+
+def _rename(e: Emitter, op: Op) -> None:
+    e.names.share(op.result, e.operand(op, 0))
 
 
 def _repeat(e: Emitter, op: Op) -> None:
@@ -380,4 +469,30 @@ EMIT: dict[str, Emit] = {
     "last_entry": _last_entry,
     "call": _call,
     "repeat": _repeat,
+    "keep": _keep,
+    "kept": _kept,
+    "accumulate_grad": _accumulate_grad,
+    "linear_input_grad": _linear_input_grad,
+    "linear_weight_grad": _call_g("linear_weight_grad"),
+    "grouped_linear_input_grad": _linear_input_grad,
+    "grouped_linear_weight_grad": _call_g("grouped_linear_weight_grad"),
+    "embedding_grad": _embedding_grad,
+    "rms_norm_grad": _call_g("rms_norm_grad", "eps"),
+    "silu_grad": _call_g("silu_grad"),
+    "sigmoid_grad": _call_g("sigmoid_grad"),
+    "softmax_grad": _call_g("softmax_grad"),
+    "attention_saving": _call_g("attention_saving", "scale"),
+    "attention_grad": _call_g("attention_grad", "scale"),
+    "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
+    "permute_grad": _call_g("permute_grad"),
+    "unpermute_grad": _call_g("unpermute_grad"),
+    "sequence_balance_loss_grad": _call_g("sequence_balance_loss_grad", "k"),
+    "cross_entropy_grad": _call_g("cross_entropy_grad"),
+    "linear_cross_entropy": _linear_cross_entropy,
+    "sum_over": _sum_over,
+    "expand_like": lambda e, op: e.assign(op, f"{e.operand(op, 0)}.expand_as({e.operand(op, 1)})"),
+    "zeros_like": lambda e, op: e.assign(op, f"torch.zeros_like({e.operand(op, 0)})"),
+    "pad_first": _pad,
+    "pad_last": _pad,
+    "rename": _rename,
 }  # fmt: skip

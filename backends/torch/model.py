@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from backends.render import render
 from backends.torch.declare import declarations
-from backends.torch.emit import Emitter
+from backends.torch.emit import Emitter, Part
 from backends.torch.layout import Call, lay_out
 from backends.torch.names import class_name, identifier
-from compiler.graph.core import Graph, Program, Value
+from compiler.graph.core import BACKWARD, Attr, Graph, Program, Value
 from compiler.graph.equal import equal_graphs
 from compiler.graph.types import Type
 from compiler.pipeline import Compiled
@@ -37,7 +38,9 @@ class Block:
 
     name: str
     about: str
+    base: str
     signature: str
+    gradients: str
     declarations: list[str]
     methods: list[Method]
 
@@ -53,6 +56,7 @@ class Root:
     loss: list[str]
     prefill: list[str]
     decode: list[str]
+    parts: list[Method]
 
 
 def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: str) -> str:
@@ -71,6 +75,7 @@ def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: 
         spec=docstring(spec),
         version=version,
         imports=imports,
+        units=emit.units,
         blocks=blocks,
         root=root,
     )
@@ -82,9 +87,36 @@ class _Emission:
         self.dtype = dtype
         # methods[program][graph]: the method that computes this graph of this program.
         self.methods: dict[str, dict[str, str]] = {p: {} for p in PROGRAMS}
-        self.cached = {p: frozenset(_cached(compiled.programs[p])) for p in PROGRAMS}
+        # trailing[program][graph]: what its methods pass on behind their tensors.
+        self.trailing: dict[str, dict[str, list[str]]] = {
+            p: {name: ["cache"] for name in _cached(compiled.programs[p])} for p in PROGRAMS
+        }
+        self.train = compiled.programs["train"]
+        # Blocks that autograd sees as one function each: what the outermost block calls.
+        self.units = [n for n in self._called() if self.train.backward and n in self._blocks()]
         for name in compiled.lowered.graphs:
             self._choose_methods(name)
+        if self.train.backward:
+            self._choose_derived()
+
+    def _called(self) -> list[str]:
+        return list(self.train.main.calls())
+
+    def _blocks(self) -> dict[str, Graph]:
+        """Graphs that a class is made of; the parts of the outermost block are methods of it."""
+        return self.compiled.lowered.graphs
+
+    def _choose_derived(self) -> None:
+        """Methods in training, where a backward pass was derived: what is kept is passed along."""
+        prefix = f"{self.train.root}_"
+        for name in self.train.graphs:
+            backward = self.train.graphs[name].ops[0].kind == "kept"
+            forward = name.removesuffix(BACKWARD) if backward else name
+            self.trailing["train"][name] = ["kept", "grads"] if backward else ["kept"]
+            if forward in self._blocks():
+                self.methods["train"][name] = "backward" if backward else "loss"
+            else:
+                self.methods["train"][name] = name.removeprefix(prefix)
 
     def _choose_methods(self, name: str) -> None:
         seen: list[tuple[str, Graph]] = []
@@ -105,7 +137,21 @@ class _Emission:
         )
 
     def _emitter(self, program: str, graph: Graph) -> Emitter:
-        return Emitter(graph, self.methods[program], self.cached[program])
+        units = None
+        if program == "train" and self.train.backward and graph is self.train.main:
+            units = {n: self._part(n) for n in self._called() if n not in self._blocks()}
+        return Emitter(graph, self.methods[program], self.trailing[program], units)
+
+    def _part(self, name: str) -> Part:
+        weights = dict.fromkeys(self.train.graphs[name].weights)
+        return Part(tuple(weights), self._gradients(name))
+
+    def _gradients(self, name: str) -> str:
+        """The text of the `Gradients` of a graph."""
+        backward = self.train.backward_of(name)
+        assert backward is not None
+        kept = backward.ops[0].attrs
+        return f"Gradients({_numbers(kept['results'])}, {_numbers(kept['arguments'])})"
 
     def block(self, graph: Graph) -> Block:
         methods = []
@@ -113,8 +159,15 @@ class _Emission:
             version = self.compiled.programs[program].graphs.get(graph.name)
             if version is not None and (self.methods[program][graph.name] == METHODS[program]):
                 methods.append(self._method(program, version))
+            if program == "train" and (backward := self.train.backward_of(graph.name)):
+                methods.append(self._method(program, backward))
+        unit = graph.name in self.units
+        if unit:  # `forward` is the unit's own
+            methods = [replace(m, name="evaluate") if m.name == "forward" else m for m in methods]
         return Block(
             name=class_name(graph.name),
+            base="Unit" if unit else "nn.Module",
+            gradients=self._gradients(graph.name) if unit else "",
             about=docstring(graph.about or graph.name),
             signature=f"{_shapes(graph.args)} -> {_shape(graph.results[0].type)}",
             declarations=declarations(graph, self.dtype),
@@ -124,16 +177,17 @@ class _Emission:
     def _method(self, program: str, graph: Graph) -> Method:
         emitter = self._emitter(program, graph)
         arguments = ["self", *(f"{emitter.names[v]}: Tensor" for v in graph.args)]
-        if graph.name in self.cached[program]:
-            arguments.append("cache: Cache")
+        trailing = self.trailing[program].get(graph.name, ())
+        arguments += [f"{name}: {name.capitalize()}" for name in trailing]
         lines = emitter.body()
         results = emitter.results()
         returns = (
             "Tensor" if len(results) == 1 else f"tuple[{', '.join(['Tensor'] * len(results))}]"
         )
-        return Method(
-            METHODS[program], arguments, returns, [*lines, f"return {', '.join(results)}"]
-        )
+        if results:
+            lines = [*lines, f"return {', '.join(results)}"]
+        name = self.methods[program][graph.name]
+        return Method(name, arguments, returns if results else "None", lines)
 
     def root(self) -> Root:
         lowered = self.compiled.lowered
@@ -148,7 +202,17 @@ class _Emission:
             loss=self._loss(),
             prefill=self._logits("prefill"),
             decode=self._logits("decode"),
+            parts=[self._method("train", g) for g in self._parts()],
         )
+
+    def _parts(self) -> Iterator[Graph]:
+        """The parts of the outermost block, each with its gradients behind it."""
+        if not self.train.backward:
+            return
+        for name in self._called():
+            if name not in self._blocks():
+                yield self.train.graphs[name]
+                yield self.train.graphs[name + BACKWARD]
 
     def _body(self, program: str) -> tuple[Graph, list[str], dict[str, list[str]]]:
         """Graph, lines, and the Python names of each output."""
@@ -196,6 +260,11 @@ WEIGHTS = {
     "mtp_weight": "config.train.loss.mtp_weight.value_at(tokens_seen)",
     "balance_alpha": "config.train.loss.balance_alpha",
 }
+
+
+def _numbers(value: Attr) -> str:
+    assert isinstance(value, tuple)
+    return f"({', '.join(map(str, value))}{',' if len(value) == 1 else ''})"
 
 
 def _tuple(names: list[str]) -> str:

@@ -97,7 +97,7 @@ class Attention(Operator):
     """
 
     kind = "attention"
-    saving = "attention_saving"
+    saving: ClassVar[tuple[str, ...]] = ("attention_saving", "lse")
     operands = ("q", "k", "v")
     attrs: ClassVar = {"scale": float}
 

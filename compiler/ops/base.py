@@ -96,8 +96,9 @@ class Operator:
     pure: ClassVar[bool] = True  # may be dropped when nobody reads its results
     # Whether its results change with its real operands so that they have a derivative.
     differentiable: ClassVar[bool] = True
-    # The operator that computes the same and also what the derivative needs besides.
-    saving: ClassVar[str] = ""
+    # The operator that computes the same and also what the derivative needs besides, and the names
+    # of its further results.
+    saving: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:

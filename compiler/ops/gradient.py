@@ -150,7 +150,7 @@ class AttentionSaving(Attention):
     """`attention`, and the logarithm of each query's sum of exponentials: [batch, seq, heads]."""
 
     kind = "attention_saving"
-    saving = ""
+    saving = ()
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:

@@ -296,13 +296,19 @@ def _alike(value: Value, gradients: Sequence[Value | None]) -> Value:
     return next((d for d in gradients if d is not None and d.type == value.type), value)
 
 
-def _replace(op: Op, kind: str, graph: Graph, program: Program) -> None:
+def _replace(op: Op, saving: Sequence[str], graph: Graph, program: Program) -> None:
     """Lets an operator compute what its derivative needs besides; its results stay."""
     builder = Builder(graph, program.graphs)
     builder.ops = []
-    names = [op.results[0].name]
+    kind, *names = saving
     results = builder.add(
-        kind, op.operands, op.symbols, names=names, regions=(), spans=op.spans, **op.attrs
+        kind,
+        op.operands,
+        op.symbols,
+        names=[op.results[0].name, *names],
+        regions=(),
+        spans=op.spans,
+        **op.attrs,
     )
     op.kind = kind
     op.results = [*op.results, *results[len(op.results) :]]

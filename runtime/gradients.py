@@ -1,0 +1,206 @@
+"""Derivatives of the operators, as the generated `backward` methods call them.
+
+The first argument is the gradient of a result; what comes back are gradients of operands. Each
+is the derivative of the function of that name in `functional`, where shapes are explained. Unless
+a docstring says otherwise, sums are taken in float32 (in float64 for float64 operands).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as torch_f
+from torch import Tensor
+
+from . import functional as F
+from .functional import IGNORED_LABEL
+
+
+def linear_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
+    """`dy W` for y = x W^T: dy [..., out], weight [out, in]: [..., in]."""
+    return torch.matmul(dy, weight)
+
+
+def linear_weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    """`dy^T x` summed over all tokens: dy [..., out], x [..., in]: [out, in]."""
+    return torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2))
+
+
+def grouped_linear_input_grad(dy: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    """`dy W_e` for the rows of each expert: dy [slots, out], weight [experts, out, in]."""
+    return F.grouped_linear(dy, ends, weight.transpose(-1, -2))
+
+
+def grouped_linear_weight_grad(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """`dy^T x` over the rows of each expert: [experts, out, in], zeros where it has none."""
+    if F.grouped_mm_takes(dy, x):
+        return torch_f.grouped_mm(dy.t(), x, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(dy.split(counts), x.split(counts), strict=True)
+    return torch.stack([d.t() @ rows for d, rows in parts])
+
+
+def embedding_grad(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """The rows of d [..., hidden] summed by token: [rows, hidden]."""
+    table = d.new_zeros(rows, d.shape[-1], dtype=torch.promote_types(d.dtype, torch.float32))
+    return table.index_add_(0, tokens.flatten(), d.flatten(0, -2).to(table.dtype)).to(d.dtype)
+
+
+def rms_norm_grad(d: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Of x and of the weight: with r = 1 / sqrt(mean(x^2) + eps) and g = w d,
+    dx = r (g - x r^2 mean(g x)), dw = sum(d x r)."""
+    wide, wide_d = F.wide(x), F.wide(d)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    g = wide_d * weight
+    dx = r * (g - wide * (r.square() * (g * wide).mean(-1, keepdim=True)))
+    dw = (wide_d * (wide * r)).flatten(0, -2).sum(0)
+    return dx.to(x.dtype), dw.to(x.dtype)
+
+
+def silu_grad(d: Tensor, x: Tensor) -> Tensor:
+    """`d s (1 + x (1 - s))` with s = sigmoid(x)."""
+    dx: Tensor = torch.ops.aten.silu_backward(d, x)
+    return dx
+
+
+def sigmoid_grad(d: Tensor, y: Tensor) -> Tensor:
+    """`d y (1 - y)` from the result y."""
+    dx: Tensor = torch.ops.aten.sigmoid_backward(d, y)
+    return dx
+
+
+def softmax_grad(d: Tensor, y: Tensor) -> Tensor:
+    """`y (d - sum(d y))` from the result y."""
+    wide_d, wide_y = F.wide(d), F.wide(y)
+    product = wide_d * wide_y
+    return (product - wide_y * product.sum(-1, keepdim=True)).to(d.dtype)
+
+
+def attention_saving(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention`, and the float32 logarithm of each query's sum of exponentials.
+
+    The latter is [batch, query, heads]; on devices where torch does not give it, it is empty, and
+    `attention_grad` does without.
+    """
+    if not _has_flash(q, k):
+        return F.attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
+    padded = F.equally_wide(q, k, v)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *padded, 0.0, True, scale=scale
+    )
+    return out.transpose(1, 2)[..., : v.shape[-1]], lse.transpose(1, 2)
+
+
+def attention_grad(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, from what `attention_saving` gave; the scores are made once more."""
+    if not lse.numel():
+        return _attention_grad_by_autograd(d, q, k, v, scale)
+    wide = F.equally_wide(q, k, v)
+    padded_d, padded_o = F.equally_wide(d, o, wide[0].transpose(1, 2))[:2]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        padded_d, *wide, padded_o, lse.transpose(1, 2), 0.0, True, scale=scale
+    )
+    dq, dk, dv = (g.transpose(1, 2) for g in grads)
+    return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _has_flash(q: Tensor, k: Tensor) -> bool:
+    """Torch's CPU kernel takes as many heads of keys as of queries, and no empty sequence."""
+    return q.device.type == "cpu" and q.shape[1:3] == k.shape[1:3] and q.numel() > 0
+
+
+def _attention_grad_by_autograd(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = F.attention(leaves[0], leaves[1], leaves[2], scale)
+        dq, dk, dv = torch.autograd.grad(out, leaves, d)
+    return dq, dk, dv
+
+
+def topk_groups_grad(
+    d: Tensor, score: Tensor, route: Tensor, *, normalize: bool, scale: float
+) -> Tensor:
+    """Of the scores [..., experts], of which only the chosen ones have a gradient."""
+    part = d * scale
+    if normalize:
+        chosen = score.gather(-1, route)
+        total = chosen.sum(-1, keepdim=True) + F.TINY
+        part = part / total - (part * chosen).sum(-1, keepdim=True) / total.square()
+    return torch.zeros_like(score).scatter(-1, route, part)
+
+
+def permute_grad(d: Tensor, order: Tensor, route: Tensor) -> Tensor:
+    """Rows d [slots, hidden] back at their tokens, summed: [..., hidden]."""
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=d.device))
+    return d[place].view(*route.shape, d.shape[-1]).sum(-2)
+
+
+def unpermute_grad(d: Tensor, y: Tensor, order: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows y [slots, hidden] and of the weights [..., k]."""
+    token = torch.div(order, weight.shape[-1], rounding_mode="floor")
+    rows = d.flatten(0, -2)[token]
+    dy = rows * weight.flatten()[order].to(y.dtype).unsqueeze(-1)
+    dots = (F.wide(rows) * F.wide(y)).sum(-1).to(weight.dtype)
+    return dy, torch.empty_like(dots).scatter_(0, order, dots).view(weight.shape)
+
+
+def sequence_balance_loss_grad(d: Tensor, score: Tensor, k: int) -> Tensor:
+    """Of the scores [batch, seq, experts], through P_i only: counting has no gradient."""
+    batch, seq, experts = score.shape
+    frequency = F.chosen(score, k).mean(-2, keepdim=True) * (experts / k)
+    total = score.sum(-1, keepdim=True) + F.TINY
+    inner = (frequency * score).sum(-1, keepdim=True) / total
+    return (frequency - inner) / total * (d / (batch * seq))
+
+
+def cross_entropy_grad(d: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """`d (softmax(logits) - onehot(label))`, 0 where the label does not count."""
+    counts = labels != IGNORED_LABEL
+    p = torch.softmax(F.wide(logits), dim=-1)
+    index = labels.where(counts, 0).unsqueeze(-1)
+    p.scatter_add_(-1, index, p.new_full((), -1.0).expand(index.shape))
+    return (p * (counts.unsqueeze(-1) * d)).to(logits.dtype)
+
+
+CHUNK = 2**24
+"""Scores that `linear_cross_entropy` holds at a time."""
+
+
+def linear_cross_entropy(
+    x: Tensor, labels: Tensor, weight: Tensor, *, gradients: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`cross_entropy` of the scores x W^T, without ever holding all of them.
+
+    x [..., hidden], labels [...], weight [vocab, hidden]. Since the scores are gone afterwards, the
+    gradients of x and of the weight are made here, for a gradient of 1; None without `gradients`.
+    """
+    rows, label = x.flatten(0, -2), labels.flatten()
+    loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    dx = torch.empty_like(rows) if gradients else None
+    dw = torch.zeros_like(weight, dtype=x.dtype) if gradients else None
+    one = torch.ones_like(loss)
+    size = max(1, CHUNK // weight.shape[0])
+    for start in range(0, len(rows), size):
+        part, wanted = rows[start : start + size], label[start : start + size]
+        logits = torch.mm(part, weight.t())
+        loss += F.cross_entropy(logits, wanted)
+        if dx is not None and dw is not None:
+            d = cross_entropy_grad(one, logits, wanted)
+            torch.mm(d, weight, out=dx[start : start + size])
+            dw.addmm_(d.t(), part)
+    return loss, None if dx is None else dx.view(x.shape), dw
+
+
+def pad_first(x: Tensor, dim: int, count: int) -> Tensor:
+    """`count` zeros before x along a dimension."""
+    zeros = x.new_zeros(*x.shape[:dim], count, *x.shape[dim + 1 :])
+    return torch.cat([zeros, x], dim=dim)
+
+
+def pad_last(x: Tensor, dim: int, count: int) -> Tensor:
+    """`count` zeros behind x along a dimension."""
+    zeros = x.new_zeros(*x.shape[:dim], count, *x.shape[dim + 1 :])
+    return torch.cat([x, zeros], dim=dim)
