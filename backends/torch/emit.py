@@ -370,6 +370,11 @@ def _linear_input_grad(e: Emitter, op: Op) -> None:
 
 
 def _linear_cross_entropy(e: Emitter, op: Op) -> None:
+    if "kept" not in e.trailing.get(e.graph.name, ()):  # autograd has to find its way
+        x, labels = (e.names[v] for v in op.operands)
+        loss = e.names.give(op.results[0], op)
+        e.line(f"{loss} = F.cross_entropy(F.linear({x}, {e.stored(op)}), {labels})")
+        return
     arguments = [e.operands(op), e.stored(op), "gradients=kept.wanted"]
     e.assign(op, f"G.linear_cross_entropy({', '.join(arguments)})")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from backends.render import render
 from backends.torch.declare import declarations
 from backends.torch.emit import Emitter, Part
-from backends.torch.layout import Call, lay_out
+from backends.torch.layout import WIDTH, Call, lay_out
 from backends.torch.names import class_name, identifier
 from compiler.graph.core import BACKWARD, Attr, Graph, Program, Value
 from compiler.graph.equal import equal_graphs
@@ -30,6 +30,15 @@ class Method:
     arguments: list[str]
     returns: str
     lines: list[str]
+
+    @property
+    def head(self) -> list[str]:
+        """The line of `def`, or one line for each argument where that is too long."""
+        begin, end = f"def {self.name}(", f") -> {self.returns}:"
+        line = f"{begin}{', '.join(self.arguments)}{end}"
+        if len(line) + len("    ") <= WIDTH:
+            return [line]
+        return [begin, *(f"    {argument}," for argument in self.arguments), end]
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ class _Emission:
             self._choose_methods(name)
         if self.train.backward:
             self._choose_derived()
+        for name in self._called():
+            self.methods["train"].setdefault(name, self._part_name(name))
 
     def _called(self) -> list[str]:
         return list(self.train.main.calls())
@@ -108,7 +119,6 @@ class _Emission:
 
     def _choose_derived(self) -> None:
         """Methods in training, where a backward pass was derived: what is kept is passed along."""
-        prefix = f"{self.train.root}_"
         for name in self.train.graphs:
             backward = self.train.graphs[name].ops[0].kind == "kept"
             forward = name.removesuffix(BACKWARD) if backward else name
@@ -116,7 +126,11 @@ class _Emission:
             if forward in self._blocks():
                 self.methods["train"][name] = "backward" if backward else "loss"
             else:
-                self.methods["train"][name] = name.removeprefix(prefix)
+                self.methods["train"][name] = self._part_name(name)
+
+    def _part_name(self, graph: str) -> str:
+        """The method of the outermost block that computes a part of it."""
+        return graph.removeprefix(f"{self.train.root}_")
 
     def _choose_methods(self, name: str) -> None:
         seen: list[tuple[str, Graph]] = []
@@ -207,12 +221,12 @@ class _Emission:
 
     def _parts(self) -> Iterator[Graph]:
         """The parts of the outermost block, each with its gradients behind it."""
-        if not self.train.backward:
-            return
         for name in self._called():
             if name not in self._blocks():
                 yield self.train.graphs[name]
-                yield self.train.graphs[name + BACKWARD]
+                backward = self.train.backward_of(name)
+                if backward is not None:
+                    yield backward
 
     def _body(self, program: str) -> tuple[Graph, list[str], dict[str, list[str]]]:
         """Graph, lines, and the Python names of each output."""

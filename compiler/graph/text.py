@@ -62,7 +62,7 @@ def graph_lines(graph: Graph, locs: bool = False) -> Iterator[tuple[Op | None, s
     for name, remembered in graph.caches.items():
         yield None, f"{INDENT}cache @{name} : {remembered.type}"
     for name, type in graph.kept.items():
-        yield None, f"{INDENT}kept @{name} : {type}"
+        yield None, f"{INDENT}keeps @{name} : {type}"
     yield from _op_lines(graph.ops, INDENT, locs)
     yield None, "}"
 

@@ -25,6 +25,7 @@ from compiler.graph.core import (
 from compiler.graph.types import FLOATS, Type
 from compiler.ops import OPS
 from compiler.passes.base import Pass
+from compiler.passes.outline import CALLS
 from compiler.rewrite import Miss
 from dsl.load import Description
 from dsl.source import Span
@@ -44,6 +45,9 @@ class Underivable(Exception):
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     if program.backward or "total" not in program.main.result_names:
         return ()
+    between = [op for op in program.main.ops[:-1] if op.kind not in CALLS]
+    if between:
+        return (Miss("stands between the layers, in no graph of its own", between[0]),)
     made = copy_program(program)
     try:
         _Derivation(made).run()

@@ -7,6 +7,7 @@ pipeline by itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from compiler.graph.core import Graph, Op, Program, Value
@@ -31,9 +32,9 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
             continue
         number += 1
         end = "start" if i == 0 else "end" if i == len(runs) - 1 else f"middle_{number}"
-        part = _part(f"{main.name}_{end}", run, main)
+        part, call = _part(f"{main.name}_{end}", run, main)
         graphs[part.name] = part
-        ops.append(_call(part, run, main))
+        ops.append(call)
     main.ops[:-1] = ops
     used = {s for op in main.walk() for s in op.symbols}
     main.weights = {n: w for n, w in main.weights.items() if n in used}
@@ -62,14 +63,14 @@ def _runs(ops: Sequence[Op]) -> list[list[Op]]:
     return runs
 
 
-def _part(name: str, run: list[Op], main: Graph) -> Graph:
-    """A graph of some operators; values keep their names."""
+def _part(name: str, run: list[Op], main: Graph) -> tuple[Graph, Op]:
+    """A graph of some operators, and the call that stands in their place."""
     made = {v for op in run for v in op.results}
     inputs = dict.fromkeys(v for op in run for v in op.operands if v not in made)
     outside = {v for op in main.ops if op not in run for v in op.operands}
     outside |= {v for op in main.ops if op not in run for o in _inside(op) for v in o.operands}
     outputs = [v for op in run for v in op.results if v in outside]
-    copies = {v: Value(v.name, v.type) for v in (*inputs, *made)}
+    copies = _copies([*inputs, *(v for op in run for v in op.results)])
     ops = [
         Op(
             op.kind,
@@ -84,27 +85,38 @@ def _part(name: str, run: list[Op], main: Graph) -> Graph:
     ]
     ops.append(Op("return", [copies[v] for v in outputs], spans=run[-1].spans))
     symbols = dict.fromkeys(s for op in run for s in op.symbols)
-    return Graph(
+    part = Graph(
         name,
         [copies[v] for v in inputs],
         ops,
         {s: main.weights[s] for s in symbols},
-        result_names=tuple(v.name for v in outputs),
+        result_names=tuple(copies[v].name for v in outputs),
         about=f"A part of {main.name}: {', '.join(dict.fromkeys(op.kind for op in run))}.",
         span=main.span,
     )
+    call = Op(
+        "call",
+        list(inputs),
+        attrs={"callee": name, "scope": ""},
+        results=outputs,
+        spans=tuple(dict.fromkeys(s for op in run for s in op.spans)),
+    )
+    return part, call
+
+
+def _copies(values: Sequence[Value]) -> dict[Value, Value]:
+    """A value for each, without the number of its name where that is not needed any more."""
+    copies: dict[Value, Value] = {}
+    taken: set[str] = set()
+    for value in values:
+        base = re.sub(r"_\d+$", "", value.name)
+        name, n = base, 2
+        while name in taken:
+            name, n = f"{base}_{n}", n + 1
+        taken.add(name)
+        copies[value] = Value(name, value.type)
+    return copies
 
 
 def _inside(op: Op) -> list[Op]:
     return [inner for region in op.regions for inner in region.ops]
-
-
-def _call(part: Graph, run: list[Op], main: Graph) -> Op:
-    by_name = {v.name: v for op in run for v in [*op.operands, *op.results]}
-    return Op(
-        "call",
-        [by_name[v.name] for v in part.args],
-        attrs={"callee": part.name, "scope": ""},
-        results=[by_name[v.name] for v in part.results],
-        spans=tuple(dict.fromkeys(s for op in run for s in op.spans)),
-    )

@@ -14,6 +14,7 @@ from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 from runtime import functional as F
+from runtime import gradients as G
 from tests.interpret.comm import COMM
 
 if TYPE_CHECKING:
@@ -29,6 +30,16 @@ def _f(name: str, *attrs: str) -> Run:
     def apply(f: Frame, op: Op, *x: Tensor) -> Any:
         weights = [f.weight(s) for s in op.symbols]
         return getattr(F, name)(*x, *weights, **{a: op.attrs[a] for a in attrs})
+
+    return apply
+
+
+def _g(name: str, *attrs: str) -> Run:
+    """`G.name(operands, weights, attr=..)`: a derivative, as generated code has it."""
+
+    def apply(f: Frame, op: Op, *x: Tensor) -> Any:
+        weights = [f.weight(s) for s in op.symbols]
+        return getattr(G, name)(*x, *weights, **{a: op.attrs[a] for a in attrs})
 
     return apply
 
@@ -56,6 +67,30 @@ def _linear(f: Frame, op: Op, x: Tensor) -> Tensor:
 
 def _grouped_linear(f: Frame, op: Op, x: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_linear(x, ends, torch.cat([f.weight(s) for s in op.symbols], 1))
+
+
+def _linear_input_grad(f: Frame, op: Op, dy: Tensor) -> Tensor:
+    return G.linear_input_grad(dy, torch.cat([f.weight(s) for s in op.symbols]).to(dy.dtype))
+
+
+def _grouped_linear_input_grad(f: Frame, op: Op, dy: Tensor, ends: Tensor) -> Tensor:
+    weight = torch.cat([f.weight(s) for s in op.symbols], 1)
+    return G.grouped_linear_input_grad(dy, ends, weight)
+
+
+def _linear_cross_entropy(f: Frame, op: Op, x: Tensor, labels: Tensor) -> Sequence[Tensor]:
+    loss, dx, dw = G.linear_cross_entropy(x, labels, f.weight(op.symbols[0]), gradients=True)
+    assert dx is not None and dw is not None
+    return loss, dx, dw
+
+
+def _pad(f: Frame, op: Op, x: Tensor) -> Tensor:
+    pad = G.pad_first if op.kind == "pad_first" else G.pad_last
+    return pad(x, _axis(op.operands[0].type, op.attrs["dim"]), number(op, "count"))
+
+
+def _sum_over(f: Frame, op: Op, x: Tensor) -> Tensor:
+    return x.sum(_axis(op.operands[0].type, dims_of(op.attrs["dim"])[0].name))
 
 
 def _head_linear(f: Frame, op: Op, x: Tensor) -> Tensor:
@@ -166,13 +201,23 @@ def _repeat(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
     start, count, carried = number(op, "start"), number(op, "count"), list(x)
     stacks: list[list[Tensor]] = [[] for _ in op.results[len(x) :]]
     layers = range(start, start + count)
-    for layer in reversed(layers) if op.attrs.get("reverse") else layers:
+    for layer in layers:
         inside = replace(f, layers=(*f.layers, layer))  # it shares the values around it
         yielded = inside.region(region.args, region.ops, carried)
         carried = yielded[: len(x)]
         for stack, value in zip(stacks, yielded[len(x) :], strict=True):
             stack.append(value)
     return [*carried, *map(torch.stack, stacks)]
+
+
+def _repeat_backward(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
+    (region,) = op.regions
+    start, count, n = number(op, "start"), number(op, "count"), number(op, "carried")
+    carried, sliced = list(x[:n]), x[n:]
+    for i in reversed(range(count)):
+        inside = replace(f, layers=(*f.layers, start + i))
+        carried = inside.region(region.args, region.ops, [*carried, *(s[i] for s in sliced)])
+    return carried
 
 
 def _end(f: Frame, op: Op, *x: Tensor) -> Sequence[Tensor]:
@@ -226,6 +271,30 @@ RUN: dict[str, Run] = {
     "last_entry": _last_entry,
     "call": _call,
     "repeat": _repeat,
+    "repeat_backward": _repeat_backward,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_input_grad": _linear_input_grad,
+    "linear_weight_grad": _g("linear_weight_grad"),
+    "grouped_linear_input_grad": _grouped_linear_input_grad,
+    "grouped_linear_weight_grad": _g("grouped_linear_weight_grad"),
+    "embedding_grad": lambda f, op, d, tokens: G.embedding_grad(d, tokens, *_dims(op, "rows")),
+    "rms_norm_grad": _g("rms_norm_grad", "eps"),
+    "silu_grad": _g("silu_grad"),
+    "sigmoid_grad": _g("sigmoid_grad"),
+    "softmax_grad": _g("softmax_grad"),
+    "attention_saving": _g("attention_saving", "scale"),
+    "attention_grad": _g("attention_grad", "scale"),
+    "topk_groups_grad": _g("topk_groups_grad", "normalize", "scale"),
+    "permute_grad": _g("permute_grad"),
+    "unpermute_grad": _g("unpermute_grad"),
+    "sequence_balance_loss_grad": _g("sequence_balance_loss_grad", "k"),
+    "cross_entropy_grad": _g("cross_entropy_grad"),
+    "sum_over": _sum_over,
+    "expand_like": lambda f, op, d, x: d.expand_as(x),
+    "zeros_like": _t(torch.zeros_like),
+    "pad_first": _pad,
+    "pad_last": _pad,
+    "rename": lambda f, op, x: x,
     **COMM,
     "yield": _end,
     "return": _end,

@@ -35,6 +35,9 @@ SHOWN = {
     "insert_cache": ("decode", "lower", "MLA"),
     "absorb": ("decode", "insert_cache", "MLA"),
     "fuse_experts": ("forward", "drop_cache", "DeepSeekMoE"),
+    "fuse_loss": ("train", "fuse_experts", "CausalLM"),
+    "outline": ("train", "simplify", "CausalLM"),
+    "differentiate": ("train", "outline", "SwiGLU_32"),
 }
 
 
@@ -50,12 +53,13 @@ def test_every_pass_is_shown() -> None:
 def test_before_and_after(name: str, golden: Golden) -> None:
     program, before, block = SHOWN[name]
     one_layer = description("architecture.mtp.depth=1")
-    texts = [
-        f"// {moment} {name}\n{print_graph(after(one_layer, program, step).graphs[block])}"
-        for moment, step in (("before", before), ("after", name))
-    ]
-    assert texts[0].split("\n", 1)[1] != texts[1].split("\n", 1)[1]
-    golden(f"passes/{name}.graph", "\n".join(texts))
+    first, then = (after(one_layer, program, step).graphs for step in (before, name))
+    texts = {"before": print_graph(first[block]), "after": print_graph(then[block])}
+    assert texts["before"] != texts["after"]
+    # What the pass made of the block besides: its parts, its gradients.
+    new = [n for n in then if n not in first and n.startswith(f"{block}_")]
+    texts["after"] += "".join(f"\n{print_graph(then[n])}" for n in new)
+    golden(f"passes/{name}.graph", "\n".join(f"// {when} {name}\n{t}" for when, t in texts.items()))
 
 
 @pytest.mark.parametrize("program", PIPELINES)
