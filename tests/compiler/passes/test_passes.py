@@ -13,7 +13,8 @@ import torch
 
 from backends.build import build
 from compiler.graph.core import Graph, Op, Program, copy_program
-from compiler.graph.text import print_graph
+from compiler.graph.equal import first_difference
+from compiler.graph.text import parse_program, print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.passes.absorb import _absorb
@@ -21,6 +22,7 @@ from compiler.passes.fuse_experts import FUSE_EXPERTS, _fuse
 from compiler.pipeline import PIPELINES, after
 from compiler.rewrite import rewrite
 from dsl.load import Description, load
+from dsl.source import Source
 from tests.conftest import Golden
 
 ROOT = Path(__file__).parents[3]
@@ -71,6 +73,8 @@ def test_after_every_pass_the_graph_is_sound_and_knows_its_places(program: str) 
         one.run(current, spec)
         verify(current)
         assert not list(spans_missing(current)), one.name
+        text = print_program(current)
+        assert first_difference(current, parse_program(Source("pass.graph", text))) is None
 
 
 @pytest.mark.parametrize("program", PIPELINES)
