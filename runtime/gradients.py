@@ -78,12 +78,13 @@ def softmax_grad(d: Tensor, y: Tensor) -> Tensor:
 def attention_saving(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`attention`, and the float32 logarithm of each query's sum of exponentials.
 
-    The latter is [batch, query, heads]; on devices where torch does not give it, it is empty, and
-    `attention_grad` does without.
+    The latter is [batch, query, heads]. Where torch's kernel does not give it (other devices than
+    the CPU, no tokens), it is zeros that nobody reads: `attention_grad` does without.
     """
-    if not _has_flash(q, k):
-        return F.attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
-    padded = F.equally_wide(q, k, v)
+    if not _has_flash(q):
+        lse = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
+        return F.attention(q, k, v, scale), lse
+    padded = F.equally_wide(q, *_for_each_head(q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, True, scale=scale
     )
@@ -94,20 +95,26 @@ def attention_grad(
     d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, from what `attention_saving` gave; the scores are made once more."""
-    if not lse.numel():
+    if not _has_flash(q):
         return _attention_grad_by_autograd(d, q, k, v, scale)
-    wide = F.equally_wide(q, k, v)
+    wide = F.equally_wide(q, *_for_each_head(q, k, v))
     padded_d, padded_o = F.equally_wide(d, o, wide[0].transpose(1, 2))[:2]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         padded_d, *wide, padded_o, lse.transpose(1, 2), 0.0, True, scale=scale
     )
     dq, dk, dv = (g.transpose(1, 2) for g in grads)
+    dk, dv = (g.unflatten(2, (k.shape[2], -1)).sum(3) for g in (dk, dv))
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
-def _has_flash(q: Tensor, k: Tensor) -> bool:
-    """Torch's CPU kernel takes as many heads of keys as of queries, and no empty sequence."""
-    return q.device.type == "cpu" and q.shape[1:3] == k.shape[1:3] and q.numel() > 0
+def _has_flash(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.numel() > 0
+
+
+def _for_each_head(q: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values once for each head of queries, which torch's CPU kernel wants."""
+    times = q.shape[2] // shared[0].shape[2]
+    return tuple(t.repeat_interleave(times, 2) if times > 1 else t for t in shared)
 
 
 def _attention_grad_by_autograd(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import site_of
-from compiler.graph.core import Graph, Op, Program
+from compiler.graph.core import BACKWARD, REPEATS, Graph, Op, Program
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
 
@@ -48,7 +48,7 @@ class Costs:
     def runs(self) -> dict[str, int]:
         """How often one run of the program runs each of its graphs."""
         runs = dict.fromkeys(self._program.graphs, 0)
-        runs[self._program.root] = 1
+        runs |= dict.fromkeys(self._program.roots, 1)
         # Callers stand after callees.
         for graph in reversed(self._program.graphs.values()):
             self._count(graph.ops, runs[graph.name], runs)
@@ -74,13 +74,24 @@ class Costs:
                 callee = self._program.graphs[str(op.attrs["callee"])]
                 flops += self.flops(callee, _bound(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
+            if op.kind == "kept":
+                forward = self._program.graphs[graph.name.removesuffix(BACKWARD)]
+                sizes = known_sizes(forward, self._program, sizes)
             costs[op] = Cost(flops, sum(v.type.bytes(sizes) for v in op.results))
             total += flops
         return total
 
 
+def known_sizes(graph: Graph, program: Program, sizes: Sizes) -> dict[str, int]:
+    """`sizes`, and those of the run-time dimensions that the operators of a graph bring about."""
+    known = dict(sizes)
+    for op in graph.ops:
+        known |= OPS[op.kind].sizes(site_of(op, graph, program.graphs), known)
+    return known
+
+
 def _times(op: Op) -> int:
-    count = op.attrs["count"] if op.kind == "repeat" else 1
+    count = op.attrs["count"] if op.kind in REPEATS else 1
     assert isinstance(count, int)
     return count
 
