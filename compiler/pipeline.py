@@ -18,6 +18,7 @@ from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_loss import FUSE_LOSS
 from compiler.passes.outline import OUTLINE
+from compiler.passes.recompute import RECOMPUTE
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
 from compiler.rewrite import Miss
@@ -36,6 +37,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         OUTLINE,
         DIFFERENTIATE,
+        RECOMPUTE,
+        SIMPLIFY,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, FUSE_EXPERTS),

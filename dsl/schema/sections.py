@@ -190,6 +190,12 @@ class Train(Section):
         0.02, description="Standard deviation of random weights"
     )
     loss: Loss = Field(default_factory=Loss, description="The loss")
+    kept_bytes_per_token: Annotated[int | None, Number("kept_bytes_per_token", 0)] = Field(
+        None,
+        description="What all layers together may keep of one token for the backward pass, in "
+        "bytes; the rest is computed again. Without it norms, pointwise functions and the "
+        "up-projections of latents are",
+    )
 
 
 class Parallel(Section):

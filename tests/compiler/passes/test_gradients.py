@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from compiler.analysis.kept import kept_bytes_per_token
 from compiler.graph.core import Op, Program
 from compiler.graph.types import Type
 from compiler.graph.verify import verify
 from compiler.passes.differentiate import DIFFERENTIATE
+from compiler.passes.recompute import VIEWS
 from compiler.pipeline import after
 from dsl.diagnostic import DiagnosticError
-from tests.compiler.passes.test_passes import VARIANTS, description, model
+from dsl.load import load
+from tests.compiler.passes.test_passes import ROOT, VARIANTS, description, model
 
 
 def derived(*sets: str) -> Program:
@@ -81,3 +84,51 @@ def test_what_has_no_derivative_is_named_and_left_to_autograd() -> None:
     (miss,) = DIFFERENTIATE.run(program, description())
     assert miss.reason == "head_linear has no derivative" and not program.backward
     assert "attention" in [op.kind for op in program.graphs["MLA"].ops]
+
+
+def total(folder: Path, *sets: str, skip: tuple[str, ...] = ()) -> list[torch.Tensor]:
+    """The loss and all gradients, in bits, of the tiny model in float32."""
+    one = model(folder, *sets, skip=skip).float()
+    tokens = torch.randint(512, (2, 19), generator=torch.manual_seed(0))
+    loss = one.loss(tokens[:, :-1], tokens[:, 1:]).total
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in one.parameters())]
+
+
+@pytest.mark.parametrize("budget", [None, 100_000, 17_000])
+def test_what_is_computed_again_has_the_same_bits(budget: int | None, tmp_path: Path) -> None:
+    sets = () if budget is None else (f"train.kept_bytes_per_token={budget}",)
+    again, kept = total(tmp_path, *sets), total(tmp_path, *sets, skip=("recompute",))
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+
+
+def test_a_budget_is_kept_and_the_best_ratio_goes_first() -> None:
+    usual = kept_bytes_per_token(after(description(), "train", "recompute"))
+    everything = kept_bytes_per_token(derived())
+    least = 17_000
+    tight = after(description(f"train.kept_bytes_per_token={least}"), "train", "recompute")
+    ample = after(description("train.kept_bytes_per_token=10M"), "train", "recompute")
+    assert kept_bytes_per_token(tight) <= least < usual <= kept_bytes_per_token(ample) < everything
+    again = [s for op in tight.graphs["MLA_backward"].ops if op.kind == "linear" for s in op.symbols]
+    assert {"q_b_proj.weight", "kv_b_proj.weight"} <= set(again)
+
+
+def test_a_budget_that_cannot_be_kept_says_what_can() -> None:
+    with pytest.raises(DiagnosticError) as error:
+        after(description("train.kept_bytes_per_token=1K"), "train", "recompute")
+    (problem,) = error.value.diagnostics
+    assert problem.code == "E420" and "raise it to at least" in problem.help
+
+
+def test_what_v3_keeps_and_computes_again() -> None:
+    """Norms, SwiGLU outputs and the up-projections of MLA: report, section 3.2.3."""
+    v3 = load(ROOT / "specs" / "deepseek_v3.yaml", sets=["precision.policy=bf16"])
+    program = after(v3, "train", "recompute")
+    mla, moe = program.graphs["MLA_backward"], program.graphs["DeepSeekMoE_backward"]
+    again = [s for op in mla.ops if op.kind == "linear" for s in op.symbols]
+    assert sorted(again) == ["kv_b_proj.weight", "q_b_proj.weight"]
+    assert not [op for op in moe.ops if op.kind == "grouped_linear"]
+    for graph in program.graphs.values():
+        views = {v.name for op in graph.ops if op.kind in VIEWS for v in op.results}
+        normed = {v.name for op in graph.ops if op.kind == "rms_norm" for v in op.results}
+        assert not (views | normed) & set(graph.kept)

@@ -40,6 +40,7 @@ SHOWN = {
     "fuse_loss": ("train", "fuse_experts", "CausalLM"),
     "outline": ("train", "simplify", "CausalLM"),
     "differentiate": ("train", "outline", "SwiGLU_32"),
+    "recompute": ("train", "differentiate", "MLA_backward"),
 }
 
 

@@ -1,0 +1,310 @@
+"""What the backward pass computes again instead of keeping it, by bytes saved for each FLOP.
+
+1. Views are never kept beside what they show, and what a caller has is not kept by the callee.
+2. Norms and pointwise functions are computed again: no matrix product, hence almost free.
+3. So are products that widen: q_b_proj and kv_b_proj of MLA save several times the bytes for each
+   FLOP that a product with the hidden state would (DeepSeek-V3 report, section 3.2.3).
+
+With `train.kept_bytes_per_token` in the spec there is a budget instead of the third rule: the best
+ratio goes first, until what is kept for one token fits. Whatever is computed again is computed by
+the same operators from the same values, so that gradients have the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from compiler.analysis.costs import Costs
+from compiler.analysis.kept import SEQUENCE, sizes_of, token_bytes
+from compiler.graph.build import site_of
+from compiler.graph.core import REPEATS, Graph, Op, Program, Value
+from compiler.graph.types import BYTES
+from compiler.ops import OPS
+from compiler.passes.base import Pass
+from compiler.rewrite import Miss
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.load import Description
+
+VIEWS = ("split", "flatten", "unflatten", "broadcast", "drop_first", "drop_last", "rename")
+POINTWISE = (
+    "rms_norm", "add_rms_norm", "silu", "swiglu", "sigmoid", "softmax", "rotate", "concat", "add",
+    "sub", "mul", "div", "scale", "cast",
+)  # fmt: skip
+PRODUCTS = ("linear", "grouped_linear")
+# A product is computed again if it saves this many times the bytes for each FLOP that one with the
+# hidden state would. For V3: kv_b_proj 14, q_b_proj 4.7, down_proj of an expert 3.5.
+WIDENING = 4
+
+
+def _run(program: Program, description: Description) -> Sequence[Miss]:
+    if not program.backward:
+        return ()
+    pairs = {pair.backward.name: pair for pair in _pairs(program)}
+    for pair in pairs.values():  # callees stand before callers, which they hand arguments to
+        _settle(pair, pairs, program)
+    _choose(list(pairs.values()), program, description)
+    for pair in pairs.values():
+        _settle(pair, pairs, program)
+    for pair in pairs.values():
+        pair.write()
+    return ()
+
+
+RECOMPUTE = Pass(
+    "recompute",
+    "compute again what is cheap to compute, instead of keeping it",
+    _run,
+    requires="differentiate: everything that is needed is kept",
+    ensures="no view is kept; the budget of the spec holds",
+)
+
+
+@dataclass
+class _Pair:
+    """A graph and its gradients. `kept` maps names of forward values to what stands for them."""
+
+    forward: Graph
+    backward: Graph
+    sizes: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        self.producers = {v.name: op for op in self.forward.ops for v in op.results}
+        self.values = {v.name: v for op in self.forward.ops for v in op.results}
+        self.values |= {v.name: v for v in self.forward.args}
+        self.head = self.backward.ops[0]
+        self.kept: dict[str, Value] = {v.name: v for v in self.head.results}
+        self.made: dict[str, Value] = {}
+        self.clones: dict[Value, Op] = {}
+        self.taken = {v.name for op in self.backward.ops for v in op.results}
+        self.taken |= {v.name for v in self.backward.args}
+
+    def local(self, value: Value) -> Value:
+        """What stands for a forward value in the backward graph; if nothing does, it is kept."""
+        if value.name in self.made:
+            return self.made[value.name]
+        if value.name not in self.kept:
+            self.kept[value.name] = Value(self.unique(value.name), value.type)
+        return self.kept[value.name]
+
+    def unique(self, name: str) -> str:
+        base, n = name, 2
+        while name in self.taken:
+            name, n = f"{base}_{n}", n + 1
+        self.taken.add(name)
+        return name
+
+    def again(self, kinds: Sequence[str], *, only_if_saved: bool = False) -> None:
+        """Recomputes whatever is kept and made by an operator of these kinds."""
+        changed = True
+        while changed:
+            changed = False
+            for name in list(self.kept):
+                op = self.producers.get(name)
+                if op is None or op.kind not in kinds or name not in self.kept:
+                    continue
+                if only_if_saved and self.saved(op) <= 0:
+                    continue
+                self.recompute(op)
+                changed = True
+
+    def saved(self, op: Op) -> Fraction:
+        """Bytes for one token that need not be kept when `op` and what leads from it run again."""
+        new = dict.fromkeys(s for v in op.operands for s in self._sources(v))
+        freed = [v for n, v in self.kept.items() if self._follows(self.values[n], op)]
+        return self._bytes(freed) - self._bytes(new)
+
+    def _bytes(self, values: Iterable[Value]) -> Fraction:
+        return sum((token_bytes(v.type, self.sizes) for v in values), Fraction(0))
+
+    def _follows(self, value: Value, op: Op) -> bool:
+        """Whether a kept value is made of the results of `op` alone, by views and pointwise."""
+        made_by = self.producers.get(value.name)
+        if made_by is op:
+            return True
+        if made_by is None or made_by.kind not in (*VIEWS, *POINTWISE):
+            return False
+        sources = {s for v in made_by.operands for s in self._sources(v)}
+        return bool(sources) and sources <= set(op.results)
+
+    def _sources(self, value: Value) -> Iterator[Value]:
+        """What has to be kept so that views and pointwise functions can make a value again."""
+        if value.name in self.kept or value.name in self.made:
+            return
+        op = self.producers.get(value.name)
+        if op is None or op.kind not in (*VIEWS, *POINTWISE):
+            yield value
+            return
+        for operand in op.operands:
+            yield from self._sources(operand)
+
+    def flops(self, op: Op, program: Program) -> int:
+        """Of running `op` again, for one token."""
+        site = site_of(op, self.forward, program.graphs)
+        return max(1, OPS[op.kind].flops(site, self.sizes) // SEQUENCE)
+
+    def recompute(self, op: Op) -> None:
+        """Runs a forward operator again; `write` finds the place for it."""
+        copies = []
+        for result in op.results:
+            old = self.kept.pop(result.name, None)
+            new = Value(old.name if old else self.unique(result.name), result.type)
+            self.made[result.name] = new
+            copies.append(new)
+            if old is not None:
+                self.backward.replace_uses(old, new)
+                for clone in self.clones.values():
+                    clone.operands = [new if v is old else v for v in clone.operands]
+        operands = [self.local(v) for v in op.operands]
+        clone = Op(op.kind, operands, op.symbols, dict(op.attrs), [], copies, op.spans)
+        self.clones |= dict.fromkeys(copies, clone)
+        self.backward.weights |= {s: self.forward.weights[s] for s in op.symbols}
+
+    def recompute_from(self, op: Op) -> None:
+        """Runs `op` again, and whatever leads from it to values that are kept."""
+        follow = [n for n in self.kept if self._follows(self.values[n], op)]
+        while follow:
+            made_by = self.producers[follow.pop()]
+            before = set(self.kept)
+            self.recompute(made_by)
+            if made_by is not op:
+                follow += [n for n in self.kept if n not in before and self.producers.get(n)]
+                follow = [n for n in follow if self._follows(self.values[n], op)]
+
+    def _place(self) -> None:
+        """Every operator that runs again stands right before the first one that reads it."""
+        placed: list[Op] = []
+        done: set[int] = set()
+
+        def place(op: Op) -> None:
+            for value in op.operands:
+                clone = self.clones.get(value)
+                if clone is not None and id(clone) not in done:
+                    done.add(id(clone))
+                    place(clone)
+            placed.append(op)
+
+        for op in self.backward.ops:
+            place(op)
+        self.backward.ops = placed
+
+    def write(self) -> None:
+        """Lets the two graphs say what is kept in the end."""
+        self._place()
+        read = {v for op in self.backward.ops for v in op.operands}
+        self.kept = {n: v for n, v in self.kept.items() if v in read}
+        entries = tuple(self.kept)
+        types = {name: value.type for name, value in self.kept.items()}
+        self.forward.kept, self.backward.kept = types, dict(types)
+        self.head.results = list(self.kept.values())
+        self.head.attrs["entries"] = entries
+        keep = next((op for op in self.forward.ops if op.kind == "keep"), None)
+        if keep is not None and not entries:
+            self.forward.ops.remove(keep)
+        elif keep is not None:
+            keep.operands = [self.values[name] for name in entries]
+            keep.attrs["entries"] = entries
+
+
+def _pairs(program: Program) -> Iterator[_Pair]:
+    for name, graph in list(program.graphs.items()):
+        backward = program.backward_of(name)
+        if backward is not None and name != program.root:
+            yield _Pair(graph, backward, sizes_of(graph, program))
+
+
+def _settle(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
+    """The first two rules, for one graph."""
+    pair.again(VIEWS)
+    pair.again(POINTWISE, only_if_saved=True)
+    _lift(pair, pairs, program)
+
+
+def _lift(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
+    """Arguments that are kept come from the callers instead, which have them anyway.
+
+    Not for what the outermost block calls: autograd hands those nothing but gradients.
+    """
+    name = pair.forward.name
+    lifted = [i for i, v in enumerate(pair.forward.args) if v.name in pair.kept]
+    if not lifted or name in program.main.calls():
+        return
+    for i in lifted:
+        argument = pair.forward.args[i].name
+        pair.made[argument] = pair.kept.pop(argument)
+        pair.backward.args.append(pair.made[argument])
+    for caller, op in _calls(pair.backward.name, program):
+        around = pairs[caller.name]
+        same = next(
+            o
+            for o in around.forward.walk()
+            if o.kind == "call" and o.attrs == {"callee": name, "scope": op.attrs["scope"]}
+        )
+        op.operands += [around.local(same.operands[i]) for i in lifted]
+
+
+def _calls(callee: str, program: Program) -> Iterator[tuple[Graph, Op]]:
+    for graph in program.graphs.values():
+        for op in graph.walk():
+            if op.kind == "call" and op.attrs["callee"] == callee:
+                yield graph, op
+
+
+def _choose(pairs: Sequence[_Pair], program: Program, description: Description) -> None:
+    """Products that run again: those that widen, or as many as the budget asks for."""
+    times = Costs(program).runs()
+    budget = description.spec.train.kept_bytes_per_token
+    least = WIDENING * _usual(program) if budget is None else Fraction(0)
+
+    def total() -> Fraction:
+        return sum(
+            (
+                times[pair.forward.name] * token_bytes(v.type, pair.sizes)
+                for pair in pairs
+                for v in pair.kept.values()
+            ),
+            Fraction(0),
+        )
+
+    while budget is None or total() > budget:
+        found = [
+            (pair.saved(op) / pair.flops(op, program), -i, pair, op)
+            for i, (pair, op) in enumerate(_products(pairs))
+        ]
+        found = [f for f in found if f[0] > least]
+        if not found:
+            break
+        _, _, pair, op = max(found, key=lambda f: f[:2])
+        pair.recompute_from(op)
+        pair.again(VIEWS)
+        pair.again(POINTWISE, only_if_saved=True)
+    if budget is not None and total() > budget:
+        raise DiagnosticError([_over(math.ceil(total()), budget, description)])
+
+
+def _products(pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, Op]]:
+    for pair in pairs:
+        for op in pair.forward.ops:
+            if op.kind in PRODUCTS and not any(v.name in pair.made for v in op.results):
+                yield pair, op
+
+
+def _usual(program: Program) -> Fraction:
+    """Bytes saved for each FLOP by a product with what layers hand on."""
+    for op in program.main.ops:
+        if op.kind in REPEATS:
+            hidden = op.operands[0].type
+            return Fraction(BYTES[hidden.dtype], 2 * (hidden.last.size or 1))
+    return Fraction(0)
+
+
+def _over(total: int, budget: int, description: Description) -> Diagnostic:
+    return Diagnostic(
+        "E420",
+        f"{total:,} bytes have to be kept for one token, more than the {budget:,} allowed",
+        description.span("train", "kept_bytes_per_token"),
+        "the budget",
+        help=f"raise it to at least {total:,}: inputs of layers and experts cannot be made again",
+    )
