@@ -109,7 +109,9 @@ def test_a_budget_is_kept_and_the_best_ratio_goes_first() -> None:
     tight = after(description(f"train.kept_bytes_per_token={least}"), "train", "recompute")
     ample = after(description("train.kept_bytes_per_token=10M"), "train", "recompute")
     assert kept_bytes_per_token(tight) <= least < usual <= kept_bytes_per_token(ample) < everything
-    again = [s for op in tight.graphs["MLA_backward"].ops if op.kind == "linear" for s in op.symbols]
+    again = [
+        s for op in tight.graphs["MLA_backward"].ops if op.kind == "linear" for s in op.symbols
+    ]
     assert {"q_b_proj.weight", "kv_b_proj.weight"} <= set(again)
 
 

@@ -38,7 +38,7 @@ SHOWN = {
     "absorb": ("decode", "insert_cache", "MLA"),
     "fuse_experts": ("forward", "drop_cache", "DeepSeekMoE"),
     "fuse_loss": ("train", "fuse_experts", "CausalLM"),
-    "outline": ("train", "simplify", "CausalLM"),
+    "outline": ("train", "fuse_loss", "CausalLM"),
     "differentiate": ("train", "outline", "SwiGLU_32"),
     "recompute": ("train", "differentiate", "MLA_backward"),
 }
