@@ -66,6 +66,30 @@ class Case:
             start = end
         return seen
 
+    def gradients(self, program: Program) -> dict[str, Tensor]:
+        """Of `total` by weight: as the program says, or by torch's autograd."""
+        if program.backward:
+            state = State()
+            self.run(program, state=state)
+            seed = {
+                v.name: torch.ones((), dtype=torch.float64)
+                for v in program.graphs[program.backward].args
+            }
+            run(
+                program,
+                seed,
+                self.weights,
+                graph=program.backward,
+                state=state,
+                dtype=torch.float64,
+            )
+            return state.grads
+        weights = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
+        results = run(program, self.inputs, weights, dtype=torch.float64)
+        total = results[program.main.result_names.index("total")]
+        found = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
+        return {name: grad for name, grad in zip(weights, found, strict=True) if grad is not None}
+
     def lengths(self) -> list[int]:
         return [sum(CHUNKS[: i + 1]) for i in range(len(CHUNKS))]
 
@@ -83,6 +107,7 @@ def close(a: Tensor, b: Tensor, what: str) -> None:
 
 def every_pass_computes_the_same(model: Case, name: str) -> None:
     program, seen = model.lowered, model.observe(model.lowered)
+    gradients = model.gradients(program) if name == "train" else {}
     for one in PIPELINES[name]:
         later = copy_program(program)
         one.run(later, model.description)
@@ -93,7 +118,23 @@ def every_pass_computes_the_same(model: Case, name: str) -> None:
         assert now
         for what, value in now.items():
             close(value, seen[what], f"{what} after {one.name}")
+        assert one.name != "differentiate" or later.backward, "a derivative is missing"
+        if later.backward:
+            found = model.gradients(later)
+            same_gradients(found, gradients, one.name)
+            gradients = found
         program, seen = later, now
+
+
+def same_gradients(found: dict[str, Tensor], before: dict[str, Tensor], name: str) -> None:
+    """What is computed again is computed from the same values, to the bit."""
+    for weight, gradient in before.items():
+        if name == "recompute":
+            assert torch.equal(found[weight], gradient), f"gradient of {weight} after recompute"
+        else:
+            zeros = torch.zeros_like(gradient)
+            close(found.get(weight, zeros), gradient, f"gradient of {weight} after {name}")
+    assert found.keys() <= before.keys()
 
 
 @pytest.mark.parametrize("name", PIPELINES)
