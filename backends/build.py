@@ -97,7 +97,7 @@ def package(
         texts["plan.json"] = json.dumps(values, indent=2) + "\n"
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
-        description, compiled, numbers, version=VERSION, files=names
+        description, compiled, numbers, version=VERSION, files=names, plan=plan
     )
     files = {name: text.encode() for name, text in texts.items()}
     files[MANIFEST] = manifest(description, compiled, files)

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backends.report.html import environment
+from backends.report.plan import plan_page
 from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, total, training_flops
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
 from compiler.pipeline import PIPELINES, Compiled
+from compiler.plan.plan import Plan
 from dsl.load import Description
 
 # Context lengths of the cache table, besides the longest that the model takes.
@@ -23,6 +25,7 @@ def render_report(
     *,
     version: str,
     files: Sequence[str],
+    plan: Plan | None = None,
 ) -> str:
     """The page `report.html`: self-contained, without scripts, the same for the same inputs.
 
@@ -46,6 +49,7 @@ def render_report(
         sources=[(short_name(source), source.text) for source in description.sources],
         passes=list(_passes(compiled)),
         files=files,
+        page=plan_page(plan) if plan is not None else None,
     )
 
 

@@ -62,6 +62,11 @@ def gigabytes(size: int) -> str:
     return f"{size / 10**9:.2f} GB" if size >= 10**8 else f"{size / 10**6:.2f} MB"
 
 
+def place(span: Span) -> str:
+    """`file:line:column`, without the folder in which the file happened to lie."""
+    return span.location.replace("\\", "/").rsplit("/", 1)[-1]
+
+
 def spec_span(use: Use, description: Description) -> Span:
     """The line of the spec that asks for the layers that a use of memory belongs to."""
     if use.layer is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiler.analysis.work import total
-from compiler.plan.explain import CONVENTIONS
+from compiler.plan.explain import CONVENTIONS, place
 from compiler.plan.layout import Layout
 from compiler.plan.memory import Kind
 from compiler.plan.placement import Placed
@@ -76,7 +76,7 @@ def _rank(plan: Plan, rank: Rank) -> dict[str, Any]:
                 "kind": use.kind.value,
                 "name": use.name,
                 "bytes": use.bytes,
-                "line": use.span.location if use.span else "",
+                "line": place(use.span) if use.span else "",
             }
             for use in memory.largest()[:8]
         ],

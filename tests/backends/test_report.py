@@ -14,6 +14,8 @@ from backends.report import render_report
 from backends.report.html import quantity
 from compiler.analysis import CONVENTIONS, summary
 from compiler.pipeline import PIPELINES, compile
+from compiler.plan.explain import CONVENTIONS as PLAN_CONVENTIONS
+from compiler.plan.make import make_plan
 from dsl.load import load
 
 SPECS = Path(__file__).parent.parent.parent / "specs"
@@ -25,7 +27,8 @@ def report(path: Path, *sets: str) -> str:
     description = load(path, sets=sets)
     compiled = compile(description)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
-    return render_report(description, compiled, numbers, version="1.2.3", files=FILES)
+    plan = make_plan(description, compiled)
+    return render_report(description, compiled, numbers, version="1.2.3", files=FILES, plan=plan)
 
 
 @dataclass
@@ -106,6 +109,23 @@ def test_modules_tensors_blocks_and_passes_are_on_the_page(v3: Page) -> None:
     for passes in PIPELINES.values():
         assert all(one.purpose in v3.text for one in passes)
     assert all(re.sub(r"\s+", " ", c) in v3.text for c in CONVENTIONS)
+
+
+def test_the_plan_is_on_the_page(v3: Page) -> None:
+    for words in (
+        "h800_2048: 256 nodes of 8 GPUs",
+        "16 pipeline, 2 replicas, 64 expert",
+        "4 of 256 on each rank",
+        "7,392 bytes there, 14,336 back; to 4 nodes at most",
+        "memory of 80.00 GB",
+        "1 1, 14 4..7, 56..59 3.27B",
+    ):
+        assert words in v3.text
+    assert all(re.sub(r"\s+", " ", c) in v3.text for c in PLAN_CONVENTIONS)
+    widths = [float(w) for w in re.findall(r'class="k\d" style="width: ([\d.]+)%"', v3.source)]
+    assert len(widths) == 16 * 6 and all(sum(widths[i : i + 6]) < 100 for i in range(0, 96, 6))
+    tiny = Page(report(SPECS / "deepseek_v3_tiny.yaml"))
+    assert "plan" not in set(tiny.attributes("id")) and "#plan" not in set(tiny.attributes("href"))
 
 
 def test_the_spec_is_on_the_page_with_the_place_of_each_value(v3: Page) -> None:
