@@ -68,11 +68,10 @@ def _ranks(plan: Plan) -> Iterator[RankLine]:
     width = max(plan.cluster.memory or 0, plan.fullest.memory.peak)
     for rank in plan.ranks:
         stages = plan.layout.stages_of(rank.pipeline)
-        numbers = [plan.layout.stages[stage].layers for stage in stages]
         yield RankLine(
             rank,
             ", ".join(map(str, stages)),
-            ", ".join(f"{n[0]}..{n[-1]}" if n else "none" for n in numbers),
+            ", ".join(plan.layout.stages[stage].words for stage in stages),
             tuple(
                 Part(kind, rank.memory.of(kind), 100 * rank.memory.of(kind) / width)
                 for kind in Kind

@@ -119,6 +119,15 @@ class Stage:
     def layers(self) -> tuple[int, ...]:
         return tuple(unit.layer for unit in self.units if unit.layer is not None)
 
+    @property
+    def words(self) -> str:
+        """As tables name its layers: `4..7`; `+` stands for units before or behind all layers."""
+        layers = self.layers
+        ends = f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
+        before = "+" if self.units[0].layer is None else ""
+        after = "+" if layers and self.units[-1].layer is None else ""
+        return " ".join(part for part in (before, ends, after) if part)
+
 
 @dataclass(frozen=True)
 class Layout:

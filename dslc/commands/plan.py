@@ -133,7 +133,7 @@ def stage_rows(plan: Plan) -> Iterator[Row]:
         yield (
             str(rank.pipeline),
             ", ".join(map(str, stages)),
-            ", ".join(layers_of(plan, stage) for stage in stages),
+            ", ".join(plan.layout.stages[stage].words for stage in stages),
             format_count(memory.parameters),
             *(f"{memory.of(kind) / scale:.2f}" for kind in Kind),
             f"{memory.peak / scale:.2f}",
@@ -144,16 +144,6 @@ def stage_rows(plan: Plan) -> Iterator[Row]:
 def unit_of(plan: Plan) -> tuple[int, str]:
     """GB, or MB where all is small."""
     return (10**9, "GB") if plan.fullest.memory.peak >= 10**9 else (10**6, "MB")
-
-
-def layers_of(plan: Plan, stage: int) -> str:
-    """The layers of a stage; `+` stands for what is before the first or behind the last one."""
-    units = plan.layout.stages[stage].units
-    layers = plan.layout.stages[stage].layers
-    ends = f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
-    before = "+ " if units[0].layer is None and layers else ""
-    after = "+" if not layers else " +" if units[-1].layer is None else ""
-    return f"{before}{ends}{after}"
 
 
 def work_rows(plan: Plan) -> Iterator[Row]:
