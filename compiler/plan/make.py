@@ -23,15 +23,10 @@ def make_plan(description: Description, compiled: Compiled) -> Plan | None:
     if wrong:
         near = [changes(parallel, one) for one in neighbours(planner, parallel)[:3]]
         help = f"the nearest that can be: {'; '.join(near)}" if near else ""
+        spans = [description.span("parallel", problem.key) for problem in wrong]
         raise DiagnosticError(
-            Diagnostic(
-                "E530",
-                problem.message,
-                description.span("parallel", problem.key),
-                "this cannot be",
-                help=help,
-            )
-            for problem in wrong
+            Diagnostic("E530", one.message, span, "this cannot be", help="" if i else help)
+            for i, (one, span) in enumerate(zip(wrong, spans, strict=True))
         )
     return planner.plan(parallel)
 

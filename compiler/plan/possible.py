@@ -41,11 +41,19 @@ def problems(
         yield Problem("pipeline", f"{ranks} ranks cannot be cut into {pipeline} equal stages")
         return
     data = ranks // pipeline
-    yield from _expert_problems(parallel.expert, data, experts)
+    yield from _expert_problems(parallel.expert, data, cluster.gpus_per_node, experts)
     yield from _batch_problems(parallel, data)
 
 
-def _expert_problems(expert: int, data: int, experts: Sequence[int]) -> Iterator[Problem]:
+def _expert_problems(
+    expert: int, data: int, node_size: int, experts: Sequence[int]
+) -> Iterator[Problem]:
+    if expert % node_size and node_size % expert:
+        # A token goes to the rank with the same place in each of its nodes (report, section 3.2.2).
+        yield Problem(
+            "expert",
+            f"groups of {expert} ranks neither fill nodes of {node_size} GPUs nor divide them",
+        )
     if data % expert:
         yield Problem(
             "expert", f"the {data} ranks of a stage cannot be cut into groups of {expert}"

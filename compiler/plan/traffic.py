@@ -32,7 +32,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Sent:
-    """What one rank sends in a step, for one purpose."""
+    """What a rank sends in a step, for one purpose; the mean of all that are alike."""
 
     purpose: str
     messages_inside: int
@@ -145,20 +145,19 @@ def _experts(
 
 
 def _handed_on(layout: Layout, boundary: int, pipeline: int) -> Sent:
-    """Activations to the next stage, gradients to the one before."""
+    """Activations to the next stage, gradients to the one before; under DualPipe both both ways."""
     mesh = layout.mesh
-    last = mesh.pipeline - 1
-    messages = [0, 0]
-    here = mesh.rank(pipeline, 0, 0)
+    here = mesh.data_group(mesh.rank(pipeline, 0, 0))
     each = layout.micro_batches // (2 if layout.both_ways else 1)
+    near = far = Fraction(0)
     for neighbour in (pipeline - 1, pipeline + 1):
-        if 0 <= neighbour <= last:
-            across = mesh.node(mesh.rank(neighbour, 0, 0)) != mesh.node(here)
-            # One way these are activations, the other way gradients; under DualPipe both.
-            messages[across] += each * len(layout.stages_of(pipeline))
-    return Sent(
-        "pipeline", messages[0], messages[0] * boundary, messages[1], messages[1] * boundary
-    )
+        if 0 <= neighbour < mesh.pipeline:
+            step = (neighbour - pipeline) * mesh.data
+            leaving = sum(mesh.node(rank) != mesh.node(rank + step) for rank in here)
+            count = each * len(layout.stages_of(pipeline))
+            far += Fraction(count * leaving, mesh.data)
+            near += Fraction(count * (mesh.data - leaving), mesh.data)
+    return Sent("pipeline", int(near), int(near * boundary), int(far), int(far * boundary))
 
 
 def _ring(

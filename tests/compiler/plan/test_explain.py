@@ -17,6 +17,7 @@ from tests.conftest import Golden
 V3_WITH = "cluster: h800_2048, sequence_length: 4096"
 CANNOT = {
     "stages": "pipeline: 12, expert: 64, batch: 15360",
+    "nodes": "pipeline: 16, expert: 12, batch: 15360",
     "experts": "pipeline: 16, expert: 48, batch: 15360",
     "batch": "pipeline: 16, expert: 64, batch: 15000, schedule: dualpipe",
     "too_few_micro_batches": "pipeline: 16, expert: 64, batch: 2048, schedule: dualpipe",
