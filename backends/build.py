@@ -17,6 +17,7 @@ from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
 from backends.torch.model import docstring, model_py
+from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
 from compiler.lower.model import DTYPES
@@ -113,6 +114,9 @@ def manifest(description: Description, compiled: Compiled, files: Mapping[str, b
         "inputs": [
             {"name": _file_name(s.name), "sha256": _sha256(s.text.encode())}
             for s in description.sources
+        ],
+        "values": [
+            {"path": v.path, "value": v.value, "origin": v.origin} for v in values(description)
         ],
         "passes": [f"{s.program_name}: {s.name}" for s in compiled.steps if s.changed],
         "outputs": {name: _sha256(data) for name, data in sorted(files.items())},

@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 from backends import VERSION
-from dslc.commands import build, check, explain, graph, init, ops, passes, plan, schema, show
+from dslc.commands import (
+    build,
+    check,
+    diff,
+    explain,
+    graph,
+    init,
+    ops,
+    passes,
+    plan,
+    schema,
+    show,
+)
 
 EXAMPLES = """
 \b
@@ -22,6 +34,7 @@ Examples:
   dslc build specs/deepseek_v3.yaml        write the package build/deepseek_v3
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
+  dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
 
 \b
 Exit status: 0 done, 1 the input is wrong, 2 wrong usage, 70 a fault of dslc, 130 interrupted.
@@ -53,7 +66,7 @@ def options(
     pass
 
 
-for command in (check, show, plan, graph, passes, build, init, schema, ops, explain):
+for command in (check, show, plan, graph, passes, diff, build, init, schema, ops, explain):
     app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backends.report.html import environment
 from backends.report.plan import plan_page
+from backends.values import values
 from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, total, training_flops
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
@@ -45,7 +46,7 @@ def render_report(
         caches=list(_caches(numbers, description.spec.sequence.max_position_embeddings)),
         graphs=[(graph, picture(graph)) for graph in _callers_first(compiled)],
         style=STYLE,
-        values=list(_values(description)),
+        values=list(values(description)),
         sources=[(short_name(source), source.text) for source in description.sources],
         passes=list(_passes(compiled)),
         files=files,
@@ -137,17 +138,6 @@ def _caches(numbers: Summary, longest: int) -> Iterator[tuple[int, int, int]]:
 
 def _callers_first(compiled: Compiled) -> Iterator[Graph]:
     return reversed(compiled.lowered.graphs.values())
-
-
-def _values(description: Description) -> Iterator[tuple[str, str, str]]:
-    """Path, value and origin of each value, without the folders in which files happened to lie."""
-    for value in description.resolved():
-        origin = value.origin
-        for source in description.sources:
-            if origin.startswith(f"{source.name}:"):
-                origin = short_name(source) + origin.removeprefix(source.name)
-                break
-        yield value.path, value.value, origin
 
 
 def _passes(compiled: Compiled) -> Iterator[tuple[str, str, str, bool]]:

@@ -94,6 +94,8 @@ def lines_of(graph: Graph) -> Iterator[Line]:
         yield Line(f"@{name}", f"weight {print_weight(name, weight)}")
     for name, cache in graph.caches.items():
         yield Line(f"cache @{name}", f"cache @{name} : {cache.type}")
+    for name, type in graph.kept.items():
+        yield Line(f"keeps @{name}", f"keeps @{name} : {type}")
     yield from _op_lines(graph.ops, "", Counter())
 
 
@@ -123,14 +125,12 @@ def _aligned(
 ) -> Iterator[tuple[Graph | None, Graph | None]]:
     lost = [name for name in before if name not in after]
     new = [name for name in after if name not in before]
-    by_stem = {_stem(name): name for name in lost}
-    counts = Counter(map(_stem, lost)) + Counter(map(_stem, new))
-    # Only where there is no doubt: one of that name on each side.
-    partner = {
-        name: by_stem[_stem(name)]
-        for name in new
-        if _stem(name) in by_stem and counts[_stem(name)] == 2
-    }
+    partner: dict[str, str] = {}
+    for stem in {_stem(name) for name in new}:
+        # As many on each side: the first is the first, and so on.
+        old, now = ([name for name in names if _stem(name) == stem] for names in (lost, new))
+        if len(old) == len(now):
+            partner.update(zip(now, old, strict=True))
     for name, graph in after.items():
         yield before.get(partner.get(name, name)), graph
     taken = set(partner.values())

@@ -13,7 +13,9 @@ import pytest
 from backends import VERSION
 from tests.dslc.conftest import ROOT, Run
 
-COMMANDS = ("check", "show", "plan", "graph", "passes", "build", "init", "schema", "ops", "explain")
+COMMANDS = (
+    "check", "show", "plan", "graph", "passes", "diff", "build", "init", "schema", "ops", "explain"
+)  # fmt: skip
 
 
 def test_help_names_every_command_and_shows_examples(dslc: Run) -> None:

@@ -1,0 +1,196 @@
+"""What differs between two models: values, numbers, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compiler.analysis import Summary, summary, total
+from compiler.analysis.kept import kept_bytes_per_token
+from compiler.graph.compare import Line, Mark, compare
+from compiler.graph.core import Program
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.load import Resolved
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: a spec with its changes, or a build. `plan` is as in `plan.json`."""
+
+    name: str
+    values: Sequence[Resolved]
+    lowered: Program
+    programs: Mapping[str, Program]
+    plan: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ChangedValue:
+    """A value of the spec; None where one side has none."""
+
+    path: str
+    a: Resolved | None
+    b: Resolved | None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of both models, None where one has no such thing."""
+
+    name: str
+    a: int | None
+    b: int | None
+
+    @property
+    def equal(self) -> bool:
+        return self.a == self.b
+
+
+@dataclass(frozen=True)
+class ChangedBlock:
+    """A block that differs: lines that became another, by the programs in which they did.
+
+    `mark` is what became of the block as a whole.
+    """
+
+    name: str
+    mark: Mark
+    lines: Mapping[tuple[str, ...], Sequence[Line]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between A and B: changed values and blocks, and every number that either has."""
+
+    a: str
+    b: str
+    values: tuple[ChangedValue, ...]
+    numbers: tuple[Number, ...]
+    blocks: tuple[ChangedBlock, ...]
+
+    @property
+    def equal(self) -> bool:
+        return not self.values and not self.blocks and all(n.equal for n in self.numbers)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values for `json.dumps`."""
+        return {
+            "equal": self.equal,
+            "a": self.a,
+            "b": self.b,
+            "values": [{"path": v.path, "a": _value(v.a), "b": _value(v.b)} for v in self.values],
+            "numbers": [{"name": n.name, "a": n.a, "b": n.b} for n in self.numbers],
+            "blocks": [
+                {
+                    "block": block.name,
+                    "change": block.mark.value,
+                    "lines": [
+                        {
+                            "change": x.mark.value,
+                            "text": x.text,
+                            "was": x.was,
+                            "programs": list(programs),
+                        }
+                        for programs, lines in block.lines.items()
+                        for x in lines
+                    ],
+                }
+                for block in self.blocks
+            ],
+        }
+
+
+def _value(value: Resolved | None) -> dict[str, str] | None:
+    return None if value is None else {"value": value.value, "origin": value.origin}
+
+
+def difference(a: Side, b: Side) -> Difference:
+    """Everything in which two models differ. Raises `DiagnosticError` where one is beyond it."""
+    return Difference(
+        a.name,
+        b.name,
+        tuple(_values(a, b)),
+        tuple(n for n in _numbers(a, b) if n.a is not None or n.b is not None),
+        tuple(_blocks(a, b)),
+    )
+
+
+def _values(a: Side, b: Side) -> Iterator[ChangedValue]:
+    before, after = ({v.path: v for v in side.values} for side in (a, b))
+    for path in dict.fromkeys([*before, *after]):
+        old, new = before.get(path), after.get(path)
+        if old is None or new is None or old.value != new.value:
+            yield ChangedValue(path, old, new)
+
+
+def _numbers(a: Side, b: Side) -> Iterator[Number]:
+    told = [_summed(side) | _planned(side.plan) for side in (a, b)]
+    for name in dict.fromkeys([*told[0], *told[1]]):
+        yield Number(name, told[0].get(name), told[1].get(name))
+
+
+def _summed(side: Side) -> dict[str, int]:
+    numbers: Summary = summary(side.lowered, side.programs["decode"])
+    train = side.programs["train"]
+    return {
+        "parameters": numbers.parameters,
+        "activated parameters": numbers.activated,
+        "bytes of a checkpoint": numbers.stored_bytes,
+        "training FLOPs a token": total(numbers.training_flops),
+        "training FLOPs a token, MTP": total(numbers.mtp_training_flops),
+        "decoding FLOPs a token": total(numbers.decoding_flops),
+        "cache bytes a token": numbers.cache_bytes,
+        # Of activations, from the forward to the backward pass.
+        **({"kept bytes a token": int(kept_bytes_per_token(train))} if train.backward else {}),
+    }
+
+
+def _planned(plan: Mapping[str, Any] | None) -> dict[str, int]:
+    """Of the rank that has most of each; a step is one batch. The plan may be a stranger's."""
+    if plan is None:
+        return {}
+
+    def sent(rank: Mapping[str, Any], where: str) -> int:
+        return sum(int(one[where]["bytes"]) for one in rank["sent"])
+
+    try:
+        ranks = list(plan["ranks"])
+        return {
+            "peak bytes of a rank": max(int(rank["peak_bytes"]) for rank in ranks),
+            "bytes sent inside a node": max(sent(rank, "inside") for rank in ranks),
+            "bytes sent across nodes": max(sent(rank, "across") for rank in ranks),
+        }
+    except (KeyError, TypeError, ValueError):
+        message = "plan.json is none that this dslc understands"
+        raise DiagnosticError([Diagnostic("E604", message, help="build the model again")]) from None
+
+
+def _blocks(a: Side, b: Side) -> Iterator[ChangedBlock]:
+    """Blocks that differ, callers first; what several programs share is told once."""
+    marks: dict[str, set[Mark]] = {}
+    changes: dict[str, dict[tuple[str, ...], tuple[Line, list[str]]]] = {}
+    for program, before, after in _pairs(a, b):
+        for block in reversed(compare(before, after)):
+            if block.mark is not Mark.SAME:
+                marks.setdefault(block.name, set()).add(block.mark)
+                lines = changes.setdefault(block.name, {})
+                for line in block.lines:
+                    if line.mark is not Mark.SAME:
+                        key = (line.mark.value, line.text, line.was)
+                        lines.setdefault(key, (line, []))[1].append(program)
+    for name, found in changes.items():
+        by_programs: dict[tuple[str, ...], list[Line]] = {}
+        for line, programs in found.values():
+            # The same line may be there twice in one program.
+            by_programs.setdefault(tuple(dict.fromkeys(programs)), []).append(line)
+        mark = marks[name].pop() if len(marks[name]) == 1 else Mark.CHANGED
+        yield ChangedBlock(name, mark, by_programs)
+
+
+def _pairs(a: Side, b: Side) -> Iterator[tuple[str, Program, Program]]:
+    """The lowered program, and those that both have."""
+    yield "all", a.lowered, b.lowered
+    for name, program in a.programs.items():
+        if name in b.programs:
+            yield name, program, b.programs[name]
