@@ -278,9 +278,8 @@ class _Backward:
         """The first operator: what the backward graph reads of the forward graph."""
         own = {*self.backward.args, *(v for op in self.backward.walk() for v in op.results)}
         own |= {v for op in self.backward.walk() for r in op.regions for v in r.args}
-        needed = dict.fromkeys(
-            v for op in self.backward.walk() for v in op.operands if v not in own
-        )
+        read = {v for op in self.backward.walk() for v in op.operands}
+        needed = [v for v in in_order(self.forward) if v in read and v not in own]
         copies = {v: Value(v.name, v.type) for v in needed}
         for old, new in copies.items():
             self.backward.replace_uses(old, new)
@@ -293,6 +292,11 @@ class _Backward:
             spans=(self.forward.span,) if self.forward.span else self.forward.ops[-1].spans,
         )
         self.backward.ops.insert(0, first)
+
+
+def in_order(graph: Graph) -> list[Value]:
+    """Arguments and results of operators outside of regions, as they come into being."""
+    return [*graph.args, *(v for op in graph.ops for v in op.results)]
 
 
 def _alike(value: Value, gradients: Sequence[Value | None]) -> Value:

@@ -24,6 +24,7 @@ from compiler.graph.core import REPEATS, Graph, Op, Program, Value
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
 from compiler.passes.base import Pass
+from compiler.passes.differentiate import in_order
 from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -194,7 +195,8 @@ class _Pair:
         """Lets the two graphs say what is kept in the end."""
         self._place()
         read = {v for op in self.backward.ops for v in op.operands}
-        self.kept = {n: v for n, v in self.kept.items() if v in read}
+        names = [v.name for v in in_order(self.forward) if v.name in self.kept]
+        self.kept = {name: self.kept[name] for name in names if self.kept[name] in read}
         entries = tuple(self.kept)
         types = {name: value.type for name, value in self.kept.items()}
         self.forward.kept, self.backward.kept = types, dict(types)
