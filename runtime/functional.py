@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as torch_f
 from torch import Tensor
 
+from . import matmul
+
 IGNORED_LABEL = -100
 """Positions with this label count in no loss, as in torch and transformers."""
 
@@ -29,7 +31,7 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` for x [..., in] and weight [out, in]: [..., out]. No linear here has a bias."""
-    return torch_f.linear(x, weight)
+    return matmul.product(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -97,11 +99,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Adjacent elements (2i, 2i + 1) form a pair, as in the published weights and the reference
     code, and stay where they are. Computed in float32, cast back.
     """
-    if x.dim() > cos.dim():
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
-    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
+    # A pair is a complex number: one product in place instead of four and a copy, in a sixth of
+    # the time.
+    turn = torch.complex(cos, sin)
+    if x.dim() > turn.dim():
+        turn = turn.unsqueeze(-2)
+    out = x.to(wide_dtype(x), copy=True, memory_format=torch.contiguous_format)
+    torch.view_as_complex(out.unflatten(-1, (-1, 2))).mul_(turn)
+    return out.to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -182,11 +187,18 @@ def topk_groups(
     return index, weight * scale
 
 
+_SORTED = 1024
+"""Up to so many scores at once, one call that sorts them all costs less than several calls."""
+
+
 def _best(score: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the largest, best first; of equals the lowest index.
 
     torch.topk leaves the order of equals open; argmax does not, and is as fast for such small k.
+    Sorting takes twice the time for many tokens, and a fifth for one (64 experts, k = 8).
     """
+    if score.numel() <= _SORTED:
+        return score.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     left, chosen = score.detach().clone(), []
     for _ in range(k):
         chosen.append(left.argmax(-1, keepdim=True))
@@ -279,7 +291,12 @@ def count_labels(labels: Tensor) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float32; float64 stays, so that gradients can be checked in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over elements of `x` are taken."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,22 +314,7 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
 def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in]."""
-    if grouped_mm_takes(x, weight):
-        return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = zip(x.split(counts), weight.unbind(), strict=True)
-    return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
-
-
-def grouped_mm_takes(*factors: Tensor) -> bool:
-    """torch 2.13's grouped_mm wants rows of a multiple of 16 bytes, forward and backward.
-
-    factors: rows [slots, width] or the matrices of all experts [experts, out, in].
-    """
-    dtype, device = factors[0].dtype, factors[0].device.type
-    dtypes = (torch.bfloat16, torch.float32) if device == "cpu" else (torch.bfloat16,)
-    sizes = {size for t in factors for size in (t.shape[1:] if t.dim() > 2 else t.shape[-1:])}
-    return dtype in dtypes and all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    return matmul.grouped_product(x, ends, weight)
 
 
 def unpermute(y: Tensor, order: Tensor, weight: Tensor) -> Tensor:

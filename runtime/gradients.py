@@ -8,35 +8,31 @@ a docstring says otherwise, sums are taken in float32 (in float64 for float64 op
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as torch_f
 from torch import Tensor
 
 from . import functional as F
+from . import matmul
 from .functional import IGNORED_LABEL
 
 
 def linear_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
     """`dy W` for y = x W^T: dy [..., out], weight [out, in]: [..., in]."""
-    return torch.matmul(dy, weight)
+    return matmul.product(dy, weight.t())
 
 
 def linear_weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     """`dy^T x` summed over all tokens: dy [..., out], x [..., in]: [out, in]."""
-    return torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2))
+    return matmul.product(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
 
 
 def grouped_linear_input_grad(dy: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     """`dy W_e` for the rows of each expert: dy [slots, out], weight [experts, out, in]."""
-    return F.grouped_linear(dy, ends, weight.transpose(-1, -2))
+    return matmul.grouped_product(dy, ends, weight.transpose(-1, -2))
 
 
 def grouped_linear_weight_grad(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """`dy^T x` over the rows of each expert: [experts, out, in], zeros where it has none."""
-    if F.grouped_mm_takes(dy, x):
-        return torch_f.grouped_mm(dy.t(), x, offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = zip(dy.split(counts), x.split(counts), strict=True)
-    return torch.stack([d.t() @ rows for d, rows in parts])
+    return matmul.grouped_outer(dy, x, ends)
 
 
 def embedding_grad(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
