@@ -17,6 +17,7 @@ from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_loss import FUSE_LOSS
+from compiler.passes.hoist import HOIST
 from compiler.passes.outline import OUTLINE
 from compiler.passes.recompute import RECOMPUTE
 from compiler.passes.select_outputs import select_outputs
@@ -26,12 +27,20 @@ from dsl.load import Description
 
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # Scores of every position, from whole sequences.
-    "forward": (select_outputs("logits", "mtp_logits"), DROP_CACHE, SIMPLIFY, FUSE_EXPERTS),
+    "forward": (
+        select_outputs("logits", "mtp_logits"),
+        DROP_CACHE,
+        SIMPLIFY,
+        HOIST,
+        FUSE_EXPERTS,
+        SIMPLIFY,
+    ),
     # What training minimises, and the load of the experts.
     "train": (
         select_outputs("total", "main", "mtp", "balance", "load"),
         DROP_CACHE,
         SIMPLIFY,
+        HOIST,
         FUSE_EXPERTS,
         FUSE_LOSS,
         SIMPLIFY,
@@ -41,9 +50,17 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
-    "prefill": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, FUSE_EXPERTS),
+    "prefill": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, HOIST, FUSE_EXPERTS, SIMPLIFY),
     # The same for one token at a time, in the latent space.
-    "decode": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, ABSORB, FUSE_EXPERTS, SIMPLIFY),
+    "decode": (
+        select_outputs("logits"),
+        SIMPLIFY,
+        INSERT_CACHE,
+        ABSORB,
+        HOIST,
+        FUSE_EXPERTS,
+        SIMPLIFY,
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from backends.torch.declare import declarations
 from backends.torch.emit import Emitter, Part
 from backends.torch.layout import WIDTH, Call, lay_out
 from backends.torch.names import class_name, identifier
-from compiler.graph.core import BACKWARD, Attr, Graph, Program, Value
+from compiler.graph.core import BACKWARD, Attr, Graph, Program
 from compiler.graph.equal import equal_graphs
 from compiler.graph.types import Type
 from compiler.pipeline import Compiled
@@ -168,11 +168,12 @@ class _Emission:
         return f"Gradients({_numbers(kept['results'])}, {_numbers(kept['arguments'])})"
 
     def block(self, graph: Graph) -> Block:
-        methods = []
+        methods, versions = [], []
         for program in PROGRAMS:
             version = self.compiled.programs[program].graphs.get(graph.name)
             if version is not None and (self.methods[program][graph.name] == METHODS[program]):
                 methods.append(self._method(program, version))
+                versions.append(version)
             if program == "train" and (backward := self.train.backward_of(graph.name)):
                 methods.append(self._method(program, backward))
         unit = graph.name in self.units
@@ -183,7 +184,7 @@ class _Emission:
             base="Unit" if unit else "nn.Module",
             gradients=self._gradients(graph.name) if unit else "",
             about=docstring(graph.about or graph.name),
-            signature=f"{_shapes(graph.args)} -> {_shape(graph.results[0].type)}",
+            signature=_signature(versions[0] if versions else graph),
             declarations=declarations(graph, self.dtype),
             methods=methods,
         )
@@ -305,8 +306,12 @@ def docstring(text: str) -> str:
     return f"{text[:-1]}'" if text.endswith('"') else text
 
 
-def _shapes(values: list[Value]) -> str:
-    return ", ".join(f"{identifier(v.name)} {_shape(v.type)}" for v in values)
+def _signature(graph: Graph) -> str:
+    """`x [batch, seq, 64], cos [batch, seq, 4] -> [batch, seq, 64]`, broken between arguments."""
+    arguments = [f"{identifier(v.name)} {_shape(v.type)}" for v in graph.args]
+    text = ", ".join(a.replace(" ", "\0") for a in arguments)
+    result = _shape(graph.results[0].type).replace(" ", "\0")
+    return textwrap.fill(f"{text} ->\0{result}", 92).replace("\0", " ")
 
 
 def _shape(type: Type) -> str:

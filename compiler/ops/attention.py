@@ -30,6 +30,7 @@ class RopeTable(Operator):
     kind = "rope_table"
     differentiable = False
     operands = ("position",)
+    hoist = True
     attrs: ClassVar = {
         "dim": int,
         "theta": float,

@@ -99,6 +99,7 @@ class Operator:
     # The operator that computes the same and also what the derivative needs besides, and the names
     # of its further results.
     saving: ClassVar[tuple[str, ...]] = ()
+    hoist: ClassVar[bool] = False  # depends on little: worth computing once, for all who call
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:

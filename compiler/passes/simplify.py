@@ -1,4 +1,4 @@
-"""Drop what nobody reads, and arithmetic that changes nothing."""
+"""Drop what nobody reads, arithmetic that changes nothing, and what was computed before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from dsl.load import Description
 
 ENDS = ("yield", "return")
 
+# Operators that agree in this give the same: kind, operands, weights, attributes.
+Computation = tuple[str, tuple[Value, ...], tuple[str, ...], str]
+
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     changed = True
@@ -22,6 +25,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
         # Callers stand after callees, so that walking backwards one sweep settles most.
         for graph in reversed(program.graphs.values()):
             changed |= _drop_identities(graph)
+            changed |= share_equal(graph)
             changed |= _drop_dead(graph, pure)
         for graph in program.graphs.values():
             changed |= _drop_results(graph, program)
@@ -33,9 +37,9 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
 
 SIMPLIFY = Pass(
     "simplify",
-    "drop what nobody reads, and arithmetic that changes nothing",
+    "drop what nobody reads, what changes nothing, and what was computed before",
     _run,
-    ensures="every operator, argument, result, weight and graph is used",
+    ensures="every operator, argument, result, weight and graph is used; nothing is computed twice",
     essential=True,
 )
 
@@ -62,6 +66,34 @@ def _same_as(op: Op, zeros: set[Value]) -> Value | None:
             if other in zeros and value.type == op.result.type:
                 return value
     return None
+
+
+def share_equal(graph: Graph) -> bool:
+    """Lets one operator serve for those that compute the same later, there or in regions below.
+
+    Whether anything changed. It then comes from all the places that those came from.
+    """
+    return _share(graph, graph.ops, {})
+
+
+def _share(graph: Graph, ops: list[Op], above: Mapping[Computation, Op]) -> bool:
+    known = dict(above)
+    changed = False
+    for op in list(ops):
+        for region in op.regions:
+            changed |= _share(graph, region.ops, known)
+        if op.regions or not OPS[op.kind].pure:
+            continue
+        # `repr` tells 1, 1.0 and True apart.
+        computation = (op.kind, tuple(op.operands), op.symbols, repr(sorted(op.attrs.items())))
+        first = known.setdefault(computation, op)
+        if first is not op:
+            for old, new in zip(op.results, first.results, strict=True):
+                graph.replace_uses(old, new)
+            first.spans = tuple(dict.fromkeys((*first.spans, *op.spans)))
+            ops.remove(op)
+            changed = True
+    return changed
 
 
 def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:

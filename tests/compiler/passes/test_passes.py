@@ -19,6 +19,7 @@ from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.passes.absorb import _absorb
 from compiler.passes.fuse_experts import FUSE_EXPERTS, _fuse
+from compiler.passes.simplify import SIMPLIFY
 from compiler.pipeline import PIPELINES, after
 from compiler.rewrite import rewrite
 from dsl.load import Description, load
@@ -36,6 +37,7 @@ SHOWN = {
     "simplify": ("decode", "select_outputs", "CausalLM"),
     "insert_cache": ("decode", "lower", "MLA"),
     "absorb": ("decode", "insert_cache", "MLA"),
+    "hoist": ("prefill", "insert_cache", "CausalLM"),
     "fuse_experts": ("forward", "drop_cache", "DeepSeekMoE"),
     "fuse_loss": ("train", "fuse_experts", "CausalLM"),
     "outline": ("train", "fuse_loss", "CausalLM"),
@@ -118,7 +120,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("sets", VARIANTS)
-@pytest.mark.parametrize("skip", ["fuse_experts", "absorb"])
+@pytest.mark.parametrize("skip", ["hoist", "fuse_experts", "absorb"])
 def test_with_and_without_a_pass_the_model_computes_the_same(
     skip: str, sets: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -172,3 +174,51 @@ def test_experts_that_cannot_be_grouped_stay_a_loop() -> None:
     region.ops.remove(norm)
     FUSE_EXPERTS.run(program, description())
     assert "experts" not in kinds(moe) and kinds(moe).count("grouped_linear") == 3
+
+
+@pytest.mark.parametrize("program", PIPELINES)
+def test_a_table_of_positions_is_made_once_for_all_layers(program: str) -> None:
+    done = after(description(), program, PIPELINES[program][-1].name)
+    made = {graph.name: kinds(graph).count("rope_table") for graph in done.graphs.values()}
+    # The outermost block, or a part of it; once more for the later positions of each MTP module.
+    depths = [op.attrs.get("callee") for op in done.main.walk()].count("MTP")
+    assert sum(n for name, n in made.items() if name.startswith(done.root)) == 1 + depths
+    assert sum(made.values()) == 1 + depths
+    blocks = [graph for graph in done.graphs.values() if not graph.name.startswith(done.root)]
+    assert all("position" not in {v.name for v in graph.args} for graph in blocks)
+
+
+TWICE = """
+program @twice root @Root
+graph @Root(%x: f32[batch, h=4]) -> (y: f32[batch, h=4], z: f32[layer=2, batch, h=4]) {
+  %a = silu(%x) : f32[batch, h=4]
+  %b = scale(%a) <by=2.0> : f32[batch, h=4]
+  %c = silu(%x) : f32[batch, h=4]
+  %d = scale(%c) <by=2.0> : f32[batch, h=4]
+  %e = scale(%c) <by=3.0> : f32[batch, h=4]
+  %f = add(%b, %d) : f32[batch, h=4]
+  %g, %h = repeat(%f) <start=0, count=2> { |%i: f32[batch, h=4]|
+    %j = silu(%x) : f32[batch, h=4]
+    %k = silu(%i) : f32[batch, h=4]
+    %l = add(%j, %k) : f32[batch, h=4]
+    yield(%l, %e)
+  } : f32[batch, h=4], f32[layer=2, batch, h=4]
+  %m = silu(%f) : f32[batch, h=4]
+  %n = add(%g, %m) : f32[batch, h=4]
+  return(%n, %h)
+}
+"""
+
+
+def test_what_was_computed_before_is_not_computed_again() -> None:
+    """In the same list and in regions below, but never out of a region."""
+    program = parse_program(Source("twice.graph", TWICE))
+    verify(program)
+    SIMPLIFY.run(program, description())
+    verify(program)
+    assert kinds(program.main) == [
+        "silu", "scale", "scale", "add", "repeat", "silu", "add", "yield", "silu", "add", "return",
+    ]  # fmt: skip
+    assert [str(v) for op in program.main.walk() for v in op.operands if op.kind == "add"] == [
+        "%b", "%b", "%a", "%k", "%g", "%m",
+    ]  # fmt: skip
