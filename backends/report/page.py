@@ -11,6 +11,7 @@ from backends.values import values
 from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, total, training_flops
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
+from compiler.graph.text import print_op
 from compiler.pipeline import PIPELINES, Compiled
 from compiler.plan.plan import Plan
 from dsl.load import Description
@@ -48,7 +49,7 @@ def render_report(
         style=STYLE,
         values=list(values(description)),
         sources=[(short_name(source), source.text) for source in description.sources],
-        passes=list(_passes(compiled)),
+        pipelines=list(_pipelines(compiled)),
         files=files,
         page=plan_page(plan) if plan is not None else None,
     )
@@ -140,9 +141,35 @@ def _callers_first(compiled: Compiled) -> Iterator[Graph]:
     return reversed(compiled.lowered.graphs.values())
 
 
-def _passes(compiled: Compiled) -> Iterator[tuple[str, str, str, bool]]:
-    """Program, pass, what the pass is for, and whether it changed anything."""
-    changed = {(step.program_name, step.name) for step in compiled.steps if step.changed}
+@dataclass(frozen=True)
+class PassLine:
+    """One pass of a program: operators after it, how many came or went, and what it left alone."""
+
+    name: str
+    purpose: str
+    operators: int
+    changed: bool
+    delta: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...]
+
+
+def _pipelines(compiled: Compiled) -> Iterator[tuple[str, list[PassLine]]]:
+    """Every program with `lower` and its passes."""
     for program, passes in PIPELINES.items():
-        for one in passes:
-            yield program, one.name, one.purpose, (program, one.name) in changed
+        purposes = {one.name: one.purpose for one in passes}
+        yield (
+            program,
+            [
+                PassLine(
+                    step.name,
+                    purposes.get(step.name, "blocks and spec to the graph"),
+                    sum(1 for graph in step.program.graphs.values() for _ in graph.walk()),
+                    step.changed,
+                    tuple(step.delta.items()),
+                    tuple(
+                        f"{miss.block}, {print_op(miss.op)}: {miss.reason}" for miss in step.misses
+                    ),
+                )
+                for step in compiled.steps_of(program)
+            ],
+        )

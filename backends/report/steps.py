@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from backends.report.html import environment
 from compiler.analysis.costs import Cost, Costs
 from compiler.graph.compare import Comparison, Line, Mark, compare
-from compiler.graph.core import Op, Program
+from compiler.graph.core import BACKWARD, Op, Program
 from compiler.graph.svg import short_name
 from compiler.graph.text import print_attributes, print_op
 from compiler.pipeline import PIPELINES, Compiled, Step
@@ -38,8 +38,8 @@ class Place:
 class Row:
     """One line of a block with its numbers; `inside` are those of its regions.
 
-    `left`, `kind` and `right` together are the statement without types. `was` is the statement
-    before, or the block that this one came from.
+    `left`, `kind` and `right` together are the statement without types. `was` is as in
+    `compiler.graph.compare.Line`.
     """
 
     mark: Mark
@@ -232,5 +232,6 @@ class _Page:
 def _callers_first(blocks: Sequence[Comparison], program: Program) -> Iterator[Comparison]:
     """The outermost block first, and those that are gone last."""
     here = [block for block in blocks if block.name in program.graphs]
-    yield from reversed(here)
+    # The gradients behind what they are of.
+    yield from sorted(reversed(here), key=lambda block: block.name.endswith(BACKWARD))
     yield from (block for block in blocks if block.name not in program.graphs)

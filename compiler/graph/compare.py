@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from enum import StrEnum
@@ -34,8 +34,9 @@ class Mark(StrEnum):
 class Line:
     """One line of a graph. `key` is what it defines, `inside` the key of the region around it.
 
-    `was` is the text before, or the block that a moved line came from; a removed line has the text
-    that it had. `op` is the operator that the line shows, in the graph that it is in.
+    `was` is the text before; of a line that moved to another block, the block that it came from,
+    or, where it was removed, the one that it went to. `op` is the operator that the line shows, in
+    the graph that it is in.
     """
 
     key: str
@@ -165,26 +166,45 @@ def _marked(line: Line, old: Line | None, in_place: bool) -> Line:
     return line
 
 
-def _with_moves(found: Iterable[Comparison]) -> list[Comparison]:
+def _with_moves(found: Sequence[Comparison]) -> list[Comparison]:
     """What was removed in one block and added in another, otherwise equal, has moved."""
-    found = list(found)
-    homes: dict[tuple[object, ...], list[str]] = {}
-    for block in found:
-        for line in block.lines:
-            if line.mark is Mark.REMOVED and line.op is not None:
-                homes.setdefault(_signature(line.op), []).append(block.name)
+    moves = list(_moves(found))
+    came = {to: home for home, to in moves}
+    went = dict(moves)
 
     def settled(line: Line, block: str) -> Line:
-        if line.mark is not Mark.ADDED or line.op is None or line.op.kind in ENDS:
-            return line
-        others = homes.get(_signature(line.op), [])
-        home = next((h for h in others if h != block), None)
-        if home is None:
-            return line
-        others.remove(home)
-        return replace(line, mark=Mark.MOVED, was=home)
+        place = (block, line.key)
+        if line.mark is Mark.ADDED and place in came:
+            return replace(line, mark=Mark.MOVED, was=came[place][0])
+        if line.mark is Mark.REMOVED and place in went:
+            return replace(line, was=went[place][0])
+        return line
 
     return [replace(b, lines=tuple(settled(x, b.name) for x in b.lines)) for b in found]
+
+
+# The name of a block, and the key of a line in it.
+_Place = tuple[str, str]
+
+
+def _moves(found: Sequence[Comparison]) -> Iterator[tuple[_Place, _Place]]:
+    """From where to where operators have moved between blocks."""
+    gone: dict[tuple[object, ...], list[_Place]] = {}
+    for place, op in _operators(found, Mark.REMOVED):
+        gone.setdefault(_signature(op), []).append(place)
+    for place, op in _operators(found, Mark.ADDED):
+        homes = gone.get(_signature(op), [])
+        home = next((one for one in homes if one[0] != place[0]), None)
+        if home is not None:
+            homes.remove(home)
+            yield home, place
+
+
+def _operators(found: Sequence[Comparison], mark: Mark) -> Iterator[tuple[_Place, Op]]:
+    for block in found:
+        for line in block.lines:
+            if line.mark is mark and line.op is not None and line.op.kind not in ENDS:
+                yield (block.name, line.key), line.op
 
 
 def _signature(op: Op) -> tuple[object, ...]:

@@ -158,4 +158,4 @@ def _line(line: Line) -> Iterator[str]:
         case Mark.ADDED:
             yield f"    + {line.text}"
         case _:
-            yield f"    - {line.text}"
+            yield f"    - {line.text}{f'  (moved to {line.was})' if line.was else ''}"

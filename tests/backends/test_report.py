@@ -17,6 +17,7 @@ from compiler.pipeline import PIPELINES, compile
 from compiler.plan.explain import CONVENTIONS as PLAN_CONVENTIONS
 from compiler.plan.make import make_plan
 from dsl.load import load
+from tests.compiler.passes.test_passes import GQA
 
 SPECS = Path(__file__).parent.parent.parent / "specs"
 FILES = ("__init__.py", "model.py", "graph/00-all-lower.graph", "odd name?.txt")
@@ -109,6 +110,25 @@ def test_modules_tensors_blocks_and_passes_are_on_the_page(v3: Page) -> None:
     for passes in PIPELINES.values():
         assert all(one.purpose in v3.text for one in passes)
     assert all(re.sub(r"\s+", " ", c) in v3.text for c in CONVENTIONS)
+
+
+def test_every_pass_tells_what_it_did(v3: Page) -> None:
+    compiled = compile(load(SPECS / "deepseek_v3.yaml"))
+    for program in PIPELINES:
+        section = v3.text.split(f" {program} pass purpose operators change ")[1]
+        for step in compiled.steps_of(program):
+            operators = sum(1 for graph in step.program.graphs.values() for _ in graph.walk())
+            delta = " ".join(f"{kind} {n:+d}" for kind, n in step.delta.items())
+            told = delta or ("no change" if not step.changed else "same operators")
+            expected = f"{operators:,} {'' if step.name == 'lower' else told}".strip()
+            place, _, section = section.partition(expected)
+            assert step.name in place
+
+
+def test_where_a_rule_did_not_apply_is_told() -> None:
+    page = Page(report(SPECS / "deepseek_v3_tiny.yaml", *GQA))
+    assert "GQA, %o = attention(" in page.text
+    assert "queries and keys are not joined from two parts" in page.text
 
 
 def test_the_plan_is_on_the_page(v3: Page) -> None:

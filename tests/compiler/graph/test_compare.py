@@ -95,6 +95,7 @@ def test_an_operator_may_move_to_another_block() -> None:
     assert marks(inner) == {"%a": "removed", "return ": "changed"}
     assert marks(main) == {"%s": "moved", "%y": "changed"}
     assert next(x for x in main.lines if x.key == "%s").was == "Inner"
+    assert next(x for x in inner.lines if x.key == "%a").was == "Main"
 
 
 def test_blocks_that_differ_in_their_numbers_are_the_same_block() -> None:
