@@ -19,6 +19,7 @@ from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_loss import FUSE_LOSS
 from compiler.passes.hoist import HOIST
 from compiler.passes.outline import OUTLINE
+from compiler.passes.place_fp8 import PLACE_FP8
 from compiler.passes.recompute import RECOMPUTE
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
@@ -34,6 +35,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         HOIST,
         FUSE_EXPERTS,
         SIMPLIFY,
+        PLACE_FP8,
     ),
     # What training minimises, and the load of the experts.
     "train": (
@@ -50,7 +52,15 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
-    "prefill": (select_outputs("logits"), SIMPLIFY, INSERT_CACHE, HOIST, FUSE_EXPERTS, SIMPLIFY),
+    "prefill": (
+        select_outputs("logits"),
+        SIMPLIFY,
+        INSERT_CACHE,
+        HOIST,
+        FUSE_EXPERTS,
+        SIMPLIFY,
+        PLACE_FP8,
+    ),
     # The same for one token at a time, in the latent space.
     "decode": (
         select_outputs("logits"),
@@ -60,6 +70,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         HOIST,
         FUSE_EXPERTS,
         SIMPLIFY,
+        PLACE_FP8,
     ),
 }
 

@@ -17,7 +17,7 @@ from .config import Config
 from .generate import generate
 from .weights import initialize
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.bfloat16}
 """Dtype of the weights by `config.precision.policy`."""
 
 

@@ -96,7 +96,11 @@ class Emitter:
     def operands(self, op: Op) -> str:
         return ", ".join(self.names[v] for v in op.operands)
 
-    def model_dtype(self) -> str:
+    def dtype(self, name: Attr) -> str:
+        """An element type as torch calls it; the model's own is that of the model at hand."""
+        return TORCH_DTYPES.get(str(name)) or self._model_dtype()
+
+    def _model_dtype(self) -> str:
         """The element type of the model at hand, which may be another one than the spec's."""
         like = [self.names[v] for v in self.graph.args if v.type.dtype == "bf16"]
         like += [
@@ -218,6 +222,32 @@ def _grouped_linear(e: Emitter, op: Op) -> None:
     e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.weight(stored)})")
 
 
+def _call_fp8(name: str, *attrs: str) -> Emit:
+    """`fp8.name(operands, attr=..)`; products say in which element type they give their result."""
+
+    def emit(e: Emitter, op: Op) -> None:
+        parts = [e.names[v] for v in op.operands]
+        parts += [f"{a}={literal(op.attrs[a])}" for a in attrs]
+        if op.attrs.get("parts"):
+            parts.append(f"parts={op.attrs['parts']}")
+        if "dtype" in op.attrs:
+            parts.append(f"dtype={e.dtype(op.attrs['dtype'])}")
+        e.assign(op, f"fp8.{name}({', '.join(parts)})")
+
+    return emit
+
+
+def _quantize_weight(e: Emitter, op: Op) -> None:
+    symbol = op.symbols[0]
+    weight = e.weight(symbol.replace(".*.", ".") if op.attrs["experts"] else symbol)
+    e.assign(op, f"fp8.quantize_weight({weight}, scale={literal(op.attrs['scale'])})")
+
+
+def _permute_quantized(e: Emitter, op: Op) -> None:
+    (count,) = dims_of(op.attrs["count"])
+    e.assign(op, f"fp8.permute({e.operands(op)}, {count.size})")
+
+
 def _head_linear(e: Emitter, op: Op) -> None:
     (rows,) = dims_of(op.attrs["rows"])
     start = op.attrs["start"]
@@ -281,8 +311,7 @@ def _last_entry(e: Emitter, op: Op) -> None:
 
 
 def _cast(e: Emitter, op: Op) -> None:
-    x, dtype = e.operand(op, 0), str(op.attrs["dtype"])
-    e.assign(op, f"{x}.to({TORCH_DTYPES.get(dtype) or e.model_dtype()})")
+    e.assign(op, f"{e.operand(op, 0)}.to({e.dtype(op.attrs['dtype'])})")
 
 
 def _scale(e: Emitter, op: Op) -> None:
@@ -452,6 +481,17 @@ EMIT: dict[str, Emit] = {
     "permute": _permute,
     "grouped_linear": _grouped_linear,
     "unpermute": _call_f("unpermute"),
+    "quantize": _call_fp8("quantize", "scale"),
+    "quantize_columns": _call_fp8("quantize_columns", "scale"),
+    "requantize": _call_fp8("requantize", "scale"),
+    "quantize_weight": _quantize_weight,
+    "permute_quantized": _permute_quantized,
+    "fp8_linear": _call_fp8("linear"),
+    "fp8_linear_input_grad": _call_fp8("linear_input_grad"),
+    "fp8_linear_weight_grad": _call_fp8("linear_weight_grad"),
+    "fp8_grouped_linear": _call_fp8("grouped_linear"),
+    "fp8_grouped_linear_input_grad": _call_fp8("grouped_linear_input_grad"),
+    "fp8_grouped_linear_weight_grad": _call_fp8("grouped_linear_weight_grad"),
     "sequence_balance_loss": _call_f("sequence_balance_loss", "k"),
     "expert_load": _expert_load,
     "cross_entropy": _call_f("cross_entropy"),

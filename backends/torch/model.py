@@ -85,9 +85,15 @@ def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: 
         version=version,
         imports=imports,
         units=emit.units,
+        uses_fp8=_uses_fp8(compiled),
         blocks=blocks,
         root=root,
     )
+
+
+def _uses_fp8(compiled: Compiled) -> bool:
+    graphs = (g for program in compiled.programs.values() for g in program.graphs.values())
+    return any("fp8" in op.kind for graph in graphs for op in graph.walk())
 
 
 class _Emission:

@@ -12,13 +12,13 @@ from compiler.graph.core import Graph, Op, Value
 # Names that generated code uses for itself: in methods, and for classes.
 _PYTHON = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 RESERVED = _PYTHON | {
-    "self", "F", "G", "nn", "torch", "Tensor", "config", "cache", "kept", "grads", "layer",
-    "expert", "chosen", "Loss", "Output", "Gradients", "differentiable",
+    "self", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "cache", "kept", "grads",
+    "layer", "expert", "chosen", "Loss", "Output", "Gradients", "differentiable",
 }  # fmt: skip
 _GLOBALS = _PYTHON | {
-    "F", "G", "nn", "torch", "Tensor", "config", "Loss", "Output", "Cache", "HF_CONFIG",
-    "LanguageModel", "Model", "Stack", "Tensors", "annotations", "normal", "ones", "zeros",
-    "Gradients", "Grads", "Kept", "Unit", "differentiable",
+    "F", "G", "fp8", "nn", "torch", "Tensor", "config", "Loss", "Output", "Cache",
+    "HF_CONFIG", "LanguageModel", "Model", "Stack", "Tensors", "annotations", "normal", "ones",
+    "zeros", "Gradients", "Grads", "Kept", "Unit", "differentiable",
 }  # fmt: skip
 
 

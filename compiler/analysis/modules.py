@@ -15,7 +15,7 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value
 from compiler.graph.types import BYTES, Dim
 from compiler.ops import OPS
-from compiler.ops.moe import Experts, Permute
+from compiler.ops.moe import Experts
 
 Sizes = Mapping[str, int]
 
@@ -32,6 +32,7 @@ class Tensor:
     trainable: bool
     count: int
     active: int
+    fp8: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,8 +74,9 @@ class Module:
 
     `elements` of all weights by share, those that are not trained included; `active_elements` are
     those that one token meets. `flops` are for one forward pass over the batch and length that the
-    module was made for, `cache_bytes` for one token. `lines` is how many modules and tensors a
-    listing of everything inside names.
+    module was made for, `cache_bytes` for one token. Weights in FP8 have `fp8_elements`, and their
+    products `fp8_flops`. `lines` is how many modules and tensors a listing of everything inside
+    names.
     """
 
     block: str
@@ -83,6 +85,8 @@ class Module:
     elements: Tally
     active_elements: Tally
     flops: Tally
+    fp8_flops: int
+    fp8_elements: int
     cache_bytes: int
     bytes: int
     tensor_count: int
@@ -123,6 +127,7 @@ class _Content:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     flops: dict[Work, int] = field(default_factory=dict)
+    fp8_flops: int = 0
     cache_bytes: int = 0
 
 
@@ -164,7 +169,7 @@ class Modules:
                     self._visit(graph, op.regions[0].ops, inner, content)
                 case "cache_entry":
                     content.cache_bytes += place.times * sum(map(_token_bytes, op.operands))
-                case "permute":
+                case "permute" | "permute_quantized":
                     place = self._permuted(graph, op, place)
                 case _:
                     self._add(graph, op, place, content)
@@ -172,11 +177,10 @@ class Modules:
     def _permuted(self, graph: Graph, op: Op, place: _Place) -> _Place:
         """From here on `slot` is known, and weights of all experts are used at once."""
         site = site_of(op, graph, self._program.graphs)
-        route, ends = op.operands[1].type, op.results[1].type
+        route, ends = op.operands[-1].type, op.results[-2].type
         experts = _Many(range(ends.last.size or 0), route.last.size or 0)
-        return replace(
-            place, sizes={**place.sizes, **Permute.sizes(site, place.sizes)}, experts=experts
-        )
+        sizes = {**place.sizes, **OPS[op.kind].sizes(site, place.sizes)}
+        return replace(place, sizes=sizes, experts=experts)
 
     def _in_experts(self, graph: Graph, op: Op, place: _Place) -> _Place:
         site = site_of(op, graph, self._program.graphs)
@@ -196,13 +200,22 @@ class Modules:
             return
         work = self._shares.of(op, graph, place.around)
         content.flops[work] = content.flops.get(work, 0) + flops
+        if any(graph.weights[symbol].fp8 for symbol in op.symbols):
+            content.fp8_flops += flops
         for symbol in op.symbols:
             weight = graph.weights[symbol]
-            grouped = place.experts if op.kind == "grouped_linear" else None
+            grouped = place.experts if op.kind in ("grouped_linear", "quantize_weight") else None
             many = (*place.many, grouped) if grouped else place.many
             name, count, active = _expanded(symbol, many)
             tensor = Tensor(
-                name, weight.type.dims, weight.type.dtype, work, weight.trainable, count, active
+                name,
+                weight.type.dims,
+                weight.type.dtype,
+                work,
+                weight.trainable,
+                count,
+                active,
+                bool(weight.fp8),
             )
             known = content.tensors.get(name)
             # A table that is also the head is one that every token is multiplied with.
@@ -225,6 +238,7 @@ class Modules:
         module = self._made[key]
         name, count, active = _expanded(str(op.attrs["scope"]), place.many)
         content.flops = merged(content.flops, scaled(module.flops, place.times))
+        content.fp8_flops += place.times * module.fp8_flops
         content.cache_bytes += place.times * module.cache_bytes
         before = content.parts[name].passes if name in content.parts else 0
         content.parts[name] = Part(name, module, count, active, before + place.times)
@@ -277,6 +291,9 @@ def _closed(graph: Graph, content: _Content) -> Module:
         elements=elements,
         active_elements=active,
         flops=merged({}, content.flops),
+        fp8_flops=content.fp8_flops,
+        fp8_elements=sum(t.parameters for t in tensors if t.fp8)
+        + sum(p.count * p.module.fp8_elements for p in parts),
         cache_bytes=content.cache_bytes,
         bytes=sum(t.bytes for t in tensors) + sum(p.count * p.module.bytes for p in parts),
         tensor_count=sum(t.count for t in tensors)

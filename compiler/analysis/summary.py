@@ -33,6 +33,9 @@ CONVENTIONS = (
     "Decoding is the forward pass for one more token, as the built decode program computes it; the"
     " context includes that token. Where the program projects the whole cache again in each step,"
     " that is a share of its own.",
+    "FP8 counts what the precision of the spec asks for: weights whose products are in FP8, and the"
+    " FLOPs of these, of all products with weights, gates and head among them, but without the core"
+    " of attention and multi-token prediction. Both gradients have the forward pass's share.",
     "The cache holds, for each token, what the blocks mark with `cache`, in the model's element"
     " type.",
 )
@@ -123,6 +126,17 @@ class Summary:
         return self.model.bytes + self.mtp.bytes + copies
 
     @property
+    def product_flops(self) -> int:
+        """FLOPs of products with weights in training, for one token."""
+        flops = self.training_flops
+        return total(flops) - flops.get(Work.ATTENTION_CORE, 0)
+
+    @property
+    def fp8_flops(self) -> int:
+        """Those of `product_flops` that are in FP8."""
+        return TRAINING_PASSES * self.model.fp8_flops // self.sequence_length
+
+    @property
     def tensor_count(self) -> int:
         """Tensors in a checkpoint."""
         return self.model.tensor_count + self.mtp.tensor_count + len(self.copies)
@@ -172,6 +186,11 @@ class Summary:
                     self.mtp_training_flops, sequence_length=self.sequence_length
                 ),
                 "decoding": _flops(self.decoding_flops, context_length=self.context_length),
+            },
+            "fp8": {
+                "parameters": self.model.fp8_elements,
+                "product_flops_per_token": self.fp8_flops,
+                "of_product_flops_per_token": self.product_flops,
             },
             "cache_bytes_per_token": {
                 "model": self.cache_bytes,

@@ -53,11 +53,12 @@ _BY_KIND = {
     "attention": Work.ATTENTION_CORE,
     "latent_attention": Work.ATTENTION_CORE,
     "grouped_linear": Work.ROUTED_EXPERTS,
+    "fp8_grouped_linear": Work.ROUTED_EXPERTS,
 }
 
 # Operators that make a block one of attention, or one of experts.
 ATTENTION = ("attention", "latent_attention")
-EXPERTS = ("experts", "permute")
+EXPERTS = ("experts", "permute", "permute_quantized")
 
 
 class Shares:

@@ -68,6 +68,7 @@ class Weight:
 
     A `*` in the name stands for the expert; `stack` is then their number and `type` that of one.
     With `axis` each rank of that axis of the mesh holds `stack` experts of its own, in order.
+    `fp8` says that its products are in FP8, and how scales are kept: `recipe`, `fp32` or `ue8m0`.
     """
 
     type: Type
@@ -76,6 +77,7 @@ class Weight:
     trainable: bool = True
     stack: int = 1
     axis: str = ""
+    fp8: str = ""
 
 
 @dataclass(frozen=True, slots=True)

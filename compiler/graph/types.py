@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-BYTES = {"bf16": 2, "f32": 4, "i32": 4, "i64": 8, "bool": 1}
+BYTES = {"f8e4m3": 1, "bf16": 2, "f32": 4, "i32": 4, "i64": 8, "bool": 1}
 FLOATS = ("bf16", "f32")
 
 # Dimensions whose size is known only when a program runs.
@@ -17,6 +17,7 @@ RUNTIME_DIMS = {
     "token": "tokens that the router sent to one expert",
     "slot": "tokens times the experts that each chose, in the order of the experts",
     "arrived": "tokens that were sent to the experts of this rank",
+    "tile": "runs of 128 tokens, or of 128 slots of one expert, that share an FP8 scale",
 }
 
 # Axes of the mesh of ranks along which a tensor may be spread. Pipeline stages are programs of

@@ -28,6 +28,7 @@ from compiler.graph.rules import (
 from compiler.graph.text import graph_lines, print_op
 from compiler.graph.types import BYTES, Type
 from compiler.ops import OPS, TypeMismatch
+from compiler.ops.base import dims_of
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.source import Source, Span
 
@@ -227,6 +228,8 @@ class _Check:
         if op.kind in GROUPED:  # one product for all experts, outside of a region
             counted = op.operands[GROUPED[op.kind]].type
             experts = counted.dims[0].size if counted.dims else None
+        elif op.attrs.get("experts"):
+            experts = dims_of(op.attrs["experts"])[0].size
         for name in op.symbols:
             weight = self.graph.weights.get(name)
             if weight is None:

@@ -23,6 +23,7 @@ from compiler.lower.contract import ARGUMENTS, argument_problems, output_problem
 from compiler.lower.frame import Frame
 from compiler.lower.graph_names import graph_names
 from compiler.lower.names import name_problems
+from compiler.lower.precision import set_precision
 from compiler.lower.scope import Stop, TooLarge
 from compiler.lower.settings import silent_losses, unused_blocks, unused_params
 from compiler.ops import TypeMismatch
@@ -38,7 +39,7 @@ MAX_DEPTH = 40  # blocks inside blocks
 MAX_OPERATORS = 20_000
 
 # Element types of a model by precision policy: weights and activations.
-DTYPES = {"bf16": "bf16", "fp32": "f32"}
+DTYPES = {"bf16": "bf16", "fp32": "f32", "fp8_blockwise": "bf16"}
 
 Key = tuple[object, ...]
 
@@ -75,6 +76,8 @@ class Lowering:
             self._lower()
         self.problems.raise_if_any()
         self._rename()
+        self.problems.extend(set_precision(self.description, self.program))
+        self.problems.raise_if_any()
         return self.program
 
     def _lower(self) -> None:

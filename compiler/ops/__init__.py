@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from compiler.ops import attention, comm, control, gradient, linear, loss, moe, norm, tensor
+from compiler.ops import (
+    attention,
+    comm,
+    control,
+    gradient,
+    linear,
+    loss,
+    moe,
+    norm,
+    quantize,
+    tensor,
+)
 from compiler.ops.base import Operator, Site, TypeMismatch
 
 _ALL: tuple[type[Operator], ...] = (
@@ -26,6 +37,17 @@ _ALL: tuple[type[Operator], ...] = (
     moe.Unpermute,
     moe.SequenceBalanceLoss,
     moe.ExpertLoad,
+    quantize.Quantize,
+    quantize.QuantizeColumns,
+    quantize.Requantize,
+    quantize.QuantizeWeight,
+    quantize.PermuteQuantized,
+    quantize.Fp8Linear,
+    quantize.Fp8LinearInputGrad,
+    quantize.Fp8LinearWeightGrad,
+    quantize.Fp8GroupedLinear,
+    quantize.Fp8GroupedLinearInputGrad,
+    quantize.Fp8GroupedLinearWeightGrad,
     loss.CrossEntropy,
     loss.LinearCrossEntropy,
     loss.CountLabels,

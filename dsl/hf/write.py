@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsl.evaluate import Constant, evaluate
-from dsl.hf.read import POLICIES, yarn_mscale
+from dsl.hf.read import yarn_mscale
 from dsl.schema import MTP, BlockUse, LayerGroup
 from specs import BLOCKS
 
@@ -141,7 +141,8 @@ def _mtp_keys(
 
 def _common_keys(description: Description) -> dict[str, Any]:
     spec = description.spec
-    dtype = {policy: dtype for dtype, policy in POLICIES.items()}[spec.precision.policy]
+    # Weights are saved as they are trained, in bf16 where products are in FP8.
+    dtype = "float32" if spec.precision.policy == "fp32" else "bfloat16"
     return {
         "max_position_embeddings": spec.sequence.max_position_embeddings,
         "bos_token_id": spec.sequence.bos_token_id,

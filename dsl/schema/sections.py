@@ -163,11 +163,26 @@ class SequenceLimits(Section):
     )
 
 
-class Precision(Section):
-    """The element type of weights and activations."""
+Policy = Literal["bf16", "fp32", "fp8_blockwise"]
+Product = Literal["fp8", "bf16", "fp32"]
+ScaleFormat = Literal["recipe", "fp32", "ue8m0"]
 
-    policy: Annotated[Literal["bf16", "fp32"], choice("bf16", "fp32")] = Field(
-        "bf16", description="bf16 or fp32"
+
+class Precision(Section):
+    """The element type of weights and activations, and the precision of products with weights."""
+
+    policy: Annotated[Policy, choice(*get_args(Policy))] = Field(
+        "bf16", description="bf16, fp32, or fp8_blockwise: bf16 with FP8 products"
+    )
+    scale_format: Annotated[ScaleFormat, choice(*get_args(ScaleFormat))] = Field(
+        "recipe",
+        description="How FP8 scales are kept: fp32, ue8m0 (powers of two, as DeepSeek-V3.1), or"
+        " recipe (powers of two where DeepSeek-V3 trains with them)",
+    )
+    overrides: dict[str, Annotated[Product, choice(*get_args(Product))]] = Field(
+        default_factory=dict,
+        description="fp8, bf16 or fp32 for the products of a kind (attention_projections, head, ..)"
+        " or of weights by name (o_proj, experts.*.up_proj); the last that fits counts",
     )
 
 

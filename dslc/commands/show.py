@@ -157,6 +157,11 @@ def totals(facts: Summary) -> Iterator[Row]:
     yield ("training FLOPs", f"{training:,}", length)
     if mtp := total(facts.mtp_training_flops):
         yield ("", f"+ {mtp:,}", "for multi-token prediction")
+    if facts.model.fp8_elements:
+        share = 100 * facts.fp8_flops / facts.product_flops
+        weights = 100 * facts.model.fp8_elements / facts.parameters
+        parts = f"of the training FLOPs of products with weights, {weights:.2f} % of the parameters"
+        yield ("in FP8", f"{share:.2f} %", parts)
     context = f"a token, in a context of {facts.context_length:,} tokens"
     yield ("decoding FLOPs", f"{decoding:,}", context)
     with_mtp = f"; {facts.cache_bytes_with_mtp:,} with multi-token prediction"

@@ -11,9 +11,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Cache, Graph, Op, Program, Region, Value, Weight
+from compiler.graph.core import Attr, Cache, Graph, Op, Program, Region, Value, Weight
 from compiler.graph.types import FLOATS, Dim, Type
 from compiler.ops.base import dims_attr
+from compiler.ops.quantize import SCALES
 from dsl.source import Source, Span
 
 BATCH, SEQ, TOKEN, K = Dim("batch"), Dim("seq"), Dim("token"), Dim("k", 2)
@@ -101,6 +102,10 @@ class Maker:
         names = self.draw(st.lists(identifiers, max_size=2))
         spans = self.some_spans()
         self.pool += self.builder.add(kind, operands, symbols, names=names, spans=spans, **more)
+
+    def plain(self, kind: str, *operands: Value, **more: Any) -> None:
+        """An operator about whose name and place nothing is drawn: long examples are slow."""
+        self.pool += self.builder.add(kind, operands, spans=self.spans[:1], **more)
 
     def some_spans(self) -> tuple[Span, ...]:
         return tuple(self.draw(st.lists(st.sampled_from(self.spans), min_size=1, max_size=2)))
@@ -269,6 +274,37 @@ def _grouped(m: Maker, x: Value, route: Value, weight: Value) -> None:
     shared = replace(m, experts=8).weight(Type("bf16", (m.draw(dims), x.type.last)))
     m.add("grouped_linear", rows, ends, symbols=(shared,))
     m.add("unpermute", m.pool[-1], order, weight)
+    experts = dims_attr(Dim("experts", 8))
+    m.plain("quantize", x, scale="ue8m0", parts=())
+    m.plain("permute_quantized", *m.pool[-2:], route, count=experts)
+    _fp8_products(m, "fp8_grouped_linear", rows, [ends], [shared], experts)
+
+
+def _fp8(m: Maker) -> None:
+    """The three products of one linear layer."""
+    whole = m.pick(lambda t: t.dtype in FLOATS and len(t.dims) > 1 and not (t.partial or t.axes))
+    if (x := whole) and x.type.last.size is not None:
+        out = m.draw(dims)
+        symbol = m.weight(Type("bf16", (out, x.type.last)))
+        _fp8_products(m, "fp8_linear", x, [], [symbol], ())
+
+
+def _fp8_products(
+    m: Maker, kind: str, x: Value, ends: list[Value], symbols: list[str], experts: tuple[Attr, ...]
+) -> None:
+    scale, dtype = m.draw(st.sampled_from(SCALES)), "bf16"
+    m.plain("quantize", x, scale=scale, parts=())
+    quantized = m.pool[-2:]
+    m.plain("requantize", *quantized, *ends, scale=scale)
+    columns = m.pool[-2:]
+    m.plain("quantize_weight", symbols=symbols, scale=scale, experts=experts)
+    weight = m.pool[-2:]
+    m.plain(kind, *quantized, *ends, *weight, dtype=dtype, parts=())
+    y = m.pool[-1]
+    m.plain("quantize", y, scale=scale, parts=())
+    m.plain(f"{kind}_input_grad", *m.pool[-2:], *ends, *weight, dtype=dtype, parts=())
+    m.plain("quantize_columns", y, *ends, scale=scale)
+    m.plain(f"{kind}_weight_grad", *m.pool[-2:], *columns, *ends, dtype=dtype)
 
 
 def _losses(m: Maker) -> None:
@@ -368,4 +404,4 @@ ANYWHERE: list[Move] = [
     _layout, _drop, _rope, _attention, _latent_attention, _losses, _repeat,
     _collective, _exchange, _pipeline,
 ]  # fmt: skip
-TOP: list[Move] = [*ANYWHERE, _remember, _moe, _call]
+TOP: list[Move] = [*ANYWHERE, _fp8, _remember, _moe, _call]

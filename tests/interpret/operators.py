@@ -13,6 +13,7 @@ from compiler.graph.core import Attr, Op
 from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
+from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
 from tests.interpret.comm import COMM
@@ -118,6 +119,28 @@ def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tens
         (out,) = inside.region(region.args, region.ops, [F.gather_tokens(x, chosen)])
         F.add_tokens(y, chosen, out, weight)
     return y
+
+
+# ---- FP8 -------------------------------------------------------------------------------------
+
+
+def _fp8(name: str, *attrs: str) -> Run:
+    """`fp8.name(operands, attr=..)`, as generated code has it."""
+
+    def apply(f: Frame, op: Op, *x: Tensor) -> Any:
+        told = {a: op.attrs[a] for a in attrs}
+        if "dtype" in op.attrs:
+            told["dtype"] = f.torch_dtype(str(op.attrs["dtype"]))
+        return getattr(fp8, name)(*x, **told)
+
+    return apply
+
+
+def _quantize_weight(f: Frame, op: Op) -> Sequence[Tensor]:
+    """Each of several weights by itself."""
+    scale = str(op.attrs["scale"])
+    parts = [fp8.quantize_weight(f.weight(s), scale) for s in op.symbols]
+    return [torch.cat([q for q, _ in parts], -2), torch.cat([s for _, s in parts], -2)]
 
 
 # ---- arithmetic and layout -------------------------------------------------------------------
@@ -249,6 +272,17 @@ RUN: dict[str, Run] = {
     "permute": lambda f, op, x, route: F.permute(x, route, *_dims(op, "count")),
     "grouped_linear": _grouped_linear,
     "unpermute": _f("unpermute"),
+    "quantize": _fp8("quantize", "scale", "parts"),
+    "quantize_columns": _fp8("quantize_columns", "scale"),
+    "requantize": _fp8("requantize", "scale"),
+    "quantize_weight": _quantize_weight,
+    "permute_quantized": lambda f, op, *x: fp8.permute(*x, *_dims(op, "count")),
+    "fp8_linear": _fp8("linear", "parts"),
+    "fp8_linear_input_grad": _fp8("linear_input_grad", "parts"),
+    "fp8_linear_weight_grad": _fp8("linear_weight_grad"),
+    "fp8_grouped_linear": _fp8("grouped_linear", "parts"),
+    "fp8_grouped_linear_input_grad": _fp8("grouped_linear_input_grad", "parts"),
+    "fp8_grouped_linear_weight_grad": _fp8("grouped_linear_weight_grad"),
     "sequence_balance_loss": _f("sequence_balance_loss", "k"),
     "expert_load": lambda f, op, route: F.expert_load(route, *_dims(op, "count")),
     "cross_entropy": _f("cross_entropy"),

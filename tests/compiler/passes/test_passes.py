@@ -43,7 +43,10 @@ SHOWN = {
     "outline": ("train", "fuse_loss", "CausalLM"),
     "differentiate": ("train", "outline", "SwiGLU_32"),
     "recompute": ("train", "differentiate", "MLA_backward"),
+    "place_fp8": ("forward", "fuse_experts", "DeepSeekMoE"),
 }
+# What a pass needs of the spec to do anything.
+NEEDS = {"place_fp8": ["precision.policy=fp8_blockwise"]}
 
 
 def description(*sets: str) -> Description:
@@ -57,7 +60,7 @@ def test_every_pass_is_shown() -> None:
 @pytest.mark.parametrize("name", SHOWN)
 def test_before_and_after(name: str, golden: Golden) -> None:
     program, before, block = SHOWN[name]
-    one_layer = description("architecture.mtp.depth=1")
+    one_layer = description("architecture.mtp.depth=1", *NEEDS.get(name, []))
     first, then = (after(one_layer, program, step).graphs for step in (before, name))
     texts = {"before": print_graph(first[block]), "after": print_graph(then[block])}
     assert texts["before"] != texts["after"]

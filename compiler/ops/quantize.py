@@ -1,0 +1,278 @@
+"""FP8: numbers in E4M3 with a scale for each tile, and products that accumulate in float32.
+
+A quantized tensor is two values: `q` of type f8e4m3, and the float32 scales that multiply it back.
+Rows are cut in runs of 128, the last of which may be shorter: one scale for each run (1 x 128) of
+activations and gradients, for each 128 x 128 of weights, for each run of 128 tokens (128 x 1) where
+tokens are summed over. Scales are `fp32`, or `ue8m0`: powers of two. DeepSeek-V3 report, section
+3.3; `runtime/fp8.py` defines every bit.
+
+`parts` are the sizes of weights that stand below one another; runs begin anew in each. It is empty
+where runs of the whole are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from compiler.graph.core import Attr
+from compiler.graph.types import Dim, Type
+from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, need_float, need_rank
+from compiler.ops.moe import Permute, slots
+
+RUN = 128
+FP8 = "f8e4m3"
+SCALES = ("fp32", "ue8m0")
+
+
+def runs(size: int, parts: Sequence[Attr] = ()) -> int:
+    """How many runs of at most 128 a dimension is cut in."""
+    sizes = [p for p in parts if isinstance(p, int)] or [size]
+    return sum(-(-n // RUN) for n in sizes)
+
+
+def parts_attr(sizes: Sequence[int]) -> tuple[Attr, ...]:
+    """`parts` of weights with these rows: empty where they make no difference."""
+    return () if all(n % RUN == 0 for n in sizes[:-1]) else tuple(sizes)
+
+
+class Quantize(Operator):
+    """x in E4M3, a scale for each run of its last dimension (1 x 128)."""
+
+    kind = "quantize"
+    operands = ("x",)
+    attrs: ClassVar = {"scale": str, "parts": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (x,) = site.types
+        need_float(cls.kind, x)
+        need_rank(cls.kind, x, 1)
+        return _rows(cls.kind, x, site)
+
+
+class QuantizeColumns(Operator):
+    """x in E4M3, a scale for each number of 128 tokens in a row (128 x 1).
+
+    x [.., n]; with `ends`, x [slot, n] and the runs begin anew with each expert.
+    """
+
+    kind = "quantize_columns"
+    operands = ("x", "ends")
+    variadic = True  # without ends where there are no experts
+    attrs: ClassVar = {"scale": str}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        need_float(cls.kind, site.types[0])
+        return _columns(cls.kind, site.types[0], site)
+
+    @classmethod
+    def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        return _tiles(site.types[0], sizes)
+
+
+class Requantize(Operator):
+    """From runs of the last dimension to runs of tokens: multiplied out and quantized again.
+
+    The weight gradient sums over tokens and takes the input that the forward product was made of
+    (report, section 3.5.2). q [.., n] and its scales; with `ends` as `quantize_columns`.
+    """
+
+    kind = "requantize"
+    operands = ("q", "s", "ends")
+    variadic = True
+    attrs: ClassVar = {"scale": str}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        _need_fp8(cls.kind, site.types[0], 0)
+        return _columns(cls.kind, site.types[0], site)
+
+    @classmethod
+    def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        return _tiles(site.types[0], sizes)
+
+
+class QuantizeWeight(Operator):
+    """Weights [out, in] below one another in E4M3, each with a scale for every 128 x 128 of it.
+
+    `experts` is their dimension where the weights are those of all experts.
+    """
+
+    kind = "quantize_weight"
+    symbols = ("weight",)
+    attrs: ClassVar = {"scale": str, "experts": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        _need_scale(cls.kind, site)
+        experts = dims_of(site.attrs["experts"])
+        rows = [w.dims[0].size or 0 for w in site.weights]
+        inside = site.weights[0].last
+        name = "+".join(w.dims[0].name for w in site.weights)
+        blocks = Dim("row_tiles", sum(map(runs, rows))), Dim("tiles", runs(inside.size or 0))
+        q = Type(FP8, (*experts, Dim(name, sum(rows)), inside))
+        return (q, Type("f32", (*experts, *blocks)))
+
+
+class PermuteQuantized(Operator):
+    """`permute` of numbers in E4M3 and their scales, so that tokens travel to experts in FP8.
+
+    q [.., hidden], s [.., tiles], route [.., k] -> both sorted by expert; ends; order.
+    """
+
+    kind = "permute_quantized"
+    sums = "own"
+    operands = ("q", "s", "route")
+    attrs: ClassVar = {"count": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        q, s, route = site.types
+        _need_fp8(cls.kind, q, 0)
+        if s.dims[:-1] != q.dims[:-1]:
+            raise TypeMismatch(f"{cls.kind}: the scales {s.words} are of other tokens", 1)
+        rows, ends, order = Permute.infer(Site((q, route), attrs=site.attrs))
+        return (rows, s.with_dims(rows.dims[0], s.last), ends, order)
+
+    @classmethod
+    def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {"slot": slots(site.types[2], sizes)}
+
+
+class _Fp8Linear(Operator):
+    attrs: ClassVar = {"dtype": str, "parts": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        q, s, wq, ws = site.types[0], site.types[1], site.types[-2], site.types[-1]
+        _need_product(cls.kind, q, s, wq, ws, site)
+        if wq.last != q.last or ws.last.size != s.last.size:
+            raise TypeMismatch(f"{cls.kind} expects {wq.last.words}, got {q.last.words}", 0)
+        return (Type(str(site.attrs["dtype"]), (*q.dims[:-1], wq.dims[-2])),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.types[-2].dims[-2].size or 0)
+
+
+class Fp8Linear(_Fp8Linear):
+    """`linear` in FP8: for each 128 of x a product of its own, times both scales, into float32.
+
+    q [.., in], its scales, the weights [out, in] and theirs.
+    """
+
+    kind = "fp8_linear"
+    operands = ("q", "s", "wq", "ws")
+
+
+class _Fp8LinearInputGrad(Operator):
+    attrs: ClassVar = {"dtype": str, "parts": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        q, s, wq, ws = site.types[0], site.types[1], site.types[-2], site.types[-1]
+        _need_product(cls.kind, q, s, wq, ws, site)
+        if wq.dims[-2].size != q.last.size or ws.dims[-2].size != s.last.size:
+            raise TypeMismatch(f"{cls.kind} expects {wq.dims[-2].words}, got {q.last.words}", 0)
+        return (Type(str(site.attrs["dtype"]), (*q.dims[:-1], wq.last)),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.types[-2].last.size or 0)
+
+
+class Fp8LinearInputGrad(_Fp8LinearInputGrad):
+    """`linear_input_grad` in FP8: dy in runs of its last dimension, the same weights and scales."""
+
+    kind = "fp8_linear_input_grad"
+    operands = ("q", "s", "wq", "ws")
+
+
+class _Fp8LinearWeightGrad(Operator):
+    attrs: ClassVar = {"dtype": str}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        dq, _, q, _ = site.types[:4]
+        _need_fp8(cls.kind, dq, 0)
+        _need_fp8(cls.kind, q, 2)
+        if dq.dims[:-1] != q.dims[:-1]:
+            raise TypeMismatch(f"{cls.kind}: {dq.words} is not about the tokens of {q.words}", 0)
+        experts = site.types[4].dims if len(site.types) > 4 else ()
+        return (Type(str(site.attrs["dtype"]), (*experts, dq.last, q.last)),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.types[2].last.size or 0)
+
+
+class Fp8LinearWeightGrad(_Fp8LinearWeightGrad):
+    """`linear_weight_grad` in FP8: both operands in runs of 128 tokens.
+
+    dy [.., out] and its scales [tile, out], x [.., in] and its scales [tile, in] -> [out, in].
+    """
+
+    kind = "fp8_linear_weight_grad"
+    operands = ("dq", "ds", "q", "s")
+
+
+class Fp8GroupedLinear(_Fp8Linear):
+    """`grouped_linear` in FP8: q [slot, in], its scales, ends, all experts' weights, theirs."""
+
+    kind = "fp8_grouped_linear"
+    operands = ("q", "s", "ends", "wq", "ws")
+
+
+class Fp8GroupedLinearInputGrad(_Fp8LinearInputGrad):
+    """`grouped_linear_input_grad` in FP8: dy [slot, out], its scales, ends, weights, theirs."""
+
+    kind = "fp8_grouped_linear_input_grad"
+    operands = ("q", "s", "ends", "wq", "ws")
+
+
+class Fp8GroupedLinearWeightGrad(_Fp8LinearWeightGrad):
+    """`grouped_linear_weight_grad` in FP8; the runs of tokens begin anew with each expert."""
+
+    kind = "fp8_grouped_linear_weight_grad"
+    operands = ("dq", "ds", "q", "s", "ends")
+
+
+def _rows(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
+    _need_scale(kind, site)
+    parts = site.attrs["parts"]
+    assert isinstance(parts, tuple)
+    size = x.last.size or 0
+    if parts and sum(p for p in parts if isinstance(p, int)) != size:
+        raise TypeMismatch(f"{kind}: the parts {parts} are not {x.last.words}", 0)
+    return x.with_dtype(FP8), Type("f32", (*x.dims[:-1], Dim("tiles", runs(size, parts))))
+
+
+def _columns(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
+    _need_scale(kind, site)
+    need_rank(kind, x, 2)
+    tile = Dim("tile", axes=tuple(axis for d in x.dims[:-1] for axis in d.axes))
+    return x.with_dtype(FP8), Type("f32", (tile, x.last))
+
+
+def _tiles(x: Type, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Runs of tokens, if experts leave none unfilled."""
+    return {"tile": -(-x.count(sizes) // (x.last.size or 1) // RUN)}
+
+
+def _need_product(kind: str, q: Type, s: Type, wq: Type, ws: Type, site: Site) -> None:
+    _need_fp8(kind, q, 0)
+    _need_fp8(kind, wq, len(site.types) - 2)
+    if s.dims[:-1] != q.dims[:-1] or ws.dims[:-2] != wq.dims[:-2]:
+        raise TypeMismatch(f"{kind}: the scales {s.words}, {ws.words} are of other tensors", 1)
+
+
+def _need_fp8(kind: str, q: Type, operand: int) -> None:
+    if q.dtype != FP8:
+        raise TypeMismatch(f"{kind} needs numbers in {FP8}, got {q.dtype}", operand)
+
+
+def _need_scale(kind: str, site: Site) -> None:
+    if site.attrs["scale"] not in SCALES:
+        raise TypeMismatch(f"{kind} knows the scales {', '.join(SCALES)}")

@@ -1,0 +1,253 @@
+"""FP8 on any device, exactly simulated: E4M3 numbers, scales, products that add in float32.
+
+A quantized tensor is `q` (float8_e4m3fn) and `s`, the float32 scales that multiply it back. Every
+128 numbers have one scale: in a row (1 x 128) for activations and gradients, 128 x 128 for weights,
+128 x 1 where tokens are summed over. The last run may be shorter, as if zeros filled it.
+
+Every bit is defined, so that kernels can be held against this (DeepSeek-V3 report, section 3.3):
+
+- amax is the largest magnitude of a run in float32, at least 1e-4; s = amax / 448, or for `ue8m0`
+  the next power of two, 2^ceil(log2 s); q = E4M3(x / s), rounded to nearest, ties to even.
+- A run with an infinity or a NaN has no finite product; nothing of it is hidden.
+- For each 128 of what is summed over, the dot product of the E4M3 numbers is made exactly and
+  rounded to float32; times the scale of the left operand, times that of the right one, it is added
+  to the float32 sum, in the order of the runs. Each of these steps is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as torch_f
+from torch import Tensor
+
+from .functional import permute as permute_rows
+
+RUN = 128
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+LEAST_AMAX = 1e-4
+
+Quantized = tuple[Tensor, Tensor]
+"""Numbers in E4M3, and the scales that multiply them back."""
+
+
+def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
+    """x [.., n] with a scale for each run of 128 in a row: [.., n], [.., runs].
+
+    With `parts`, sizes that add up to n, runs begin anew in each part.
+    """
+    x = _without_gradient(x).float()
+    if parts:
+        cut = [quantize(part, scale) for part in x.split(list(parts), dim=-1)]
+        return torch.cat([q for q, _ in cut], -1), torch.cat([s for _, s in cut], -1)
+    size = x.shape[-1]
+    tiles = _padded(x, -1).unflatten(-1, (-1, RUN))
+    s = _scale_of(tiles.abs().amax(-1), scale)
+    return (tiles / s.unsqueeze(-1)).flatten(-2)[..., :size].to(E4M3), s
+
+
+def quantize_columns(x: Tensor, ends: Tensor | None = None, *, scale: str = "fp32") -> Quantized:
+    """x [.., n] with a scale for each number of 128 tokens: [.., n], [tiles, n].
+
+    With `ends`, x is [slots, n] and runs begin anew where the slots of an expert end.
+    """
+    x = _without_gradient(x).float()
+    groups = x.flatten(0, -2).split(_counts(ends)) if ends is not None else (x.flatten(0, -2),)
+    cut = [_columns(group, scale) for group in groups]
+    return torch.cat([q for q, _ in cut]).view(x.shape), torch.cat([s for _, s in cut])
+
+
+def requantize(q: Tensor, s: Tensor, ends: Tensor | None = None, *, scale: str) -> Quantized:
+    """From a scale for each run in a row to one for each run of tokens, as `quantize_columns`."""
+    return quantize_columns(dequantize(q, s), ends, scale=scale)
+
+
+def dequantize(q: Tensor, s: Tensor) -> Tensor:
+    """What `quantize` gave, multiplied back: float32 [.., n]."""
+    return q.float() * _spread(s, q.shape[-1], (), -1)
+
+
+def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
+    """weight [.., out, in] with a scale for each 128 x 128: [.., out, in], [.., blocks, blocks].
+
+    With `parts`, sizes that add up to `out`, blocks begin anew in each part.
+    """
+    if parts:
+        cut = [quantize_weight(part, scale) for part in weight.split(list(parts), dim=-2)]
+        return torch.cat([q for q, _ in cut], -2), torch.cat([s for _, s in cut], -2)
+    rows, columns = weight.shape[-2:]
+    padded = _padded(_padded(_without_gradient(weight).float(), -1), -2)
+    blocks = padded.unflatten(-1, (-1, RUN)).unflatten(-3, (-1, RUN))
+    s = _scale_of(blocks.abs().amax((-1, -3)), scale)
+    q = blocks / s.unsqueeze(-1).unsqueeze(-3)
+    return q.flatten(-4, -3).flatten(-2)[..., :rows, :columns].to(E4M3), s
+
+
+def linear(
+    q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, *, dtype: torch.dtype, parts: Sequence[int] = ()
+) -> Tensor:
+    """x W^T for quantized x [.., in] and W [out, in], which `parts` of rows make up: [.., out]."""
+    scales = _spread(ws, wq.shape[0], parts, 0).T
+    y = _product(q.flatten(0, -2), s.flatten(0, -2), wq.T, scales)
+    return y.to(dtype).view(*q.shape[:-1], wq.shape[0])
+
+
+def linear_input_grad(
+    q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, *, dtype: torch.dtype, parts: Sequence[int] = ()
+) -> Tensor:
+    """dy W for quantized dy [.., out] and W [out, in]; `parts` of both along `out`: [.., in]."""
+    scales = _spread(ws, wq.shape[1], (), 1)
+    dx = _product(q.flatten(0, -2), s.flatten(0, -2), wq, scales, parts)
+    return dx.to(dtype).view(*q.shape[:-1], wq.shape[1])
+
+
+def linear_weight_grad(
+    dq: Tensor, ds: Tensor, q: Tensor, s: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """dy^T x, summed over tokens, for dy [.., out] and x [.., in] in columns: [out, in]."""
+    return _product(dq.flatten(0, -2).T, ds.T, q.flatten(0, -2), s).to(dtype)
+
+
+def grouped_linear(
+    q: Tensor,
+    s: Tensor,
+    ends: Tensor,
+    wq: Tensor,
+    ws: Tensor,
+    *,
+    dtype: torch.dtype,
+    parts: Sequence[int] = (),
+) -> Tensor:
+    """`linear` for the slots of each expert: q [slots, in], wq [experts, out, in]."""
+    groups = zip(*_groups(ends, q, s), wq, ws, strict=True)
+    return torch.cat([linear(*group, dtype=dtype, parts=parts) for group in groups])
+
+
+def grouped_linear_input_grad(
+    q: Tensor,
+    s: Tensor,
+    ends: Tensor,
+    wq: Tensor,
+    ws: Tensor,
+    *,
+    dtype: torch.dtype,
+    parts: Sequence[int] = (),
+) -> Tensor:
+    """`linear_input_grad` for the slots of each expert: q [slots, out], wq [experts, out, in]."""
+    groups = zip(*_groups(ends, q, s), wq, ws, strict=True)
+    return torch.cat([linear_input_grad(*group, dtype=dtype, parts=parts) for group in groups])
+
+
+def grouped_linear_weight_grad(
+    dq: Tensor, ds: Tensor, q: Tensor, s: Tensor, ends: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """`linear_weight_grad` for the slots of each expert: [experts, out, in]; zeros for idle ones.
+
+    dq [slots, out], q [slots, in], both in columns that begin anew with each expert.
+    """
+    tiles = [-(-count // RUN) for count in _counts(ends)]
+    groups = zip(
+        *_groups(ends, dq), ds.split(tiles), *_groups(ends, q), s.split(tiles), strict=True
+    )
+    return torch.stack([linear_weight_grad(*group, dtype=dtype) for group in groups])
+
+
+def permute(
+    q: Tensor, s: Tensor, index: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantized tokens q [.., hidden] and their scales as `functional.permute` sorts tokens."""
+    rows, ends, order = permute_rows(q, index, experts)
+    token = torch.div(order, index.shape[-1], rounding_mode="floor")
+    return rows, s.flatten(0, -2)[token], ends, order
+
+
+# ---- pieces ---------------------------------------------------------------------------------
+
+
+def _scale_of(amax: Tensor, scale: str) -> Tensor:
+    s = amax.clamp(min=LEAST_AMAX) / E4M3_MAX
+    if scale == "fp32":
+        return s
+    mantissa, exponent = torch.frexp(s)  # the mantissa is in [0.5, 1)
+    power = torch.ldexp(torch.ones_like(s), exponent - (mantissa == 0.5).int())
+    return torch.where(s.isfinite(), power, s)
+
+
+def _columns(x: Tensor, scale: str) -> Quantized:
+    """x [tokens, n] with a scale for each number of 128 tokens."""
+    tiles = _padded(x, 0).unflatten(0, (-1, RUN))
+    s = _scale_of(tiles.abs().amax(1), scale)
+    return (tiles / s.unsqueeze(1)).flatten(0, 1)[: len(x)].to(E4M3), s
+
+
+def _product(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, parts: Sequence[int] = ()
+) -> Tensor:
+    """a b for E4M3 a [m, k], b [k, n] with scales a_scale [m, runs], b_scale [runs, n]: float32.
+
+    Products of E4M3 numbers have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
+    sum of 128 of them exactly, in whatever order a library adds.
+    """
+    wide_a, wide_b = a.float().double(), b.float().double()
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    start = 0
+    for i, length in enumerate(_lengths(a.shape[1], parts)):
+        run = slice(start, start + length)
+        dot = (wide_a[:, run] @ wide_b[run]).float()
+        total += dot * a_scale[:, i, None] * b_scale[i]
+        start += length
+    return total
+
+
+def _lengths(size: int, parts: Sequence[int]) -> list[int]:
+    """Lengths of the runs that a dimension is cut in."""
+    return [min(RUN, n - start) for n in parts or (size,) for start in range(0, n, RUN)]
+
+
+def _spread(s: Tensor, size: int, parts: Sequence[int], dim: int) -> Tensor:
+    """The scale of each number along a dimension, from those of its runs."""
+    lengths = torch.tensor(_lengths(size, parts), device=s.device)
+    return s.repeat_interleave(lengths, dim=dim, output_size=size)
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """x with zeros up to a whole number of runs along a dimension."""
+    missing = -x.shape[dim] % RUN
+    if not missing:
+        return x
+    sides = [0, 0] * (-dim - 1 if dim < 0 else x.dim() - 1 - dim)
+    return torch_f.pad(x, (*sides, 0, missing))
+
+
+def _counts(ends: Tensor) -> list[int]:
+    """How many slots each expert has."""
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+def _groups(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor cut where the slots of an expert end."""
+    counts = _counts(ends)
+    return [tensor.split(counts) for tensor in tensors]
+
+
+def _without_gradient(x: Tensor) -> Tensor:
+    """x; asking autograd for a gradient through it is an error instead of a wrong number."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _NoGradient.apply(x)  # type: ignore[no-any-return]
+    return x
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError(
+            "autograd has no gradient of products in FP8: train with `loss`, whose backward pass is"
+            " generated, or build the model with `precision.policy=bf16`"
+        )
