@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from compiler.analysis import total
+from compiler.pipeline import compile
 from dslc.commands.show import summarized
 
 BATCH, SEQ = 8, 256
@@ -40,7 +41,9 @@ def main() -> None:
         seconds = race({**runs, **products}, asked)
         rate = ceiling.flops / min(seconds.pop(name) for name in products)
         report(seconds, BATCH * SEQ)
-        needed = BATCH * SEQ * total(summarized(match.description, SEQ, SEQ).training_flops)
+        needed = (
+            BATCH * SEQ * total(summarized(compile(match.description), SEQ, SEQ).training_flops)
+        )
         share = needed / seconds["dslc"] / rate
         print(f"  matmul ceiling           {rate / 1e9:10,.0f} GFLOP/s, of which dslc {share:.0%}")
 

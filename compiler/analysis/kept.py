@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
 from compiler.analysis.costs import Costs, known_sizes
@@ -36,3 +38,37 @@ def kept_bytes_per_token(program: Program) -> Fraction:
         ),
         Fraction(0),
     )
+
+
+# Operators that derivatives are never made of: in a backward graph they run a second time.
+_AGAIN = ("rms_norm", "add_rms_norm", "silu", "swiglu", "sigmoid", "softmax", "linear",
+          "grouped_linear", "fp8_linear", "fp8_grouped_linear")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """What one block keeps for its backward pass: bytes of one token in each of `runs` runs.
+
+    `again` says how often operators of each kind run a second time instead.
+    """
+
+    block: str
+    runs: int
+    bytes: int
+    again: Mapping[str, int]
+
+
+def kept_blocks(program: Program) -> list[KeptBlock]:
+    """Every graph of a program that has a backward graph and keeps something for each token."""
+    runs = Costs(program).runs()
+    found = []
+    for name, graph in program.graphs.items():
+        backward = program.backward_of(name)
+        if backward is None:
+            continue
+        sizes = sizes_of(graph, program)
+        total = sum((token_bytes(type, sizes) for type in graph.kept.values()), Fraction(0))
+        if total:
+            again = Counter(op.kind for op in backward.walk() if op.kind in _AGAIN)
+            found.append(KeptBlock(name, runs[name], round(total), dict(sorted(again.items()))))
+    return found

@@ -11,6 +11,7 @@ from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantO
 
 if TYPE_CHECKING:
     from compiler.analysis import Module, Summary
+    from compiler.pipeline import Compiled
     from dsl.load import Description
 
 EXAMPLES = """
@@ -47,6 +48,7 @@ def run(
     format: FormatOption = Format.text,
 ) -> None:
     """Show modules, parameters, FLOPs and cache of a model."""
+    from compiler.pipeline import compile
     from dslc.report import print_json, reporting
     from dslc.specs import read
 
@@ -56,18 +58,17 @@ def run(
         if resolved:
             print_resolved(description, as_json)
             return
-        facts = summarized(description, seq, context)
+        compiled = compile(description)
+        facts = summarized(compiled, seq, context)
         if as_json:
-            print_json(facts.to_json())
+            print_json({**facts.to_json(), "kept_bytes_per_token": kept_json(compiled)})
         else:
-            print(as_text(facts, description.spec.about))
+            print(as_text(facts, description.spec.about, kept(compiled)))
 
 
-def summarized(description: Description, seq: int, context: int) -> Summary:
+def summarized(compiled: Compiled, seq: int, context: int) -> Summary:
     from compiler.analysis import summary
-    from compiler.pipeline import compile
 
-    compiled = compile(description)
     decode = compiled.programs["decode"]
     return summary(compiled.lowered, decode, sequence_length=seq, context_length=context)
 
@@ -83,17 +84,18 @@ def print_resolved(description: Description, as_json: bool) -> None:
         print("\n".join(table(rows, "<<<")))
 
 
-def as_text(facts: Summary, about: str) -> str:
+def as_text(facts: Summary, about: str, kept: list[Row]) -> str:
     from compiler.analysis import CONVENTIONS
 
     parts = [
         [f"{facts.name}: {about}" if about else facts.name],
         table([("module", "block or shape", "parameters", "activated"), *tree(facts)], "<<>>"),
         table(shares(facts), "<>>>>"),
+        table(kept, "<>><") if kept else [],
         table(totals(facts), "<><"),
         ["How this is counted:", *wrapped((OUTLINE, *CONVENTIONS))],
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def wrapped(sentences: Iterable[str]) -> list[str]:
@@ -167,6 +169,31 @@ def totals(facts: Summary) -> Iterator[Row]:
     with_mtp = f"; {facts.cache_bytes_with_mtp:,} with multi-token prediction"
     more = with_mtp if facts.cache_bytes_with_mtp != facts.cache_bytes else ""
     yield ("cache bytes", f"{facts.cache_bytes:,}", f"a token{more}")
+
+
+def kept(compiled: Compiled) -> list[Row]:
+    """What each block keeps for the backward pass, and what it computes again instead."""
+    from compiler.analysis.kept import kept_blocks
+
+    train = compiled.programs["train"]
+    if not train.backward:
+        return []
+    rows: list[Row] = [("kept for the backward pass", "times", "bytes a token", "computed again")]
+    for one in kept_blocks(train):
+        again = ", ".join(f"{kind} {n}" for kind, n in one.again.items())
+        rows.append((one.block, str(one.runs), f"{one.bytes:,}", again))
+    numbers = kept_json(compiled)
+    unless = f"{numbers['all']:,} if nothing were computed again"
+    return [*rows, ("all of them", "", f"{numbers['kept']:,}", unless)]
+
+
+def kept_json(compiled: Compiled) -> dict[str, int]:
+    """Bytes for one token: those that are kept, and all that the backward pass needs."""
+    from compiler.analysis.kept import kept_bytes_per_token
+
+    steps = {step.name: step.program for step in compiled.steps_of("train")}
+    programs = {"kept": compiled.programs["train"], "all": steps.get("differentiate")}
+    return {n: round(kept_bytes_per_token(p)) for n, p in programs.items() if p and p.backward}
 
 
 def table(rows: Iterable[Row], align: str) -> list[str]:
