@@ -14,15 +14,18 @@ from compiler.lower import lower
 from compiler.passes.absorb import ABSORB
 from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
+from compiler.passes.cut_stages import connect_stages, cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_loss import FUSE_LOSS
 from compiler.passes.hoist import HOIST
 from compiler.passes.outline import OUTLINE
+from compiler.passes.partition import partition
 from compiler.passes.place_fp8 import PLACE_FP8
 from compiler.passes.recompute import RECOMPUTE
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
+from compiler.plan.layout import Layout
 from compiler.rewrite import Miss
 from dsl.load import Description
 
@@ -73,6 +76,14 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         PLACE_FP8,
     ),
 }
+
+
+def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
+    """The passes of the program of those ranks that hold a pipeline stage."""
+    passes = PIPELINES[program]
+    at = passes.index(SIMPLIFY) + 1
+    cut = (cut_stages(layout, stage), partition(layout))
+    return (*passes[:at], *cut, *passes[at:], connect_stages(layout, stage))
 
 
 @dataclass(frozen=True)

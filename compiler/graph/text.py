@@ -392,7 +392,8 @@ class _Reader:
 
 
 def _about(token: Token) -> str:
-    lines = (line.strip(" \t\r").removeprefix("//") for line in token.rstrip().split("\n"))
+    lines = re.sub(r"\n[ \t]*$", "", token).split("\n")
+    lines = [line.lstrip(" \t").rstrip("\r").removeprefix("//") for line in lines]
     return "\n".join(_unescaped(line.removeprefix(" ")) for line in lines)
 
 

@@ -89,6 +89,11 @@ class Type:
     def words(self) -> str:
         return f"[{', '.join(d.words for d in self.dims)}]"
 
+    @property
+    def whole(self) -> Type:
+        """The type of a sum of which this one has parts; and that of the parts' gradient."""
+        return replace(self, partial=()) if self.partial else self
+
     def with_dims(self, *dims: Dim) -> Type:
         return replace(self, dims=dims)
 

@@ -6,14 +6,14 @@ Every rank runs the same program on its own part; these operators are where it m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from compiler.graph.core import Attr
+from compiler.graph.core import Attr, Op, Value
 from compiler.graph.types import BYTES, Dim, Type, ordered, parse_type
-from compiler.ops.base import Moved, Operator, Site, TypeMismatch, dims_of
+from compiler.ops.base import Adjoint, Moved, Operator, Site, TypeMismatch, dims_of
 
 
 class _Exchange(Operator):
@@ -78,6 +78,19 @@ class Dispatch(_Exchange):
         return (*there, Type("i64", (arrived,)))
 
     @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        *rows, route = op.operands
+        source, attrs = op.results[-1], _attrs(op)
+        back: list[Value | None] = []
+        for row, dy in zip(rows, d, strict=False):
+            if dy is None or not at.wants(row):
+                back.append(None)
+                continue
+            names = [f"d_{row.name}"]
+            back += at.add("combine", [dy, source, route], names=names, **attrs)
+        return [*back, None]
+
+    @classmethod
     def token_bytes(cls, site: Site) -> int:
         """Bytes of one token for one destination, without its routing: weights and experts."""
         *rows, route = site.types
@@ -114,6 +127,15 @@ class Combine(_Exchange):
         if y.dims[:-1] != source.dims:
             raise TypeMismatch(f"combine: {source.words} does not fit the rows {y.words}", 1)
         return (y.with_dims(*route.dims[:-1], y.last),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        y, source, route = op.operands
+        if d[0] is None:
+            return [None, None, None]
+        # The same route: they arrive in the same order.
+        names = [f"d_{y.name}", route.name, source.name]
+        return [at.add("dispatch", [d[0], route], names=names, **_attrs(op))[0], None, None]
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
@@ -250,6 +272,10 @@ def axes_of(value: Attr) -> tuple[str, ...]:
     """The axes of a mesh kept as an attribute."""
     assert isinstance(value, tuple)
     return tuple(map(str, value))
+
+
+def _attrs(op: Op) -> dict[str, Any]:
+    return dict(op.attrs)
 
 
 def _row_bytes(row: Type) -> int:

@@ -69,6 +69,7 @@ class RepeatBackward(Operator):
     """
 
     kind = "repeat_backward"
+    sums = "own"
     variadic = True
     attrs: ClassVar = {"start": int, "count": int, "carried": int}
     regions = 1
@@ -92,6 +93,7 @@ class Keep(Operator):
     """Keeps values of the forward graph for its backward graph, under the names in `entries`."""
 
     kind = "keep"
+    sums = "own"
     variadic = True
     pure = False
     attrs: ClassVar = {"entries": tuple}
@@ -109,6 +111,7 @@ class Kept(Operator):
     """
 
     kind = "kept"
+    sums = "own"
     pure = False
     attrs: ClassVar = {"entries": tuple, "results": tuple, "arguments": tuple}
 
@@ -124,6 +127,7 @@ class AccumulateGrad(Operator):
     """
 
     kind = "accumulate_grad"
+    sums = "own"
     operands = ("d",)
     symbols = ("weight*",)
     pure = False

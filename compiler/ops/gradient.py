@@ -18,6 +18,7 @@ class LinearInputGrad(Operator):
     """dx = dy W for y = x W^T; weights [out, in], several below one another."""
 
     kind = "linear_input_grad"
+    sums = "all"
     operands = ("dy",)
     symbols = ("weight*",)
 
@@ -54,6 +55,7 @@ class GroupedLinearInputGrad(Operator):
     """dx = dy W_e for the slots of each expert e: dy [slot, out], ends [experts] -> [slot, in]."""
 
     kind = "grouped_linear_input_grad"
+    sums = "first"
     operands = ("dy", "ends")
     symbols = ("weight*",)
 
@@ -244,6 +246,7 @@ class SumOver(Operator):
     """The sum over one dimension: the gradient of `broadcast`."""
 
     kind = "sum_over"
+    sums = "all"
     operands = ("x",)
     attrs: ClassVar = {"dim": tuple}
 
@@ -260,22 +263,24 @@ class ExpandLike(Operator):
     """A scalar in every place of the shape of x: the gradient of `sum`."""
 
     kind = "expand_like"
+    sums = "own"
     operands = ("d", "x")
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        return (site.types[1].with_dtype(site.types[0].dtype),)
+        return (site.types[1].whole.with_dtype(site.types[0].dtype),)
 
 
 class ZerosLike(Operator):
     """Zeros of the type of x: the gradient of what nothing depends on."""
 
     kind = "zeros_like"
+    sums = "own"
     operands = ("x",)
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        return site.types
+        return (site.types[0].whole,)
 
 
 class _Pad(Operator):
@@ -302,18 +307,21 @@ class PadFirst(_Pad):
     """Zeros before x along a run-time dimension: the gradient of `drop_first`."""
 
     kind = "pad_first"
+    sums = "all"
 
 
 class PadLast(_Pad):
     """Zeros behind x along a run-time dimension: the gradient of `drop_last`."""
 
     kind = "pad_last"
+    sums = "all"
 
 
 class Rename(Operator):
     """x with its last dimension under another name."""
 
     kind = "rename"
+    sums = "all"
     operands = ("x",)
     attrs: ClassVar = {"dim": tuple}
 

@@ -23,6 +23,7 @@ from compiler.graph.core import (
     copy_program,
 )
 from compiler.graph.types import FLOATS, Type
+from compiler.lower.contract import crossing
 from compiler.ops import OPS
 from compiler.passes.base import Pass
 from compiler.passes.outline import CALLS
@@ -43,7 +44,7 @@ class Underivable(Exception):
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
-    if program.backward or "total" not in program.main.result_names:
+    if program.backward or not _minimised(program.main):
         return ()
     between = [op for op in program.main.ops[:-1] if op.kind not in CALLS]
     if between:
@@ -137,11 +138,11 @@ class _Backward:
         seeds = _seeds(graph, self.active)
         if graph.name == self.derivation.program.root:
             # What is minimised; other results of the outermost block are for people.
-            seeds = [i for i in seeds if graph.result_names[i] == "total"]
+            seeds = [i for i in seeds if i in _minimised(graph)]
         given: Gradients = {}
         for i in seeds:
             result = graph.results[i]
-            seed = Value(self.builder.unique(f"d_{graph.result_names[i]}"), result.type)
+            seed = Value(self.builder.unique(f"d_{graph.result_names[i]}"), result.type.whole)
             self.backward.args.append(seed)
             given[result] = seed
         gradients = dict(given)
@@ -237,7 +238,7 @@ class _Backward:
         region_args = []
         for i in [*carried, *stacked]:
             yielded = region.yielded[i]
-            arg = self.builder.value(f"d_{yielded.name}", yielded.type)
+            arg = self.builder.value(f"d_{yielded.name}", yielded.type.whole)
             region_args.append(arg)
             if yielded in inside:
                 raise Underivable(f"{yielded} is carried twice", op)
@@ -334,6 +335,15 @@ def _keep(graph: Graph, backward: Graph) -> None:
     graph.ops.insert(len(graph.ops) - 1, op)
 
 
+def _minimised(main: Graph) -> list[int]:
+    """The results of the outermost block that have a gradient, by number.
+
+    What is minimised, and in a stage of a pipeline the states that the next one reads.
+    """
+    _, sent = crossing(main)
+    return [i for i, name in enumerate(main.result_names) if name == "total" or i in sent]
+
+
 def _seeds(graph: Graph, active: set[Value]) -> list[int]:
     """The results that have a gradient, by number; of equal ones the first."""
     seen: set[Value] = set()
@@ -386,6 +396,8 @@ def _moving_results(program: Program) -> Moves:
 def _wanted_arguments(program: Program, moves: Moves) -> dict[str, list[int]]:
     """For each graph the arguments that change with a weight in some call of it."""
     wanted: dict[str, set[int]] = {name: set() for name in program.graphs}
+    # In a stage of a pipeline the states that the one before it gave.
+    wanted[program.root] = set(crossing(program.main)[0])
     for name, graph in reversed(program.graphs.items()):  # callers stand behind their callees
         active = _active(graph, sorted(wanted[name]), moves)
         for op in graph.walk():

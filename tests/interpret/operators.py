@@ -114,7 +114,9 @@ def _topk_groups(f: Frame, op: Op, score: Tensor) -> tuple[Tensor, Tensor]:
 def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tensor:
     (region,) = op.regions
     y = x.new_zeros(*x.shape[:-1], region.yielded[0].type.last.size or 0)
-    for expert, chosen in enumerate(F.dispatch(route, number(op, "count"))):
+    count = number(op, "count")
+    here = torch.where(route < 0, count, route)  # -1: an expert of another rank
+    for expert, chosen in enumerate(F.dispatch(here, count + 1)[:count]):
         inside = replace(f, expert=expert, values=dict(f.values), sizes=dict(f.sizes))
         (out,) = inside.region(region.args, region.ops, [F.gather_tokens(x, chosen)])
         F.add_tokens(y, chosen, out, weight)
@@ -141,6 +143,37 @@ def _quantize_weight(f: Frame, op: Op) -> Sequence[Tensor]:
     scale = str(op.attrs["scale"])
     parts = [fp8.quantize_weight(f.weight(s), scale) for s in op.symbols]
     return [torch.cat([q for q, _ in parts], -2), torch.cat([s for _, s in parts], -2)]
+
+
+def _permute(f: Frame, op: Op, x: Tensor, route: Tensor) -> Sequence[Tensor]:
+    """Without slots for experts of other ranks, -1."""
+    flat, k = route.flatten(), route.shape[-1]
+    (here,) = (flat >= 0).nonzero(as_tuple=True)
+    rows, ends, order = F.permute(
+        x.flatten(0, -2)[here // k], flat[here, None], *_dims(op, "count")
+    )
+    return rows, ends, here[order]
+
+
+def _every(rows: Tensor, order: Tensor, choices: int) -> tuple[Tensor, Tensor]:
+    """Rows of slots in the order of the choices, with zeros for those of other ranks."""
+    every = rows.new_zeros(choices, rows.shape[-1]).index_copy(0, order, rows)
+    return every, torch.arange(choices)
+
+
+def _unpermute(f: Frame, op: Op, y: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+    return F.unpermute(*_every(y, order, weight.numel()), weight)
+
+
+def _permute_grad(f: Frame, op: Op, d: Tensor, order: Tensor, route: Tensor) -> Tensor:
+    return G.permute_grad(*_every(d, order, route.numel()), route)
+
+
+def _unpermute_grad(
+    f: Frame, op: Op, d: Tensor, y: Tensor, order: Tensor, weight: Tensor
+) -> Sequence[Tensor]:
+    dy, dweight = G.unpermute_grad(d, *_every(y, order, weight.numel()), weight)
+    return dy[order], dweight
 
 
 # ---- arithmetic and layout -------------------------------------------------------------------
@@ -269,9 +302,8 @@ RUN: dict[str, Run] = {
     "accumulate_grad": _accumulate_grad,
     "topk_groups": _topk_groups,
     "experts": _experts,
-    "permute": lambda f, op, x, route: F.permute(x, route, *_dims(op, "count")),
+    "permute": _permute,
     "grouped_linear": _grouped_linear,
-    "unpermute": _f("unpermute"),
     "quantize": _fp8("quantize", "scale", "parts"),
     "quantize_columns": _fp8("quantize_columns", "scale"),
     "requantize": _fp8("requantize", "scale"),
@@ -283,6 +315,7 @@ RUN: dict[str, Run] = {
     "fp8_grouped_linear": _fp8("grouped_linear", "parts"),
     "fp8_grouped_linear_input_grad": _fp8("grouped_linear_input_grad", "parts"),
     "fp8_grouped_linear_weight_grad": _fp8("grouped_linear_weight_grad"),
+    "unpermute": _unpermute,
     "sequence_balance_loss": _f("sequence_balance_loss", "k"),
     "expert_load": lambda f, op, route: F.expert_load(route, *_dims(op, "count")),
     "cross_entropy": _f("cross_entropy"),
@@ -319,8 +352,8 @@ RUN: dict[str, Run] = {
     "attention_saving": _g("attention_saving", "scale"),
     "attention_grad": _g("attention_grad", "scale"),
     "topk_groups_grad": _g("topk_groups_grad", "normalize", "scale"),
-    "permute_grad": _g("permute_grad"),
-    "unpermute_grad": _g("unpermute_grad"),
+    "permute_grad": _permute_grad,
+    "unpermute_grad": _unpermute_grad,
     "sequence_balance_loss_grad": _g("sequence_balance_loss_grad", "k"),
     "cross_entropy_grad": _g("cross_entropy_grad"),
     "sum_over": _sum_over,

@@ -120,7 +120,18 @@ def test_what_is_no_placement_is_no_dimension(text: str) -> None:
 
 @pytest.mark.parametrize(
     "about",
-    ["one", "two\n\nparts", " indented\n\n", "\n", "a\\b \\u{41}", "// graph", "\x1b[0m\r", "é"],
+    [
+        "one",
+        " ",
+        "end \n ",
+        "two\n\nparts",
+        " indented\n\n",
+        "\n",
+        "a\\b \\u{41}",
+        "// graph",
+        "\x1b[0m\r",
+        "é",
+    ],
 )
 def test_about_reads_back(about: str) -> None:
     graph = Graph("G", ops=[Op("return")], about=about)

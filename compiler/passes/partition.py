@@ -1,0 +1,207 @@
+"""The program of one rank: tokens spread over data ranks, experts over expert ranks.
+
+Every rank runs the same graphs on sequences of its own. Around the experts tokens are dispatched to
+the ranks that hold them and combined again; what is a sum over all ranks' tokens is reduced where
+somebody needs the whole. The ranks of a pipeline stage differ in nothing but their place in the
+mesh, so that one program serves them all. DeepSeek-V3 report, sections 2.1.2 and 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from compiler.graph.build import Builder, infer
+from compiler.graph.core import Graph, Op, Program, Region, Value
+from compiler.graph.rules import number
+from compiler.graph.types import Type
+from compiler.ops.base import PartialSum
+from compiler.passes.base import Pass
+from compiler.plan.layout import Layout, Mesh
+from compiler.rewrite import Miss
+from dsl.load import Description
+
+
+def partition(layout: Layout) -> Pass:
+    """Spreads a program over the data ranks of a mesh."""
+
+    def run(program: Program, description: Description) -> Sequence[Miss]:
+        if layout.mesh.data > 1:
+            for graph in program.graphs.values():
+                _Spread(graph, program, layout).run()
+        return ()
+
+    return Pass(
+        "partition",
+        "sequences over data ranks, experts over expert ranks, and the collectives between them",
+        run,
+        requires="experts as a region",
+        ensures="types say what is spread; whole tensors wherever an operator needs them",
+        essential=True,
+    )
+
+
+class _Spread:
+    """One graph; those that it calls are spread already."""
+
+    def __init__(self, graph: Graph, program: Program, layout: Layout) -> None:
+        self.graph, self.program = graph, program
+        self.layout, self.mesh = layout, layout.mesh
+        self.builder = Builder(graph, program.graphs)
+        self.producers = {v: op for op in graph.walk() for v in op.results}
+        counts = {"replica": self.mesh.replicas, "expert": self.mesh.expert}
+        self.axes = tuple(axis for axis, ranks in counts.items() if ranks > 1)
+
+    def run(self) -> None:
+        for value in self.graph.args:
+            value.type = self._own_sequences(value.type)
+        self._ops(self.graph.ops, {})
+        if self.graph.name == self.program.root:
+            self._count_all()
+
+    def _own_sequences(self, type: Type) -> Type:
+        """Every data rank has sequences of its own."""
+        spread = (replace(d, axes=self.axes) if d.name == "batch" else d for d in type.dims)
+        return type.with_dims(*spread)
+
+    def _ops(self, ops: list[Op], whole: dict[Value, Value]) -> None:
+        """Types again, from the operands on; `whole` are the sums that have been made already."""
+        self.builder.ops, old = [], list(ops)
+        for op in old:
+            self._op(op, whole)
+        ops[:] = self.builder.ops
+
+    def _op(self, op: Op, whole: dict[Value, Value]) -> None:
+        self._regions(op, whole)
+        assert op.kind != "permute", "experts are spread as a region, before they are fused"
+        if op.kind == "experts" and self.mesh.expert > 1:
+            self._experts(op)
+            return
+        types = self._types(op, whole)
+        for value, type in zip(op.results, types, strict=True):
+            value.type = type
+        self.builder.ops.append(op)
+        if op.kind == "sequence_balance_loss":
+            # It is a mean over the sequences of a rank, of which all have equally many.
+            name = op.result.name
+            op.result.name = self.builder.unique(f"{name}_of_rank")
+            self.builder.names.discard(name)
+            (mean,) = self._add(op, "scale", [op.result], [name], by=1 / self.mesh.data)
+            self._replace(op.result, mean)
+
+    def _types(self, op: Op, whole: dict[Value, Value]) -> tuple[Type, ...]:
+        """Types of results; an operand that must be whole is reduced first."""
+        while True:
+            try:
+                return infer(op, self.graph, self.program.graphs)
+            except PartialSum as error:
+                assert error.operand is not None
+                operand = op.operands[error.operand]
+                if operand not in whole:
+                    whole[operand] = self._reduce(op, operand)
+                op.operands[error.operand] = whole[operand]
+
+    def _reduce(self, op: Op, value: Value) -> Value:
+        group = group_attrs(self.mesh, value.type.partial)
+        return self._add(op, "all_reduce", [value], [f"all_{value.name}"], **group)[0]
+
+    def _regions(self, op: Op, whole: dict[Value, Value]) -> None:
+        outer = self.builder.ops
+        for region in op.regions:
+            if op.kind == "repeat":
+                for value, operand in zip(region.args, op.operands, strict=True):
+                    value.type = operand.type
+            self._ops(region.ops, dict(whole))
+        self.builder.ops = outer
+
+    def _experts(self, op: Op) -> None:
+        """Tokens to the ranks of their experts, and what the experts make of them back."""
+        x, route, weight = op.operands
+        count, ranks = number(op, "count"), self.mesh.expert
+        sizes: dict[str, Any] = {
+            "count": count,
+            "ranks": ranks,
+            "nodes": _nodes(self.mesh, self.mesh.expert_group(0)),
+            "limit": self._limit(route, count),
+        }
+        names = ["arrived", "arrived_weight", "arrived_route", "source"]
+        *there, source = self._add(op, "dispatch", [x, weight, route], names, **sizes)
+        rows, weights, routes = there
+        for inner in op.regions[0].ops:
+            for name in inner.symbols:
+                self._own_experts(name, count // ranks)
+        name = op.result.name
+        self.builder.names.discard(name)
+        (y,) = self._add(
+            op, "experts", [rows, routes, weights], [f"arrived_{name}"],
+            regions=op.regions, count=count // ranks,
+        )  # fmt: skip
+        (back,) = self._add(op, "combine", [y, source, route], [name], **sizes)
+        self._replace(op.result, back)
+
+    def _own_experts(self, name: str, count: int) -> None:
+        weight = self.graph.weights[name]
+        if "*" in name:
+            self.graph.weights[name] = replace(weight, stack=count, axis="expert")
+
+    def _limit(self, route: Value, count: int) -> int:
+        """On how many nodes the experts of a token lie at most, given how they are chosen.
+
+        Node-limited routing: the router's groups lie on nodes (report, section 2.1.2).
+        """
+        k = route.type.last.size or 1
+        nodes = _nodes(self.mesh, self.mesh.expert_group(0))
+        op = self.producers.get(route)
+        if op is None or op.kind != "topk_groups":
+            return min(k, nodes)
+        groups = number(op, "n_group")
+        spans = sorted(
+            len(self.layout.nodes_of_group(group, groups, count)) for group in range(groups)
+        )
+        return min(k, nodes, sum(spans[-number(op, "topk_group") :]))
+
+    def _count_all(self) -> None:
+        """Counts that leave the program, as the load of the experts, are those of all ranks."""
+        end = self.graph.ops.pop()
+        self.builder.ops = self.graph.ops
+        for i, value in enumerate(end.operands):
+            if value.type.partial and value.type.dtype == "i64":
+                end.operands[i] = self._reduce(self.producers.get(value, end), value)
+        self.graph.ops.append(end)
+
+    def _add(
+        self,
+        op: Op,
+        kind: str,
+        operands: Sequence[Value],
+        names: Sequence[str],
+        regions: Sequence[Region] = (),
+        **attrs: Any,
+    ) -> list[Value]:
+        """An operator that comes from where `op` does."""
+        return self.builder.add(
+            kind, operands, names=names, regions=regions, spans=op.spans, **attrs
+        )
+
+    def _replace(self, old: Value, new: Value) -> None:
+        """Whoever reads `old` later on reads `new`; what has been built already stays."""
+        built = {id(op) for op in self.builder.ops}
+        for op in self.graph.walk():
+            if id(op) not in built:
+                op.operands = [new if v is old else v for v in op.operands]
+
+
+def _nodes(mesh: Mesh, group: range) -> int:
+    return len({mesh.node(rank) for rank in group})
+
+
+def group_attrs(mesh: Mesh, axes: tuple[str, ...]) -> dict[str, Any]:
+    """What a collective says of the ranks that it joins."""
+    groups = {
+        ("expert",): mesh.expert_group(0),
+        ("replica",): mesh.expert_replicas(0),
+        ("replica", "expert"): mesh.data_group(0),
+    }
+    group = groups[axes]
+    return {"axes": axes, "ranks": len(group), "nodes": _nodes(mesh, group)}

@@ -1,0 +1,338 @@
+"""The programs of all ranks together compute what the program of one rank does, and send no more
+than they may. Ranks run in lockstep in the interpreter (`tests/interpret/comm.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compiler.graph.build import site_of
+from compiler.graph.core import Graph, Op, Program, Value, copy_program
+from compiler.graph.text import parse_program, print_graph, print_program
+from compiler.graph.verify import spans_missing, verify
+from compiler.lower import lower
+from compiler.ops import OPS
+from compiler.passes.cut_stages import connect_stages, cut_stages
+from compiler.passes.partition import partition
+from compiler.passes.simplify import SIMPLIFY
+from compiler.pipeline import PIPELINES, after, rank_passes
+from compiler.pipeline import run as run_passes
+from compiler.plan.layout import Layout, Mesh, Stage, units
+from dsl.diagnostic import DiagnosticError, render
+from dsl.load import Description, load
+from dsl.source import Source
+from tests.conftest import Golden
+from tests.interpret import State, random_inputs, random_weights, run
+from tests.interpret.comm import Rank, World
+
+TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
+LAST = PIPELINES["train"][-1].name
+
+
+def description(*sets: str) -> Description:
+    return load(TINY, sets=sets)
+
+
+def uncut(of: Description) -> Program:
+    """The train program where the passes of ranks begin to differ."""
+    passes = PIPELINES["train"]
+    *_, step = run_passes("train", lower(of), passes[: passes.index(SIMPLIFY) + 1], of)
+    return step.program
+
+
+def layout(mesh: Mesh, of: Description, *cuts: int) -> Layout:
+    """Stages that end before the units in `cuts`; without any, as even as it goes."""
+    found = units(uncut(of).main)
+    n = mesh.pipeline
+    cuts = cuts or tuple(len(found) * i // n for i in range(1, n))
+    ends = [0, *cuts, len(found)]
+    stages = tuple(Stage(i, found[ends[i] : ends[i + 1]]) for i in range(n))
+    return Layout(mesh, "1f1b", stages, 1, 1, 1)
+
+
+def rank_programs(of: Description, where: Layout, name: str = "train") -> list[Program]:
+    """The program of each stage."""
+    lowered = lower(of)
+    programs = []
+    for stage in where.stages:
+        passes = rank_passes(name, where, stage.index)
+        *_, step = run_passes(name, lowered, passes, of)
+        programs.append(step.program)
+    return programs
+
+
+def share(value: Value, tensor: Tensor, rank: Rank) -> Tensor:
+    """What one rank has of an argument: its own sequences."""
+    mesh = rank.world.mesh
+    spread = any(dim.axes for dim in value.type.dims)
+    here = rank.place.replica * mesh.expert + rank.place.expert
+    return tensor.chunk(mesh.data)[here] if spread else tensor
+
+
+def run_ranks(
+    programs: list[Program],
+    mesh: Mesh,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    graph: str | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> tuple[World, dict[str, Tensor]]:
+    """The results of all ranks as one: summed where they are terms of a sum, joined elsewhere."""
+    world = World(mesh)
+
+    def one(rank: Rank) -> tuple[list[Tensor], dict[str, Tensor]]:
+        program, state = programs[rank.place.pipeline], State()
+        called = program.graphs[graph or program.root]
+        own = {v.name: share(v, inputs[v.name], rank) for v in called.args}
+        results = run(program, own, weights, graph=graph, rank=rank, state=state, dtype=dtype)
+        return results, gradients(program, weights, state, rank)
+
+    outcomes = world.run(one)
+    found = [results for results, _ in outcomes]
+    whole: dict[str, Tensor] = {}
+    for _, grads in outcomes:
+        for name, grad in grads.items():
+            key = f"gradient of {name}"
+            whole[key] = whole[key] + grad if key in whole else grad
+    for stage, program in enumerate(programs):
+        called = program.graphs[graph or program.root]
+        for i, (name, value) in enumerate(named(called).items()):
+            parts = [found[r][i] for r in world.ranks[stage * mesh.data].group(BOTH)]
+            if value.type.partial:
+                part = torch.stack(parts).sum(0)
+            else:
+                part = torch.cat(parts) if value.type.axes else parts[0]
+                assert value.type.axes or all(torch.equal(p, part) for p in parts)
+            if name in whole:
+                stacked = name.startswith("load")
+                part = torch.cat([whole[name], part]) if stacked else whole[name] + part
+            whole[name] = part
+    return world, whole
+
+
+BOTH = ("replica", "expert")
+
+
+def gradients(
+    program: Program, weights: Mapping[str, Tensor], state: State, rank: Rank | None = None
+) -> dict[str, Tensor]:
+    """What the backward graph accumulates for the gradient 1 of the loss; none without one."""
+    if program.backward:
+        backward = program.graphs[program.backward]
+        seeds = {v.name: torch.ones((), dtype=torch.float64) for v in backward.args}
+        run(program, seeds, weights, graph=backward.name, rank=rank, state=state,
+            dtype=torch.float64)  # fmt: skip
+    return state.grads
+
+
+def named(graph: Graph) -> dict[str, Value]:
+    """Results by name; those of the same name are told apart by how they are shaped."""
+    found: dict[str, Value] = {}
+    for name, value in zip(graph.result_names, graph.results, strict=True):
+        stacked = any(dim.name == "layer" for dim in value.type.dims)
+        key = f"{name}_of_layers" if stacked else name
+        while key in found:
+            key += "'"
+        found[key] = value
+    return found
+
+
+MESHES = {
+    "2 nodes x 2 ranks": Mesh(1, 1, 4, 2),
+    "2 replicas": Mesh(1, 2, 2, 2),
+    "replicas only": Mesh(1, 2, 1, 2),
+    "4 nodes": Mesh(1, 1, 4, 1),
+    "3 stages": Mesh(3, 1, 1, 1),
+    "2 stages x 2 replicas x 2 experts": Mesh(2, 2, 2, 2),
+}
+
+
+def check_same(of: Description, where: Layout, name: str = "train") -> World:
+    """Whether all ranks together compute what one does. Gives what they sent."""
+    single = after(of, name, PIPELINES[name][-1].name)
+    sizes = {"batch": 2 * where.mesh.data, "seq": 7}
+    inputs = random_inputs(single, sizes, dtype=torch.float64)
+    weights = random_weights(single, dtype=torch.float64)
+    state = State()
+    results = run(single, inputs, weights, state=state, dtype=torch.float64)
+    expected = dict(zip(named(single.main), results, strict=True))
+    grads = gradients(single, weights, state)
+    expected |= {f"gradient of {weight}": grad for weight, grad in grads.items()}
+    assert bool(grads) == (name == "train")
+    programs = rank_programs(of, where, name)
+    for program in programs:
+        verify(program)
+        assert not spans_missing(program)
+        again = parse_program(Source("rank.graph", print_program(program)))
+        assert print_program(again) == print_program(program)
+    world, found = run_ranks(programs, where.mesh, inputs, weights)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12, msg=key)
+    return world
+
+
+@pytest.mark.parametrize("name", ["forward", "train"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_all_ranks_together_compute_what_one_does(mesh: str, name: str) -> None:
+    of = description()
+    check_same(of, layout(MESHES[mesh], of), name)
+
+
+@pytest.mark.parametrize("cuts", [(1, 2), (1, 4), (2, 3), (3, 4)])
+def test_stages_may_be_cut_anywhere_between_layers(cuts: tuple[int, int]) -> None:
+    """Also with nothing but the embedding first, or nothing but head and MTP modules last."""
+    of = description()
+    check_same(of, layout(MESHES["3 stages"], of, *cuts))
+
+
+# Each example takes a second: what fails is small enough as it is.
+@settings(max_examples=12, phases=[Phase.generate])
+@given(st.data())
+def test_random_specs_on_random_meshes(data: st.DataObject) -> None:
+    draw = data.draw
+    groups = draw(st.sampled_from([1, 2, 4]))
+    experts = draw(st.sampled_from([8, 16]))
+    keep = draw(st.integers(1, groups))
+    k = draw(st.integers(1, min(4, keep * experts // groups)))
+    of = description(
+        f"params.n_group={groups}", f"params.n_routed_experts={experts}",
+        f"params.topk_group={keep}", f"params.num_experts_per_tok={k}",
+        f"params.n_shared_experts={draw(st.integers(0, 1))}",
+        f"architecture.mtp.depth={draw(st.integers(0, 1))}",
+    )  # fmt: skip
+    expert = draw(st.sampled_from([1, 2, 4]))
+    mesh = Mesh(draw(st.integers(1, 3)), draw(st.integers(1, 2)), expert,
+                draw(st.sampled_from([n for n in (1, 2, 4) if n <= expert])))  # fmt: skip
+    count = len(units(uncut(of).main))
+    cuts = sorted(draw(st.permutations(range(1, count)))[: mesh.pipeline - 1])
+    check_same(of, layout(mesh, of, *cuts))
+
+
+# ---- one layer of experts -----------------------------------------------------------------------
+
+
+def moe_layer(of: Description, mesh: Mesh) -> tuple[Program, Program]:
+    """A program and the same of each rank; the layer also gives away the route."""
+    single = uncut(of)
+    moe = single.graphs["DeepSeekMoE"]
+    route = next(op for op in moe.ops if op.kind == "topk_groups").results[0]
+    moe.result_names = (*moe.result_names, "route")
+    moe.ops[-1].operands.append(route)
+    single.root = moe.name
+    single.graphs = {name: single.graphs[name] for name in (*moe.calls(), moe.name)}
+    single.aliases = {}
+    ranks = copy_program(single)
+    partition(layout(mesh, of)).run(ranks, of)
+    return single, ranks
+
+
+def one(graph: Graph, kind: str) -> Op:
+    (found,) = [op for op in graph.walk() if op.kind == kind]
+    return found
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_bytes_are_those_of_tokens_and_their_nodes(groups: int) -> None:
+    """Counted message by message; and, once more, from the route alone."""
+    of = description(f"params.n_group={groups}", f"params.topk_group={(groups + 1) // 2}")
+    mesh, layer = MESHES["2 nodes x 2 ranks"], "DeepSeekMoE"
+    single, ranks = moe_layer(of, mesh)
+    sizes = {"batch": 8, "seq": 5}
+    inputs = random_inputs(single, sizes, graph=layer)
+    weights = random_weights(single, graph=layer)
+    expected = run(single, inputs, weights, graph=layer)
+    world, found = run_ranks([ranks], mesh, inputs, weights, layer, dtype=None)
+    torch.testing.assert_close(found["deepseekmoe"], expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["load"], expected[2])
+    graph = ranks.graphs[layer]
+    dispatch, combine = one(graph, "dispatch"), one(graph, "combine")
+    limit = dispatch.attrs["limit"]
+    assert limit == {4: 2, 2: 1, 1: 2}[groups]
+    each, k, hidden = 4, 4, 64
+    row, routing = 4 * hidden, k * (8 + 4)
+    for rank in world.ranks:
+        route = found["route"].chunk(mesh.data)[rank.number].flatten(0, -2)
+        across = inside = 0
+        for experts in route.tolist():
+            to = {e // each for e in experts}
+            nodes = {r // 2 for r in to}
+            assert len(nodes) <= limit
+            across += len(nodes - {rank.number // 2})
+            inside += len({r for r in to if r % 2 != rank.number % 2})
+        sent = {k: (v.inside, v.across) for k, v in rank.sent.items()}
+        assert sent["dispatch"] == (inside * (row + routing), across * (row + routing))
+        assert sent["combine"] == (inside * row, across * row)
+        here = {"batch": 2, "seq": 5}
+        for op in (dispatch, combine):
+            most = OPS[op.kind].moved(site_of(op, graph, ranks.graphs), here)
+            assert sent[op.kind] <= (most.inside, most.across)
+            assert sent[op.kind][0] <= most.inside and sent[op.kind][1] <= most.across
+
+
+def test_a_token_that_goes_to_too_many_nodes_is_noticed() -> None:
+    of, mesh = description(), MESHES["2 nodes x 2 ranks"]
+    single, ranks = moe_layer(of, mesh)
+    for kind in ("dispatch", "combine"):
+        one(ranks.graphs["DeepSeekMoE"], kind).attrs["limit"] = 1
+    inputs = random_inputs(single, {"batch": 8, "seq": 5}, graph="DeepSeekMoE")
+    weights = random_weights(single, graph="DeepSeekMoE")
+    with pytest.raises(AssertionError, match="a token goes to 2 nodes"):
+        run_ranks([ranks], mesh, inputs, weights, "DeepSeekMoE")
+
+
+def test_limit_follows_from_groups_and_nodes() -> None:
+    """V3: 8 groups, each on a node of its own, 4 of them for a token."""
+    of = load(TINY.with_name("deepseek_v3.yaml"))
+    program = uncut(of)
+    partition(Layout(Mesh(1, 2, 64, 8), "1f1b", (), 1, 1, 1)).run(program, of)
+    moe = program.graphs["DeepSeekMoE"]
+    assert one(moe, "dispatch").attrs == {"count": 256, "ranks": 64, "nodes": 8, "limit": 4}
+    assert moe.weights["experts.*.up_proj.weight"].stack == 4
+    assert str(one(moe, "dispatch").results[0].type) == (
+        "bf16[arrived@(replica, expert), hidden_size=7168]"
+    )
+
+
+# ---- golden texts ------------------------------------------------------------------------------
+
+
+def test_one_layer_of_experts_over_2_nodes_of_2_ranks(golden: Golden) -> None:
+    of = description("architecture.mtp.depth=0")
+    program = uncut(of)
+    texts = [f"// before partition\n{print_graph(program.graphs['DeepSeekMoE'])}"]
+    partition(layout(MESHES["2 nodes x 2 ranks"], of)).run(program, of)
+    verify(program)
+    texts.append(f"// 2 nodes of 2 ranks\n{print_graph(program.graphs['DeepSeekMoE'])}")
+    golden("passes/partition.graph", "\n".join(texts))
+
+
+def test_three_stages(golden: Golden) -> None:
+    of = description("architecture.mtp.depth=0")
+    where = layout(MESHES["3 stages"], of, 2, 3)
+    texts = [f"// before cut_stages\n{print_graph(uncut(of).main)}"]
+    for stage in range(3):
+        program = uncut(of)
+        for one in (cut_stages(where, stage), connect_stages(where, stage)):
+            one.run(program, of)
+            verify(program)
+        texts.append(f"// stage {stage}\n{print_graph(program.main)}")
+    golden("passes/cut_stages.graph", "\n".join(texts))
+
+
+def test_what_only_all_stages_together_know_cannot_be_cut(golden: Golden) -> None:
+    of = description()
+    program = uncut(of)
+    total = next(op for op in program.main.ops if op.kind == "sum")
+    total.kind = "sigmoid"
+    total.result.type = total.operands[0].type
+    (cut, *_) = rank_passes("train", layout(MESHES["3 stages"], of), 1)[3:]
+    with pytest.raises(DiagnosticError) as caught:
+        cut.run(program, of)
+    golden("passes/E519_stages.txt", render(caught.value.diagnostics))
