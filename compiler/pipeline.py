@@ -97,6 +97,7 @@ class Step:
 
     program_name: str
     name: str
+    purpose: str
     program: Program
     changed: bool = True
     delta: Mapping[str, int] = field(default_factory=dict)
@@ -134,21 +135,23 @@ def compile(
     start = time.perf_counter()
     lowered = lower(description)
     verify(lowered)
-    steps = [Step("all", "lower", lowered, seconds=time.perf_counter() - start)]
+    seconds = time.perf_counter() - start
+    steps = [Step("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
     for name in PIPELINES:
-        for step in run(name, lowered, chosen(name, skip, until), description):
+        for step in run(name, lowered, chosen(PIPELINES[name], skip, until), description):
             steps.append(step)
             programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 
-def chosen(program: str, skip: Collection[str] = (), until: str | None = None) -> list[Pass]:
+def chosen(
+    passes: Sequence[Pass], skip: Collection[str] = (), until: str | None = None
+) -> list[Pass]:
     """The passes of a program without those in `skip` and those behind the last `until`.
 
     Essential passes run in any case. `until` counts for programs that have it.
     """
-    passes = PIPELINES[program]
     last = max((i for i, one in enumerate(passes) if one.name == until), default=len(passes))
     return [
         one for i, one in enumerate(passes) if one.essential or (one.name not in skip and i <= last)
@@ -167,7 +170,8 @@ def run(
         verify(after)
         seconds = time.perf_counter() - start
         delta = _delta(program, after)
-        yield Step(name, one.name, after, not equal(program, after), delta, tuple(misses), seconds)
+        changed = not equal(program, after)
+        yield Step(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
         program = after
 
 
@@ -181,9 +185,6 @@ def after(
     description: Description,
     program: str,
     name: str,
-    *,
-    skip: Collection[str] = (),
-    until: str | None = None,
 ) -> Program:
     """One program as it is once the pass `name` has run, for the last time if it runs twice.
 
@@ -192,7 +193,7 @@ def after(
     made = lower(description)
     if name == "lower":
         return made
-    passes = chosen(program, skip, until)
+    passes = PIPELINES[program]
     last = max((i for i, one in enumerate(passes) if one.name == name), default=None)
     if last is None:
         raise KeyError(name)

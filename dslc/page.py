@@ -1,38 +1,22 @@
-"""The page of `dslc graph --html`: where it goes, and with what it opens."""
+"""The page of `dslc graph --html`: where it goes, and over what."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 from backends import VERSION
+from backends.report.steps import render_steps
+from compiler.pipeline import Compiled
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
+from dslc.specs import shown
 
 
-def write(
-    description: Description,
-    output: Path | None,
-    program: str,
-    after: str | None,
-    block: str | None,
-    *,
-    skip: Collection[str],
-    until: str | None,
-) -> None:
-    """Writes the page and says where. Raises `DiagnosticError`; a file of others is one reason."""
-    from backends.report.steps import render_steps
-    from compiler.pipeline import compile
-    from dslc.passes import unknown
-    from dslc.specs import shown
+def write(description: Description, compiled: Compiled, output: Path | None, start: str) -> None:
+    """Writes the page and says where. Raises `DiagnosticError` rather than replace others' files.
 
-    compiled = compile(description, skip=skip, until=until)
-    steps = compiled.steps_of(program)
-    last = max(i for i, s in enumerate(steps) if s.name == (after or steps[-1].name))
-    if block is not None and block not in steps[last].program.graphs:
-        raise DiagnosticError([unknown("block", block, steps[last].program.graphs)])
-    # Without a step or a block it begins at the beginning.
-    start = f"{program}-{last if after or block else 0}{f'/{block}' if block else ''}"
+    `start` is what it opens with, as in `render_steps`.
+    """
     text = render_steps(description, compiled, version=VERSION, start=start)
     path = output or Path(f"{description.spec.model}.html")
     if path.exists() and not _ours(path):

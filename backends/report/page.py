@@ -12,7 +12,7 @@ from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, t
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
 from compiler.graph.text import print_op
-from compiler.pipeline import PIPELINES, Compiled
+from compiler.pipeline import Compiled
 from compiler.plan.plan import Plan
 from dsl.load import Description
 
@@ -155,21 +155,16 @@ class PassLine:
 
 def _pipelines(compiled: Compiled) -> Iterator[tuple[str, list[PassLine]]]:
     """Every program with `lower` and its passes."""
-    for program, passes in PIPELINES.items():
-        purposes = {one.name: one.purpose for one in passes}
-        yield (
-            program,
-            [
-                PassLine(
-                    step.name,
-                    purposes.get(step.name, "blocks and spec to the graph"),
-                    sum(1 for graph in step.program.graphs.values() for _ in graph.walk()),
-                    step.changed,
-                    tuple(step.delta.items()),
-                    tuple(
-                        f"{miss.block}, {print_op(miss.op)}: {miss.reason}" for miss in step.misses
-                    ),
-                )
-                for step in compiled.steps_of(program)
-            ],
-        )
+    for program in compiled.programs:
+        lines = [
+            PassLine(
+                step.name,
+                step.purpose,
+                sum(1 for graph in step.program.graphs.values() for _ in graph.walk()),
+                step.changed,
+                tuple(step.delta.items()),
+                tuple(f"{miss.block}, {print_op(miss.op)}: {miss.reason}" for miss in step.misses),
+            )
+            for step in compiled.steps_of(program)
+        ]
+        yield program, lines

@@ -18,7 +18,7 @@ from compiler.graph.compare import Comparison, Line, Mark, compare
 from compiler.graph.core import BACKWARD, Op, Program
 from compiler.graph.svg import short_name
 from compiler.graph.text import print_attributes, print_op
-from compiler.pipeline import PIPELINES, Compiled, Step
+from compiler.pipeline import Compiled, Step
 from dsl.load import Description
 from dsl.source import Source, Span
 
@@ -136,8 +136,8 @@ class _Page:
     versions: dict[tuple[object, ...], Version] = field(default_factory=dict)
 
     def steps(self, program: str, compiled: Compiled) -> Iterator[Shown]:
-        purposes = {one.name: one.purpose for one in PIPELINES[program]}
-        sizes = {"batch": 1, "seq": 1 if program == "decode" else TOKENS, "context": TOKENS}
+        one_token = program.startswith("decode")
+        sizes = {"batch": 1, "seq": 1 if one_token else TOKENS, "context": TOKENS}
         # The step before the first one is the first one.
         steps = compiled.steps_of(program)
         current: dict[str, str] = {}
@@ -145,7 +145,7 @@ class _Page:
             yield Shown(
                 anchor=f"{program}-{i}",
                 name=step.name,
-                purpose=purposes.get(step.name, "blocks and spec to the graph"),
+                purpose=step.purpose,
                 told=step.told if i else "",
                 operators=sum(1 for g in step.program.graphs.values() for _ in g.walk()),
                 chips=tuple(self._chips(before, step, sizes, current)),

@@ -21,6 +21,7 @@ Examples:
   dslc graph deepseek_v3 --block MLA --program decode  what decoding computes
   dslc graph deepseek_v3 --program decode --after simplify   before the passes that follow
   dslc graph deepseek_v3 --program decode --skip absorb      without one of them
+  dslc graph deepseek_v3 --program train --stage 3           what a rank of that stage computes
   dslc graph deepseek_v3 --format svg > v3.svg         a picture
   dslc graph deepseek_v3 --html                        a page that steps through all passes
 """
@@ -52,6 +53,14 @@ def run(
             show_default=False,
         ),
     ] = None,
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The program of ranks that hold this pipeline stage, by the spec's `parallel:`.",
+            show_default=False,
+        ),
+    ] = None,
     skip: SkipOption = None,
     until: UntilOption = None,
     format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.text,
@@ -72,32 +81,35 @@ def run(
     variant: VariantOption = None,
 ) -> None:
     """Print the graph that a spec compiles to, or write a page that shows how it came to be."""
-    from compiler import pipeline
+    from compiler.pipeline import PIPELINES
     from dsl.diagnostic import DiagnosticError
     from dslc.passes import check, unknown
     from dslc.report import reporting
     from dslc.specs import read
+    from dslc.stages import compiled_for
 
     if output and not html:
         raise typer.BadParameter("-o goes with --html; redirect other formats with >")
     with reporting(as_json=format is GraphFormat.json):
-        if program not in pipeline.PIPELINES:
-            raise DiagnosticError([unknown("program", program, pipeline.PIPELINES)])
+        if program not in PIPELINES:
+            raise DiagnosticError([unknown("program", program, PIPELINES)])
         check(skip, until)
-        passes = [one.name for one in pipeline.chosen(program, skip or (), until)]
-        if after is not None and after not in ["lower", *passes]:
-            raise DiagnosticError([unknown("pass", after, dict.fromkeys(["lower", *passes]))])
         description = read(spec, sets, variant)
+        compiled, name = compiled_for(description, program, stage, skip or (), until)
+        names = [step.name for step in compiled.steps_of(name)]
+        if after is not None and after not in names:
+            raise DiagnosticError([unknown("pass", after, dict.fromkeys(names))])
+        at = max(i for i, one in enumerate(names) if one == (after or names[-1]))
+        made = compiled.steps_of(name)[at].program
+        chosen = only(made, block) if block else made
         if html:
             from dslc.page import write
 
-            write(description, output, program, after, block, skip=skip or (), until=until)
-            return
-        made = pipeline.after(
-            description, program, after or passes[-1], skip=skip or (), until=until
-        )
-        chosen = only(made, block) if block else made
-        print(drawn(chosen, format), end="")
+            # Without a step or a block it begins at the beginning.
+            first = f"{name}-{at if after or block else 0}"
+            write(description, compiled, output, f"{first}/{block}" if block else first)
+        else:
+            print(drawn(chosen, format), end="")
 
 
 def only(program: Program, block: str) -> Program:

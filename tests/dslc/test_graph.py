@@ -16,6 +16,7 @@ from dslc.specs import shipped
 from tests.dslc.conftest import Run
 
 TINY = shipped()["deepseek_v3_tiny"]
+V3 = shipped()["deepseek_v3"]
 
 
 @pytest.mark.parametrize("program", PIPELINES)
@@ -52,6 +53,27 @@ def test_a_page_of_all_passes(dslc: Run) -> None:
     last = f'data-start="forward-{len(PIPELINES["forward"])}/MLA"'
     assert last in Path("deepseek_v3_tiny.html").read_text("utf-8")
     assert "did you mean `MLA`?" in dslc("graph", TINY, "--html", "--block", "MLAA").err
+
+
+def test_the_program_of_a_stage_says_where_tensors_lie(dslc: Run) -> None:
+    stage = ("--program", "train", "--stage", "3")
+    out = dslc("graph", V3, *stage, "--block", "DeepSeekMoE").out
+    assert "stack=4, axis=expert" in out and "dispatch(" in out and "bf16[batch@(" in out
+    assert "dispatch(" not in dslc("graph", V3, *stage, "--after", "cut_stages").out
+    page = dslc("graph", V3, *stage, "--html", "--after", "partition")
+    assert page.status == 0
+    text = Path("deepseek_v3.html").read_text(encoding="utf-8")
+    assert 'data-start="train_stage_3-5"' in text and "is spread over the ranks" in text
+    assert len(text.encode()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("spec", "help"), [(V3, "its stages are 0 to 15"), (TINY, "no section `parallel`")]
+)
+def test_a_stage_that_the_model_does_not_have(dslc: Run, spec: Path, help: str) -> None:
+    outcome = dslc("graph", spec, "--stage", "16")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert "the model has no stage 16" in outcome.err and help in outcome.err
 
 
 def test_a_page_replaces_no_file_of_others(dslc: Run) -> None:

@@ -1,0 +1,38 @@
+"""The programs that a command line names: of the whole model, or of a pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from compiler.pipeline import Compiled, chosen, compile, rank_passes, run
+from compiler.plan.make import make_plan
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.load import Description
+
+
+def compiled_for(
+    description: Description,
+    program: str,
+    stage: int | None,
+    skip: Collection[str],
+    until: str | None,
+) -> tuple[Compiled, str]:
+    """All programs of a model, and the name of the wanted one among them.
+
+    With a stage there is one program more: what the ranks that hold it compute of `program`.
+    Raises `DiagnosticError`.
+    """
+    compiled = compile(description, skip=skip, until=until)
+    if stage is None:
+        return compiled, program
+    plan = make_plan(description, compiled)
+    count = len(plan.layout.stages) if plan else 0
+    if plan is None or not 0 <= stage < count:
+        help = f"its stages are 0 to {count - 1}" if plan else "its spec has no section `parallel`"
+        raise DiagnosticError([Diagnostic("E691", f"the model has no stage {stage}", help=help)])
+    passes = chosen(rank_passes(program, plan.layout, stage), skip, until)
+    name = f"{program}_stage_{stage}"
+    steps = list(run(name, compiled.lowered, passes, description))
+    programs = {**compiled.programs, name: steps[-1].program}
+    return replace(compiled, programs=programs, steps=(*compiled.steps, *steps)), name
