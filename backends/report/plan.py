@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from compiler.analysis import total
 from compiler.plan.explain import CONVENTIONS, place
 from compiler.plan.memory import Kind
 from compiler.plan.plan import Plan, Rank
@@ -30,7 +29,6 @@ class RankLine:
     stages: str
     layers: str
     parts: tuple[Part, ...]
-    flops: int
     bytes_inside: int
     bytes_across: int
 
@@ -78,7 +76,6 @@ def _ranks(plan: Plan) -> Iterator[RankLine]:
                 Part(kind, rank.memory.of(kind), 100 * rank.memory.of(kind) / width)
                 for kind in Kind
             ),
-            total(rank.flops),
             sum(one.bytes_inside for one in rank.sent),
             sum(one.bytes_across for one in rank.sent),
         )

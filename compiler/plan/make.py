@@ -34,13 +34,9 @@ def make_plan(description: Description, compiled: Compiled) -> Plan | None:
 def planner_of(description: Description, compiled: Compiled) -> Planner:
     """The planner of a model whose spec has a section `parallel`."""
     assert description.cluster is not None
-    spec = description.spec
-    return Planner(
-        planned(compiled),
-        description.cluster,
-        fp8=spec.precision.policy.startswith("fp8"),
-        longest=spec.sequence.max_position_embeddings,
-    )
+    longest = description.spec.sequence.max_position_embeddings
+    train = compiled.programs["train"]
+    return Planner(planned(compiled), train, description.cluster, longest)
 
 
 def planned(compiled: Compiled) -> Program:

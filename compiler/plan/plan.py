@@ -7,26 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 
 from compiler.analysis.summary import TRAINING_PASSES
-from compiler.analysis.work import Tally, Work, merged, scaled, total
 from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
 from compiler.plan.kept import Activations, activations
 from compiler.plan.layout import Layout, Mesh, Unit, units
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
-from compiler.plan.stages import cut, unit_flops
+from compiler.plan.stages import Flops, cut, unit_flops
 from compiler.plan.traffic import Exchange, Sent, exchanges, sent
 from compiler.plan.weights import weights_of
 from dsl.schema import Cluster, Parallel
-
-# Products of these are FP8 where the policy says so (report, section 3.3.1).
-FP8_WORK = (
-    Work.ATTENTION_PROJECTIONS,
-    Work.CACHE_PROJECTIONS,
-    Work.DENSE,
-    Work.ROUTED_EXPERTS,
-    Work.SHARED_EXPERTS,
-)
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,7 @@ class Rank:
     """Every rank with one pipeline coordinate, in one step. `flops` are without recomputation."""
 
     memory: RankMemory
-    flops: Tally
+    flops: Flops
     sent: tuple[Sent, ...]
 
     @property
@@ -52,7 +42,6 @@ class Plan:
     placed: tuple[Placed, ...]
     exchanges: tuple[Exchange, ...]
     ranks: tuple[Rank, ...]
-    fp8: bool
 
     @property
     def fits(self) -> bool:
@@ -70,8 +59,8 @@ class Plan:
         the optimizer's state once), `inside` (links inside the node) and `across`; those without a
         known speed are left out.
         """
-        fast = sum(n for work, n in rank.flops.items() if self.fp8 and work in FP8_WORK)
-        slow = total(rank.flops) - fast
+        fast = rank.flops.fp8
+        slow = rank.flops.total - fast
         rates, links = self.cluster.flops, self.cluster.links
         found = {}
         if rates.bf16 and (rates.fp8 or not fast):
@@ -94,13 +83,14 @@ class Plan:
 class Planner:
     """Makes plans of one model on one cluster, for any layout that can be.
 
-    `program` is what training computes, as the equations say it: before operators are fused.
+    `program` is what training computes, as the equations say it: before operators are fused;
+    `train` is the finished program, which says what is kept for the gradients.
     """
 
-    def __init__(self, program: Program, cluster: Cluster, *, fp8: bool, longest: int) -> None:
+    def __init__(self, program: Program, train: Program, cluster: Cluster, longest: int) -> None:
         self.program = program
+        self.train = train
         self.cluster = cluster
-        self.fp8 = fp8
         self.longest = longest  # tokens of a sequence
         self.units = units(program.main)
         self.kinds: Mapping[range, Unit] = {unit.ops: unit for unit in self.units}
@@ -119,7 +109,7 @@ class Planner:
             parallel.pipeline, data // parallel.expert, parallel.expert, self.cluster.gpus_per_node
         )
         flops = self._flops(parallel.micro_batch, parallel.sequence_length)
-        costs = [total(flops[unit.ops]) for unit in self.units]
+        costs = [flops[unit.ops].total for unit in self.units]
         return Layout(
             mesh,
             parallel.schedule,
@@ -135,10 +125,7 @@ class Planner:
         placed = placements(self.program, layout)
         kept = self._kept(parallel.micro_batch, parallel.sequence_length)
         flops = self._flops(parallel.micro_batch, parallel.sequence_length)
-        around = {
-            ops: exchanges(self.program, unit, layout, fp8=self.fp8)
-            for ops, unit in self.kinds.items()
-        }
+        around = {ops: exchanges(self.program, unit, layout) for ops, unit in self.kinds.items()}
         tokens = parallel.micro_batch * parallel.sequence_length
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
         ranks = tuple(
@@ -150,19 +137,19 @@ class Planner:
             for at in range(parallel.pipeline)
         )
         found = tuple(dict.fromkeys(one for every in around.values() for one in every))
-        return Plan(parallel, self.cluster, layout, placed, found, ranks, self.fp8)
+        return Plan(parallel, self.cluster, layout, placed, found, ranks)
 
     @cache  # noqa: B019 - a planner lives as long as one command
-    def _flops(self, micro_batch: int, length: int) -> dict[range, Tally]:
+    def _flops(self, micro_batch: int, length: int) -> dict[range, Flops]:
         return unit_flops(self.program, self.units, _sizes(micro_batch, length))
 
     @cache  # noqa: B019
     def _kept(self, micro_batch: int, length: int) -> dict[range, Activations]:
         sizes = _sizes(micro_batch, length)
-        return {
-            ops: activations(self.program, unit, sizes, fp8=self.fp8)
-            for ops, unit in self.kinds.items()
-        }
+        # The same units, of which each is one operator or a few there.
+        same = zip(self.units, units(self.train.main), strict=True)
+        there = {unit.ops: other for unit, other in same}
+        return {ops: activations(self.train, there[ops], sizes) for ops in self.kinds}
 
     def _boundary(self, sizes: Mapping[str, int]) -> int:
         """Bytes that one layer hands to the next for a micro-batch."""
@@ -175,11 +162,11 @@ def _sizes(micro_batch: int, length: int) -> dict[str, int]:
     return {"batch": micro_batch, "seq": length, "context": length}
 
 
-def _step_flops(layout: Layout, flops: Mapping[range, Tally], pipeline: int) -> Tally:
+def _step_flops(layout: Layout, flops: Mapping[range, Flops], pipeline: int) -> Flops:
     """FLOPs of a step on one rank, forward and backward."""
     each = layout.micro_batches // (2 if layout.both_ways else 1)
-    found: Tally = {}
+    found = Flops()
     for stage in layout.stages_of(pipeline):
         for unit in layout.stages[stage].units:
-            found = merged(found, flops[unit.ops])
-    return scaled(found, TRAINING_PASSES * each)
+            found += flops[unit.ops]
+    return found.times(TRAINING_PASSES * each)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.analysis.work import total
 from compiler.plan.explain import CONVENTIONS, place
 from compiler.plan.layout import Layout
 from compiler.plan.memory import Kind
@@ -80,7 +79,8 @@ def _rank(plan: Plan, rank: Rank) -> dict[str, Any]:
             }
             for use in memory.largest()[:8]
         ],
-        "flops": total(rank.flops),
+        "flops": rank.flops.total,
+        "fp8_flops": rank.flops.fp8,
         "sent": [
             {
                 "purpose": one.purpose,

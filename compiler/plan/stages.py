@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from compiler.analysis.modules import Modules
-from compiler.analysis.work import Tally
+from compiler.analysis.work import total
 from compiler.graph.core import Program
 from compiler.plan.layout import Stage, Unit
 
 
+@dataclass(frozen=True)
+class Flops:
+    """Of matrix products and the core of attention; `fp8` of them are in FP8."""
+
+    total: int = 0
+    fp8: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.total + other.total, self.fp8 + other.fp8)
+
+    def times(self, count: int) -> Flops:
+        return Flops(count * self.total, count * self.fp8)
+
+
 def unit_flops(
     program: Program, units: Sequence[Unit], sizes: Mapping[str, int]
-) -> dict[range, Tally]:
-    """FLOPs of one forward pass through each kind of unit, by share; equal layers once."""
+) -> dict[range, Flops]:
+    """One forward pass through each kind of unit; equal layers once."""
     modules = Modules(program)
     main = program.main
-    found: dict[range, Tally] = {}
+    found: dict[range, Flops] = {}
     for unit in units:
-        if unit.ops in found:
-            continue
-        tally = modules.root([main.ops[i] for i in unit.ops], sizes).flops
-        count = 1 if unit.layer is None else int(str(main.ops[unit.ops[0]].attrs["count"]))
-        found[unit.ops] = {work: n // count for work, n in tally.items()}
+        if unit.ops not in found:
+            module = modules.root([main.ops[i] for i in unit.ops], sizes)
+            count = 1 if unit.layer is None else int(str(main.ops[unit.ops[0]].attrs["count"]))
+            found[unit.ops] = Flops(total(module.flops) // count, module.fp8_flops // count)
     return found
 
 

@@ -13,6 +13,9 @@ from compiler.plan.layout import Layout, Unit
 from compiler.plan.memory import GRADIENT_BYTES
 from compiler.plan.placement import Placed
 
+# Why ranks send, in the order in which tables list it.
+PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -41,24 +44,26 @@ class Sent:
     bytes_across: int
 
 
-def exchanges(program: Program, unit: Unit, layout: Layout, *, fp8: bool) -> tuple[Exchange, ...]:
+def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[Exchange, ...]:
     """The routed experts inside a unit, in order."""
     main = program.main
     ops = list(walk([main.ops[i] for i in unit.ops]))
-    return tuple(_exchanges(program, main, ops, layout, fp8))
+    return tuple(_exchanges(program, main, ops, layout))
 
 
 def _exchanges(
-    program: Program, graph: Graph, ops: Sequence[Op], layout: Layout, fp8: bool
+    program: Program, graph: Graph, ops: Sequence[Op], layout: Layout
 ) -> Iterator[Exchange]:
     routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
     for op in ops:
         if op.kind == "call":
             callee = program.graphs[str(op.attrs["callee"])]
-            yield from _exchanges(program, callee, list(callee.walk()), layout, fp8)
+            yield from _exchanges(program, callee, list(callee.walk()), layout)
         elif op.kind == "experts":
             x, route = op.operands[:2]
             experts, k = int(str(op.attrs["count"])), route.type.last.size or 0
+            inside = walk(op.regions[0].ops)
+            fp8 = any(graph.weights[w].fp8 for inner in inside for w in inner.symbols)
             yield Exchange(
                 graph.name,
                 experts,

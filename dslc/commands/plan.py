@@ -103,7 +103,8 @@ def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
     memory = f", {cluster.memory / 10**9:g} GB each" if cluster.memory else ""
     yield ("cluster", f"{cluster.cluster}: {size}{memory}")
     yield ("mesh", f"{mesh.pipeline} pipeline x {mesh.replicas} replicas x {mesh.expert} expert")
-    yield ("products", "FP8" if plan.fp8 else "in the element type of the weights")
+    done, fast = (sum(getattr(r.flops, what) for r in plan.ranks) for what in ("total", "fp8"))
+    yield ("in FP8", f"{fast / done:.1%} of the FLOPs")
     ways = ", half of them from each end" if layout.both_ways else ""
     yield ("schedule", f"{layout.schedule}, {layout.micro_batches} micro-batches{ways}")
     length = plan.parallel.sequence_length
@@ -148,7 +149,6 @@ def unit_of(plan: Plan) -> tuple[int, str]:
 
 def work_rows(plan: Plan) -> Iterator[Row]:
     """A step of one rank: what it computes and sends, and how long that takes at full speed."""
-    from compiler.analysis import total
     from dsl.units import format_count
 
     scale, unit = unit_of(plan)
@@ -162,7 +162,7 @@ def work_rows(plan: Plan) -> Iterator[Row]:
         seconds = plan.seconds(rank)
         yield (
             str(rank.pipeline),
-            format_count(total(rank.flops)),
+            format_count(rank.flops.total),
             f"{sum(one.messages_inside for one in rank.sent):,}",
             f"{sum(one.bytes_inside for one in rank.sent) / scale:,.2f}",
             f"{sum(one.messages_across for one in rank.sent):,}",

@@ -13,11 +13,10 @@ from dslc.specs import shipped
 
 
 @cache
-def planner(spec: str, parallel: str = "", *, fp8: bool = False) -> tuple[Planner, Parallel]:
-    """The planner of a shipped spec, with its own `parallel` or another one."""
-    description = load(shipped()[spec], sets=[f"parallel={parallel}"] if parallel else ())
-    made = planner_of(description, compile(description))
+def planner(spec: str, parallel: str = "", policy: str = "") -> tuple[Planner, Parallel]:
+    """The planner of a shipped spec, with its own `parallel` and precision or others."""
+    sets = [f"parallel={parallel}"] if parallel else []
+    sets += [f"precision.policy={policy}"] if policy else []
+    description = load(shipped()[spec], sets=sets)
     assert description.spec.parallel is not None
-    if fp8:
-        made = Planner(made.program, made.cluster, fp8=True, longest=made.longest)
-    return made, description.spec.parallel
+    return planner_of(description, compile(description)), description.spec.parallel

@@ -53,7 +53,7 @@ def test_a_sequence_longer_than_the_model_takes() -> None:
 
 
 def test_a_plan_that_does_not_fit_says_what_takes_the_room(golden: Golden) -> None:
-    description = v3("pipeline: 8, expert: 64, batch: 15360", "precision={policy: bf16}")
+    description = v3("pipeline: 8, expert: 64, batch: 15360", "precision.policy=bf16")
     plan = make_plan(description, compile(description))
     assert plan is not None and not plan.fits
     text = render([misfit(plan, planner_of(description, compile(description)), description)])

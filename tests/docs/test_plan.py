@@ -1,0 +1,42 @@
+"""docs/plan.md: its tables are those of the code, its numbers those of the command."""
+
+from __future__ import annotations
+
+import re
+
+from compiler.plan.memory import Kind
+from compiler.plan.traffic import PURPOSES
+from dsl.schema import Cluster
+from dslc.specs import shipped
+from tests.docs.conftest import ROOT, examples, sections, tables
+from tests.dslc.conftest import Run
+
+TEXT = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+
+
+def test_the_section_of_the_text_is_that_of_v3() -> None:
+    (example,) = (e for e in examples(TEXT) if e.language == "yaml")
+    assert example.text in shipped()["deepseek_v3"].read_text(encoding="utf-8")
+
+
+def test_the_tables_name_what_there_is() -> None:
+    named = [re.findall(r"`(\w+)`", row[0]) for row in tables(TEXT, "key")]
+    assert [name for names in named for name in names] == [*Cluster.model_fields]
+    assert [row[0].strip("`") for row in tables(TEXT, "kind")] == [kind.value for kind in Kind]
+    assert [row[0].strip("`") for row in tables(TEXT, "purpose")] == list(PURPOSES)
+
+
+def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
+    outcome = dslc("plan", shipped()["deepseek_v3"])
+    printed = outcome.out.split("\n\nHow this is counted:")[0]
+    assert outcome.status == 0
+    (shown,) = (e.text for e in examples(TEXT) if e.language == "text")
+    assert shown == f"{printed}\n", f"write this into docs/plan.md:\n{printed}"
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / "plan.md"
+        assert file.exists(), target
+        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target
