@@ -132,7 +132,8 @@ def _format(value: Value, op: Op | None, graph: Graph) -> tuple[int, int]:
         routed = value.type.dims[0].name in ("slot", "token") and "unpermute" not in readers
         if routed and any(w.fp8 for name, w in graph.weights.items() if "*" in name):
             return FP8_BYTES
-        if op is not None and op.kind == "attention" and any(w.fp8 for w in graph.weights.values()):
+        attended = op is not None and op.kind in ("attention", "attention_saving")
+        if attended and any(w.fp8 for w in graph.weights.values()):
             return E5M6_BYTES
     return BYTES[value.type.dtype], 1
 
