@@ -25,6 +25,8 @@ from compiler.pipeline import Compiled, compile
 from compiler.plan.make import make_plan
 from compiler.plan.plan import Plan
 from compiler.plan.record import record
+from compiler.plan.schedule import schedule
+from compiler.roles import roles
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
@@ -96,6 +98,11 @@ def package(
     if plan is not None:
         values = record(description.spec.model, plan)
         texts["plan.json"] = json.dumps(values, indent=2) + "\n"
+        for role in roles(description, compiled.lowered, plan.layout):
+            texts[f"graph/rank-{role.name}.graph"] = role.text
+        layout = plan.layout
+        order = schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
+        texts["graph/schedule.txt"] = str(order)
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
         description, compiled, numbers, version=VERSION, files=names, plan=plan

@@ -1,0 +1,76 @@
+"""The programs of a layout: one for each role, which is what some pipeline stages have in common.
+
+Stages with equally many layers of the same kind run the same program. They differ in the number of
+their first layer and in that of their neighbours, by as much as they stand apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from compiler.graph.core import Program, copy_program
+from compiler.graph.rules import number
+from compiler.graph.text import print_program
+from compiler.pipeline import rank_passes, run
+from compiler.plan.layout import Layout, Stage
+from dsl.load import Description
+
+
+@dataclass(frozen=True)
+class Role:
+    """Stages that run the same program, which is that of the first of them."""
+
+    stages: tuple[Stage, ...]
+    program: Program
+
+    @property
+    def name(self) -> str:
+        first, last = self.stages[0].index, self.stages[-1].index
+        return f"{first:02d}" if first == last else f"{first:02d}-{last:02d}"
+
+    @property
+    def text(self) -> str:
+        """The program, and how that of the other stages differs from it."""
+        lines = [
+            f"// Stage {stage.index}: layers {stage.layers[0]} to {stage.layers[-1]}\n"
+            if stage.layers
+            else f"// Stage {stage.index}: no layers\n"
+            for stage in self.stages
+        ]
+        return "".join(lines) + "\n" + print_program(self.program)
+
+    def of(self, stage: Stage) -> Program:
+        """The program of one of the stages."""
+        first, program = self.stages[0], copy_program(self.program)
+        for graph in program.graphs.values():
+            for op in graph.walk():
+                if op.kind in ("send", "recv"):
+                    op.attrs["stage"] = number(op, "stage") + stage.index - first.index
+                elif op.kind in ("repeat", "repeat_backward"):
+                    op.attrs["start"] = number(op, "start") + stage.layers[0] - first.layers[0]
+        return program
+
+
+def roles(description: Description, lowered: Program, layout: Layout) -> Iterator[Role]:
+    """The programs of all stages of training, each role once, in the order of the first stages.
+
+    Raises `DiagnosticError` (E519) where the model cannot be cut.
+    """
+    alike: dict[tuple[object, ...], list[Stage]] = {}
+    for stage in layout.stages:
+        alike.setdefault(_shape(stage, layout), []).append(stage)
+    for stages in alike.values():
+        passes = rank_passes("train", layout, stages[0].index)
+        *_, step = run("train", lowered, passes, description)
+        yield Role(tuple(stages), step.program)
+
+
+def _shape(stage: Stage, layout: Layout) -> tuple[object, ...]:
+    """What the program of a stage depends on, beside the numbers of its layers."""
+    earlier = [u.ops for s in layout.stages[: stage.index] for u in s.units]
+    inside = {u.ops for u in stage.units if u.layer is not None}
+    whole = all(u.layer is not None for u in stage.units) and len(inside) == 1
+    # Only layers of one loop are alike wherever they stand.
+    begins = stage.units[0].ops not in earlier
+    return (begins, len(stage.units), stage.units[0].ops) if whole else (stage.index,)
