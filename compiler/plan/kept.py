@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value
-from compiler.graph.types import BYTES, FLOATS
+from compiler.graph.types import BYTES
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
 from compiler.passes.recompute import VIEWS
@@ -120,8 +120,7 @@ class _Walk:
                 total += self._visit(graph, region.ops, sizes, times * again, made)
             made |= {v.name: (v, op) for v in op.results}
             if op.kind not in VIEWS and not op.regions:
-                floats = (v.type for v in op.results if v.type.dtype in FLOATS)
-                total += sum(type.bytes(sizes) for type in floats)
+                total += sum(v.type.bytes(sizes) for v in op.results)
         return total
 
 

@@ -163,10 +163,12 @@ class Layout:
 
         A micro-batch returns to a stage once it has been to the last one and back, while the stage
         has begun as many others as there are stages from it to the last. Together the two stages
-        of a rank under DualPipe keep one more than there are stages (report, table 2).
+        of a rank under DualPipe keep one more than there are stages, and with the zero-bubble
+        schedule weight gradients wait until all ranks keep as many as there are (report, table 2).
         """
         ways = 2 if self.both_ways else 1
-        return min(self.mesh.pipeline - stage, self.micro_batches // ways)
+        first = 0 if self.schedule == "zero_bubble" else stage
+        return min(self.mesh.pipeline - first, self.micro_batches // ways)
 
     def experts_of(self, expert: int, count: int) -> range:
         """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""

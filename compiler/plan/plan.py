@@ -13,6 +13,8 @@ from compiler.plan.kept import Activations, activations
 from compiler.plan.layout import Layout, Mesh, Unit, units
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
+from compiler.plan.schedule import schedule
+from compiler.plan.simulate import Costs, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
 from compiler.plan.traffic import Exchange, Sent, exchanges, sent
 from compiler.plan.weights import weights_of
@@ -42,6 +44,7 @@ class Plan:
     placed: tuple[Placed, ...]
     exchanges: tuple[Exchange, ...]
     ranks: tuple[Rank, ...]
+    slowest: Flops  # of a forward pass of one micro-batch through the stage that has most to do
 
     @property
     def fits(self) -> bool:
@@ -59,12 +62,11 @@ class Plan:
         the optimizer's state once), `inside` (links inside the node) and `across`; those without a
         known speed are left out.
         """
-        fast = rank.flops.fp8
-        slow = rank.flops.total - fast
-        rates, links = self.cluster.flops, self.cluster.links
+        links = self.cluster.links
         found = {}
-        if rates.bf16 and (rates.fp8 or not fast):
-            found["compute"] = slow / rates.bf16 + (fast / rates.fp8 if rates.fp8 else 0.0)
+        computing = self._computing(rank.flops)
+        if computing is not None:
+            found["compute"] = computing
         if self.cluster.memory_bandwidth:
             found["memory"] = self._moved(rank.memory) / self.cluster.memory_bandwidth
         if links.inside:
@@ -72,6 +74,22 @@ class Plan:
         if links.across:
             found["across"] = sum(one.bytes_across for one in rank.sent) / links.across
         return found
+
+    def step_seconds(self) -> float | None:
+        """How long a step takes at full speed with the bubble of its schedule, were all sending
+        hidden and every stage as slow as the slowest; None where no speed is known."""
+        forward = self._computing(self.slowest)
+        if forward is None:
+            return None
+        order = schedule(self.layout.schedule, self.layout.mesh.pipeline, self.layout.micro_batches)
+        return simulate(order, Costs(forward, forward, forward)).end
+
+    def _computing(self, flops: Flops) -> float | None:
+        rates = self.cluster.flops
+        if not rates.bf16 or (flops.fp8 and not rates.fp8):
+            return None
+        fast = flops.fp8 / rates.fp8 if rates.fp8 else 0.0
+        return (flops.total - flops.fp8) / rates.bf16 + fast
 
     def _moved(self, memory: RankMemory) -> int:
         """Bytes of weights that are read or written in a step: twice each time."""
@@ -137,7 +155,9 @@ class Planner:
             for at in range(parallel.pipeline)
         )
         found = tuple(dict.fromkeys(one for every in around.values() for one in every))
-        return Plan(parallel, self.cluster, layout, placed, found, ranks)
+        stages = [_stage_flops(layout, flops, stage.index) for stage in layout.stages]
+        slowest = max(stages, key=lambda one: one.total)
+        return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest)
 
     @cache  # noqa: B019 - a planner lives as long as one command
     def _flops(self, micro_batch: int, length: int) -> dict[range, Flops]:
@@ -165,8 +185,11 @@ def _sizes(micro_batch: int, length: int) -> dict[str, int]:
 def _step_flops(layout: Layout, flops: Mapping[range, Flops], pipeline: int) -> Flops:
     """FLOPs of a step on one rank, forward and backward."""
     each = layout.micro_batches // (2 if layout.both_ways else 1)
-    found = Flops()
-    for stage in layout.stages_of(pipeline):
-        for unit in layout.stages[stage].units:
-            found += flops[unit.ops]
+    stages = layout.stages_of(pipeline)
+    found = sum((_stage_flops(layout, flops, stage) for stage in stages), Flops())
     return found.times(TRAINING_PASSES * each)
+
+
+def _stage_flops(layout: Layout, flops: Mapping[range, Flops], stage: int) -> Flops:
+    """Of one forward pass of a micro-batch."""
+    return sum((flops[unit.ops] for unit in layout.stages[stage].units), Flops())

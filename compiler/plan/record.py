@@ -13,6 +13,7 @@ from compiler.plan.plan import Plan, Rank
 
 def record(name: str, plan: Plan) -> dict[str, Any]:
     """All of a plan for `json.dumps`; sizes in bytes, shapes in elements."""
+    step = plan.step_seconds()
     return {
         "model": name,
         "fits": plan.fits,
@@ -40,6 +41,7 @@ def record(name: str, plan: Plan) -> dict[str, Any]:
             }
             for one in plan.exchanges
         ],
+        "step_seconds": None if step is None else round(step, 6),
         "ranks": [_rank(plan, rank) for rank in plan.ranks],
         "weights": [_weight(one) for one in plan.placed],
         "conventions": list(CONVENTIONS),

@@ -97,6 +97,8 @@ def as_text(plan: Plan, description: Description) -> str:
 
 
 def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
+    from dsl.units import format_count
+
     mesh, layout, cluster = plan.layout.mesh, plan.layout, plan.cluster
     yield ("model", model)
     size = f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs"
@@ -111,6 +113,10 @@ def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
     yield ("micro-batch", f"{layout.micro_batch} x {length:,} tokens on each rank")
     zero = "sharded over the ranks that hold a weight" if layout.zero else "on every rank"
     yield ("optimizer", f"{zero} (ZeRO-{layout.zero})")
+    if (step := plan.step_seconds()) is not None:
+        rate = format_count(plan.parallel.batch * length / step)
+        pace = f"{step:.2f} s or {rate} tokens/s at full speed, with the bubble"
+        yield ("step", f"{pace}, were all sending hidden")
 
 
 def expert_rows(plan: Plan) -> Iterator[Row]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compiler.pipeline import compile
 from compiler.plan.layout import Layout, Mesh, Stage, units
+from compiler.plan.schedule import schedule
+from compiler.plan.simulate import under_way
 from dsl.load import load
 from dslc.specs import shipped
 
@@ -51,6 +54,18 @@ def test_v3_as_published_keeps_each_group_of_experts_on_one_node() -> None:
     assert layout.holders(3) == (3, 12)
     # Neighbours along the pipeline sit at the same place of their nodes.
     assert (mesh.rank(1, 0, 0) - mesh.rank(0, 0, 0)) % mesh.node_size == 0
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
+@pytest.mark.parametrize(("pipeline", "batches"), [(2, 8), (4, 8), (16, 120), (6, 12)])
+def test_as_many_are_in_flight_as_the_schedule_has_under_way(
+    name: str, pipeline: int, batches: int
+) -> None:
+    layout = Layout(Mesh(pipeline, 1, 1, 8), name, (), 1, batches, 1)
+    order = schedule(name, pipeline, batches)
+    for rank in range(pipeline):
+        kept = sum(layout.in_flight(stage) for stage in layout.stages_of(rank))
+        assert kept == under_way(order, rank)
 
 
 def test_units_are_the_whole_outermost_block_in_order() -> None:

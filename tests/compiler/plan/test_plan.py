@@ -89,6 +89,16 @@ def test_the_arithmetic_of_v3_is_that_of_the_model(v3: Plan) -> None:
     assert of_model * tokens <= of_plan < (of_model + 50) * tokens
 
 
+def test_a_step_of_v3_is_the_slowest_stage_with_the_bubble_of_dualpipe(v3: Plan) -> None:
+    slow, fast = v3.slowest.total - v3.slowest.fp8, v3.slowest.fp8
+    chunk = slow / 989e12 + fast / 1979e12
+    step = v3.step_seconds()
+    # 60 chunks from each end, forward and twice as much backward; (PP/2 - 1)(F&B + B - 3W) more.
+    assert step == pytest.approx((120 * 3 + 7 * (3 + 2 - 3)) * chunk)
+    # Published: 19.9 s, not at full speed.
+    assert 5 < step < 19.9
+
+
 def test_ranks_send_what_two_nodes_of_two_would() -> None:
     made, parallel = planner(
         "deepseek_v3_tiny",
