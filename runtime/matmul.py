@@ -7,17 +7,24 @@ ms against 0.97 on one core of a Zen 5), and for bfloat16 torch takes it anyway.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as torch_f
 from torch import Tensor
 
-ONEDNN_ROWS = 8
-"""From so many rows on oneDNN is ahead; for fewer, the time is that of reading the weight."""
+FEW = 8
+"""Up to so many rows, what takes the time is to read the weight: no kernel is ahead of another."""
+
+BUCKET = 32
+"""oneDNN makes a kernel for each new number of rows, which takes as long as to multiply some 500
+rows of 512 by 256. Routing brings new numbers with every batch; rounded up, they are few."""
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` for x [..., in] and weight [out, in], of any strides: [..., out]."""
-    if x.numel() >= ONEDNN_ROWS * x.shape[-1] > 0 and _suits_onednn(x):
+    if x.numel() > FEW * x.shape[-1] > 0 and _suits_onednn(x):
         return _onednn(x, weight)
     return torch_f.linear(x, weight)
 
@@ -27,18 +34,18 @@ def grouped_product(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
 
     `ends` int32 [experts] says where each expert's rows end.
     """
-    if grouped_mm_takes(x, weight) and not _suits_onednn(x):
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        out = x.new_empty(len(x), weight.shape[1])
+        for expert, part in enumerate(_parts(ends, len(x))):
+            if part.rows:
+                rows = product(x[part.wider], weight[expert])
+                out[part.exact] = rows[part.inside]
+        return out
+    if grouped_mm_takes(x, weight):
         return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
-    if torch.is_grad_enabled():
-        parts = zip(x.split(counts(ends)), weight.unbind(), strict=True)
-        return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
-    out = x.new_empty(len(x), weight.shape[1])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            out[start:end] = product(x[start:end], weight[expert])
-        start = end
-    return out
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = zip(x.split(counts), weight.unbind(), strict=True)
+    return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
 
 
 def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -46,14 +53,41 @@ def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
     a [slots, m], b [slots, n]; no gradient follows from it.
     """
-    if grouped_mm_takes(a, b) and not _suits_onednn(a):
+    if a.device.type != "cpu" and grouped_mm_takes(a, b):
         return torch_f.grouped_mm(a.t(), b, offs=ends)
     out = a.new_empty(len(ends), a.shape[1], b.shape[1])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        out[expert] = product(a[start:end].t(), b[start:end].t())
-        start = end
+    for expert, part in enumerate(_parts(ends, len(a))):
+        # Rows of other experts count as zero.
+        columns = a.new_zeros(a.shape[1], part.wider.stop - part.wider.start)
+        columns[:, part.inside] = a[part.exact].t()
+        out[expert] = product(columns, b[part.wider].t())
     return out
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one expert: `exact`, and `wider` by rows of others to a number seen before."""
+
+    rows: int
+    exact: slice
+    wider: slice
+    inside: slice
+    """Where the exact ones stand among the wider."""
+
+
+def _parts(ends: Tensor, slots: int) -> Iterator[_Part]:
+    start = 0
+    for end in ends.tolist():
+        rows = end - start
+        size = rows if rows <= FEW else min(-(-rows // BUCKET) * BUCKET, slots)
+        first = min(start, slots - size)
+        yield _Part(
+            rows,
+            slice(start, end),
+            slice(first, first + size),
+            slice(start - first, end - first),
+        )
+        start = end
 
 
 def grouped_mm_takes(*factors: Tensor) -> bool:
@@ -65,11 +99,6 @@ def grouped_mm_takes(*factors: Tensor) -> bool:
     dtypes = (torch.bfloat16, torch.float32) if device == "cpu" else (torch.bfloat16,)
     sizes = {size for t in factors for size in (t.shape[1:] if t.dim() > 2 else t.shape[-1:])}
     return dtype in dtypes and all(size * dtype.itemsize % 16 == 0 for size in sizes)
-
-
-def counts(ends: Tensor) -> list[int]:
-    """How many rows each expert has."""
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def _suits_onednn(x: Tensor) -> bool:
