@@ -59,6 +59,18 @@ def test_pages_open_without_errors_and_print(pages: Path, browser: Browser, name
     assert width <= 1400, "the page is wider than the window"
 
 
+def test_without_scripts_everything_is_there(pages: Path, browser: Browser) -> None:
+    browser.send("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(pages / "steps.html")
+        for selector in (".step", ".version", ".version li"):
+            total = browser.evaluate(f"document.querySelectorAll('{selector}').length")
+            assert len(visible(browser, selector, "tagName")) == total > 0
+        assert visible(browser, ".scripted", "tagName") == []
+    finally:
+        browser.send("Emulation.setScriptExecutionDisabled", value=False)
+
+
 def test_a_person_steps_through_a_program(pages: Path, browser: Browser) -> None:
     browser.open(pages / "steps.html")
     assert visible(browser, ".step", "id") == ["forward-0"]

@@ -1,4 +1,4 @@
-"""The difference of random models: none with itself, and mirrored the other way round."""
+"""Random models as people see them: their difference, and the page of their passes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from backends.report.steps import render_steps
 from compiler.pipeline import compile
 from dsl.load import Description
 from dslc.difference import Side, difference
 from tests.property.random_specs import accepted, fitted, specs
+
+
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
+@given(specs().map(fitted))
+def test_the_page_of_any_model_holds_all_of_its_steps(spec: dict[str, Any]) -> None:
+    def made(description: Description) -> tuple[str, int]:
+        compiled = compile(description)
+        steps = sum(len(compiled.steps_of(program)) for program in compiled.programs)
+        return render_steps(description, compiled, version="0", start="train-0"), steps
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = accepted(spec, Path(folder), "model", made)
+    if found is not None:
+        text, steps = found
+        assert text.count('<article class="step"') == steps
 
 
 def side(spec: dict[str, Any], name: str) -> Side | None:
@@ -24,7 +40,7 @@ def side(spec: dict[str, Any], name: str) -> Side | None:
         return accepted(spec, Path(folder), name, made)
 
 
-@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_of_two_random_models(data: st.DataObject) -> None:
     a, b = (side(data.draw(specs().map(fitted)), name) for name in ("a", "b"))
