@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compiler.graph.core import Program
@@ -74,8 +73,3 @@ def placements(program: Program, layout: Layout) -> tuple[Placed, ...]:
         )
         for (_, layers), (held, pipelines) in found.items()
     )
-
-
-def elements_on(placed: tuple[Placed, ...], pipeline: int) -> Mapping[Placed, int]:
-    """The weights on each rank of a pipeline rank, and how many of their elements."""
-    return {one: one.on_rank for one in placed if pipeline in one.pipelines}

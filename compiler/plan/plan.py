@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from compiler.analysis.summary import TRAINING_PASSES
 from compiler.graph.core import Program
@@ -98,6 +97,14 @@ class Plan:
         return 2 * (passes * each + memory.of(Kind.MASTER) + memory.of(Kind.MOMENTS))
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Of one micro-batch, by the operators of a unit."""
+
+    flops: Mapping[range, Flops]
+    kept: Mapping[range, Activations]
+
+
 class Planner:
     """Makes plans of one model on one cluster, for any layout that can be.
 
@@ -110,15 +117,12 @@ class Planner:
         self.train = train
         self.cluster = cluster
         self.longest = longest  # tokens of a sequence
+        self._costs: dict[tuple[int, int], _Costs] = {}
         self.units = units(program.main)
         self.kinds: Mapping[range, Unit] = {unit.ops: unit for unit in self.units}
         weights = [held for unit in self.kinds.values() for held in weights_of(program, unit)]
         # How many routed experts there are in a layer, of each kind of layer that has any.
-        self.experts = tuple(
-            dict.fromkeys(
-                int(held.name.split("{0..")[1].split("}")[0]) + 1 for held in weights if held.routed
-            )
-        )
+        self.experts = tuple(dict.fromkeys(held.experts for held in weights if held.routed))
 
     def layout(self, parallel: Parallel) -> Layout:
         """The layout that `parallel` asks for; it must be possible (`compiler.plan.possible`)."""
@@ -126,7 +130,7 @@ class Planner:
         mesh = Mesh(
             parallel.pipeline, data // parallel.expert, parallel.expert, self.cluster.gpus_per_node
         )
-        flops = self._flops(parallel.micro_batch, parallel.sequence_length)
+        flops = self._of_a_micro_batch(parallel.micro_batch, parallel.sequence_length).flops
         costs = [flops[unit.ops].total for unit in self.units]
         return Layout(
             mesh,
@@ -141,35 +145,35 @@ class Planner:
         """The plan for a layout that is possible; it may still not fit."""
         layout = self.layout(parallel)
         placed = placements(self.program, layout)
-        kept = self._kept(parallel.micro_batch, parallel.sequence_length)
-        flops = self._flops(parallel.micro_batch, parallel.sequence_length)
+        costs = self._of_a_micro_batch(parallel.micro_batch, parallel.sequence_length)
         around = {ops: exchanges(self.program, unit, layout) for ops, unit in self.kinds.items()}
         tokens = parallel.micro_batch * parallel.sequence_length
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
         ranks = tuple(
             Rank(
-                rank_memory(layout, placed, kept, at),
-                _step_flops(layout, flops, at),
+                rank_memory(layout, placed, costs.kept, at),
+                _step_flops(layout, costs.flops, at),
                 sent(layout, placed, around, boundary, tokens, at),
             )
             for at in range(parallel.pipeline)
         )
         found = tuple(dict.fromkeys(one for every in around.values() for one in every))
-        stages = [_stage_flops(layout, flops, stage.index) for stage in layout.stages]
+        stages = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
         slowest = max(stages, key=lambda one: one.total)
         return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest)
 
-    @cache  # noqa: B019 - a planner lives as long as one command
-    def _flops(self, micro_batch: int, length: int) -> dict[range, Flops]:
-        return unit_flops(self.program, self.units, _sizes(micro_batch, length))
-
-    @cache  # noqa: B019
-    def _kept(self, micro_batch: int, length: int) -> dict[range, Activations]:
-        sizes = _sizes(micro_batch, length)
-        # The same units, of which each is one operator or a few there.
-        same = zip(self.units, units(self.train.main), strict=True)
-        there = {unit.ops: other for unit, other in same}
-        return {ops: activations(self.train, there[ops], sizes) for ops in self.kinds}
+    def _of_a_micro_batch(self, size: int, length: int) -> _Costs:
+        """Made once for each size, since a search tries many layouts of the same."""
+        if (size, length) not in self._costs:
+            sizes = _sizes(size, length)
+            # The same units in the finished program, each of one operator or a few there.
+            same = zip(self.units, units(self.train.main), strict=True)
+            there = {unit.ops: other for unit, other in same}
+            self._costs[size, length] = _Costs(
+                unit_flops(self.program, self.units, sizes),
+                {ops: activations(self.train, there[ops], sizes) for ops in self.kinds},
+            )
+        return self._costs[size, length]
 
     def _boundary(self, sizes: Mapping[str, int]) -> int:
         """Bytes that one layer hands to the next for a micro-batch."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from compiler.graph.core import Graph, Op, Program
-from compiler.graph.types import BYTES, Type
+from compiler.graph.types import Type
 from compiler.plan.layout import Unit
 from dsl.source import Span
 
@@ -15,29 +15,26 @@ from dsl.source import Span
 class Held:
     """`count` equal weights of a unit.
 
-    A `*` in the published name stands for the layer; `{0..255}` for experts, which are `routed`,
-    or for layers within a block. `span` is the equation that uses the weight.
+    A `*` in the published name stands for the layer; `{0..255}` for the `experts` of a layer, 0
+    where the weight is not that of a routed expert, or for layers within a block. `span` is the
+    equation that uses the weight.
     """
 
     name: str
     type: Type
     count: int
-    routed: bool
+    experts: int
     trainable: bool
     span: Span | None
+
+    @property
+    def routed(self) -> bool:
+        return self.experts > 0
 
     @property
     def elements(self) -> int:
         """Of all of them."""
         return self.count * self.type.count()
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * BYTES[self.type.dtype]
-
-    def named(self, layer: int | None) -> Held:
-        """The same weights of one layer."""
-        return self if layer is None else replace(self, name=self.name.replace("*", str(layer), 1))
 
 
 def weights_of(program: Program, unit: Unit) -> tuple[Held, ...]:
@@ -88,8 +85,8 @@ def _written(scope: str, stars: _Stars) -> str:
 
 def _held(graph: Graph, symbol: str, op: Op, prefix: str, count: int) -> Held:
     weight = graph.weights[symbol]
-    routed = "*" in symbol
-    name = symbol.replace("*", f"{{0..{weight.stack - 1}}}") if routed else symbol
-    times = count * (weight.stack if routed else 1)
+    experts = weight.stack if "*" in symbol else 0
+    name = symbol.replace("*", f"{{0..{weight.stack - 1}}}")
     span = op.spans[0] if op.spans else None
-    return Held(f"{prefix}{name}", weight.type, times, routed, weight.trainable, span)
+    times = count * max(1, experts)
+    return Held(f"{prefix}{name}", weight.type, times, experts, weight.trainable, span)
