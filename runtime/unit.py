@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,11 +82,20 @@ class _Place:
 class Grads:
     """Gradients of weights, added up while the methods `backward` run."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._known = {id(weight) for weight in weights}
         self._sums: dict[int, Tensor] = {}
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
-        """Adds to the gradient of a weight, in the weight's shape and dtype."""
+        """Adds to the gradient of a weight, in the weight's shape and dtype.
+
+        Raises RuntimeError for a weight that was not there when the loss was computed.
+        """
+        if id(weight) not in self._known:
+            raise RuntimeError(
+                "weights of the model were replaced between the loss and its backward pass, as "
+                "torch.func.functional_call does: keep them, or build with --skip differentiate"
+            )
         gradient = gradient.to(weight.dtype)
         before = self._sums.get(id(weight))
         self._sums[id(weight)] = gradient if before is None else before + gradient
@@ -133,13 +143,22 @@ def differentiable(
 ) -> Any:
     """`forward(*inputs, kept)` as one function of autograd, whose gradients `backward` computes.
 
-    `weights` are the parameters that it uses; those that need a gradient get one.
+    `weights` are the parameters that it uses; those that need a gradient get one. Precision is
+    that of the spec, also under `torch.autocast`.
     """
-    if not torch.is_grad_enabled():
-        return forward(*inputs, Kept(wanted=False))
-    call = _Call(forward, backward, gradients, len(inputs))
-    results = _Function.apply(call, *inputs, *weights)
+    with _without_autocast(weights):
+        if not torch.is_grad_enabled():
+            return forward(*inputs, Kept(wanted=False))
+        call = _Call(forward, backward, gradients, len(inputs))
+        results = _Function.apply(call, *inputs, *weights)
     return results[0] if call.single else tuple(results[i] for i in call.places)
+
+
+def _without_autocast(weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    device = weights[0].device.type if weights else "cpu"
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @dataclass
@@ -170,16 +189,18 @@ class _Function(torch.autograd.Function):
         saved, ctx.rest = kept.packed()
         ctx.weights = tensors[call.inputs :]
         ctx.call = call
-        ctx.save_for_backward(*saved)
+        # Weights are read from their modules; they are saved so that autograd notices changes.
+        ctx.save_for_backward(*saved, *ctx.weights)
         return tuple(distinct)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        kept, grads = Kept.unpacked(ctx.saved_tensors, ctx.rest), Grads()
+        kept, grads = Kept.unpacked(ctx.saved_tensors, ctx.rest), Grads(ctx.weights)
         given = [d[call.places[i]] for i in call.gradients.results]
-        found = call.backward(*given, kept, grads)
+        with _without_autocast(ctx.weights):
+            found = call.backward(*given, kept, grads)
         found = (found,) if isinstance(found, Tensor) else found or ()
         inputs: list[Tensor | None] = [None] * call.inputs
         for i, gradient in zip(call.gradients.arguments, found, strict=True):

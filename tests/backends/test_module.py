@@ -231,3 +231,43 @@ def test_the_model_under_checkpoint_has_the_same_gradients(model: Any, reentrant
 
     checkpoint(run, start, use_reentrant=reentrant).backward()
     same(model, expected)
+
+
+def test_autocast_leaves_training_in_the_precision_of_the_spec(model: Any) -> None:
+    expected = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(model).backward()
+    same(model, expected)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_a_weight_that_changes_before_the_backward_pass_is_noticed(model: Any, name: str) -> None:
+    total = loss(model)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_weights_that_are_replaced_before_the_backward_pass_are_refused(model: Any) -> None:
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Tensor:
+            return loss(self.model)
+
+    objective = Objective()
+    others = {n: p.detach().clone().requires_grad_() for n, p in objective.named_parameters()}
+    total = torch.func.functional_call(objective, others, ())
+    with pytest.raises(RuntimeError, match="functional_call does: keep them"):
+        total.backward()
+
+
+def test_kept_values_may_be_moved_away(model: Any) -> None:
+    expected = gradients(model)
+    with torch.autograd.graph.save_on_cpu():
+        total = loss(model)
+    total.backward()
+    same(model, expected)
