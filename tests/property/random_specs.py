@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from dsl.diagnostic import DiagnosticError, render
@@ -63,6 +64,18 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         "policy": draw(st.sampled_from(["fp32", "bf16"])),
         "alpha": draw(st.sampled_from(["1e-3", "0"])),
     }
+
+
+def few(share: int) -> settings:
+    """One in `share` of the usual number of examples, 100 or 2000 in the profile `explore`.
+
+    A whole model is slow, and making it smaller until it just fails would take minutes.
+    """
+    return settings(
+        max_examples=settings().max_examples // share,
+        phases=[phase for phase in Phase if phase is not Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def text_of(spec: dict[str, Any], name: str, unused: set[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,30 +19,34 @@ from compiler.lower import lower
 from compiler.pipeline import PIPELINES, after
 from dsl.load import Description, load
 from tests.interpret import State, random_inputs, random_weights, run
-from tests.property.random_specs import accepted, fitted, specs
+from tests.property.random_specs import accepted, few, fitted, specs
 
 TINY = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
-# 100 by default, 2000 in the profile `explore`.
-EXAMPLES = settings().max_examples
 CHUNKS = (4, 1, 2)
 """Tokens that a decoder is given at a time."""
 
 
 class Case:
-    """A random model with weights and inputs, the same ones for all of its programs."""
+    """A random model with weights and inputs, the same ones for all of its programs.
 
-    def __init__(self, description: Description, batch: int = 2) -> None:
+    Without `dtype`, element types are those that programs declare.
+    """
+
+    def __init__(
+        self, description: Description, batch: int = 2, dtype: torch.dtype | None = torch.float64
+    ) -> None:
         self.description = description
+        self.dtype = dtype
         self.lowered = lower(description)
-        self.weights = random_weights(self.lowered, dtype=torch.float64)
+        self.weights = random_weights(self.lowered, dtype=dtype)
         sizes = {"batch": batch, "seq": sum(CHUNKS)}
-        self.inputs = random_inputs(self.lowered, sizes, dtype=torch.float64)
+        self.inputs = random_inputs(self.lowered, sizes, dtype=dtype)
         self.inputs["position"] = torch.arange(sizes["seq"]).expand(batch, -1)
 
     def run(self, program: Program, at: slice = slice(None), state: State | None = None) -> Any:
         """Results for the tokens `at`."""
         inputs = {n: t[:, at] if t.dim() > 1 else t for n, t in self.inputs.items()}
-        return run(program, inputs, self.weights, state=state, dtype=torch.float64)
+        return run(program, inputs, self.weights, state=state, dtype=self.dtype)
 
     def observe(self, program: Program) -> dict[str, Tensor]:
         """All that can be seen of a program, by name.
@@ -71,21 +75,12 @@ class Case:
         if program.backward:
             state = State()
             self.run(program, state=state)
-            seed = {
-                v.name: torch.ones((), dtype=torch.float64)
-                for v in program.graphs[program.backward].args
-            }
-            run(
-                program,
-                seed,
-                self.weights,
-                graph=program.backward,
-                state=state,
-                dtype=torch.float64,
-            )
+            backward = program.graphs[program.backward]
+            seeds = {v.name: torch.ones((), dtype=self.dtype) for v in backward.args}
+            run(program, seeds, self.weights, graph=backward.name, state=state, dtype=self.dtype)
             return state.grads
         weights = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
-        results = run(program, self.inputs, weights, dtype=torch.float64)
+        results = run(program, self.inputs, weights, dtype=self.dtype)
         total = results[program.main.result_names.index("total")]
         found = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
         return {name: grad for name, grad in zip(weights, found, strict=True) if grad is not None}
@@ -143,7 +138,7 @@ def test_every_pass_computes_the_same_for_the_tiny_v3(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-@settings(max_examples=EXAMPLES // 12, suppress_health_check=list(HealthCheck))
+@few(12)
 @given(spec=specs().map(fitted), batch=st.integers(1, 2))
 def test_every_pass_computes_the_same(name: str, spec: dict[str, Any], batch: int) -> None:
     every_pass_computes_the_same(case(spec, batch), name)
@@ -167,7 +162,7 @@ def test_programs_agree_for_the_tiny_v3() -> None:
     programs_agree(Case(load(TINY)))
 
 
-@settings(max_examples=EXAMPLES // 12, suppress_health_check=list(HealthCheck))
+@few(12)
 @given(spec=specs().map(fitted), batch=st.integers(1, 2))
 def test_programs_agree(spec: dict[str, Any], batch: int) -> None:
     programs_agree(case(spec, batch))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from backends.build import build
 from dsl.load import Description
-from tests.property.random_specs import accepted, fitted, specs
+from tests.property.random_specs import accepted, few, fitted, specs
 from tests.property.test_passes import Case, close
 
 COUNTER = itertools.count()
@@ -43,7 +43,7 @@ def test_a_random_spec_runs_or_is_refused(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@few(4)
 @given(specs().map(fitted))
 def test_generated_code_computes_what_the_graph_means(spec: dict[str, Any]) -> None:
     """Scores, loss and all gradients in float64, against autograd through the lowered graph."""
