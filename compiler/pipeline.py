@@ -25,6 +25,7 @@ from compiler.passes.place_fp8 import PLACE_FP8
 from compiler.passes.recompute import RECOMPUTE
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
+from compiler.passes.split_backward import SPLIT_BACKWARD
 from compiler.plan.layout import Layout
 from compiler.rewrite import Miss
 from dsl.load import Description
@@ -83,7 +84,9 @@ def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
     passes = PIPELINES[program]
     at = passes.index(SIMPLIFY) + 1
     cut = (cut_stages(layout, stage), partition(layout))
-    return (*passes[:at], *cut, *passes[at:], connect_stages(layout, stage))
+    # Only 1F1B computes both kinds of gradients at once.
+    split = () if layout.schedule == "1f1b" else (SPLIT_BACKWARD,)
+    return (*passes[:at], *cut, *passes[at:], *split, connect_stages(layout, stage))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dsl.source import Span
 REPEATS = ("repeat", "repeat_backward")
 # The gradients of a graph are a graph of this name behind its own.
 BACKWARD = "_backward"
+# That of the gradients of its weights, where they are apart.
+WEIGHTS = "_weights"
 
 Attr = int | float | bool | str | tuple["Attr", ...]
 
@@ -149,7 +151,13 @@ class Program:
     @property
     def roots(self) -> tuple[str, ...]:
         """The graphs that nobody in the program calls."""
-        return (self.root, self.backward) if self.backward else (self.root,)
+        return tuple(name for name in (self.root, self.backward, self.weights) if name)
+
+    @property
+    def weights(self) -> str:
+        """The graph of the gradients of weights, where it is apart from `backward`."""
+        name = self.root + WEIGHTS
+        return name if self.backward and name in self.graphs else ""
 
     def backward_of(self, name: str) -> Graph | None:
         """The graph of the gradients of a graph, where it has been derived."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import infer
-from compiler.graph.core import REPEATS, Graph, Op, Program, Value, Weight
+from compiler.graph.core import BACKWARD, REPEATS, WEIGHTS, Graph, Op, Program, Value, Weight
 from compiler.graph.names import Name, clashes, is_weight, names_of
 from compiler.graph.rules import (
     IDENTIFIER,
@@ -82,7 +82,7 @@ class _Check:
         self.types: set[Type] = set()
         self.used: set[str] = set()
         self.cached: set[str] = set()
-        self.keeps: set[str] = set()
+        self.keeps: set[tuple[str, str]] = set()
 
     def run(self, key: str) -> None:
         self._try(self._head, key)
@@ -162,7 +162,7 @@ class _Check:
             if name not in self.cached:
                 raise Broken("E518", f"cache @{name} is never written", "remove it")
         for name in self.graph.kept:
-            if name not in self.keeps:
+            if not {("keep", name), ("kept", name)} & self.keeps:
                 raise Broken("E518", f"kept @{name} is never written or read", "remove it")
 
     # ---- operators --------------------------------------------------------------------------
@@ -297,9 +297,10 @@ class _Check:
         if len(names) != len(values):
             raise Broken("E518", f"has {len(names)} names for {len(values)} values")
         for name, value in zip(names, values, strict=True):
-            if name in self.keeps or self.graph.kept.get(str(name)) != value.type:
+            again = (op.kind, name) in self.keeps
+            if again or self.graph.kept.get(str(name)) != value.type:
                 raise Broken("E518", f"nothing of {value.type} is declared as kept @{name}")
-            self.keeps.add(str(name))
+            self.keeps.add((op.kind, str(name)))
 
     def _regions(self, op: Op, scope: _Scope) -> bool:
         """Checks what is inside; whether it is sound."""
@@ -380,6 +381,20 @@ def _backward(program: Program) -> Iterator[Diagnostic]:
         yield Diagnostic("E510", f"program @{program.name} has no graph @{program.backward}")
     for name, graph in program.graphs.items():
         backward = program.backward_of(name)
-        if backward is not None and backward.kept != graph.kept:
-            message = f"@{backward.name} reads what @{name} does not keep, or not as it keeps it"
+        # Gradients of weights that are apart read what those of inputs keep.
+        weights = program.graphs.get(name.removesuffix(BACKWARD) + WEIGHTS)
+        reader = backward or (weights if name.endswith(BACKWARD) else None)
+        if reader is not None and _entries(reader, "kept") != _entries(graph, "keep"):
+            message = f"@{reader.name} reads what @{name} does not keep, or not as it keeps it"
             yield Diagnostic("E518", message, graph.span)
+
+
+def _entries(graph: Graph, kind: str) -> dict[str, Type | None]:
+    """What a graph keeps, or reads of what was kept."""
+    names = [n for op in graph.ops if op.kind == kind for n in _names(op)]
+    return {name: graph.kept.get(name) for name in names}
+
+
+def _names(op: Op) -> list[str]:
+    names = op.attrs.get("entries")
+    return list(map(str, names)) if isinstance(names, tuple) else []

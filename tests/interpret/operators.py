@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiler.graph.core import Attr, Op
+from compiler.graph.core import BACKWARD, WEIGHTS, Attr, Op
 from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
@@ -212,7 +212,8 @@ def _entries(f: Frame, op: Op) -> list[str]:
     """Full names of what an operator remembers or reads; a backward graph reads its forward's."""
     names = op.attrs["entries"]
     assert isinstance(names, tuple)
-    return [f"{f.prefix}{f.graph.name.removesuffix('_backward')}:{name}" for name in names]
+    graph = f.graph.name.removesuffix(BACKWARD).removesuffix(WEIGHTS)
+    return [f"{f.prefix}{graph}:{name}" for name in names]
 
 
 def _cache_append(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ than they may. Ranks run in lockstep in the interpreter (`tests/interpret/comm.p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,8 +127,9 @@ def gradients(
     if program.backward:
         backward = program.graphs[program.backward]
         seeds = {v.name: torch.ones((), dtype=torch.float64) for v in backward.args}
-        run(program, seeds, weights, graph=backward.name, rank=rank, state=state,
-            dtype=torch.float64)  # fmt: skip
+        for graph in filter(None, (backward.name, program.weights)):
+            run(program, seeds, weights, graph=graph, rank=rank, state=state,
+                dtype=torch.float64)  # fmt: skip
     return state.grads
 
 
@@ -183,6 +185,13 @@ def check_same(of: Description, where: Layout, name: str = "train") -> World:
 def test_all_ranks_together_compute_what_one_does(mesh: str, name: str) -> None:
     of = description()
     check_same(of, layout(MESHES[mesh], of), name)
+
+
+def test_gradients_of_weights_may_wait() -> None:
+    of = description("architecture.mtp.depth=1")
+    where = replace(layout(MESHES["2 stages x 2 replicas x 2 experts"], of), schedule="zero_bubble")
+    assert all(program.weights for program in rank_programs(of, where))
+    check_same(of, where)
 
 
 @pytest.mark.parametrize("cuts", [(1, 2), (1, 4), (2, 3), (3, 4)])
