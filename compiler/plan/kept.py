@@ -120,7 +120,9 @@ class _Walk:
                 total += self._visit(graph, region.ops, sizes, times * again, made)
             made |= {v.name: (v, op) for v in op.results}
             if op.kind not in VIEWS and not op.regions:
-                total += sum(v.type.bytes(sizes) for v in op.results)
+                # What has no run-time dimension is a copy of a weight, in FP8 for one.
+                made_of = (v.type for v in op.results if any(d.size is None for d in v.type.dims))
+                total += sum(type.bytes(sizes) for type in made_of)
         return total
 
 
