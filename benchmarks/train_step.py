@@ -7,6 +7,7 @@ computes it and the experts' load.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -27,15 +28,13 @@ def main() -> None:
     for match in matches(asked):
         print(f"{match.title}, {BATCH} sequences of {SEQ} tokens", flush=True)
         vocab = match.ours.config.params.vocab_size
-        text = torch.randint(vocab, (BATCH, SEQ + 1), generator=torch.manual_seed(0))
-        x, y = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         if asked.profile:
-            profile(partial(ours, match.ours, x, y))
+            profile(partial(ours, match.ours, batches(vocab)))
             continue
-        runs = {"dslc": partial(ours, match.ours, x, y)}
+        runs = {"dslc": partial(ours, match.ours, batches(vocab))}
         for peer in match.peers:
             loss = torch.compile(peer_loss) if peer.compiled else peer_loss
-            runs[peer.name] = partial(theirs, peer.model, loss, x, y)
+            runs[peer.name] = partial(theirs, peer.model, loss, batches(vocab))
         ceiling = Ceiling(match)
         products = {"linear": ceiling.torch_linear, "onednn": ceiling.onednn}
         seconds = race({**runs, **products}, asked)
@@ -48,14 +47,22 @@ def main() -> None:
         print(f"  matmul ceiling           {rate / 1e9:10,.0f} GFLOP/s, of which dslc {share:.0%}")
 
 
-def ours(model: Any, x: Tensor, y: Tensor) -> None:
-    model.zero_grad()
-    model.loss(x, y).total.backward()
+def batches(vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels, others in each step as in training: each routing has its own shapes."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        text = torch.randint(vocab, (BATCH, SEQ + 1), generator=generator)
+        yield text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def theirs(model: Any, loss: Any, x: Tensor, y: Tensor) -> None:
+def ours(model: Any, batch: Iterator[tuple[Tensor, Tensor]]) -> None:
     model.zero_grad()
-    loss(model, x, y).backward()
+    model.loss(*next(batch)).total.backward()
+
+
+def theirs(model: Any, loss: Any, batch: Iterator[tuple[Tensor, Tensor]]) -> None:
+    model.zero_grad()
+    loss(model, *next(batch)).backward()
 
 
 def peer_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:

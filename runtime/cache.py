@@ -40,9 +40,10 @@ class Cache:
         if key not in self._buffers:
             shape = (self.batch, self.capacity, *entry.shape[2:])
             self._buffers[key] = torch.empty(shape, dtype=entry.dtype, device=entry.device)
-        self._buffers[key][:, old:length] = entry.detach()
+        buffer = self._buffers[key]
+        buffer.narrow(1, old, entry.shape[1]).copy_(entry.detach())
         self._lengths[key] = length
-        return self._buffers[key][:, :length]
+        return buffer.narrow(1, 0, length)
 
     @property
     def bytes(self) -> int:

@@ -352,7 +352,14 @@ def head_linear(x: Tensor, weight: Tensor, rows: tuple[int, int], *, transposed:
     part = weight.unflatten(0, (x.shape[-2], -1))[:, rows[0] : rows[1]]
     if not transposed:
         part = part.transpose(1, 2)
-    return torch.einsum("bshd,hde->bshe", x, part)
+    # By hand what einsum would do: a decoding step is as long as its calls are many.
+    out = torch.bmm(x.flatten(0, 1).transpose(0, 1), part)
+    return out.transpose(0, 1).view(*x.shape[:3], -1)
+
+
+_WIDENED = 2**18
+"""Up to so many numbers in the latents, the CPU attends in float32: for bfloat16, oneDNN makes a
+kernel for each new length of the context, which takes longer than all the rest of a layer."""
 
 
 def latent_attention(
@@ -364,11 +371,15 @@ def latent_attention(
     k_rope [batch, key, r]: [batch, query, heads, c]. The last query sees every key.
     """
     queries, keys = q_latent.shape[1], c_kv.shape[1]
-    score = torch.einsum("bqhc,bkc->bhqk", q_latent, c_kv)
-    score = score + torch.einsum("bqhr,bkr->bhqk", q_rope, k_rope)
+    heads, dtype = q_latent.shape[2], c_kv.dtype
+    if c_kv.numel() <= _WIDENED and c_kv.device.type == "cpu":
+        q_latent, q_rope, c_kv, k_rope = (wide(t) for t in (q_latent, q_rope, c_kv, k_rope))
+    score = torch.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
+    score = torch.baddbmm(score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
     score = wide(score) * scale
     if queries > 1:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=score.device)
-        score = score.masked_fill(~ones.tril(keys - queries), -math.inf)
+        hidden = ~ones.tril(keys - queries).repeat_interleave(heads, 0)
+        score = score.masked_fill(hidden, -math.inf)
     share = score.softmax(-1).to(c_kv.dtype)
-    return torch.einsum("bhqk,bkc->bqhc", share, c_kv)
+    return torch.bmm(share, c_kv).view(q_latent.shape).to(dtype)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime import functional as F
+from runtime import matmul
 
 # Shapes and settings of DeepSeek-V3's gate.
 V3_GATE = {"n_group": 8, "topk_group": 4, "k": 8, "group_score": "top2_sum"}
@@ -390,6 +391,20 @@ def test_grouped_products_without_gradient_are_the_same() -> None:
     with torch.no_grad():
         assert torch.allclose(F.grouped_linear(x, ends, weight), expected, atol=1e-5)
     assert torch.allclose(F.grouped_linear(x, ends, weight), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(0, 5, 0, 3), (40, 0, 1, 23), (31, 33, 70, 9)])
+def test_other_rows_never_reach_an_expert(counts: tuple[int, ...]) -> None:
+    """Rows are rounded up to a number that a kernel exists for; those too many count nowhere."""
+    x, weight, dy = random(sum(counts), 6), random(4, 5, 6, seed=1), random(sum(counts), 5, seed=2)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    rows, gradients = x.split(counts), dy.split(counts)
+    with torch.no_grad():
+        y = F.grouped_linear(x, ends, weight).split(counts)
+        outer = matmul.grouped_outer(dy, x, ends)
+    for e in range(4):
+        assert torch.allclose(y[e], rows[e] @ weight[e].t(), atol=1e-5)
+        assert torch.allclose(outer[e], gradients[e].t() @ rows[e], atol=1e-4)
 
 
 def test_gradients_of_grouped_experts_are_those_of_the_loop() -> None:
