@@ -18,6 +18,7 @@ from compiler.passes.cut_stages import connect_stages, cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_loss import FUSE_LOSS
+from compiler.passes.fuse_pointwise import FUSE_POINTWISE
 from compiler.passes.hoist import HOIST
 from compiler.passes.outline import OUTLINE
 from compiler.passes.partition import partition
@@ -38,6 +39,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
     ),
@@ -48,6 +50,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_POINTWISE,
         FUSE_LOSS,
         SIMPLIFY,
         OUTLINE,
@@ -62,6 +65,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         INSERT_CACHE,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
     ),
@@ -73,6 +77,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         ABSORB,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
     ),

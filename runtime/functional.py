@@ -47,6 +47,17 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(square / x.shape[-1] + eps)
 
 
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + y`, and `rms_norm` of it."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) up`, elementwise."""
+    return silu(gate) * up
+
+
 def silu(x: Tensor) -> Tensor:
     """`x sigmoid(x)`, elementwise."""
     return torch_f.silu(x)

@@ -65,6 +65,11 @@ def silu_grad(d: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
+def swiglu_grad(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and up, for silu(gate) up."""
+    return silu_grad(d * up, gate), d * F.silu(gate)
+
+
 def sigmoid_grad(d: Tensor, y: Tensor) -> Tensor:
     """`d y (1 - y)` from the result y."""
     dx: Tensor = torch.ops.aten.sigmoid_backward(d, y)

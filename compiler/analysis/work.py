@@ -50,6 +50,7 @@ def merged(a: Tally, b: Tally) -> dict[Work, int]:
 _BY_KIND = {
     "embedding": Work.EMBEDDING,
     "rms_norm": Work.NORMS,
+    "add_rms_norm": Work.NORMS,
     "attention": Work.ATTENTION_CORE,
     "latent_attention": Work.ATTENTION_CORE,
     "grouped_linear": Work.ROUTED_EXPERTS,

@@ -48,6 +48,7 @@ _STYLES = {
     "linear": "product",
     "embedding": "product",
     "rms_norm": "product",
+    "add_rms_norm": "product",
     "attention": "attention",
     "rotate": "attention",
     "rope_table": "attention",

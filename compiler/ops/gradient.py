@@ -134,6 +134,17 @@ class SiLUGrad(_LikeSecond):
     kind = "silu_grad"
 
 
+class SwiGLUGrad(Operator):
+    """Gradients of gate and up: those of `silu` and of the product."""
+
+    kind = "swiglu_grad"
+    operands = ("d", "gate", "up")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return site.types[1:]
+
+
 class SigmoidGrad(_LikeSecond):
     """d * y * (1 - y), where y is the sigmoid."""
 

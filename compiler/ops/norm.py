@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from compiler.graph.core import Op, Value
@@ -15,6 +16,7 @@ from compiler.ops.base import (
     grad_name,
     need_float,
     need_rank,
+    same_shape,
 )
 
 
@@ -51,6 +53,58 @@ class RMSNorm(Operator):
         if at.trains(op.symbols):
             at.add("accumulate_grad", [dw], op.symbols)
         return [dx]
+
+
+class AddRMSNorm(Operator):
+    """x + y, and `rms_norm` of it: the residual is added and normed for the next block."""
+
+    kind = "add_rms_norm"
+    operands = ("x", "y")
+    symbols = ("weight",)
+    attrs: ClassVar = {"eps": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, y = site.types
+        same_shape(cls.kind, x, y)
+        return (x, *RMSNorm.infer(replace(site, types=(x,))))
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        d_total, d_normed = d
+        total = op.results[0]
+        if d_normed is not None:
+            dx, dw = at.add(
+                "rms_norm_grad", [d_normed, total], op.symbols,
+                names=[f"d_{total.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
+            )  # fmt: skip
+            if at.trains(op.symbols):
+                at.add("accumulate_grad", [dw], op.symbols)
+            if d_total is not None:
+                (dx,) = at.add("add", [d_total, dx], names=[f"d_{total.name}"])
+            d_total = dx
+        return [d_total, d_total]
+
+
+class SwiGLU(Operator):
+    """silu(gate) * up (arXiv 2002.05202)."""
+
+    kind = "swiglu"
+    operands = ("gate", "up")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        gate, up = site.types
+        need_float(cls.kind, gate)
+        same_shape(cls.kind, gate, up)
+        return (gate,)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None, None]
+        names = [f"d_{v.name}" for v in op.operands]
+        return at.add("swiglu_grad", [d[0], *op.operands], names=names)
 
 
 class _Pointwise(Operator):

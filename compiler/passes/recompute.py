@@ -72,7 +72,7 @@ class _Pair:
     sizes: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        self.producers = {v.name: op for op in self.forward.ops for v in op.results}
+        self.producers = {v.name: op for op in _apart(self.forward.ops) for v in op.results}
         self.values = {v.name: v for op in self.forward.ops for v in op.results}
         self.values |= {v.name: v for v in self.forward.args}
         self.head = self.backward.ops[0]
@@ -215,6 +215,17 @@ def _pairs(program: Program) -> Iterator[_Pair]:
         backward = program.backward_of(name)
         if backward is not None and name != program.root:
             yield _Pair(graph, backward, sizes_of(graph, program))
+
+
+def _apart(ops: Sequence[Op]) -> Iterator[Op]:
+    """Operators one by one: the norm of a sum that is kept needs nothing but the sum."""
+    for op in ops:
+        if op.kind == "add_rms_norm":
+            total, normed = op.results
+            yield Op("add", op.operands, results=[total], spans=op.spans)
+            yield Op("rms_norm", [total], op.symbols, op.attrs, results=[normed], spans=op.spans)
+        else:
+            yield op
 
 
 def _settle(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:

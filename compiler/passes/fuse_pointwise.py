@@ -1,0 +1,61 @@
+"""Neighbours without a matrix product become one: their tensors are read and written once.
+
+silu(gate) * up is `swiglu`; a residual that is added and then normed is `add_rms_norm`, which gives
+both the sum and the norm. Each of them is bound by memory, so that what is saved is a pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compiler.graph.core import Op, Program, Value
+from compiler.passes.base import Pass
+from compiler.rewrite import Miss, Place, rewrite
+from dsl.load import Description
+
+
+def _run(program: Program, description: Description) -> Sequence[Miss]:
+    return [*rewrite(program, "mul", _swiglu), *rewrite(program, "rms_norm", _add_rms_norm)]
+
+
+FUSE_POINTWISE = Pass(
+    "fuse_pointwise",
+    "gate and product of SwiGLU in one, residual sum and norm in one",
+    _run,
+    ensures="no silu that only a product reads, no sum that is normed next",
+)
+
+
+def _swiglu(at: Place) -> Sequence[Value] | Miss:
+    for gate, up in (at.op.operands, reversed(at.op.operands)):
+        silu = at.producer(gate, "silu")
+        if silu is not None and at.uses[gate] == 1 and gate.type == up.type:
+            return at.add("swiglu", [silu.operands[0], up], names=[at.op.result.name])
+    return Miss("no factor is a silu that nothing else reads", at.op)
+
+
+def _add_rms_norm(at: Place) -> Sequence[Value] | Miss:
+    (x,) = at.op.operands
+    add = at.producer(x, "add")
+    if add is None:
+        return Miss("what is normed is no sum", at.op)
+    if any(v.type != x.type for v in add.operands):
+        return Miss("a scalar is added", add)
+    if _read_between(at, add):
+        return Miss("the sum is read before it is normed", add)
+    names = [x.name, at.op.result.name]
+    total, normed = at.add(
+        "add_rms_norm", add.operands, at.op.symbols, names=names, eps=at.op.attrs["eps"]
+    )
+    at.builder.graph.replace_uses(x, total)
+    return [normed]
+
+
+def _read_between(at: Place, add: Op) -> bool:
+    """Whether an operator in front of the norm, or in another list than it, reads the sum."""
+    after = False
+    for op in at.builder.graph.walk():
+        after = after or op is at.op
+        if add.result in op.operands and not after:
+            return True
+    return at.op not in at.builder.graph.ops or add not in at.builder.graph.ops
