@@ -21,7 +21,15 @@ from tests.conftest import GOLDEN
 # What only passes make; tests/compiler/passes reads such programs back.
 MADE_BY_PASSES = {
     *(kind for kind, operator in OPS.items() if operator.__module__ == gradient.__name__),
-    *("linear_cross_entropy", "repeat_backward", "keep", "kept", "accumulate_grad"),
+    *(
+        "swiglu",
+        "add_rms_norm",
+        "linear_cross_entropy",
+        "repeat_backward",
+        "keep",
+        "kept",
+        "accumulate_grad",
+    ),
 }
 
 

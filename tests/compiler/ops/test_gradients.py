@@ -256,10 +256,27 @@ def _drop(kind: str) -> Callable[[Draw], Example]:
     return example
 
 
+def _of_equals(kind: str) -> Callable[[Draw], Example]:
+    def example(d: Draw) -> Example:
+        width = d.dim("width")
+        return Example(kind, [d.tokens(width), d.tokens(width)])
+
+    return example
+
+
+def _add_rms_norm(d: Draw) -> Example:
+    width = d.dim("width")
+    weight = Weight(Type("f32", (width,)))
+    operands = [d.tokens(width), d.tokens(width)]
+    return Example("add_rms_norm", operands, {"w.weight": weight}, {"eps": 1e-6})
+
+
 EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "embedding": _embedding,
     "linear": _linear,
     "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": _of_equals("swiglu"),
     "silu": _of_one("silu"),
     "sigmoid": _of_one("sigmoid"),
     "softmax": _of_one("softmax"),

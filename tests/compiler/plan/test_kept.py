@@ -45,8 +45,8 @@ def test_a_dense_layer_has_no_experts() -> None:
     assert 0 <= kept(0, "bf16") - expected < SMALL
 
 
-def test_without_its_budget_v3_keeps_the_outputs_of_experts_and_does_not_fit() -> None:
-    description = load(shipped()["deepseek_v3"], sets=["train={loss: {balance_alpha: 1e-4}}"])
+def test_if_it_kept_the_outputs_of_experts_v3_would_not_fit() -> None:
+    description = load(shipped()["deepseek_v3"], sets=["train.kept_bytes_per_token=22M"])
     made, parallel = planner_of(description, compile(description)), description.spec.parallel
     assert parallel is not None
     plan = made.plan(parallel)
