@@ -99,7 +99,8 @@ def package(
         values = record(description.spec.model, plan)
         texts["plan.json"] = json.dumps(values, indent=2) + "\n"
         for role in roles(description, compiled.lowered, plan.layout):
-            texts[f"graph/rank-{role.name}.graph"] = role.text
+            texts[f"graph/rank-{role.name}.graph"] = role.text(role.program)
+            texts[f"graph/rank-{role.name}-step.graph"] = role.text(role.step)
         layout = plan.layout
         order = schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
         texts["graph/schedule.txt"] = str(order)

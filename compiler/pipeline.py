@@ -84,6 +84,13 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
 }
 
 
+def before_cut(program: str, lowered: Program, description: Description) -> Program:
+    """A program where those of single ranks begin to differ from it."""
+    passes = PIPELINES[program]
+    *_, step = run(program, lowered, passes[: passes.index(SIMPLIFY) + 1], description)
+    return step.program
+
+
 def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
     """The passes of the program of those ranks that hold a pipeline stage."""
     passes = PIPELINES[program]

@@ -12,33 +12,38 @@ from dataclasses import dataclass
 from compiler.graph.core import Program, copy_program
 from compiler.graph.rules import number
 from compiler.graph.text import print_program
-from compiler.pipeline import rank_passes, run
+from compiler.graph.verify import verify
+from compiler.passes.optimizer_step import shared_weights, step_program
+from compiler.pipeline import before_cut, rank_passes, run
 from compiler.plan.layout import Layout, Stage
 from dsl.load import Description
 
 
 @dataclass(frozen=True)
 class Role:
-    """Stages that run the same program, which is that of the first of them."""
+    """Stages that run the same programs, which are those of the first of them.
+
+    `program` is that of a micro-batch, `step` that of the end of a training step.
+    """
 
     stages: tuple[Stage, ...]
     program: Program
+    step: Program
 
     @property
     def name(self) -> str:
         first, last = self.stages[0].index, self.stages[-1].index
         return f"{first:02d}" if first == last else f"{first:02d}-{last:02d}"
 
-    @property
-    def text(self) -> str:
-        """The program, and how that of the other stages differs from it."""
+    def text(self, program: Program) -> str:
+        """One of the two programs, and which layers it has in each of the stages."""
         lines = [
             f"// Stage {stage.index}: layers {stage.layers[0]} to {stage.layers[-1]}\n"
             if stage.layers
             else f"// Stage {stage.index}: no layers\n"
             for stage in self.stages
         ]
-        return "".join(lines) + "\n" + print_program(self.program)
+        return "".join(lines) + "\n" + print_program(program)
 
     def of(self, stage: Stage) -> Program:
         """The program of one of the stages."""
@@ -57,13 +62,17 @@ def roles(description: Description, lowered: Program, layout: Layout) -> Iterato
 
     Raises `DiagnosticError` (E519) where the model cannot be cut.
     """
+    uncut = before_cut("train", lowered, description)
+    shared = shared_weights(uncut, layout)
     alike: dict[tuple[object, ...], list[Stage]] = {}
     for stage in layout.stages:
         alike.setdefault(_shape(stage, layout), []).append(stage)
     for stages in alike.values():
         passes = rank_passes("train", layout, stages[0].index)
         *_, step = run("train", lowered, passes, description)
-        yield Role(tuple(stages), step.program)
+        end = step_program(step.program, layout, stages[0].index, shared)
+        verify(end)
+        yield Role(tuple(stages), step.program, end)
 
 
 def _shape(stage: Stage, layout: Layout) -> tuple[object, ...]:

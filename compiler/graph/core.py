@@ -19,6 +19,8 @@ REPEATS = ("repeat", "repeat_backward")
 BACKWARD = "_backward"
 # That of the gradients of its weights, where they are apart.
 WEIGHTS = "_weights"
+# That of what happens to its weights at the end of a training step.
+STEP = "_step"
 
 Attr = int | float | bool | str | tuple["Attr", ...]
 

@@ -101,6 +101,13 @@ class Type:
         """The same type with the last dimension replaced."""
         return replace(self, dims=(*self.dims[:-1], *dims))
 
+    def with_partial(self, axes: tuple[str, ...]) -> Type:
+        return replace(self, partial=axes)
+
+    def spread_first(self, axes: tuple[str, ...]) -> Type:
+        """The same type with the first dimension spread over ranks."""
+        return self.with_dims(replace(self.dims[0], axes=axes), *self.dims[1:])
+
     def with_dtype(self, dtype: str) -> Type:
         return replace(self, dtype=dtype)
 

@@ -11,6 +11,7 @@ from compiler.ops import (
     loss,
     moe,
     norm,
+    optimizer,
     quantize,
     tensor,
 )
@@ -99,6 +100,9 @@ _ALL: tuple[type[Operator], ...] = (
     gradient.PadFirst,
     gradient.PadLast,
     gradient.Rename,
+    optimizer.Gradient,
+    optimizer.Update,
+    optimizer.Assign,
     control.Call,
     control.Repeat,
     control.RepeatBackward,

@@ -9,7 +9,7 @@ from backends.build import build
 from compiler.graph.text import parse_program, print_program
 from compiler.graph.verify import verify
 from compiler.lower import lower
-from compiler.pipeline import PIPELINES, rank_passes, run
+from compiler.pipeline import before_cut, rank_passes, run
 from compiler.plan.layout import Layout, Mesh, Stage, units
 from compiler.roles import roles
 from dsl.load import Description, load
@@ -24,8 +24,7 @@ DEEP = (
 
 
 def layout(of: Description, ends: list[int]) -> Layout:
-    *_, step = run("train", lower(of), PIPELINES["train"][:3], of)
-    found = units(step.program.main)
+    found = units(before_cut("train", lower(of), of).main)
     cuts = [0, *ends, len(found)]
     stages = tuple(Stage(i, found[a:b]) for i, (a, b) in enumerate(pairwise(cuts)))
     return Layout(Mesh(len(stages), 1, 2, 2), "1f1b", stages, 1, 1, 1)
@@ -40,7 +39,7 @@ def test_programs_of_all_stages_follow_from_those_of_their_roles() -> None:
     assert [r.name for r in found] == ["00", "01-03", "04", "05-06", "07", "08"]
     for role in found:
         verify(role.program)
-        text = parse_program(Source("rank.graph", role.text))
+        text = parse_program(Source("rank.graph", role.text(role.program)))
         assert print_program(text) == print_program(role.program)
         for stage in role.stages:
             passes = rank_passes("train", where, stage.index)
@@ -52,11 +51,13 @@ def test_a_build_with_a_layout_holds_the_programs_of_its_ranks(tmp_path: Path) -
     sets = ["parallel={cluster: cpu_2x2, pipeline: 2, expert: 2, batch: 8, sequence_length: 64}"]
     files = build(load(TINY, sets=sets), tmp_path / "tiny").files
     ranks = sorted(name for name in files if name.startswith("graph/rank"))
-    assert ranks == ["graph/rank-00.graph", "graph/rank-01.graph"]
+    assert ranks == [f"graph/rank-0{i}{end}.graph" for i in (0, 1) for end in ("-step", "")]
     for name in ranks:
         text = (tmp_path / "tiny" / name).read_text(encoding="utf-8")
         program = parse_program(Source(name, text))
         verify(program)
-        assert program.backward and "dispatch(" in text
+        ends = name.endswith("-step.graph")
+        assert bool(program.backward) != ends
+        assert ("reduce_scatter(" if ends else "dispatch(") in text
     order = (tmp_path / "tiny" / "graph" / "schedule.txt").read_text(encoding="utf-8")
     assert order.startswith("rank 0: 0F0 ") and len(order.splitlines()) == 2

@@ -159,7 +159,7 @@ def _summed(f: Frame, op: Op, x: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _place(f: Frame, op: Op) -> int:
+def place_of(f: Frame, op: Op) -> int:
     """The place of this rank among those of a collective."""
     rank = _rank(f)
     return rank.group(axes_of(op.attrs["axes"])).index(rank.number)
@@ -168,7 +168,7 @@ def _place(f: Frame, op: Op) -> int:
 def _reduce_scatter(f: Frame, op: Op, x: Tensor) -> Tensor:
     flat, share = _summed(f, op, x).flatten(), op.result.type.last.size or 0
     filled = torch.nn.functional.pad(flat, (0, share * number(op, "ranks") - len(flat)))
-    return filled.split(share)[_place(f, op)]
+    return filled.split(share)[place_of(f, op)]
 
 
 def _all_gather(f: Frame, op: Op, x: Tensor) -> Tensor:

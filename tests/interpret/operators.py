@@ -16,7 +16,7 @@ from compiler.ops.base import dims_of
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
-from tests.interpret.comm import COMM
+from tests.interpret.comm import COMM, place_of
 
 if TYPE_CHECKING:
     from tests.interpret.frame import Frame
@@ -243,6 +243,31 @@ def _accumulate_grad(f: Frame, op: Op, grad: Tensor) -> Sequence[Tensor]:
     return []
 
 
+LEARNING_RATE = 0.1
+
+
+def _gradient(f: Frame, op: Op) -> Tensor:
+    names = f.names(op.symbols[0])
+    found = [f.state.grads.get(name, torch.zeros_like(f.parameters[name])) for name in names]
+    return torch.stack(found) if op.attrs["experts"] else found[0]
+
+
+def _update(f: Frame, op: Op, d: Tensor) -> Tensor:
+    """Plain gradient descent."""
+    whole = f.weight(op.symbols[0])
+    if number(op, "ranks") == 1:
+        return whole - LEARNING_RATE * d
+    filled = torch.nn.functional.pad(whole.flatten(), (0, len(d) * number(op, "ranks")))
+    return filled.split(len(d))[place_of(f, op)] - LEARNING_RATE * d
+
+
+def _assign(f: Frame, op: Op, x: Tensor) -> Sequence[Tensor]:
+    names = f.names(op.symbols[0])
+    assert isinstance(f.parameters, dict), "a step changes weights"
+    f.parameters.update(zip(names, x if op.attrs["experts"] else [x], strict=True))
+    return []
+
+
 # ---- control ---------------------------------------------------------------------------------
 
 
@@ -366,6 +391,9 @@ RUN: dict[str, Run] = {
     "pad_first": _pad,
     "pad_last": _pad,
     "rename": lambda f, op, x: x,
+    "gradient": _gradient,
+    "update": _update,
+    "assign": _assign,
     **COMM,
     "yield": _end,
     "return": _end,

@@ -30,6 +30,7 @@ MADE_BY_PASSES = {
         "kept",
         "accumulate_grad",
     ),
+    *("gradient", "update", "assign"),
 }
 
 

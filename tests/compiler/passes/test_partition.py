@@ -3,7 +3,7 @@ than they may. Ranks run in lockstep in the interpreter (`tests/interpret/comm.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.ops import OPS
 from compiler.passes.cut_stages import connect_stages, cut_stages
+from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.partition import partition
-from compiler.passes.simplify import SIMPLIFY
-from compiler.pipeline import PIPELINES, after, rank_passes
+from compiler.pipeline import PIPELINES, after, before_cut, rank_passes
 from compiler.pipeline import run as run_passes
 from compiler.plan.layout import Layout, Mesh, Stage, units
 from dsl.diagnostic import DiagnosticError, render
@@ -31,6 +31,7 @@ from dsl.source import Source
 from tests.conftest import Golden
 from tests.interpret import State, random_inputs, random_weights, run
 from tests.interpret.comm import Rank, World
+from tests.interpret.operators import LEARNING_RATE
 
 TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
 LAST = PIPELINES["train"][-1].name
@@ -42,9 +43,7 @@ def description(*sets: str) -> Description:
 
 def uncut(of: Description) -> Program:
     """The train program where the passes of ranks begin to differ."""
-    passes = PIPELINES["train"]
-    *_, step = run_passes("train", lower(of), passes[: passes.index(SIMPLIFY) + 1], of)
-    return step.program
+    return before_cut("train", lower(of), of)
 
 
 def layout(mesh: Mesh, of: Description, *cuts: int) -> Layout:
@@ -83,38 +82,51 @@ def run_ranks(
     weights: Mapping[str, Tensor],
     graph: str | None = None,
     dtype: torch.dtype | None = torch.float64,
+    ends: Sequence[Program | None] = (),
 ) -> tuple[World, dict[str, Tensor]]:
     """The results of all ranks as one: summed where they are terms of a sum, joined elsewhere."""
     world = World(mesh)
+    ends = ends or [None] * len(programs)
 
-    def one(rank: Rank) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def one(rank: Rank) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
         program, state = programs[rank.place.pipeline], State()
         called = program.graphs[graph or program.root]
         own = {v.name: share(v, inputs[v.name], rank) for v in called.args}
         results = run(program, own, weights, graph=graph, rank=rank, state=state, dtype=dtype)
-        return results, gradients(program, weights, state, rank)
+        grads, renewed = gradients(program, weights, state, rank), dict(weights)
+        end = ends[rank.place.pipeline]
+        if end is not None:
+            run(end, {}, renewed, rank=rank, state=state, dtype=dtype)
+        return results, grads, {n: w for n, w in renewed.items() if w is not weights[n]}
 
     outcomes = world.run(one)
-    found = [results for results, _ in outcomes]
     whole: dict[str, Tensor] = {}
-    for _, grads in outcomes:
+    for _, grads, renewed in outcomes:
+        for name, weight in renewed.items():
+            # Whoever holds a weight has the same new values.
+            assert torch.equal(whole.setdefault(f"new {name}", weight), weight), name
         for name, grad in grads.items():
             key = f"gradient of {name}"
             whole[key] = whole[key] + grad if key in whole else grad
     for stage, program in enumerate(programs):
+        group = world.ranks[stage * mesh.data].group(BOTH)
         called = program.graphs[graph or program.root]
-        for i, (name, value) in enumerate(named(called).items()):
-            parts = [found[r][i] for r in world.ranks[stage * mesh.data].group(BOTH)]
-            if value.type.partial:
-                part = torch.stack(parts).sum(0)
-            else:
-                part = torch.cat(parts) if value.type.axes else parts[0]
-                assert value.type.axes or all(torch.equal(p, part) for p in parts)
-            if name in whole:
-                stacked = name.startswith("load")
-                part = torch.cat([whole[name], part]) if stacked else whole[name] + part
-            whole[name] = part
+        join(called, [outcomes[rank][0] for rank in group], whole)
     return world, whole
+
+
+def join(graph: Graph, found: Sequence[Sequence[Tensor]], whole: dict[str, Tensor]) -> None:
+    """Adds to `whole` what the ranks of a stage found."""
+    for (name, value), parts in zip(named(graph).items(), zip(*found, strict=True), strict=True):
+        if value.type.partial:
+            part = torch.stack(parts).sum(0)
+        else:
+            part = torch.cat(parts) if value.type.axes else parts[0]
+            assert value.type.axes or all(torch.equal(p, part) for p in parts)
+        if name in whole:
+            stacked = name.startswith("load")
+            part = torch.cat([whole[name], part]) if stacked else whole[name] + part
+        whole[name] = part
 
 
 BOTH = ("replica", "expert")
@@ -145,6 +157,15 @@ def named(graph: Graph) -> dict[str, Value]:
     return found
 
 
+def end_of(of: Description, where: Layout, stage: int, program: Program) -> Program:
+    end = step_program(program, where, stage, shared_weights(uncut(of), where))
+    verify(end)
+    assert not spans_missing(end)
+    text = print_program(end)
+    assert print_program(parse_program(Source("step.graph", text))) == text
+    return end
+
+
 MESHES = {
     "2 nodes x 2 ranks": Mesh(1, 1, 4, 2),
     "2 replicas": Mesh(1, 2, 2, 2),
@@ -166,6 +187,7 @@ def check_same(of: Description, where: Layout, name: str = "train") -> World:
     expected = dict(zip(named(single.main), results, strict=True))
     grads = gradients(single, weights, state)
     expected |= {f"gradient of {weight}": grad for weight, grad in grads.items()}
+    expected |= {f"new {n}": weights[n] - LEARNING_RATE * grad for n, grad in grads.items()}
     assert bool(grads) == (name == "train")
     programs = rank_programs(of, where, name)
     for program in programs:
@@ -173,7 +195,9 @@ def check_same(of: Description, where: Layout, name: str = "train") -> World:
         assert not spans_missing(program)
         again = parse_program(Source("rank.graph", print_program(program)))
         assert print_program(again) == print_program(program)
-    world, found = run_ranks(programs, where.mesh, inputs, weights)
+    ends = [end_of(of, where, i, program) for i, program in enumerate(programs)]
+    ends = ends if name == "train" else []
+    world, found = run_ranks(programs, where.mesh, inputs, weights, ends=ends)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-12, msg=key)
@@ -320,6 +344,16 @@ def test_one_layer_of_experts_over_2_nodes_of_2_ranks(golden: Golden) -> None:
     verify(program)
     texts.append(f"// 2 nodes of 2 ranks\n{print_graph(program.graphs['DeepSeekMoE'])}")
     golden("passes/partition.graph", "\n".join(texts))
+
+
+def test_the_end_of_a_step(golden: Golden) -> None:
+    """Gates and norms are shared by all ranks, experts by the two replicas."""
+    of = description("architecture.mtp.depth=0")
+    where = layout(MESHES["2 replicas"], of)
+    (program,) = rank_programs(of, where)
+    end = end_of(of, where, 0, program)
+    texts = [print_graph(end.graphs[name]) for name in ("DeepSeekMoE_step", "CausalLM_step")]
+    golden("passes/optimizer_step.graph", "\n".join(texts))
 
 
 def test_three_stages(golden: Golden) -> None:
