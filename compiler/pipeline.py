@@ -57,6 +57,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         DIFFERENTIATE,
         RECOMPUTE,
         SIMPLIFY,
+        PLACE_FP8,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (

@@ -12,6 +12,7 @@ from backends.torch.names import Names, identifier
 from compiler.graph.core import Attr, Graph, Op
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
+from compiler.ops.quantize import parts_attr
 
 MARGIN = 62  # column of the remarks, where there is room
 
@@ -238,9 +239,12 @@ def _call_fp8(name: str, *attrs: str) -> Emit:
 
 
 def _quantize_weight(e: Emitter, op: Op) -> None:
-    symbol = op.symbols[0]
-    weight = e.weight(symbol.replace(".*.", ".") if op.attrs["experts"] else symbol)
-    e.assign(op, f"fp8.quantize_weight({weight}, scale={literal(op.attrs['scale'])})")
+    arguments = [e.stored(op) if op.attrs["experts"] else e.weight(op.symbols[0])]
+    arguments.append(f"scale={literal(op.attrs['scale'])}")
+    parts = parts_attr([e.graph.weights[s].type.dims[0].size or 0 for s in op.symbols])
+    if parts:
+        arguments.append(f"parts={parts}")
+    e.assign(op, f"fp8.quantize_weight({', '.join(arguments)})")
 
 
 def _permute_quantized(e: Emitter, op: Op) -> None:

@@ -23,6 +23,7 @@ from compiler.ops.moe import Permute, slots
 RUN = 128
 FP8 = "f8e4m3"
 SCALES = ("fp32", "ue8m0")
+CASTS = ("quantize", "quantize_columns", "quantize_weight", "requantize")
 
 
 def runs(size: int, parts: Sequence[Attr] = ()) -> int:
@@ -101,7 +102,7 @@ class QuantizeWeight(Operator):
     """
 
     kind = "quantize_weight"
-    symbols = ("weight",)
+    symbols = ("weight*",)
     attrs: ClassVar = {"scale": str, "experts": tuple}
 
     @classmethod

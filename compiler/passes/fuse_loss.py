@@ -33,6 +33,8 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
         return Miss("the scores are not made by a linear", at.op)
     if at.uses[logits] > 1:
         return Miss("others read the scores, too", head)
+    if at.builder.graph.weights[head.symbols[0]].fp8:
+        return Miss("the head is in FP8", head)
     if len(head.symbols) > 1:
         return Miss("the head is several weights in one", head)
     x = head.operands[0]

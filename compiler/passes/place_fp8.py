@@ -1,15 +1,18 @@
 """FP8 casts where the precision of weights asks for them: around the products with these weights.
 
-Each product takes quantized operands and their scales. Then equal casts are made once, for all
-their users, and casts move before the sorting by expert, so that tokens travel in FP8.
-See docs/precision.md for which scales are powers of two, and why.
+All three products of a linear layer take quantized operands and their scales: the forward pass, the
+gradient of its input and the gradient of its weight. Then equal casts are made once, for all their
+users, and casts move: before the sorting by expert, so that tokens travel in FP8, and from the
+backward graph to the forward graph, so that what is kept is kept in FP8. See docs/precision.md for
+which scales are powers of two, and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compiler.graph.core import Op, Program, Value, lists
+from compiler.graph.build import Builder
+from compiler.graph.core import BACKWARD, Attr, Graph, Op, Program, Value, Weight, lists
 from compiler.ops.base import dims_attr
 from compiler.ops.quantize import parts_attr
 from compiler.passes.base import Pass
@@ -19,14 +22,27 @@ from dsl.load import Description
 
 # What leaves numbers as they are, or works within each head.
 LAYOUT = ("flatten", "unflatten", "split", "concat", "head_linear")
-ATTENTION = ("attention", "latent_attention")
+# Whose results are tiled once more for the weight gradient, or travel to experts.
+POWERS_OF_TWO = ("attention", "attention_saving", "latent_attention", "permute", "unpermute_grad")
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
-    misses = rewrite(program, "linear", _product)
-    misses += rewrite(program, "grouped_linear", _product)
+    if not any(w.fp8 for graph in program.graphs.values() for w in graph.weights.values()):
+        return ()
+    products = _Products(program)
+    rules = {
+        "linear": products.forward,
+        "grouped_linear": products.forward,
+        "linear_input_grad": products.input_grad,
+        "grouped_linear_input_grad": products.input_grad,
+        "linear_weight_grad": products.weight_grad,
+        "grouped_linear_weight_grad": products.weight_grad,
+    }
+    misses = [miss for kind, rule in rules.items() for miss in rewrite(program, kind, rule)]
     _share(program)
+    _keep_quantized(program)
     rewrite(program, "permute", _permute_quantized)
+    rewrite(program, "dispatch", _dispatch_quantized)
     _share(program)
     return misses
 
@@ -40,41 +56,127 @@ PLACE_FP8 = Pass(
 )
 
 
-def _product(at: Place) -> Sequence[Value] | Miss:
-    """y = x W^T: x in runs of a row, W in blocks."""
-    op = at.op
-    weights = [at.builder.graph.weights[name] for name in op.symbols]
-    if not weights[0].fp8:
-        return Miss("the precision of its weight is that of its input", op)
-    x, *ends = op.operands
-    scale = _scale_of(at, x, weights[0].fp8)
-    x_names, w_names = (f"{x.name}_q", f"{x.name}_s"), _names(op)
-    q, s = at.add("quantize", [x], names=x_names, scale=scale, parts=())
-    wq, ws = at.add(
-        "quantize_weight", [], op.symbols, names=w_names,
-        scale="ue8m0" if weights[0].fp8 == "ue8m0" else "fp32",
+class _Products:
+    """The rules for products; each gives what takes the place of one."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def forward(self, at: Place) -> Sequence[Value] | Miss:
+        """y = x W^T: x in runs of a row, W in blocks."""
+        weights = _weights(at, at.op.symbols)
+        if not weights[0].fp8:
+            return _stays(at)
+        x, *ends = at.op.operands
+        scale = self.scale_of(at, x, weights[0])
+        q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
+        return _fp8(at, [q, s, *ends, *_quantized_weight(at, ends)], parts=_parts(weights))
+
+    def input_grad(self, at: Place) -> Sequence[Value] | Miss:
+        """dx = dy W: dy in runs of a row, the weights as the forward product has them."""
+        weights = _weights(at, at.op.symbols)
+        if not weights[0].fp8:
+            return _stays(at)
+        dy, *ends = at.op.operands
+        scale, parts = self.scale_of(at, dy, weights[0]), _parts(weights)
+        q, s = at.add("quantize", [dy], names=_names(dy), scale=scale, parts=parts)
+        return _fp8(at, [q, s, *ends, *_quantized_weight(at, ends)], parts=parts)
+
+    def weight_grad(self, at: Place) -> Sequence[Value] | Miss:
+        """dW = dy^T x: both in runs of tokens; x from what the forward product was made of."""
+        symbols = next(
+            (o.symbols for o in at.builder.graph.walk() if at.op.result in o.operands), ()
+        )
+        weights = _weights(at, symbols)
+        if not weights or not weights[0].fp8:
+            return _stays(at)
+        dy, x, *ends = at.op.operands
+        return _fp8(at, [*self.columns(at, dy, ends, weights, dispatched=_is_dispatched(at, dy)),
+                         *self.columns(at, x, ends, weights, dispatched=True), *ends])  # fmt: skip
+
+    def columns(
+        self,
+        at: Place,
+        x: Value,
+        ends: Sequence[Value],
+        weights: Sequence[Weight],
+        *,
+        dispatched: bool,
+    ) -> list[Value]:
+        """x in runs of tokens; from its runs of a row where these are all that there is of it."""
+        scale = self.scale_of(at, x, weights[0])
+        names = (f"{x.name}_columns_q", f"{x.name}_columns_s")
+        if not dispatched:
+            return at.add("quantize_columns", [x, *ends], names=names, scale=scale)
+        q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
+        return at.add("requantize", [q, s, *ends], names=names, scale=scale)
+
+    def scale_of(self, at: Place, x: Value, weight: Weight) -> str:
+        """Powers of two for what is tiled again, and for what travels: report, section 3.3.3."""
+        if weight.fp8 != "recipe":
+            return weight.fp8
+        source = _source(at.producers, x)
+        if source is not None and source[0].kind == "kept":
+            source = self.kept_source(at.builder.graph, *source)
+        return "ue8m0" if source and source[0].kind in POWERS_OF_TWO else "fp32"
+
+    def kept_source(self, backward: Graph, kept: Op, value: Value) -> tuple[Op, Value] | None:
+        """Where in the forward graph a value comes from that the backward graph reads."""
+        forward = self.program.graphs[backward.name.removesuffix(BACKWARD)]
+        x = _keep_of(forward).operands[kept.results.index(value)]
+        return _source({v: op for op in forward.walk() for v in op.results}, x)
+
+
+def _weights(at: Place, symbols: Sequence[str]) -> list[Weight]:
+    return [at.builder.graph.weights[name] for name in symbols]
+
+
+def _stays(at: Place) -> Miss:
+    return Miss("the precision of its weight is that of its input", at.op)
+
+
+def _parts(weights: Sequence[Weight]) -> tuple[Attr, ...]:
+    return parts_attr([w.type.dims[0].size or 0 for w in weights])
+
+
+def _names(x: Value) -> tuple[str, str]:
+    return f"{x.name}_q", f"{x.name}_s"
+
+
+def _quantized_weight(at: Place, ends: Sequence[Value]) -> list[Value]:
+    """The weights of a product, named by their module."""
+    symbols = at.op.symbols
+    name = symbols[0].removesuffix(".weight").rpartition(".")[2]
+    return at.add(
+        "quantize_weight", [], symbols, names=(f"{name}_q", f"{name}_s"),
+        scale="ue8m0" if _weights(at, symbols)[0].fp8 == "ue8m0" else "fp32",
         experts=dims_attr(*ends[0].type.dims) if ends else (),
     )  # fmt: skip
-    return at.add(
-        f"fp8_{op.kind}", [q, s, *ends, wq, ws], names=[op.result.name],
-        dtype=op.result.type.dtype, parts=parts_attr([w.type.dims[0].size or 0 for w in weights]),
-    )  # fmt: skip
 
 
-def _names(op: Op) -> tuple[str, str]:
-    """What a quantized weight is called: by its module."""
-    name = op.symbols[0].removesuffix(".weight").rpartition(".")[2]
-    return f"{name}_q", f"{name}_s"
+def _fp8(at: Place, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
+    """The same product in FP8."""
+    attrs["dtype"] = at.op.result.type.dtype
+    names, kind = [at.op.result.name], f"fp8_{at.op.kind}"
+    return at.add(kind, operands, (), names=names, like=None, **attrs)
 
 
-def _scale_of(at: Place, x: Value, wanted: str) -> str:
-    """Report, section 3.3.3: powers of two for what is tiled once more, and for what travels."""
-    if wanted != "recipe":
-        return wanted
-    source = at.producers.get(x)
-    while source is not None and source.kind in LAYOUT:
-        source = at.producers.get(source.operands[0])
-    return "ue8m0" if source and source.kind in (*ATTENTION, "permute") else "fp32"
+def _source(producers: dict[Value, Op], x: Value) -> tuple[Op, Value] | None:
+    """The operator that computed the numbers of x, however they lie, and its result."""
+    op = producers.get(x)
+    while op is not None and op.kind in LAYOUT:
+        x = op.operands[0]
+        op = producers.get(x)
+    return (op, x) if op is not None else None
+
+
+def _is_dispatched(at: Place, dy: Value) -> bool:
+    """Whether a gradient came to the experts in FP8, in runs of a row."""
+    source = _source(at.producers, dy)
+    return source is not None and source[0].kind == "unpermute_grad"
+
+
+# ---- casts that are shared, and that move ----------------------------------------------------
 
 
 def _share(program: Program) -> None:
@@ -83,26 +185,101 @@ def _share(program: Program) -> None:
         share_equal(graph)
 
 
+def _keep_quantized(program: Program) -> None:
+    """What a backward graph only quantizes is quantized by its forward graph, and kept so."""
+    for forward in program.graphs.values():
+        backward = program.backward_of(forward.name)
+        if backward is None or not forward.kept:
+            continue
+        keep, kept = _keep_of(forward), backward.ops[0]
+        for value in list(kept.results):
+            readers = [op for op in backward.walk() if value in op.operands]
+            if [op.kind for op in readers] == ["quantize"]:
+                at, (cast,) = kept.results.index(value), readers
+                own = _quantized(keep.operands[at], cast, forward, program)
+                keep.operands[at : at + 1] = own
+                kept.results[at : at + 1] = cast.results
+                backward.ops.remove(cast)
+                entries = list(forward.kept)
+                entries[at : at + 1] = [v.name for v in own]
+                keep.attrs["entries"] = kept.attrs["entries"] = tuple(entries)
+                forward.kept = {e: v.type for e, v in zip(entries, keep.operands, strict=True)}
+                backward.kept = dict(forward.kept)
+
+
+def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[Value]:
+    """x as `cast` quantizes it, in the forward graph, where it may be so already."""
+    for op in graph.ops:
+        if op.kind == cast.kind and op.operands == [x] and op.attrs == cast.attrs:
+            return op.results
+    builder = Builder(graph, program.graphs)
+    builder.ops = []
+    scale, parts = cast.attrs["scale"], cast.attrs["parts"]
+    names = _names(x)
+    made = builder.add("quantize", [x], names=names, spans=cast.spans, scale=scale, parts=parts)
+    at = graph.ops.index(_keep_of(graph))
+    graph.ops[at:at] = builder.ops
+    return made
+
+
+def _keep_of(graph: Graph) -> Op:
+    return next(op for op in graph.ops if op.kind == "keep")
+
+
 def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
     """quantize(permute(x)) is permute(quantize(x)): each token is quantized once, not k times."""
-    rows, ends, _ = at.op.results
-    readers = [op for op in at.builder.graph.walk() if rows in op.operands]
-    if [op.kind for op in readers] != ["quantize"]:
+    rows, ends, order = at.op.results
+    cast = _only_cast(at, rows)
+    if cast is None:
         return Miss("tokens are not only read in FP8", at.op)
-    (quantize,) = readers
     x, route = at.op.operands
-    names = (f"{x.name}_q", f"{x.name}_s")
-    at.builder.names -= {v.name for v in quantize.results}
-    scale = quantize.attrs["scale"]
-    q, s = at.add("quantize", [x], names=names, like=quantize, scale=scale, parts=())
-    rows_q, rows_s, *rest = at.add(
-        "permute_quantized", [q, s, route],
-        names=[v.name for v in (*quantize.results, *at.op.results[1:])],
-        count=dims_attr(*ends.type.dims),
+    moved = at.add(
+        "permute_quantized", [*_cast_of(at, x, cast), route],
+        names=[v.name for v in (*cast.results, ends, order)], count=dims_attr(*ends.type.dims),
     )  # fmt: skip
-    for old, new in zip(quantize.results, (rows_q, rows_s), strict=True):
+    _drop_cast(at, cast, moved[:2])
+    return [moved[0], *moved[2:]]
+
+
+def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
+    """Tokens travel to the ranks of their experts in FP8, with their scales as further rows."""
+    *rows, route = at.op.operands
+    casts = [_only_cast(at, value) for value in at.op.results[: len(rows)]]
+    if not any(casts):
+        return Miss("tokens are not only read in FP8", at.op)
+    sent: list[Value] = []
+    names: list[str] = []
+    for row, result, cast in zip(rows, at.op.results, casts, strict=False):
+        sent += _cast_of(at, row, cast) if cast else [row]
+        names += [v.name for v in cast.results] if cast else [result.name]
+    names += [v.name for v in at.op.results[len(rows) :]]
+    attrs = {**at.op.attrs}
+    moved = at.add("dispatch", [*sent, route], (), names=names, like=None, **attrs)
+    results, left = [], list(moved)
+    for cast in casts:
+        results.append(left[0])
+        if cast:
+            _drop_cast(at, cast, left[:2])
+        left = left[2 if cast else 1 :]
+    return [*results, *left]
+
+
+def _only_cast(at: Place, value: Value) -> Op | None:
+    """The `quantize` that alone reads a value."""
+    readers = [op for op in at.builder.graph.walk() if value in op.operands]
+    return readers[0] if [op.kind for op in readers] == ["quantize"] else None
+
+
+def _cast_of(at: Place, x: Value, cast: Op) -> list[Value]:
+    """The cast on what its value is made of; its own names are free."""
+    at.builder.names -= {v.name for v in cast.results}
+    scale = cast.attrs["scale"]
+    return at.add("quantize", [x], names=_names(x), like=cast, scale=scale, parts=())
+
+
+def _drop_cast(at: Place, cast: Op, instead: Sequence[Value]) -> None:
+    for old, new in zip(cast.results, instead, strict=True):
         at.builder.graph.replace_uses(old, new)
     for ops in lists(at.builder.graph):
-        if quantize in ops:
-            ops.remove(quantize)
-    return [rows_q, *rest]
+        if cast in ops:
+            ops.remove(cast)

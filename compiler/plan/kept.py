@@ -15,6 +15,7 @@ from compiler.graph.core import Graph, Op, Program, Value
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
+from compiler.ops.quantize import CASTS
 from compiler.passes.recompute import VIEWS
 from compiler.plan.layout import Unit
 from dsl.source import Span
@@ -119,8 +120,9 @@ class _Walk:
                     sizes.update(Experts.inner_sizes(site, sizes))
                 total += self._visit(graph, region.ops, sizes, times * again, made)
             made |= {v.name: (v, op) for v in op.results}
-            if op.kind not in VIEWS and not op.regions:
-                # What has no run-time dimension is a copy of a weight, in FP8 for one.
+            # A quantized copy is there for the product that reads it, and gone.
+            if op.kind not in (*VIEWS, *CASTS) and not op.regions:
+                # What has no run-time dimension is the gradient of a weight, counted elsewhere.
                 made_of = (v.type for v in op.results if any(d.size is None for d in v.type.dims))
                 total += sum(type.bytes(sizes) for type in made_of)
         return total

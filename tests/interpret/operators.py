@@ -155,6 +155,11 @@ def _permute(f: Frame, op: Op, x: Tensor, route: Tensor) -> Sequence[Tensor]:
     return rows, ends, here[order]
 
 
+def _permute_quantized(f: Frame, op: Op, q: Tensor, s: Tensor, route: Tensor) -> Sequence[Tensor]:
+    rows, ends, order = _permute(f, op, q, route)
+    return rows, s.flatten(0, -2)[order // route.shape[-1]], ends, order
+
+
 def _every(rows: Tensor, order: Tensor, choices: int) -> tuple[Tensor, Tensor]:
     """Rows of slots in the order of the choices, with zeros for those of other ranks."""
     every = rows.new_zeros(choices, rows.shape[-1]).index_copy(0, order, rows)
@@ -336,7 +341,7 @@ RUN: dict[str, Run] = {
     "quantize_columns": _fp8("quantize_columns", "scale"),
     "requantize": _fp8("requantize", "scale"),
     "quantize_weight": _quantize_weight,
-    "permute_quantized": lambda f, op, *x: fp8.permute(*x, *_dims(op, "count")),
+    "permute_quantized": _permute_quantized,
     "fp8_linear": _fp8("linear", "parts"),
     "fp8_linear_input_grad": _fp8("linear_input_grad", "parts"),
     "fp8_linear_weight_grad": _fp8("linear_weight_grad"),

@@ -109,7 +109,7 @@ def _limit(op: Op, graph: Graph) -> int:
             return graph.weights[op.symbols[0]].type.dims[0].size or 0
         case "cross_entropy":
             return op.operands[0].type.last.size or 0
-        case "permute" | "expert_load":
+        case "permute" | "permute_quantized" | "expert_load":
             return dims_of(op.attrs["count"])[0].size or 0
         case "experts":
             return number(op, "count")

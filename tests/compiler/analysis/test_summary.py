@@ -192,6 +192,19 @@ def test_training_flops_by_share() -> None:
     assert Work.EMBEDDING not in flops and Work.NORMS not in flops
 
 
+def test_what_is_in_fp8() -> None:
+    """V3: all products with weights but gates and head; MTP and the core of attention apart."""
+    v3 = numbers(V3)
+    mla = 7168 * (1536 + 576) + 1536 * 24576 + 512 * 32768 + 16384 * 7168
+    expert = 3 * 7168 * 2048
+    active = 61 * mla + 3 * 3 * 7168 * 18432 + 58 * 9 * expert
+    assert v3.fp8_flops == 6 * active
+    assert v3.product_flops == 6 * (active + 58 * 256 * 7168 + 129280 * 7168)
+    assert f"{v3.fp8_flops / v3.product_flops:.2%}" == "97.18%"
+    assert v3.model.fp8_elements == active + 58 * 248 * expert
+    assert numbers(V3, "precision.policy=bf16").fp8_flops == 0
+
+
 def test_mtp_flops_are_those_of_the_positions_that_have_a_later_token() -> None:
     """Depth 1 sees 4,095 of 4,096 positions; its head is the model's."""
     flops = numbers(V3).mtp_training_flops
@@ -229,7 +242,8 @@ def test_decoding_makes_no_keys_and_values_of_what_is_cached() -> None:
 def test_cache_bytes(spec: str, cache: int, with_mtp: int) -> None:
     facts = numbers(spec)
     assert (facts.cache_bytes, facts.cache_bytes_with_mtp) == (cache, with_mtp)
-    assert numbers(spec, "precision.policy=fp32").cache_bytes == 2 * cache
+    wide = ("precision.policy=fp32", "train.kept_bytes_per_token=64M")
+    assert numbers(spec, *wide).cache_bytes == 2 * cache
 
 
 def test_a_tied_head_is_counted_once_and_belongs_to_the_arithmetic() -> None:
@@ -311,7 +325,11 @@ def test_the_cost_does_not_grow_with_layers_and_experts(monkeypatch: pytest.Monk
             summary(compiled.lowered, compiled.programs["decode"])
         return seen
 
-    many = ("architecture.layers.1.repeat=1000", "params.n_routed_experts=4096")
+    many = (
+        "architecture.layers.1.repeat=1000",
+        "params.n_routed_experts=4096",
+        "train.kept_bytes_per_token=1G",
+    )
     assert operators_looked_at() == operators_looked_at(*many) > 0
 
 
