@@ -1,0 +1,37 @@
+"""Derivatives that take one way or another by dtype and size: all give the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import gradients as G
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tokens", [17, G.SHORT + 1])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # bfloat16 keeps 8 bits, and probabilities are rounded to it before they are multiplied.
+    [(torch.bfloat16, 1e-2), (torch.float32, 1e-5), (torch.float64, 1e-9)],
+)
+def test_gradients_of_attention(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    """With two heads of keys for four of queries, against autograd in float64."""
+    q, k, v = random(2, tokens, 4, 24), random(2, tokens, 2, 24, seed=1), random(2, tokens, 2, 16)
+    d = random(2, tokens, 4, 16, seed=3)
+    q, k, v, d = (t.to(dtype) for t in (q, k, v, d))
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    score = torch.einsum("bihd,bjhd->bhij", exact[0], exact[1].repeat_interleave(2, 2)) * 0.3
+    score = score.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+    y = torch.einsum("bhij,bjhd->bihd", score.softmax(-1), exact[2].repeat_interleave(2, 2))
+    expected = torch.autograd.grad(y, exact, d.double())
+    with torch.no_grad():
+        o, lse = G.attention_saving(q, k, v, 0.3)
+        found = G.attention_grad(d, q, k, v, o, lse, 0.3)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        assert (one.double() - other).norm() <= tolerance * other.norm()
