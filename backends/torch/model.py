@@ -207,6 +207,7 @@ class _Emission:
         )
         if results:
             lines = [*lines, f"return {', '.join(results)}"]
+        lines = lines or ["pass  # nothing here depends on a weight"]
         name = self.methods[program][graph.name]
         return Method(name, arguments, returns if results else "None", lines)
 

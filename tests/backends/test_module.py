@@ -271,3 +271,24 @@ def test_kept_values_may_be_moved_away(model: Any) -> None:
         total = loss(model)
     total.backward()
     same(model, expected)
+
+
+def test_what_stands_between_layers_may_have_no_gradient(tmp_path: Path) -> None:
+    """Layers with a rotary table of their own, which is made right before them."""
+    sets = [
+        "blocks=[causal_lm, decoder, mla, mha, swiglu]",
+        "params={vocab_size: 512, hidden_size: 16, num_attention_heads: 2, head_dim: 6, "
+        "q_lora_rank: 8, kv_lora_rank: 8, qk_nope_head_dim: 4, qk_rope_head_dim: 4, "
+        "v_head_dim: 4, intermediate_size: 24}",
+        "architecture={layers: [{repeat: 1, attention: MLA, feed_forward: SwiGLU}, "
+        "{repeat: 1, attention: MHA, feed_forward: SwiGLU}]}",
+        "train={}",
+    ]
+    build(load(TINY, sets=sets), tmp_path / "two_tables")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        model = importlib.import_module("two_tables").Model(dtype=torch.float64)
+    finally:
+        sys.path.remove(str(tmp_path))
+    loss(model).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
