@@ -19,6 +19,7 @@ from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_loss import FUSE_LOSS
 from compiler.passes.fuse_pointwise import FUSE_POINTWISE
+from compiler.passes.fuse_projections import FUSE_PROJECTIONS
 from compiler.passes.hoist import HOIST
 from compiler.passes.outline import OUTLINE
 from compiler.passes.partition import partition
@@ -31,9 +32,11 @@ from compiler.plan.layout import Layout
 from compiler.rewrite import Miss
 from dsl.load import Description
 
+# `fuse_projections` comes first in all of them, so that all programs join the same weights.
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # Scores of every position, from whole sequences.
     "forward": (
+        FUSE_PROJECTIONS,
         select_outputs("logits", "mtp_logits"),
         DROP_CACHE,
         SIMPLIFY,
@@ -45,6 +48,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     ),
     # What training minimises, and the load of the experts.
     "train": (
+        FUSE_PROJECTIONS,
         select_outputs("total", "main", "mtp", "balance", "load"),
         DROP_CACHE,
         SIMPLIFY,
@@ -61,6 +65,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (
+        FUSE_PROJECTIONS,
         select_outputs("logits"),
         SIMPLIFY,
         INSERT_CACHE,
@@ -72,6 +77,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     ),
     # The same for one token at a time, in the latent space.
     "decode": (
+        FUSE_PROJECTIONS,
         select_outputs("logits"),
         SIMPLIFY,
         INSERT_CACHE,

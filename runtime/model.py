@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint
 from .cache import Cache
 from .config import Config
 from .generate import generate
-from .weights import initialize
+from .weights import Block, initialize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.bfloat16}
 """Dtype of the weights by `config.precision.policy`."""
@@ -47,7 +47,7 @@ class Loss:
     tokens chose each expert."""
 
 
-class LanguageModel(nn.Module, ABC):
+class LanguageModel(Block, ABC):
     """A language model with weights, a loss and a decoder; generated code says how it computes.
 
     `device="meta"` makes no weights at all: shapes are known, `load` fills them in. `dtype`

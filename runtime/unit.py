@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .weights import Block
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -105,7 +107,7 @@ class Grads:
         return self._sums.get(id(weight))
 
 
-class Unit(nn.Module, ABC):
+class Unit(Block, ABC):
     """A block with a derived backward pass, called by the outermost block.
 
     `forward(.., train=True)` computes what training needs of the block, `forward(..)` what scores

@@ -1,17 +1,19 @@
 """How a module declares its weights, stores them, and names them to the world.
 
 A weight has two names. *Stored*: where it lies in this module, for example
-`model.layers.3.mlp.experts.gate_proj.weight` [256, 2048, 7168], all experts in one tensor.
-*Published*: what checkpoints and `state_dict()` call it, `...mlp.experts.17.gate_proj.weight`
-[2048, 7168]. `published` is the one place that maps one to the other; initialisation, loading
-and saving go through it, and `state_dict` follows it by the two hooks of `Stack`.
+`model.layers.3.mlp.experts.gate_up_proj.weight` [256, 4096, 7168], gate and up of all experts in
+one tensor. *Published*: what checkpoints and `state_dict()` call it,
+`...mlp.experts.17.gate_proj.weight` [2048, 7168]. `published` is the one place that maps one to the
+other; initialisation, loading and saving go through it, and `state_dict` follows it by the hooks of
+`Stack` and `Joined`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +50,18 @@ def zeros(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -
     return Declaration(shape, 0.0, 0.0, dtype, buffer)
 
 
-class Tensors(nn.Module):
+class Block(nn.Module):
+    """A module that holds weights, groups of them and other blocks.
+
+    It reads those of its weights that are `Joined` by their published names.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_rejoin)
+
+
+class Tensors(Block):
     """A named group of weights and of further groups: `Tensors(weight=normal(8, 4, std=0.02))`.
 
     Tensors are made on the meta device: the model decides on dtype and device once it is whole.
@@ -89,6 +102,34 @@ class Tensors(nn.Module):
         return ", ".join(f"{name}={list(d.shape)}" for name, d in self.declarations.items())
 
 
+class Joined(Tensors):
+    """Weights that meet the same input, stored as one: the rows of each behind those of the former.
+
+    `Joined(gate_proj=normal(8, 4, std=0.02), up_proj=normal(8, 4, std=0.02))` holds `weight`
+    [16, 4], published as `gate_proj.weight` and `up_proj.weight` beside it, each with first values
+    of its own. In a `Stack`, each has the dimension of the experts before the two.
+    """
+
+    def __init__(self, **parts: Declaration) -> None:
+        first = next(iter(parts.values()))
+        for name, part in parts.items():
+            if _but_rows(part) != _but_rows(first):
+                raise ValueError(f"{name} cannot be joined: {part} does not go with {first}")
+        rows = {name: part.shape[-2] for name, part in parts.items()}
+        shape = (*first.shape[:-2], sum(rows.values()), first.shape[-1])
+        super().__init__(weight=replace(first, shape=shape))
+        self.parts, self.rows = parts, rows
+        self.register_state_dict_post_hook(_unjoin)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={list(d.shape)}" for name, d in self.parts.items())
+
+
+def _but_rows(part: Declaration) -> tuple[object, ...]:
+    """What the parts of a `Joined` have in common."""
+    return (*part.shape[:-2], part.shape[-1], part.dtype, part.buffer)
+
+
 class Stack(nn.Module):
     """`count` equal groups of weights, stored as one: each tensor's first dimension counts them.
 
@@ -109,10 +150,14 @@ class Stack(nn.Module):
             raise ValueError("a stack cannot hold another stack")
         self.register_state_dict_post_hook(_unstack)
         self.register_load_state_dict_pre_hook(_restack)
+        self.register_load_state_dict_pre_hook(_rejoin)
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+
+
+Index = tuple[int | slice | EllipsisType, ...]
 
 
 @dataclass(frozen=True)
@@ -122,8 +167,9 @@ class Published:
     name: str
     storage: Tensor
     """The stored parameter or buffer."""
-    index: tuple[int, ...]
-    """Which part of `storage`: (i,) for the i-th part of a `Stack`, () for all of it."""
+    index: Index
+    """Which part of `storage`: i for the i-th part of a `Stack`, then the rows of a part of a
+    `Joined`; () for all of it."""
     declaration: Declaration | None
     """None for tensors that were put into the module by other means than `Tensors`."""
 
@@ -139,20 +185,21 @@ class Published:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.storage.shape[len(self.index) :])
+        return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.storage.dtype
 
 
-def published(
-    module: nn.Module, prefix: str = "", index: tuple[int, ...] = ()
-) -> Iterator[Published]:
+def published(module: nn.Module, prefix: str = "", index: Index = ()) -> Iterator[Published]:
     """Every tensor below `module`, in order, under the name that checkpoints use.
 
     Copies that a checkpoint holds besides (`LanguageModel.aliases`) are not among them.
     """
+    if isinstance(module, Joined):
+        yield from _published_parts(module, _around(prefix), index)
+        return
     declarations = module.declarations if isinstance(module, Tensors) else {}
     for name, tensor in _own(module):
         yield Published(prefix + name, tensor, index, declarations.get(name))
@@ -161,6 +208,20 @@ def published(
         here, inside = (prefix, index) if part is None else (f"{prefix}{part}.", (*index, part))
         for name, child in module.named_children():
             yield from published(child, f"{here}{name}.", inside)
+
+
+def _published_parts(joined: Joined, prefix: str, index: Index) -> Iterator[Published]:
+    end = 0
+    for name, rows in joined.rows.items():
+        start, end = end, end + rows
+        place = (*index, ..., slice(start, end), slice(None))
+        yield Published(f"{prefix}{name}.weight", joined.weight, place, joined.parts[name])
+
+
+def _around(prefix: str) -> str:
+    """The prefix of what is beside the module whose prefix is given: `mlp.gate_up.` -> `mlp.`."""
+    before, dot, _ = prefix[:-1].rpartition(".")
+    return before + dot
 
 
 def initialize(module: nn.Module, seed: int) -> None:
@@ -193,11 +254,20 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored(stack: nn.Module) -> list[tuple[str, Tensor]]:
-    """The tensors below a stack by stored name."""
+    """The tensors below a stack by stored name, those of a `Joined` one by one."""
     found = []
     for name, child in stack.named_children():
-        found += [(f"{name}.{n}", t) for n, t in [*_own(child), *_stored(child)]]
+        if isinstance(child, Joined):
+            found += _views(child)
+        else:
+            found += [(f"{name}.{n}", t) for n, t in [*_own(child), *_stored(child)]]
     return found
+
+
+def _views(joined: Joined) -> list[tuple[str, Tensor]]:
+    """Its parts by their names beside it."""
+    views = joined.weight.detach().split(list(joined.rows.values()), -2)
+    return [(f"{name}.weight", view) for name, view in zip(joined.rows, views, strict=True)]
 
 
 def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -206,6 +276,13 @@ def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[st
     for i in range(stack.count):
         for name, tensor in parts.items():
             state[f"{prefix}{i}.{name}"] = tensor[i]
+
+
+def _unjoin(joined: Joined, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """The same for the parts of a `Joined`."""
+    views = state.pop(f"{prefix}weight").split(list(joined.rows.values()), -2)
+    for name, view in zip(joined.rows, views, strict=True):
+        state[f"{_around(prefix)}{name}.weight"] = view
 
 
 def _restack(
@@ -220,14 +297,41 @@ def _restack(
 ) -> None:
     """Before `load_state_dict()`: puts the parts together, and reports those that do not fit."""
     for name, stored in _stored(stack):
-        names = [f"{prefix}{i}.{name}" for i in range(stack.count)]
-        absent = [n for n in names if n not in state]
-        wrong = [n for n in names if n in state and state[n].shape != stored.shape[1:]]
-        missing += absent
-        errors += [
-            f"size mismatch for {n}: the state has {list(state[n].shape)}, "
-            f"the model {list(stored.shape[1:])}."
-            for n in wrong
-        ]
-        values = [state.pop(n) for n in names if n in state]
-        state[prefix + name] = stored.detach() if absent or wrong else torch.stack(values)
+        names = {f"{prefix}{i}.{name}": stored[i] for i in range(stack.count)}
+        values = _take(state, names, missing, errors)
+        state[prefix + name] = stored.detach() if values is None else torch.stack(values)
+
+
+def _rejoin(
+    block: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """The same for every `Joined` in a block; torch shows a module only what is named below it."""
+    for name, child in block.named_children():
+        if isinstance(child, Joined):
+            names = {prefix + part: view for part, view in _views(child)}
+            values = _take(state, names, missing, errors)
+            whole = child.weight.detach() if values is None else torch.cat(values, -2)
+            state[f"{prefix}{name}.weight"] = whole
+
+
+def _take(
+    state: dict[str, Any], wanted: dict[str, Tensor], missing: list[str], errors: list[str]
+) -> list[Tensor] | None:
+    """Takes what is `wanted` out of a state; None if anything is absent or has another shape."""
+    absent = [name for name in wanted if name not in state]
+    wrong = [n for n, like in wanted.items() if n in state and state[n].shape != like.shape]
+    missing += absent
+    errors += [
+        f"size mismatch for {n}: the state has {list(state[n].shape)}, "
+        f"the model {list(wanted[n].shape)}."
+        for n in wrong
+    ]
+    values = [state.pop(n) for n in wanted if n in state]
+    return None if absent or wrong else values

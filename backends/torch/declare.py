@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.torch.layout import Call, lay_out
 from backends.torch.names import class_name
 from compiler.graph.core import Graph, Op, Weight, walk
+from compiler.lower.names import TAKEN
 from compiler.ops.control import Call as CallOp
 
 TORCH_DTYPES = {"f32": "torch.float32", "i32": "torch.int32", "i64": "torch.int64"}
@@ -14,12 +16,16 @@ TORCH_DTYPES = {"f32": "torch.float32", "i32": "torch.int32", "i64": "torch.int6
 
 @dataclass
 class Node:
-    """A name in the tree of modules: a weight, a block, a list of blocks, or a group of names."""
+    """A name in the tree of modules: a weight, a block, a list of blocks, or a group of names.
+
+    Of a `joined` node, the children are weights that it stores as one.
+    """
 
     weight: Weight | None = None
     block: str = ""
     layers: list[tuple[str, int]] = field(default_factory=list)
     stack: int = 0
+    joined: bool = False
     children: dict[str, Node] = field(default_factory=dict)
 
     def at(self, *path: str) -> Node:
@@ -29,20 +35,68 @@ class Node:
         return node
 
 
-def tree(graph: Graph) -> Node:
-    """What a module of `graph` holds, by name, in the order in which the equations need it."""
+def joined_names(graph: Graph, versions: Iterable[Graph]) -> dict[str, str]:
+    """For each weight that is stored with others: the name of what stores them.
+
+    `versions` are the graph in each program; those that use several weights in one product agree
+    on which (`compiler/passes/fuse_projections.py`).
+    """
+    groups = {op.symbols: None for v in versions for op in v.walk() if len(op.symbols) > 1}
+    names: dict[str, str] = {}
+    for symbols in groups:
+        assert not names.keys() & set(symbols), "programs disagree on what is stored together"
+        around = symbols[0].rsplit(".", 2)[0] if symbols[0].count(".") > 1 else ""
+        within = f"{around}." if around else ""
+        leaves = [symbol.removeprefix(within).removesuffix(".weight") for symbol in symbols]
+        taken = TAKEN | _names_in(graph, within) | {n.removeprefix(within) for n in names.values()}
+        name = base = folded(leaves)
+        for n in range(2, len(taken) + 2):
+            if name not in taken:
+                break
+            name = f"{base}_{n}"
+        names.update(dict.fromkeys(symbols, within + name))
+    return names
+
+
+def stored_name(symbol: str, joined: Mapping[str, str]) -> str:
+    """The name of the tensor that holds a weight, alone or with others; a `*` is the expert."""
+    return f"{joined[symbol]}.weight" if symbol in joined else symbol
+
+
+def folded(names: Sequence[str]) -> str:
+    """One name for several; words that all begin or end with are said once: `gate_up_proj`."""
+    words = [name.split("_") for name in names]
+    before = _same(words)
+    after = _same([w[before:][::-1] for w in words])
+    middle = [word for w in words for word in w[before : len(w) - after]]
+    first = words[0]
+    return "_".join([*first[:before], *middle, *first[len(first) - after :]])
+
+
+def _same(words: Sequence[Sequence[str]]) -> int:
+    """How many words all begin with, while each keeps one of its own."""
+    n = 0
+    while min(map(len, words)) > n + 1 and len({w[n] for w in words}) == 1:
+        n += 1
+    return n
+
+
+def _names_in(graph: Graph, within: str) -> set[str]:
+    """What the group of names `within` holds: weights and blocks, or groups of them."""
+    scopes = [str(op.attrs["scope"]) for op in graph.walk() if op.kind == CallOp.kind]
+    inside = (n.removeprefix(within) for n in [*graph.weights, *scopes] if n.startswith(within))
+    return {name.split(".")[0] for name in inside}
+
+
+def tree(graph: Graph, joined: Mapping[str, str]) -> Node:
+    """What a module of `graph` holds, by name, in the order in which the equations need it.
+
+    `joined` is what `joined_names` gives.
+    """
     root = Node()
     for op in walk(graph.ops):
         for symbol in op.symbols:
-            path = symbol.split(".")
-            weight = graph.weights[symbol]
-            if "*" in path:
-                star = path.index("*")
-                stack = root.at(*path[:star])
-                stack.stack = weight.stack
-                stack.at(*path[star + 1 :]).weight = weight
-            else:
-                root.at(*path).weight = weight
+            _place_weight(root, graph.weights[symbol], symbol, joined.get(symbol))
         if op.kind == "repeat":
             _layers(root, op)
         elif op.kind == CallOp.kind:
@@ -55,6 +109,21 @@ def tree(graph: Graph) -> Node:
             else:
                 root.at(*path).block = callee
     return root
+
+
+def _place_weight(root: Node, weight: Weight, symbol: str, joined: str | None) -> None:
+    path = (joined or symbol).split(".")
+    if "*" in path:
+        star = path.index("*")
+        stack = root.at(*path[:star])
+        stack.stack = weight.stack
+        node = stack.at(*path[star + 1 :])
+    else:
+        node = root.at(*path)
+    if joined:
+        node.joined = True
+        node = node.at(symbol.split(".")[-2])
+    node.weight = weight
 
 
 def _layers(root: Node, repeat: Op) -> None:
@@ -72,10 +141,10 @@ def _place(node: Node, index: int, callee: str, count: int = 1) -> None:
     node.layers.append((callee, count))
 
 
-def declarations(graph: Graph, dtype: str) -> list[str]:
+def declarations(graph: Graph, joined: Mapping[str, str], dtype: str) -> list[str]:
     """Lines of the constructor. `dtype` is the model's own element type."""
     lines: list[str] = []
-    for name, node in tree(graph).children.items():
+    for name, node in tree(graph, joined).children.items():
         lines += lay_out(f"self.{name} = ", _expression(node, dtype))
     return lines
 
@@ -90,7 +159,7 @@ def _expression(node: Node, dtype: str, stack: int = 0) -> Call | str:
     items = [(f"{name}=", _expression(child, dtype)) for name, child in node.children.items()]
     if node.stack:
         return Call("Stack(", (("", str(node.stack)), *items))
-    return Call("Tensors(", tuple(items))
+    return Call("Joined(" if node.joined else "Tensors(", tuple(items))
 
 
 def _list(node: Node) -> Call | str:

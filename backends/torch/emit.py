@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from backends.torch.declare import TORCH_DTYPES
+from backends.torch.declare import TORCH_DTYPES, stored_name
 from backends.torch.layout import WIDTH, lay_out, parse_call
 from backends.torch.names import Names, identifier
 from compiler.graph.core import Attr, Graph, Op
@@ -29,8 +29,9 @@ class Emitter:
     """Statements of one graph.
 
     `methods` says by which method each called graph is to be reached, `trailing` what those of a
-    program pass on: the cache, what is kept. Given `units`, calls are made in the way of autograd
-    (`runtime/unit.py`): each graph with its weights and its derivative's `Gradients`.
+    program pass on: the cache, what is kept; `joined` is what `joined_names` gives. Given `units`,
+    calls are made in the way of autograd (`runtime/unit.py`): each graph with its weights and its
+    derivative's `Gradients`.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Emitter:
         graph: Graph,
         methods: Mapping[str, str],
         trailing: Mapping[str, Sequence[str]],
+        joined: Mapping[str, str],
         units: Mapping[str, Part] | None = None,
     ) -> None:
         self.graph = graph
         self.methods = methods
         self.trailing = trailing
+        self.joined = joined
         self.units = units
         self.names = Names(graph)
         self.parts: dict[str, str] = {}  # weight of all experts: the name of its parts
@@ -105,7 +108,7 @@ class Emitter:
         """The element type of the model at hand, which may be another one than the spec's."""
         like = [self.names[v] for v in self.graph.args if v.type.dtype == "bf16"]
         like += [
-            f"self.{name}"
+            self.weight(name)
             for name, weight in self.graph.weights.items()
             if weight.type.dtype == "bf16" and "*" not in name
         ]
@@ -113,11 +116,14 @@ class Emitter:
 
     def stored(self, op: Op) -> str:
         """The stored tensor of an operator's weights; of all experts where it is for all."""
-        return self.weight(op.symbols[0].replace(".*.", "."))
+        return f"self.{stored_name(op.symbols[0], self.joined).replace('.*.', '.')}"
 
     def weight(self, symbol: str) -> str:
         """The stored tensor, or the part of it that belongs to the expert at hand."""
-        return f"{self.parts[symbol]}[expert]" if symbol in self.parts else f"self.{symbol}"
+        name = stored_name(symbol, self.joined)
+        if name in self.parts:
+            return f"{self.parts[name]}[expert]"
+        return f"self.{name}"
 
 
 def margin(op: Op) -> str:
@@ -194,11 +200,11 @@ def _topk_groups(e: Emitter, op: Op) -> None:
 def _experts(e: Emitter, op: Op) -> None:
     x, route, weight = (e.names[v] for v in op.operands)
     (region,) = op.regions
-    symbols = dict.fromkeys(s for o in region.ops for s in o.symbols)
-    for symbol in symbols:
-        path, inside = symbol.split(".*.", 1)
-        e.parts[symbol] = e.names.keep(f"{inside.replace('.', '_')}s")
-        e.line(f"{e.parts[symbol]} = self.{path}.{inside}.unbind()")
+    symbols = (s for o in region.ops for s in o.symbols)
+    for name in dict.fromkeys(stored_name(s, e.joined) for s in symbols):
+        path, inside = name.split(".*.", 1)
+        e.parts[name] = e.names.keep(f"{inside.replace('.', '_')}s")
+        e.line(f"{e.parts[name]} = self.{path}.{inside}.unbind()")
     y = e.names.give(op.result, op, beside_operands=True)
     e.remark(op)
     e.line(f"{y} = torch.zeros_like({x})")
@@ -219,8 +225,7 @@ def _permute(e: Emitter, op: Op) -> None:
 
 
 def _grouped_linear(e: Emitter, op: Op) -> None:
-    stored = op.symbols[0].replace(".*.", ".")
-    e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.weight(stored)})")
+    e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.stored(op)})")
 
 
 def _call_fp8(name: str, *attrs: str) -> Emit:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from backends.render import render
-from backends.torch.declare import declarations
+from backends.torch.declare import declarations, joined_names, stored_name
 from backends.torch.emit import Emitter, Part
 from backends.torch.layout import WIDTH, Call, lay_out
 from backends.torch.names import class_name, identifier
@@ -76,8 +76,9 @@ def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: 
     ]
     root = emit.root()
     made = "\n".join([*root.declarations, *(line for b in blocks for line in b.declarations)])
-    helpers = ["Stack", "Tensors", "normal", "ones", "zeros"]
-    imports = [name for name in helpers if f"{name}(" in made]
+    helpers = ["Joined", "Stack", "Tensors", "normal", "ones", "zeros"]
+    imports = [*(["Block"] if any(b.base == "Block" for b in blocks) else [])]
+    imports += [name for name in helpers if f"{name}(" in made]
     return render(
         "torch/model.py.jinja",
         about=docstring(about or "A language model."),
@@ -86,6 +87,7 @@ def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: 
         imports=imports,
         units=emit.units,
         uses_fp8=_uses_fp8(compiled),
+        lists="nn.ModuleList(" in made,
         blocks=blocks,
         root=root,
     )
@@ -115,6 +117,21 @@ class _Emission:
             self._choose_derived()
         for name in self._called():
             self.methods["train"].setdefault(name, self._part_name(name))
+        # joined[graph]: where its weights lie that are stored with others.
+        self.joined = {
+            name: joined_names(graph, self._versions(name))
+            for name, graph in compiled.lowered.graphs.items()
+        }
+
+    def _versions(self, block: str) -> Iterator[Graph]:
+        """The graph of a block in each program, and its parts and their gradients."""
+        for program in self.compiled.programs.values():
+            yield from (g for g in program.graphs.values() if self._owner(g.name) == block)
+
+    def _owner(self, graph: str) -> str:
+        """The block whose weights a graph uses: what is no block is a part of the outermost one."""
+        block = graph.removesuffix(BACKWARD)
+        return block if block in self._blocks() else self.compiled.lowered.root
 
     def _called(self) -> list[str]:
         return list(self.train.main.calls())
@@ -160,10 +177,12 @@ class _Emission:
         units = None
         if program == "train" and self.train.backward and graph is self.train.main:
             units = {n: self._part(n) for n in self._called() if n not in self._blocks()}
-        return Emitter(graph, self.methods[program], self.trailing[program], units)
+        joined = self.joined[self._owner(graph.name)]
+        return Emitter(graph, self.methods[program], self.trailing[program], joined, units)
 
     def _part(self, name: str) -> Part:
-        weights = dict.fromkeys(self.train.graphs[name].weights)
+        joined = self.joined[self._owner(name)]
+        weights = dict.fromkeys(stored_name(w, joined) for w in self.train.graphs[name].weights)
         return Part(tuple(weights), self._gradients(name))
 
     def _gradients(self, name: str) -> str:
@@ -187,11 +206,11 @@ class _Emission:
             methods = [replace(m, name="evaluate") if m.name == "forward" else m for m in methods]
         return Block(
             name=class_name(graph.name),
-            base="Unit" if unit else "nn.Module",
+            base="Unit" if unit else "Block",
             gradients=self._gradients(graph.name) if unit else "",
             about=docstring(graph.about or graph.name),
             signature=_signature(versions[0] if versions else graph),
-            declarations=declarations(graph, self.dtype),
+            declarations=declarations(graph, self.joined[graph.name], self.dtype),
             methods=methods,
         )
 
@@ -219,7 +238,7 @@ class _Emission:
         return Root(
             about=docstring(lowered.main.about),
             aliases=lay_out("", Call("{", aliases, "}")),
-            declarations=declarations(lowered.main, self.dtype),
+            declarations=declarations(lowered.main, self.joined[lowered.root], self.dtype),
             forward=self._forward(),
             loss=self._loss(),
             prefill=self._logits("prefill"),

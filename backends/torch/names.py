@@ -16,8 +16,9 @@ RESERVED = _PYTHON | {
     "layer", "expert", "chosen", "Loss", "Output", "Gradients", "differentiable",
 }  # fmt: skip
 _GLOBALS = _PYTHON | {
-    "F", "G", "fp8", "nn", "torch", "Tensor", "config", "Loss", "Output", "Cache",
-    "HF_CONFIG", "LanguageModel", "Model", "Stack", "Tensors", "annotations", "normal", "ones",
+    "F", "G", "fp8", "nn", "torch", "Tensor", "config", "Loss", "Output", "Block", "Cache",
+    "HF_CONFIG", "Joined", "LanguageModel", "Model", "Stack", "Tensors", "annotations", "normal",
+    "ones",
     "zeros", "Gradients", "Grads", "Kept", "Unit", "differentiable",
 }  # fmt: skip
 

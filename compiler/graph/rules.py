@@ -77,6 +77,8 @@ def need_counts(op: Op, operator: type[Operator]) -> None:
     if not least <= len(op.symbols) <= most:
         words = ", ".join(operator.symbols) or "none"
         raise Broken("E512", f"takes the weights ({words}), got {len(op.symbols)}")
+    if len(set(op.symbols)) < len(op.symbols):
+        raise Broken("E512", "takes a weight twice")
     if len(op.regions) != operator.regions:
         raise Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")
 

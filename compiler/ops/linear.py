@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from compiler.graph.core import Op, Value
-from compiler.graph.types import Type
+from compiler.graph.types import Dim, Type
 from compiler.ops.base import (
     Adjoint,
     Operator,
@@ -44,25 +44,26 @@ class Embedding(Operator):
 
 
 class Linear(Operator):
-    """y = x W^T, without a bias. Weight [out, in]; it is used in the element type of x."""
+    """y = x W^T, without a bias. Weight [out, in]; it is used in the element type of x.
+
+    The results of several weights with the same input stand side by side in the last dimension.
+    """
 
     kind = "linear"
     operands = ("x",)
     sums = "all"
-    symbols = ("weight",)
+    symbols = ("weight*",)
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, weight = site.types[0], site.weights[0]
+        x = site.types[0]
         need_float(cls.kind, x)
         need_rank(cls.kind, x, 1)
-        if weight.last != x.last:
-            raise TypeMismatch(f"linear expects {weight.last.words}, got {x.last.words}", 0)
-        return (x.with_last(weight.dims[0]),)
+        return (x.with_last(out_dim(cls.kind, x, site.weights)),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
+        return 2 * site.types[0].count(sizes) * sum(w.dims[0].size or 0 for w in site.weights)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -76,6 +77,17 @@ class Linear(Operator):
             dw = at.add("linear_weight_grad", [d[0], x], names=[grad_name(op.symbols)])
             at.add("accumulate_grad", dw, op.symbols)
         return [dx]
+
+
+def out_dim(kind: str, x: Type, weights: Sequence[Type]) -> Dim:
+    """The dimension that weights [out, in] make of the last one of x, their rows added up."""
+    for weight in weights:
+        if weight.last != x.last:
+            raise TypeMismatch(f"{kind} expects {weight.last.words}, got {x.last.words}", 0)
+        if weight.dtype != weights[0].dtype:
+            raise TypeMismatch(f"{kind} of weights in {weights[0].dtype} and {weight.dtype}", 1)
+    rows = [weight.dims[0] for weight in weights]
+    return Dim("+".join(d.name for d in rows), sum(d.size or 0 for d in rows))
 
 
 class HeadLinear(Operator):

@@ -18,6 +18,7 @@ from compiler.ops.base import (
     need_float,
     need_rank,
 )
+from compiler.ops.linear import out_dim
 
 
 def slots(route: Type, sizes: Mapping[str, int]) -> int:
@@ -161,25 +162,24 @@ class Permute(Operator):
 class GroupedLinear(Operator):
     """y = x W_e^T for the slots of each expert e: one product for all experts.
 
-    x [slot, in], ends [experts]; weight [out, in] of each expert, named `experts.*`.
+    x [slot, in], ends [experts]; weight [out, in] of each expert, named `experts.*`. The results of
+    several weights stand side by side, as those of `linear` do.
     """
 
     kind = "grouped_linear"
     sums = "first"
     operands = ("x", "ends")
-    symbols = ("weight",)
+    symbols = ("weight*",)
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, weight = site.types[0], site.weights[0]
+        x = site.types[0]
         need_float(cls.kind, x)
-        if weight.last != x.last:
-            raise TypeMismatch(f"grouped_linear expects {weight.last.words}, got {x.last.words}", 0)
-        return (x.with_last(weight.dims[0]),)
+        return (x.with_last(out_dim(cls.kind, x, site.weights)),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * (site.weights[0].dims[0].size or 0)
+        return 2 * site.types[0].count(sizes) * sum(w.dims[0].size or 0 for w in site.weights)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:

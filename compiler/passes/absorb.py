@@ -46,7 +46,7 @@ def _absorb(at: Place) -> Sequence[Value] | Miss:
         return Miss("keys and values are not the two parts of one projection", at.op)
     heads = at.producer(parts.operands[0], "unflatten")
     projection = heads and at.producer(heads.operands[0], "linear")
-    if heads is None or projection is None:
+    if heads is None or projection is None or len(projection.symbols) > 1:
         return Miss("keys and values are not projected together", parts)
     return _latent(at, q_nope, q_rope, projection, shared.operands[0], parts)
 

@@ -16,7 +16,19 @@ from compiler.rewrite import Miss, Place, rewrite
 from dsl.load import Description
 
 # Operators that treat every row alike, so that it does not matter which expert a row is for.
-ROWWISE = ("silu", "swiglu", "sigmoid", "softmax", "add", "sub", "mul", "div", "scale", "cast")
+ROWWISE = (
+    "silu",
+    "swiglu",
+    "sigmoid",
+    "softmax",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "scale",
+    "cast",
+    "split",
+)
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:

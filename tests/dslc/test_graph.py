@@ -63,7 +63,7 @@ def test_the_program_of_a_stage_says_where_tensors_lie(dslc: Run) -> None:
     page = dslc("graph", V3, *stage, "--html", "--after", "partition")
     assert page.status == 0
     text = Path("deepseek_v3.html").read_text(encoding="utf-8")
-    assert 'data-start="train_stage_3-5"' in text and "is spread over the ranks" in text
+    assert re.search(r'data-start="train_stage_3-\d+"', text) and "is spread over the ranks" in text
     assert len(text.encode()) < 2_000_000
 
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.weights import Stack, Tensors, initialize, normal, ones, published, zeros
+from runtime.weights import (
+    Block,
+    Joined,
+    Stack,
+    Tensors,
+    initialize,
+    normal,
+    ones,
+    published,
+    zeros,
+)
 
 FLOAT32 = {"dtype": torch.float32, "buffer": True}
 
@@ -188,18 +198,138 @@ def test_a_stack_holds_equal_groups_only() -> None:
         Stack(2, inner=Tensors(x=Stack(2, y=Tensors(weight=ones(2)))))
 
 
+class Joint(Block):
+    """An MLA's first weights and some experts, with those of the same input stored as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_a_kv_a = Joined(q_a=normal(5, 6, std=0.5), kv_a=normal(3, 6, std=0.1))
+        self.norm = Tensors(weight=ones(6))
+        self.experts = Stack(
+            2,
+            gate_up=Joined(gate=normal(2, 4, 6, std=0.5), up=normal(2, 3, 6, std=0.5)),
+            mlp=Tensors(a_b=Joined(a=normal(2, 1, 6, std=0.5), b=normal(2, 2, 6, std=0.5))),
+        )
+        self.mlp = Tensors(w1_w3=Joined(w1=zeros(2, 6), w3=ones(4, 6)))
+
+
+class Apart(Block):
+    """The same weights, each in a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_a = Tensors(weight=normal(5, 6, std=0.5))
+        self.kv_a = Tensors(weight=normal(3, 6, std=0.1))
+        self.norm = Tensors(weight=ones(6))
+        mlp = {
+            "a": Tensors(weight=normal(1, 6, std=0.5)),
+            "b": Tensors(weight=normal(2, 6, std=0.5)),
+        }
+        experts = (
+            Tensors(
+                gate=Tensors(weight=normal(4, 6, std=0.5)),
+                up=Tensors(weight=normal(3, 6, std=0.5)),
+                mlp=Tensors(
+                    **{n: Tensors(weight=m.declarations["weight"]) for n, m in mlp.items()}
+                ),
+            )
+            for _ in range(2)
+        )
+        self.experts = nn.ModuleList(experts)
+        self.mlp = Tensors(w1=Tensors(weight=zeros(2, 6)), w3=Tensors(weight=ones(4, 6)))
+
+
+def filled(module: nn.Module, seed: int = 0) -> nn.Module:
+    module = module.to_empty(device="cpu")
+    initialize(module, seed)
+    return module
+
+
+def test_joined_weights_are_published_one_by_one_with_the_same_first_values() -> None:
+    joined, apart = filled(Joint()), filled(Apart())
+    assert {p.name for p in published(joined)} == {p.name for p in published(apart)}
+    assert list(joined.state_dict()) == [p.name for p in published(joined)]
+    for name, tensor in apart.state_dict().items():
+        assert torch.equal(joined.state_dict()[name], tensor), name
+    parts = {p.name: p for p in published(joined)}
+    for name, tensor in joined.state_dict().items():
+        assert parts[name].shape == parts[name].tensor.shape == tensor.shape
+        assert torch.equal(parts[name].tensor, tensor)
+    assert joined.q_a_kv_a.weight.shape == (8, 6)
+    assert torch.equal(joined.q_a_kv_a.weight[5:], apart.kv_a.weight)
+    assert joined.experts.gate_up.weight.shape == (2, 7, 6)
+    assert torch.equal(joined.experts.gate_up.weight[1, :4], apart.experts[1].gate.weight)
+
+
+def test_the_parts_of_joined_weights_are_views_of_values_and_gradients() -> None:
+    module = filled(Joint())
+    (
+        module.q_a_kv_a.weight.square().sum() + module.experts.gate_up.weight.square().sum()
+    ).backward()
+    parts = {part.name: part for part in published(module)}
+    for name in ("kv_a.weight", "experts.1.up.weight"):
+        assert parts[name].grad is not None
+        assert torch.equal(parts[name].grad, 2 * parts[name].tensor)
+        parts[name].tensor.fill_(7.0)
+    assert module.q_a_kv_a.weight[5:].eq(7).all() and not module.q_a_kv_a.weight[:5].eq(7).any()
+    assert module.experts.gate_up.weight[1, 4:].eq(7).all()
+    assert not module.experts.gate_up.weight[0].eq(7).any()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_go_between_joined_weights_and_single_ones(assign: bool) -> None:
+    joined, apart = filled(Joint(), seed=1), filled(Apart(), seed=2)
+    wanted = {name: tensor.clone() for name, tensor in joined.state_dict().items()}
+    apart.load_state_dict(joined.state_dict(), assign=assign)
+    again = Joint() if assign else filled(Joint(), seed=3)
+    again.load_state_dict(apart.state_dict(), assign=assign)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    for other in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        other.load_state_dict(filled(Apart(), seed=4).state_dict())
+        assert torch.equal(again.q_a_kv_a.weight[:5], wanted["q_a.weight"])
+
+
+def test_loading_names_the_parts_that_do_not_fit() -> None:
+    module = filled(Joint())
+    before = copy.deepcopy(module.state_dict())
+    state = filled(Apart(), seed=1).state_dict()
+    del state["q_a.weight"], state["experts.1.mlp.b.weight"]
+    state["mlp.w3.weight"] = torch.zeros(3, 6)
+    state["more.weight"] = torch.zeros(1)
+    with pytest.raises(RuntimeError) as caught:
+        module.load_state_dict(state)
+    message = str(caught.value)
+    assert 'Missing key(s) in state_dict: "experts.1.mlp.b.weight", "q_a.weight"' in message or (
+        'Missing key(s) in state_dict: "q_a.weight", "experts.1.mlp.b.weight"' in message
+    )
+    assert 'Unexpected key(s) in state_dict: "more.weight".' in message
+    assert "size mismatch for mlp.w3.weight: the state has [3, 6], the model [4, 6]." in message
+    assert torch.equal(module.state_dict()["kv_a.weight"], before["kv_a.weight"])
+
+
+def test_only_weights_of_one_kind_are_joined() -> None:
+    with pytest.raises(ValueError, match="b cannot be joined"):
+        Joined(a=normal(3, 6, std=1.0), b=normal(3, 5, std=1.0))
+    with pytest.raises(ValueError, match="b cannot be joined"):
+        Joined(a=normal(3, 6, std=1.0), b=normal(3, 6, std=1.0, dtype=torch.float32))
+    kept = filled(nn.ModuleList([Joined(a=ones(2, 3, dtype=torch.float32))]).bfloat16())
+    assert kept[0].weight.dtype == torch.float32
+
+
 def test_experts_of_all_of_v3_are_declared_in_no_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone, whatever else the machine does
     shapes = {"gate_proj": (2048, 7168), "up_proj": (2048, 7168), "down_proj": (7168, 2048)}
     layers = nn.ModuleList(
         Stack(256, **{n: Tensors(weight=normal(256, *s, std=0.006)) for n, s in shapes.items()})
         for _ in range(58)
     ).to(torch.bfloat16)
     initialize(layers, seed=0)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert sum(p.numel() for p in layers.parameters()) == 653_908_770_816
     assert sum(1 for _ in published(layers)) == 58 * 256 * 3
 
 
 def test_printing_shows_the_shapes() -> None:
     assert "weight=[3, 4, 6]" in repr(moe())
+    assert "(q_a_kv_a): Joined(q_a=[5, 6], kv_a=[3, 6])" in repr(Joint())

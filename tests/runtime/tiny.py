@@ -10,7 +10,7 @@ from runtime import functional as F
 from runtime.cache import Cache
 from runtime.config import Schedule, freeze
 from runtime.model import LanguageModel, Loss, Output
-from runtime.weights import Stack, Tensors, normal, ones, zeros
+from runtime.weights import Block, Joined, Stack, Tensors, normal, ones, zeros
 
 CONFIG = freeze(
     {
@@ -32,19 +32,24 @@ def linear(out: int, in_: int) -> Tensors:
     return Tensors(weight=normal(out, in_, std=STD))
 
 
+def gate_up(*shape: int) -> Joined:
+    return Joined(gate_proj=normal(*shape, std=STD), up_proj=normal(*shape, std=STD))
+
+
 def norm(size: int) -> Tensors:
     return Tensors(weight=ones(size))
 
 
-class MLA(nn.Module):
+class MLA(Block):
     """2 heads of 16 + 8 for queries and keys, 12 for values; ranks 24 and 32."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q_a_proj = linear(24, 64)
+        self.q_a_proj_kv_a_proj_with_mqa = Joined(
+            q_a_proj=normal(24, 64, std=STD), kv_a_proj_with_mqa=normal(32 + 8, 64, std=STD)
+        )
         self.q_a_layernorm = norm(24)
         self.q_b_proj = linear(2 * 24, 24)
-        self.kv_a_proj_with_mqa = linear(32 + 8, 64)
         self.kv_a_layernorm = norm(32)
         self.kv_b_proj = linear(2 * (16 + 12), 32)
         self.o_proj = linear(64, 2 * 12)
@@ -59,10 +64,10 @@ class MLA(nn.Module):
             beta_fast=32,
             beta_slow=1,
         )
-        c_q = F.rms_norm(F.linear(x, self.q_a_proj.weight), self.q_a_layernorm.weight, eps=1e-6)
+        c_q, kv = F.linear(x, self.q_a_proj_kv_a_proj_with_mqa.weight).split((24, 40), dim=-1)
+        c_q = F.rms_norm(c_q, self.q_a_layernorm.weight, eps=1e-6)
         q = F.linear(c_q, self.q_b_proj.weight).unflatten(-1, (2, 24))
         q_nope, q_rope = q.split((16, 8), dim=-1)
-        kv = F.linear(x, self.kv_a_proj_with_mqa.weight)
         c_kv, k_rope = kv.split((32, 8), dim=-1)
         c_kv = F.rms_norm(c_kv, self.kv_a_layernorm.weight, eps=1e-6)
         return torch.cat((q_nope, F.rotate(q_rope, *rope)), -1), c_kv, F.rotate(k_rope, *rope)
@@ -84,23 +89,22 @@ class MLA(nn.Module):
         return self.outputs(q, c_kv, k_rope)
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Block):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate_proj = linear(width, 64)
-        self.up_proj = linear(width, 64)
+        self.gate_up_proj = gate_up(width, 64)
         self.down_proj = linear(64, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
-        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return swiglu(x, *weights), None, None
+        return swiglu(x, self.gate_up_proj.weight, self.down_proj.weight), None, None
 
 
-class DeepSeekMoE(nn.Module):
+class DeepSeekMoE(Block):
     """8 experts in 2 groups, 2 of 1 group for each token, and one that all share."""
 
     def __init__(self) -> None:
@@ -111,8 +115,7 @@ class DeepSeekMoE(nn.Module):
         )
         self.experts = Stack(
             8,
-            gate_proj=Tensors(weight=normal(8, 40, 64, std=STD)),
-            up_proj=Tensors(weight=normal(8, 40, 64, std=STD)),
+            gate_up_proj=gate_up(8, 40, 64),
             down_proj=Tensors(weight=normal(8, 64, 40, std=STD)),
         )
         self.shared_experts = SwiGLU(40)
@@ -130,18 +133,17 @@ class DeepSeekMoE(nn.Module):
             scale=2.5,
         )
         # One unbind for all experts: indexing one by one would cost a full-size gradient each.
-        gate = self.experts.gate_proj.weight.unbind()
-        up = self.experts.up_proj.weight.unbind()
+        gate_up = self.experts.gate_up_proj.weight.unbind()
         down = self.experts.down_proj.weight.unbind()
         y = torch.zeros_like(x)
         for expert, chosen in enumerate(F.dispatch(index, 8)):
             z = F.gather_tokens(x, chosen)
-            F.add_tokens(y, chosen, swiglu(z, gate[expert], up[expert], down[expert]), weight)
+            F.add_tokens(y, chosen, swiglu(z, gate_up[expert], down[expert]), weight)
         y = y + self.shared_experts(x)[0]
         return y, F.sequence_balance_loss(score, k=2), F.expert_load(index, 8)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Block):
     def __init__(self, mlp: SwiGLU | DeepSeekMoE) -> None:
         super().__init__()
         self.self_attn = MLA()

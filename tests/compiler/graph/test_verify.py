@@ -81,7 +81,11 @@ REPLACED = {
     ),
     "number of weights": (
         "linear(%n, @gate.weight)", "linear(%n)",
-        "E512: graph @Block, %score = linear(%n): takes the weights (weight), got 0",
+        "E512: graph @Block, %score = linear(%n): takes the weights (weight*), got 0",
+    ),
+    "a weight twice": (
+        "linear(%n, @gate.weight)", "linear(%n, @gate.weight, @gate.weight)",
+        "E512: graph @Block, %score = linear(%n, @gate.weight, @gate.weight): takes a weight twice",
     ),
     "number of regions": (
         "<eps=1e-06>", "<eps=1e-06> { yield() }",
