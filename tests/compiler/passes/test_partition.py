@@ -19,6 +19,7 @@ from compiler.graph.text import parse_program, print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.ops import OPS
+from compiler.ops.comm import Dispatch
 from compiler.passes.cut_stages import connect_stages, cut_stages
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.partition import partition
@@ -331,6 +332,18 @@ def test_limit_follows_from_groups_and_nodes() -> None:
     assert str(one(moe, "dispatch").results[0].type) == (
         "bf16[arrived@(replica, expert), hidden_size=7168]"
     )
+
+
+def test_bytes_of_a_token_of_v3() -> None:
+    """In the finished graph: FP8 and scales out, 7392 bytes a token and node; BF16 back, 14336."""
+    of = load(TINY.with_name("deepseek_v3.yaml"))
+    where = Layout(Mesh(1, 2, 64, 8), "1f1b", (Stage(0, units(uncut(of).main)),), 1, 1, 1)
+    (program,) = rank_programs(of, where)
+    moe = program.graphs["DeepSeekMoE"]
+    there = site_of(one(moe, "dispatch"), moe, program.graphs)
+    assert Dispatch.token_bytes(there) == 7168 + 4 * 56 == 7392
+    back = one(moe, "combine").operands[0].type
+    assert str(back).startswith("bf16[arrived@(replica, expert)") and back.last.size == 7168
 
 
 # ---- golden texts ------------------------------------------------------------------------------
