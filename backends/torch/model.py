@@ -11,6 +11,7 @@ from backends.torch.declare import declarations, joined_names, stored_name
 from backends.torch.emit import Emitter, Part
 from backends.torch.layout import WIDTH, Call, lay_out
 from backends.torch.names import class_name, identifier
+from backends.torch.statements import STATEMENTS
 from compiler.graph.core import BACKWARD, Attr, Graph, Program
 from compiler.graph.equal import equal_graphs
 from compiler.graph.types import Type
@@ -178,7 +179,9 @@ class _Emission:
         if program == "train" and self.train.backward and graph is self.train.main:
             units = {n: self._part(n) for n in self._called() if n not in self._blocks()}
         joined = self.joined[self._owner(graph.name)]
-        return Emitter(graph, self.methods[program], self.trailing[program], joined, units)
+        return Emitter(
+            graph, STATEMENTS, self.methods[program], self.trailing[program], joined, units
+        )
 
     def _part(self, name: str) -> Part:
         joined = self.joined[self._owner(name)]

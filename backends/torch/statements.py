@@ -1,0 +1,291 @@
+"""Operators to Python statements: one function an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from backends.torch.declare import stored_name
+from backends.torch.emit import Emit, Emitter, Part, call_f, call_fp8, index_of, literal
+from backends.torch.names import identifier
+from backends.torch.statements_grad import GRADIENTS
+from compiler.graph.core import Op
+from compiler.ops.base import dims_of
+from compiler.ops.quantize import parts_attr
+
+
+def _infix(operator: str) -> Emit:
+    def emit(e: Emitter, op: Op) -> None:
+        e.assign(op, f"{e.operand(op, 0)} {operator} {e.operand(op, 1)}")
+
+    return emit
+
+
+def _linear(e: Emitter, op: Op) -> None:
+    weight = e.weight(op.symbols[0])
+    # A gate is computed in float32 whatever the element type of its weight.
+    if op.operands[0].type.dtype != e.graph.weights[op.symbols[0]].type.dtype:
+        weight = f"{weight}.float()"
+    e.assign(op, f"F.linear({e.operand(op, 0)}, {weight})")
+
+
+def _topk_groups(e: Emitter, op: Op) -> None:
+    bias = e.weight(op.symbols[0]) if op.symbols else "None"
+    (k,) = dims_of(op.attrs["k"])
+    numbers = [f"{a}={literal(op.attrs[a])}" for a in ("n_group", "topk_group")]
+    rest = [f"{a}={literal(op.attrs[a])}" for a in ("group_score", "normalize", "scale")]
+    arguments = [e.operand(op, 0), bias, *numbers, f"k={k.size}", *rest]
+    e.assign(op, f"F.topk_groups({', '.join(arguments)})")
+
+
+def _experts(e: Emitter, op: Op) -> None:
+    x, route, weight = (e.names[v] for v in op.operands)
+    (region,) = op.regions
+    symbols = (s for o in region.ops for s in o.symbols)
+    for name in dict.fromkeys(stored_name(s, e.joined) for s in symbols):
+        path, inside = name.split(".*.", 1)
+        e.parts[name] = e.names.keep(f"{inside.replace('.', '_')}s")
+        e.line(f"{e.parts[name]} = self.{path}.{inside}.unbind()")
+    y = e.names.give(op.result, op, beside_operands=True)
+    e.remark(op)
+    e.line(f"{y} = torch.zeros_like({x})")
+    e.line(f"for expert, chosen in enumerate(F.dispatch({route}, {op.attrs['count']})):")
+    e.indent += 1
+    z = e.names.share(region.args[0], identifier(region.args[0].name))
+    e.line(f"{z} = F.gather_tokens({x}, chosen)")
+    for inner in region.ops[:-1]:
+        e.statement(inner)
+    out = e.names[region.yielded[0]]
+    e.line(f"F.add_tokens({y}, chosen, {out}, {weight})")
+    e.indent -= 1
+
+
+def _permute(e: Emitter, op: Op) -> None:
+    (count,) = dims_of(op.attrs["count"])
+    e.assign(op, f"F.permute({e.operands(op)}, {count.size})")
+
+
+def _grouped_linear(e: Emitter, op: Op) -> None:
+    e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.stored(op)})")
+
+
+def _quantize_weight(e: Emitter, op: Op) -> None:
+    arguments = [e.stored(op) if op.attrs["experts"] else e.weight(op.symbols[0])]
+    arguments.append(f"scale={literal(op.attrs['scale'])}")
+    parts = parts_attr([e.graph.weights[s].type.dims[0].size or 0 for s in op.symbols])
+    if parts:
+        arguments.append(f"parts={parts}")
+    e.assign(op, f"fp8.quantize_weight({', '.join(arguments)})")
+
+
+def _permute_quantized(e: Emitter, op: Op) -> None:
+    (count,) = dims_of(op.attrs["count"])
+    e.assign(op, f"fp8.permute({e.operands(op)}, {count.size})")
+
+
+def _head_linear(e: Emitter, op: Op) -> None:
+    (rows,) = dims_of(op.attrs["rows"])
+    start = op.attrs["start"]
+    assert isinstance(start, int)
+    arguments = [
+        e.operand(op, 0),
+        e.weight(op.symbols[0]),
+        f"({start}, {start + (rows.size or 0)})",
+    ]
+    arguments.append(f"transposed={op.attrs['transposed']}")
+    e.assign(op, f"F.head_linear({', '.join(arguments)})")
+
+
+def _expert_load(e: Emitter, op: Op) -> None:
+    (count,) = dims_of(op.attrs["count"])
+    e.assign(op, f"F.expert_load({e.operand(op, 0)}, {count.size})")
+
+
+def _split(e: Emitter, op: Op) -> None:
+    sizes = [d.size for d in dims_of(op.attrs["into"])]
+    e.assign(op, f"{e.operand(op, 0)}.split({sizes}, dim=-1)")
+
+
+def _concat(e: Emitter, op: Op) -> None:
+    e.assign(op, f"torch.cat([{e.operands(op)}], dim=-1)")
+
+
+def _flatten(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)}.flatten(-{len(dims_of(op.attrs['dims']))})")
+
+
+def _unflatten(e: Emitter, op: Op) -> None:
+    sizes = tuple(d.size for d in dims_of(op.attrs["dims"]))
+    e.assign(op, f"{e.operand(op, 0)}.unflatten(-1, {sizes})")
+
+
+def _broadcast(e: Emitter, op: Op) -> None:
+    (dim,) = dims_of(op.attrs["dim"])
+    x, rank = e.operand(op, 0), len(op.result.type.dims)
+    sizes = ", ".join(["-1"] * (rank - 2) + [str(dim.size), "-1"])
+    e.assign(op, f"{x}.unsqueeze(-2).expand({sizes})")
+
+
+def _drop_first(e: Emitter, op: Op) -> None:
+    at = index_of(op.operands[0].type, op.attrs["dim"])
+    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}{op.attrs['count']}:]")
+
+
+def _drop_last(e: Emitter, op: Op) -> None:
+    at = index_of(op.operands[0].type, op.attrs["dim"])
+    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}:-{op.attrs['count']}]")
+
+
+def _last_entry(e: Emitter, op: Op) -> None:
+    at = index_of(op.operands[0].type, "seq")
+    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}-1]")
+
+
+def _cast(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)}.to({e.dtype(op.attrs['dtype'])})")
+
+
+def _scale(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)} * {literal(op.attrs['by'])}")
+
+
+def _constant(e: Emitter, op: Op) -> None:
+    e.assign(op, f"torch.tensor({literal(op.attrs['value'])})")
+
+
+def _sum(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{e.operand(op, 0)}.sum()")
+
+
+def _cache_append(e: Emitter, op: Op) -> None:
+    names = op.attrs["entries"]
+    assert isinstance(names, tuple)
+    entries = [
+        f"{identifier(str(n))}={e.names[v]}" for n, v in zip(names, op.operands, strict=True)
+    ]
+    targets = [e.names.give(v, op) for v in op.results]
+    left = ", ".join(targets) + ("," if len(targets) == 1 else "")
+    e.line(f"{left} = cache.append(self, {', '.join(entries)})")
+
+
+def _call_graph(e: Emitter, op: Op, module: str) -> None:
+    callee = str(op.attrs["callee"])
+    arguments = [e.names[v] for v in op.operands]
+    if e.units is not None and callee in e.units:
+        _call_part(e, op, e.units[callee], arguments)
+        return
+    if e.units is not None:
+        e.assign(op, f"{module}({', '.join([*arguments, 'train=True'])})")
+        return
+    method = e.methods[callee]
+    arguments += e.trailing.get(callee, ())
+    function = module if method == "forward" else f"{module}.{method}"
+    e.assign(op, f"{function}({', '.join(arguments)})")
+
+
+def _call_part(e: Emitter, op: Op, part: Part, arguments: Sequence[str]) -> None:
+    name = e.methods[str(op.attrs["callee"])]
+    methods = [f"self.{name}", f"self.{name}_backward"]
+    weights = f"[{', '.join(f'self.{w}' for w in part.weights)}]"
+    e.assign(op, f"differentiable({', '.join([*methods, part.gradients, weights, *arguments])})")
+
+
+def _call(e: Emitter, op: Op) -> None:
+    if not op.attrs["scope"]:
+        _call_graph(e, op, "self")
+        return
+    scope = str(op.attrs["scope"]).split(".")
+    if scope[-1] == "*":
+        _call_graph(e, op, "layer")
+        return
+    module = "self"
+    for part in scope:
+        module += f"[{part}]" if part.isdigit() else f".{part}"
+    _call_graph(e, op, module)
+
+
+def _repeat(e: Emitter, op: Op) -> None:
+    (region,) = op.regions
+    start, count = op.attrs["start"], op.attrs["count"]
+    assert isinstance(start, int) and isinstance(count, int)
+    carried = len(op.operands)
+    names = [e.names.give(v, op) for v in op.results[:carried]]
+    for init, arg, name in zip(op.operands, region.args, names, strict=True):
+        if e.names[init] != name:
+            e.line(f"{name} = {e.names[init]}")
+        e.names.share(arg, name)
+    lists = [e.names.keep(f"{v.name}s") for v in region.yielded[carried:]]
+    for name in lists:
+        e.line(f"{name} = []")
+    scope = next(str(o.attrs["scope"]) for o in region.ops if o.kind == "call")
+    path = scope.removesuffix(".*")
+    e.line(f"for layer in self.{path}[{start}:{start + count}]:")
+    e.indent += 1
+    for inner in region.ops[:-1]:
+        e.statement(inner)
+    yielded = [e.names[v] for v in region.yielded]
+    moved = [(n, v) for n, v in zip(names, yielded, strict=False) if n != v]
+    if moved:  # at once, for one may be the other's old value
+        e.line(f"{', '.join(n for n, _ in moved)} = {', '.join(v for _, v in moved)}")
+    for name, value in zip(lists, yielded[carried:], strict=True):
+        e.line(f"{name}.append({value})")
+    e.indent -= 1
+    for result, name in zip(op.results, names, strict=False):
+        e.names.share(result, name)
+    for result, name in zip(op.results[carried:], lists, strict=True):
+        e.line(f"{e.names.give(result, op)} = torch.stack({name})")
+
+
+STATEMENTS: Mapping[str, Emit] = {
+    "embedding": call_f("embedding"),
+    "linear": _linear,
+    "rms_norm": call_f("rms_norm", "eps"),
+    "add_rms_norm": call_f("add_rms_norm", "eps"),
+    "swiglu": call_f("swiglu"),
+    "silu": call_f("silu"),
+    "sigmoid": call_f("sigmoid"),
+    "softmax": call_f("softmax"),
+    "rope_table": call_f(
+        "rope_table", "dim", "theta", "factor", "original_max_position_embeddings", "beta_fast",
+        "beta_slow", "attention_factor",
+    ),
+    "rotate": call_f("rotate"),
+    "attention": call_f("attention", "scale"),
+    "cache_append": _cache_append,
+    "topk_groups": _topk_groups,
+    "latent_attention": call_f("latent_attention", "scale"),
+    "head_linear": _head_linear,
+    "experts": _experts,
+    "permute": _permute,
+    "grouped_linear": _grouped_linear,
+    "unpermute": call_f("unpermute"),
+    "quantize": call_fp8("quantize", "scale"),
+    "quantize_columns": call_fp8("quantize_columns", "scale"),
+    "requantize": call_fp8("requantize", "scale"),
+    "quantize_weight": _quantize_weight,
+    "permute_quantized": _permute_quantized,
+    "fp8_linear": call_fp8("linear"),
+    "fp8_grouped_linear": call_fp8("grouped_linear"),
+    "sequence_balance_loss": call_f("sequence_balance_loss", "k"),
+    "expert_load": _expert_load,
+    "cross_entropy": call_f("cross_entropy"),
+    "count_labels": call_f("count_labels"),
+    "add": _infix("+"),
+    "sub": _infix("-"),
+    "mul": _infix("*"),
+    "div": _infix("/"),
+    "scale": _scale,
+    "cast": _cast,
+    "constant": _constant,
+    "sum": _sum,
+    "split": _split,
+    "concat": _concat,
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    "broadcast": _broadcast,
+    "drop_first": _drop_first,
+    "drop_last": _drop_last,
+    "last_entry": _last_entry,
+    "call": _call,
+    "repeat": _repeat,
+    **GRADIENTS,
+}  # fmt: skip

@@ -1,0 +1,104 @@
+"""Statements of the backward pass: derivatives, what is kept for them, gradients of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from backends.torch.emit import Emit, Emitter, call_f, call_fp8, index_of
+from compiler.graph.core import Op
+from compiler.ops.base import dims_of
+
+
+def _call_g(name: str, *attrs: str) -> Emit:
+    """`G.name(operands, weights, attr=..)`: derivatives."""
+    return call_f(name, *attrs, module="G")
+
+
+def _keep(e: Emitter, op: Op) -> None:
+    if e.units is not None:  # autograd takes care of what is between the units
+        return
+    e.line(f"kept.keep(self, {e.operands(op)})")
+
+
+def _kept(e: Emitter, op: Op) -> None:
+    if not op.results:
+        return
+    targets = [e.names.give(v, op) for v in op.results]
+    left = f"({targets[0]},)" if len(targets) == 1 else ", ".join(targets)
+    e.line(f"{left} = kept.take(self)")
+
+
+def _accumulate_grad(e: Emitter, op: Op) -> None:
+    e.line(f"grads.add({e.stored(op)}, {e.operand(op, 0)})")
+
+
+def _linear_input_grad(e: Emitter, op: Op) -> None:
+    weight = e.stored(op)
+    if op.operands[0].type.dtype != e.graph.weights[op.symbols[0]].type.dtype:
+        weight = f"{weight}.float()"
+    e.assign(op, f"G.{op.kind}({', '.join([e.operands(op), weight])})")
+
+
+def _linear_cross_entropy(e: Emitter, op: Op) -> None:
+    if "kept" not in e.trailing.get(e.graph.name, ()):  # autograd has to find its way
+        x, labels = (e.names[v] for v in op.operands)
+        loss = e.names.give(op.results[0], op)
+        e.line(f"{loss} = F.cross_entropy(F.linear({x}, {e.stored(op)}), {labels})")
+        return
+    arguments = [e.operands(op), e.stored(op), "gradients=kept.wanted"]
+    e.assign(op, f"G.linear_cross_entropy({', '.join(arguments)})")
+
+
+def _embedding_grad(e: Emitter, op: Op) -> None:
+    (rows,) = dims_of(op.attrs["rows"])
+    e.assign(op, f"G.embedding_grad({e.operands(op)}, {rows.size})")
+
+
+def _sum_over(e: Emitter, op: Op) -> None:
+    (dim,) = dims_of(op.attrs["dim"])
+    type = op.operands[0].type
+    e.assign(op, f"{e.operand(op, 0)}.sum({index_of(type, dim.name) - len(type.dims)})")
+
+
+def _pad(e: Emitter, op: Op) -> None:
+    at = index_of(op.operands[0].type, op.attrs["dim"])
+    e.assign(op, f"G.{op.kind}({e.operand(op, 0)}, {at}, {op.attrs['count']})")
+
+
+def _rename(e: Emitter, op: Op) -> None:
+    e.names.share(op.result, e.operand(op, 0))
+
+
+GRADIENTS: Mapping[str, Emit] = {
+    "fp8_linear_input_grad": call_fp8("linear_input_grad"),
+    "fp8_linear_weight_grad": call_fp8("linear_weight_grad"),
+    "fp8_grouped_linear_input_grad": call_fp8("grouped_linear_input_grad"),
+    "fp8_grouped_linear_weight_grad": call_fp8("grouped_linear_weight_grad"),
+    "keep": _keep,
+    "kept": _kept,
+    "accumulate_grad": _accumulate_grad,
+    "linear_input_grad": _linear_input_grad,
+    "linear_weight_grad": _call_g("linear_weight_grad"),
+    "grouped_linear_input_grad": _linear_input_grad,
+    "grouped_linear_weight_grad": _call_g("grouped_linear_weight_grad"),
+    "embedding_grad": _embedding_grad,
+    "rms_norm_grad": _call_g("rms_norm_grad", "eps"),
+    "silu_grad": _call_g("silu_grad"),
+    "swiglu_grad": _call_g("swiglu_grad"),
+    "sigmoid_grad": _call_g("sigmoid_grad"),
+    "softmax_grad": _call_g("softmax_grad"),
+    "attention_saving": _call_g("attention_saving", "scale"),
+    "attention_grad": _call_g("attention_grad", "scale"),
+    "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
+    "permute_grad": _call_g("permute_grad"),
+    "unpermute_grad": _call_g("unpermute_grad"),
+    "sequence_balance_loss_grad": _call_g("sequence_balance_loss_grad", "k"),
+    "cross_entropy_grad": _call_g("cross_entropy_grad"),
+    "linear_cross_entropy": _linear_cross_entropy,
+    "sum_over": _sum_over,
+    "expand_like": lambda e, op: e.assign(op, f"{e.operand(op, 0)}.expand_as({e.operand(op, 1)})"),
+    "zeros_like": lambda e, op: e.assign(op, f"torch.zeros_like({e.operand(op, 0)})"),
+    "pad_first": _pad,
+    "pad_last": _pad,
+    "rename": _rename,
+}  # fmt: skip
