@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import site_of
-from compiler.graph.core import BACKWARD, REPEATS, Graph, Op, Program
+from compiler.graph.core import BACKWARD, REPEATS, WEIGHTS, Graph, Op, Program
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
 
@@ -75,7 +75,9 @@ class Costs:
                 flops += self.flops(callee, _bound(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
             if op.kind == "kept":
-                forward = self._program.graphs[graph.name.removesuffix(BACKWARD)]
+                forward = self._program.graphs[
+                    graph.name.removesuffix(BACKWARD).removesuffix(WEIGHTS)
+                ]
                 sizes = known_sizes(forward, self._program, sizes)
             costs[op] = Cost(flops, sum(v.type.bytes(sizes) for v in op.results))
             total += flops
