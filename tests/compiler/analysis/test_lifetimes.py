@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from compiler.analysis.lifetimes import Life, color, plan_memory
 from compiler.graph.core import Program, Value
 from compiler.graph.text import parse_program
-from compiler.graph.types import Type
+from compiler.graph.types import RUNTIME_DIMS, Type
 from compiler.pipeline import after
 from dsl.load import load
 from dsl.source import Source
@@ -18,7 +18,8 @@ from tests.compiler.strategies import programs
 from tests.conftest import Golden
 
 TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
-SIZES = {"batch": 2, "seq": 8, "context": 8, "token": 5, "slot": 32, "arrived": 16}
+# More of everything than a type may lack.
+SIZES = dict.fromkeys(RUNTIME_DIMS, 64)
 
 SMALL = """
 program @p root @Top
