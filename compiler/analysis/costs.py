@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import site_of
-from compiler.graph.core import BACKWARD, REPEATS, WEIGHTS, Graph, Op, Program
+from compiler.graph.core import BACKWARD, REPEATS, WEIGHTS, Graph, Op, Program, sizes_inside
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
 
@@ -72,7 +72,7 @@ class Costs:
                 flops += _times(op) * self._visit(graph, region.ops, inside, costs)
             if op.kind == "call":
                 callee = self._program.graphs[str(op.attrs["callee"])]
-                flops += self.flops(callee, _bound(callee, op, sizes))
+                flops += self.flops(callee, sizes_inside(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
             if op.kind == "kept":
                 forward = self._program.graphs[
@@ -96,13 +96,3 @@ def _times(op: Op) -> int:
     count = op.attrs["count"] if op.kind in REPEATS else 1
     assert isinstance(count, int)
     return count
-
-
-def _bound(callee: Graph, op: Op, sizes: Sizes) -> dict[str, int]:
-    """The sizes of the caller, and those that the callee's dimensions have in this call."""
-    inner = dict(sizes)
-    for formal, actual in zip(callee.args, op.operands, strict=True):
-        for dim, outer in zip(formal.type.dims, actual.type.dims, strict=True):
-            if dim.size is None:
-                inner[dim.name] = max(0, outer.at(sizes))
-    return inner

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from compiler.analysis.work import Shares, Tally, Work, merged, scaled
 from compiler.graph.build import site_of
-from compiler.graph.core import Graph, Op, Program, Value
+from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
 from compiler.graph.types import BYTES, Dim
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
@@ -224,12 +224,7 @@ class Modules:
 
     def _call(self, graph: Graph, op: Op, place: _Place, content: _Content) -> None:
         callee = self._program.graphs[str(op.attrs["callee"])]
-        sizes = dict(place.sizes)
-        for formal, actual in zip(callee.args, op.operands, strict=True):
-            for inner, outer in zip(formal.type.dims, actual.type.dims, strict=True):
-                if inner.size is None:
-                    # Depths beyond the length of a sequence predict nothing.
-                    sizes[inner.name] = max(0, outer.at(place.sizes))
+        sizes = sizes_inside(callee, op, place.sizes)
         around = self._shares.around_callees(graph, place.around)
         key = (callee.name, tuple(sorted(sizes.items())), around)
         if key not in self._made:

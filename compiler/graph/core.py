@@ -208,6 +208,19 @@ def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
     return bound
 
 
+def sizes_inside(callee: Graph, call: Op, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The run-time sizes of a caller, and those that the callee's dimensions have in this call.
+
+    Never below 0: depths beyond the length of a sequence predict nothing.
+    """
+    inner = dict(sizes)
+    for formal, actual in zip(callee.args, call.operands, strict=True):
+        for inside, outside in zip(formal.type.dims, actual.type.dims, strict=True):
+            if inside.size is None:
+                inner[inside.name] = max(0, outside.at(sizes))
+    return inner
+
+
 def substitute(type: Type, bound: Mapping[str, Dim]) -> Type:
     """A type of the callee in the caller's dimensions."""
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import site_of
-from compiler.graph.core import Graph, Op, Program, Value
+from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
@@ -113,7 +113,7 @@ class _Walk:
             sizes.update(OPS[op.kind].sizes(site, sizes))
             if op.kind == "call":
                 callee = self._program.graphs[str(op.attrs["callee"])]
-                self.block(callee, callee.ops, _bound(op, callee, sizes), times)
+                self.block(callee, callee.ops, sizes_inside(callee, op, sizes), times)
             again = int(str(op.attrs["count"])) if op.kind == "repeat" else 1
             for region in op.regions:
                 if op.kind == "experts":  # all of them are counted together
@@ -139,13 +139,3 @@ def _format(value: Value, op: Op | None, graph: Graph) -> tuple[int, int]:
         if attended and any(w.fp8 for w in graph.weights.values()):
             return E5M6_BYTES
     return BYTES[value.type.dtype], 1
-
-
-def _bound(op: Op, callee: Graph, sizes: Sizes) -> dict[str, int]:
-    """The run-time sizes inside a callee."""
-    inner = dict(sizes)
-    for formal, actual in zip(callee.args, op.operands, strict=True):
-        for inside, outside in zip(formal.type.dims, actual.type.dims, strict=True):
-            if inside.size is None:
-                inner[inside.name] = max(0, outside.at(sizes))
-    return inner
