@@ -231,12 +231,12 @@ def _leaves(path: Loc, value: object) -> Iterator[tuple[Loc, str]]:
     match value:
         case None:
             return
-        case Schedule(root=(Phase(until=None, value=only),)):
+        case Schedule(root=(Phase(until=None, until_step=None, value=only),)):
             yield path, text_of(only)
         case Schedule():
             yield from _leaves(path, value.root)
         case BaseModel():
-            for name, child in value:
+            for name, child in _fields(value):
                 yield from _leaves((*path, name), child)
         case tuple():
             for index, child in enumerate(value):
@@ -248,3 +248,10 @@ def _leaves(path: Loc, value: object) -> Iterator[tuple[Loc, str]]:
             yield path, text_of(value)
         case _:
             yield path, str(value)
+
+
+def _fields(section: BaseModel) -> Iterator[tuple[str, object]]:
+    for name, child in section:
+        still = isinstance(section, Phase) and section.start is None
+        if not (still and name == "shape"):  # the shape of no movement
+            yield name, child

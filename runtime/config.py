@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,23 +67,59 @@ def freeze(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A value that depends on the number of tokens trained on.
+class Phase:
+    """A part of a schedule, up to `until` tokens or `until_step` steps; the last has no end.
 
-    `phases` are (until, value) in ascending order; the last one's `until` is None. A phase ends
-    before its `until`: `Schedule(((10 * 10**12, 0.3), (None, 0.1)))` is 0.3 for the first 10T.
+    `value` throughout, or at the end if it moves there from `start`, in a line or half a cosine.
     """
 
-    phases: tuple[tuple[int | None, float], ...]
+    value: float
+    until: int | None = None
+    until_step: int | None = None
+    start: float | None = None
+    shape: str = "linear"
+
+    @property
+    def end(self) -> int | None:
+        return self.until if self.until_step is None else self.until_step
+
+    def at(self, seen: int, begin: int) -> float:
+        """The value at `seen`, in the unit of its end, when the phase began at `begin`."""
+        if self.start is None or self.end is None:
+            return self.value
+        done = (seen - begin) / (self.end - begin)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.value - self.start) * done
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value that depends on how far training is, in tokens or in steps.
+
+    At its end a phase is over: `Schedule((Phase(0.3, until=10 * 10**12), Phase(0.1)))` is 0.3 for
+    the first 10T tokens.
+    """
+
+    phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
-        ends = [until for until, _ in self.phases]
-        known = [until for until in ends[:-1] if until is not None]
-        if not ends or ends[-1] is not None or len(known) != len(ends) - 1:
-            raise ValueError("every phase of a schedule but the last has an `until`")
-        if known != sorted(set(known)):
-            raise ValueError(f"the phases of a schedule must ascend, got {known}")
+        if not self.phases or self.phases[-1].end is not None:
+            raise ValueError("the last phase of a schedule has no end")
+        if any(phase.end is None for phase in self.phases[:-1]):
+            raise ValueError("every phase of a schedule but the last has an end")
+        for kind in ("until", "until_step"):
+            ends = [end for phase in self.phases if (end := getattr(phase, kind)) is not None]
+            if ends != sorted(set(ends)):
+                raise ValueError(f"the phases of a schedule must ascend, got {ends}")
 
-    def value_at(self, tokens: int) -> float:
-        """The value once `tokens` tokens were trained on."""
-        return next(v for until, v in self.phases if until is None or tokens < until)
+    def value_at(self, tokens: int, steps: int = 0) -> float:
+        """The value after so many tokens and steps of training."""
+        begin = {"tokens": 0, "steps": 0}
+        for phase in self.phases:
+            unit = "tokens" if phase.until_step is None else "steps"
+            seen = tokens if unit == "tokens" else steps
+            if phase.end is None or seen < phase.end:
+                return phase.at(seen, begin[unit])
+            begin[unit] = phase.end
+        raise AssertionError("the last phase has no end")

@@ -9,7 +9,7 @@ from backends.torch.layout import Call, lay_out
 from backends.torch.model import docstring
 from dsl.hf import hf_config
 from dsl.load import Description
-from dsl.schema import BlockUse, Schedule
+from dsl.schema import BlockUse, Parallel, Phase, Schedule, Train, constant
 
 
 def config_py(description: Description, *, version: str, spec: str) -> str:
@@ -42,13 +42,32 @@ def _numbers(description: Description) -> dict[str, Any]:
         },
         "sequence": spec.sequence.model_dump(),
         "precision": spec.precision.model_dump(),
-        "train": {
-            "initializer_range": spec.train.initializer_range,
-            "loss": {
-                "mtp_weight": spec.train.loss.mtp_weight,
-                "balance_alpha": spec.train.loss.balance_alpha,
-            },
+        "train": _training(spec.train, spec.parallel),
+    }
+
+
+def _training(train: Train, parallel: Parallel | None) -> dict[str, Any]:
+    """What the trainer reads; sizes that `train` leaves open are those of `parallel`."""
+    length, batch, micro_batch = train.sequence_length, train.batch, train.micro_batch
+    if parallel is not None:
+        length = length or parallel.sequence_length
+        batch = batch or constant(parallel.batch)
+        micro_batch = micro_batch or parallel.micro_batch
+    return {
+        "initializer_range": train.initializer_range,
+        "loss": {
+            "mtp_weight": train.loss.mtp_weight,
+            "balance_alpha": train.loss.balance_alpha,
         },
+        "optimizer": train.optimizer.model_dump(),
+        "learning_rate": train.learning_rate,
+        "bias_update": train.bias_update,
+        "sequence_length": length,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "steps": train.steps,
+        "tokens": train.tokens,
+        "ema": train.ema,
     }
 
 
@@ -59,7 +78,7 @@ def _use(use: BlockUse) -> dict[str, Any]:
 def literal(value: Any) -> Call | str:
     """A value as Python text that evaluates to it; strings can never be anything but strings."""
     if isinstance(value, Schedule):
-        phases = tuple(("", literal((p.until, p.value))) for p in value.root)
+        phases = tuple(("", _phase(p)) for p in value.root)
         return Call("Schedule((", phases, ",))" if len(phases) == 1 else "))")
     if isinstance(value, dict):
         return Call("{", tuple((f"{_quoted(str(k))}: ", literal(v)) for k, v in value.items()), "}")
@@ -72,6 +91,13 @@ def literal(value: Any) -> Call | str:
         return _quoted(value)
     assert value is None or isinstance(value, bool | int | float), type(value)
     return repr(value)
+
+
+def _phase(phase: Phase) -> str:
+    """What differs from the defaults of the runtime's `Phase`, which are the schema's."""
+    given = phase.model_dump(exclude_defaults=True, exclude={"value"})
+    parts = [repr(phase.value), *(f"{name}={literal(value)}" for name, value in given.items())]
+    return f"Phase({', '.join(parts)})"
 
 
 def _quoted(text: str) -> str:

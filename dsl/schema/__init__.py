@@ -6,16 +6,13 @@ from dsl.schema.sections import (
     VARIANT_KEYS,
     Architecture,
     LayerGroup,
-    Loss,
     Parallel,
-    Phase,
     Precision,
-    Schedule,
     SequenceLimits,
     Spec,
-    Train,
     json_schema,
 )
+from dsl.schema.train import Loss, Phase, Schedule, Train, constant
 from dsl.schema.validate import validate, validate_file
 from dsl.schema.values import BlockUse, Loc, text_of
 
@@ -35,6 +32,7 @@ __all__ = [
     "SequenceLimits",
     "Spec",
     "Train",
+    "constant",
     "json_schema",
     "text_of",
     "validate",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dsl.schema.sections import Section
+from dsl.schema.base import Section
 from dsl.schema.values import Number, Text
 
 

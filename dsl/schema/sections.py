@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    RootModel,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import ConfigDict, Field
 
-from dsl import yaml
+from dsl.schema.base import Section
+from dsl.schema.train import Train
 from dsl.schema.values import (
-    EXPRESSION,
     Block,
     BlockUse,
     ModelName,
@@ -29,74 +20,6 @@ from dsl.schema.values import (
 )
 
 ScheduleName = Literal["1f1b", "zero_bubble", "dualpipe"]
-
-
-class Section(BaseModel):
-    """A mapping with known keys."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True
-    )
-
-
-class Phase(Section):
-    """One phase of a schedule, up to `until` tokens; the last phase has no end."""
-
-    until: Annotated[int | None, Number("until", 1)] = Field(
-        None, description="Tokens seen at which this phase ends; the last phase has none"
-    )
-    value: Annotated[float, Number("value", 0, whole=False)] = Field(
-        description="The value during the phase"
-    )
-
-
-class Schedule(RootModel[tuple[Phase, ...]]):
-    """A number that may change with the tokens seen in training."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _wrap(cls, data: object) -> object:
-        if isinstance(data, dict):
-            wanted = "a number or a list of phases"
-            raise PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
-        return ({"value": data},) if isinstance(data, yaml.Scalar) else data
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Schedule:
-        ends = [phase.until for phase in self.root]
-        if not ends or ends[-1] is not None:
-            _schedule_problem("its last phase must have no `until`", "add one such as {value: 0}")
-        limits = [end for end in ends[:-1] if end is not None]
-        if len(limits) != len(ends) - 1:
-            _schedule_problem("all phases but the last need `until`", "add the tokens at their end")
-        if any(a >= b for a, b in pairwise(limits)):
-            _schedule_problem("its phases must ascend", "order them by `until`")
-        return self
-
-    def value_at(self, tokens: int) -> float:
-        """The value when `tokens` tokens have been seen; at `until` the next phase begins."""
-        for phase in self.root:
-            if phase.until is None or tokens < phase.until:
-                return phase.value
-        raise AssertionError("the last phase has no end")
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        phases = handler(schema)
-        number = {"type": ["number", "string"], "description": EXPRESSION}
-        return {"description": cls.__doc__, "anyOf": [number, phases]}
-
-
-def _schedule_problem(message: str, help: str) -> NoReturn:
-    raise PydanticCustomError("schedule", "{message}", {"message": message, "help": help})
-
-
-def _constant_schedule(value: float) -> Schedule:
-    return Schedule.model_construct((Phase.model_construct(until=None, value=value),))
 
 
 class LayerGroup(Section):
@@ -183,33 +106,6 @@ class Precision(Section):
         default_factory=dict,
         description="fp8, bf16 or fp32 for the products of a kind (attention_projections, head, ..)"
         " or of weights by name (o_proj, experts.*.up_proj); the last that fits counts",
-    )
-
-
-class Loss(Section):
-    """Weights of the parts of the training loss."""
-
-    mtp_weight: Schedule = Field(
-        default_factory=lambda: _constant_schedule(0.3),
-        description="Weight of multi-token prediction (report, equation 25)",
-    )
-    balance_alpha: Annotated[float, Number("balance_alpha", 0, whole=False)] = Field(
-        0.0, description="Weight of the sequence-wise balance loss (report, equations 17 to 20)"
-    )
-
-
-class Train(Section):
-    """How the model is initialized and trained."""
-
-    initializer_range: Annotated[float, Number("initializer_range", 0, whole=False)] = Field(
-        0.02, description="Standard deviation of random weights"
-    )
-    loss: Loss = Field(default_factory=Loss, description="The loss")
-    kept_bytes_per_token: Annotated[int | None, Number("kept_bytes_per_token", 0)] = Field(
-        None,
-        description="What all layers together may keep of one token for the backward pass, in "
-        "bytes; the rest is computed again. Without it norms, pointwise functions and the "
-        "up-projections of latents are",
     )
 
 

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ValidationError
 from dsl import yaml
 from dsl.diagnostic import Diagnostic
 from dsl.evaluate import Value
-from dsl.schema.sections import VARIANT_KEYS, Phase, Schedule, Section, Spec
+from dsl.schema.base import Section
+from dsl.schema.sections import VARIANT_KEYS, Spec
+from dsl.schema.train import Phase, Schedule
 from dsl.schema.values import Loc, Scope
 from dsl.suggest import did_you_mean, nearest
 
@@ -114,7 +116,7 @@ def _fields(loc: Loc, schema: type[Section]) -> dict[str, Any]:
     """The fields of the section that is found at `loc`."""
     section: Any = schema
     for part in loc:
-        if section is Schedule:
+        if section is Schedule:  # its items
             section = Phase
         elif isinstance(part, int):
             section = get_args(section)[0]

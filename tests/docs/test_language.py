@@ -165,7 +165,7 @@ def test_names_of_tensors_are_put_together_as_the_text_says() -> None:
 
 
 def test_the_keys_of_a_spec_are_those_of_the_schema() -> None:
-    expected = [*schema_rows((), Spec), *variant_rows()]
+    expected = [*schema_rows((), Spec), *schema_rows(("SCHEDULE", "N"), Phase), *variant_rows()]
     found = [row for row in tables(TEXT, "key") if not row[0].endswith(".SLOT`")]
     assert found == expected, "\n".join("| " + " | ".join(row) + " |" for row in expected)
     slots = [plain(row[0]) for row in tables(TEXT, "key") if row[0].endswith(".SLOT`")]
@@ -183,9 +183,7 @@ def schema_rows(path: tuple[str, ...], section: Any) -> Iterator[Row]:
         inner = items[0] if items and hasattr(items[0], "model_fields") else field.annotation
         described = properties["properties"][name]
         yield row(here, field, described, inner)
-        if field.annotation is Schedule:
-            yield from schema_rows((*here, "N"), Phase)
-        elif hasattr(inner, "model_fields"):
+        if hasattr(inner, "model_fields") and inner is not Schedule:
             listed = described.get("type") == "array"
             yield from schema_rows((*here, "N") if listed else here, inner)
 
@@ -212,7 +210,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
-    if field.annotation is Schedule:
+    if inner is Schedule:
         return "schedule"
     if inner is BlockUse:
         return "block"

@@ -12,6 +12,7 @@ from dsl.evaluate import Value
 from dsl.schema import BlockUse, Spec, json_schema, validate
 from dsl.source import Source
 from dsl.yaml import Mapping, parse_yaml
+from runtime import config
 
 VALID = """\
 model: tiny
@@ -94,10 +95,31 @@ def test_schedules(text: str, values: dict[int, float]) -> None:
 
 @pytest.mark.parametrize(
     "text", ["[]", "[{until: 1, value: 1}]", "[{value: 1}, {value: 2}]",
-             "[{until: 2, value: 1}, {until: 1, value: 1}, {value: 2}]"],
+             "[{until: 2, value: 1}, {until: 1, value: 1}, {value: 2}]",
+             "[{until_step: 2, value: 1}, {until_step: 1, value: 1}, {value: 2}]",
+             "[{until: 2, until_step: 2, value: 1}, {value: 2}]",
+             "[{until: 2, shape: cosine, value: 1}, {value: 2}]",
+             "[{until: 2, value: 1}, {start: 1, value: 2}]",
+             "[{until_step: 2, value: 1}, {until: 9, start: 1, value: 2}, {value: 2}]"],
 )  # fmt: skip
-def test_schedules_that_do_not_ascend_to_an_open_end(text: str) -> None:
-    assert codes(f"{VALID}train: {{loss: {{mtp_weight: {text}}}}}") == ["E308"]
+def test_schedules_that_make_no_sense(text: str) -> None:
+    assert codes(f"{VALID}train: {{learning_rate: {text}}}") == ["E308"]
+
+
+def test_schedules_of_the_model_go_by_tokens() -> None:
+    phases = "[{until_step: 2, value: 1}, {value: 2}]"
+    assert codes(f"{VALID}train: {{loss: {{mtp_weight: {phases}}}}}") == ["E308"]
+
+
+def test_a_schedule_means_the_same_in_a_build() -> None:
+    phases = """[{until_step: 4, start: 0, value: 4}, {until: 100, value: 4},
+                 {until: 200, start: 4, value: 2, shape: cosine}, {value: 1}]"""
+    schedule = valid(f"{VALID}train: {{learning_rate: {phases}}}").train.learning_rate
+    assert schedule is not None
+    built = config.Schedule(tuple(config.Phase(**phase.model_dump()) for phase in schedule.root))
+    for tokens in range(0, 250, 7):
+        for steps in (0, 1, 3, 4, 9):
+            assert schedule.value_at(tokens, steps) == built.value_at(tokens, steps)
 
 
 @pytest.mark.parametrize("name", ["v3", "deepseek_v3", "V3", "a" * 64])

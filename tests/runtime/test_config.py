@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from runtime.config import Config, Schedule, freeze
+from runtime.config import Config, Phase, Schedule, freeze
 
 VALUES = {"params": {"hidden_size": 64, "keys": 3}, "layers": [{"repeat": 3}, {"repeat": 58}]}
 
@@ -53,18 +53,37 @@ def test_a_config_prints_and_copies() -> None:
 
 
 def test_a_phase_ends_before_its_number_of_tokens() -> None:
-    schedule = Schedule(((10, 0.3), (20, 0.2), (None, 0.1)))
+    schedule = Schedule((Phase(0.3, until=10), Phase(0.2, until=20), Phase(0.1)))
     tokens = (0, 9, 10, 19, 20, 10**15)
     assert [schedule.value_at(t) for t in tokens] == [0.3, 0.3, 0.2, 0.2, 0.1, 0.1]
-    assert Schedule(((None, 0.5),)).value_at(7) == 0.5
+    assert Schedule((Phase(0.5),)).value_at(7) == 0.5
+
+
+def test_a_phase_with_a_start_moves_to_its_value() -> None:
+    schedule = Schedule(
+        (
+            Phase(4.0, until_step=4, start=0.0),
+            Phase(4.0, until=100),
+            Phase(2.0, until=200, start=4.0, shape="cosine"),
+            Phase(1.0),
+        )
+    )
+    assert [schedule.value_at(0, step) for step in range(6)] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+    # Half a cosine: a quarter of the way it has moved by (1 - cos 45 degrees) / 2.
+    after = {99: 4.0, 100: 4.0, 125: 4.0 - 2 * 0.14644660940672624, 150: 3.0, 200: 1.0}
+    assert {t: schedule.value_at(t, 4) for t in after} == pytest.approx(after)
 
 
 @pytest.mark.parametrize(
     "phases",
-    [(), ((10, 1.0),), ((None, 1.0), (None, 2.0)), ((9, 1.0), (9, 2.0), (None, 3.0))],
+    [
+        (),
+        (Phase(1.0, until=10),),
+        (Phase(1.0), Phase(2.0)),
+        (Phase(1.0, until=9), Phase(2.0, until=9), Phase(3.0)),
+        (Phase(1.0, until_step=9), Phase(2.0, until_step=8), Phase(3.0)),
+    ],
 )
-def test_phases_that_make_no_schedule_are_refused(
-    phases: tuple[tuple[int | None, float], ...],
-) -> None:
+def test_phases_that_make_no_schedule_are_refused(phases: tuple[Phase, ...]) -> None:
     with pytest.raises(ValueError, match="phase"):
         Schedule(phases)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from runtime import functional as F
 from runtime.cache import Cache
-from runtime.config import Schedule, freeze
+from runtime.config import Phase, Schedule, freeze
 from runtime.model import LanguageModel, Loss, Output
 from runtime.weights import Block, Joined, Stack, Tensors, normal, ones, zeros
 
@@ -19,7 +19,7 @@ CONFIG = freeze(
         "precision": {"policy": "bf16"},
         "train": {
             "loss": {
-                "mtp_weight": Schedule(((1000, 0.3), (None, 0.1))),
+                "mtp_weight": Schedule((Phase(0.3, until=1000), Phase(0.1))),
                 "balance_alpha": 0.01,
             }
         },
