@@ -17,6 +17,8 @@ from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
 from backends.torch.model import docstring, model_py
+from backends.triton.package import kernel_files, kernels_package
+from backends.triton.target import Target
 from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
@@ -52,9 +54,11 @@ def build(
     *,
     skip: Collection[str] = (),
     until: str | None = None,
+    target: Target | None = None,
 ) -> BuildResult:
     """Writes the package of a model to `out`, which is replaced whole or left alone.
 
+    With `target` it holds kernels for that GPU, too.
     `skip` and `until` leave passes out, for debugging (`compiler.pipeline.chosen`).
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
@@ -62,14 +66,18 @@ def build(
     compiled = compile(description, skip=skip, until=until)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     plan = make_plan(description, compiled)
-    files = package(description, compiled, numbers, plan)
+    files = package(description, compiled, numbers, plan, target)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
     return BuildResult(out, sizes, numbers, plan, time.perf_counter() - started, changed)
 
 
 def package(
-    description: Description, compiled: Compiled, numbers: Summary, plan: Plan | None = None
+    description: Description,
+    compiled: Compiled,
+    numbers: Summary,
+    plan: Plan | None = None,
+    target: Target | None = None,
 ) -> dict[str, bytes]:
     """Every file of a build by its path inside the package. Same inputs, same bytes."""
     # What was extended comes first.
@@ -84,12 +92,19 @@ def package(
             version=VERSION,
         ),
         "model.py": model_py(
-            compiled, about=about, dtype=DTYPES[description.spec.precision.policy], **facts
+            compiled,
+            about=about,
+            dtype=DTYPES[description.spec.precision.policy],
+            kernels=target is not None,
+            **facts,
         ),
         "config.py": config_py(description, **facts),
     }
     for path in sorted(Path(runtime.__file__).parent.glob("*.py")):
         texts[f"runtime/{path.name}"] = path.read_text(encoding="utf-8")
+    if target is not None:
+        kernels = kernel_files(compiled.programs, description, target)
+        texts |= kernels_package(kernels, target)
     for i, step in enumerate(step for step in compiled.steps if step.changed):
         name = f"graph/{i:02d}-{step.program_name}-{step.name}.graph"
         texts[name] = print_program(step.program)

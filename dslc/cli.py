@@ -18,6 +18,7 @@ from dslc.commands import (
     explain,
     graph,
     init,
+    kernels,
     ops,
     passes,
     plan,
@@ -33,6 +34,7 @@ Examples:
   dslc show deepseek_v3                    modules, parameters, FLOPs, cache bytes
   dslc build specs/deepseek_v3.yaml        write the package build/deepseek_v3
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
+  dslc kernels deepseek_v3 --target sm_90  its Triton kernels as compiled code, without a GPU
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
   dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
 
@@ -66,7 +68,7 @@ def options(
     pass
 
 
-for command in (check, show, plan, graph, passes, diff, build, init, schema, ops, explain):
+for command in (check, show, plan, graph, passes, diff, build, kernels, init, schema, ops, explain):
     app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
 
 

@@ -15,6 +15,14 @@ class Format(StrEnum):
     json = "json"
 
 
+class TargetName(StrEnum):
+    """The GPUs that kernels are written for, as `backends.triton.target` knows them."""
+
+    sm_90 = "sm_90"
+    sm_100 = "sm_100"
+    gfx942 = "gfx942"
+
+
 SpecArgument = Annotated[
     str,
     typer.Argument(

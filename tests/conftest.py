@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Triton interprets or compiles, for the whole of a process: tests interpret kernels, on the CPU,
+# and compile them in processes of their own. It must be said before anything imports Triton.
+os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str, str], None]

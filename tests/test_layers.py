@@ -24,13 +24,14 @@ MAY_IMPORT = {
 LIBRARIES = {
     "dsl": {"lark", "pydantic", "pydantic_core", "ruamel"},
     "compiler": {"lark", "networkx"},
-    "backends": {"jinja2"},
+    # torch and triton only inside the functions of the program that compiles kernels.
+    "backends": {"jinja2", "torch", "triton"},
     "dslc": {"typer"},
     "runtime": {"torch", "safetensors"},
     "specs": set[str](),
 }
 # Building V3 must start and end before importing any of these would have.
-HEAVY = ("torch", "numpy", "networkx", "sympy", "transformers", "pandas", "scipy")
+HEAVY = ("torch", "triton", "numpy", "networkx", "sympy", "transformers", "pandas", "scipy")
 
 
 def sources(folder: str) -> list[Path]:

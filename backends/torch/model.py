@@ -69,8 +69,10 @@ class Root:
     parts: list[Method]
 
 
-def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: str) -> str:
-    """Text of `model.py`."""
+def model_py(
+    compiled: Compiled, *, about: str, spec: str, version: str, dtype: str, kernels: bool = False
+) -> str:
+    """Text of `model.py`; with `kernels` its functions come from that folder of the build."""
     emit = _Emission(compiled, dtype)
     blocks = [
         emit.block(g) for g in compiled.lowered.graphs.values() if g is not compiled.lowered.main
@@ -88,6 +90,7 @@ def model_py(compiled: Compiled, *, about: str, spec: str, version: str, dtype: 
         imports=imports,
         units=emit.units,
         uses_fp8=_uses_fp8(compiled),
+        kernels=kernels,
         lists="nn.ModuleList(" in made,
         blocks=blocks,
         root=root,

@@ -13,6 +13,7 @@ from dslc.options import (
     SetOption,
     SkipOption,
     SpecArgument,
+    TargetName,
     UntilOption,
     VariantOption,
 )
@@ -26,6 +27,7 @@ Examples:
   dslc build specs/deepseek_v3.yaml                    writes build/deepseek_v3
   dslc build my_model.yaml --variant small -o build/small
   dslc build deepseek_v3 --set params.n_routed_experts=128 --set model=v3_128
+  dslc build deepseek_v3 --target sm_90                with Triton kernels for that GPU
   dslc build deepseek_v3 --skip fuse_experts -o build/loop    to see what a pass does
 
 \b
@@ -43,6 +45,10 @@ def run(
             "-o", "--output", metavar="DIR", help="The folder to write; build/MODEL by default."
         ),
     ] = None,
+    target: Annotated[
+        TargetName | None,
+        typer.Option(help="Add Triton kernels for this GPU; on any other, torch's own run."),
+    ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
     skip: SkipOption = None,
@@ -55,6 +61,7 @@ def run(
     did not write is never replaced.
     """
     from backends.build import build
+    from backends.triton.target import TARGETS
     from dslc.passes import check
     from dslc.report import print_json, reporting
     from dslc.specs import read
@@ -63,7 +70,8 @@ def run(
         check(skip, until)
         description = read(spec, sets, variant)
         out = output or Path("build") / description.spec.model
-        result = build(description, out, skip=skip or (), until=until)
+        gpu = TARGETS[target] if target is not None else None
+        result = build(description, out, skip=skip or (), until=until, target=gpu)
         if format is Format.json:
             files = dict(result.files)
             print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})

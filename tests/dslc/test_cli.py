@@ -14,7 +14,8 @@ from backends import VERSION
 from tests.dslc.conftest import ROOT, Run
 
 COMMANDS = (
-    "check", "show", "plan", "graph", "passes", "diff", "build", "init", "schema", "ops", "explain"
+    "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "init",
+    "schema", "ops", "explain"
 )  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""What a family of kernels hands over: a file, the functions that it serves, cases to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Unit = Literal["fp8", "bf16", "memory"]
+Fill = Literal["normal", "zeros", "ones", "ends", "index", "order", "lengths", "pages", "scale"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An argument of a case: shape, element type as torch names it, and what stands in it.
+
+    `fill` tells a GPU run what to put there; `limit` bounds whole numbers (for `ends` the last one,
+    for `index` one more than the largest). `strides`, if not those of a contiguous tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "bfloat16"
+    fill: Fill = "normal"
+    limit: int = 0
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher at sizes of the spec.
+
+    `flops` and `bytes` count every input read once and every output written once. `unit` is what
+    must do the work: FP8 or BF16 matrix instructions, or the memory alone; `access` the width in
+    bits that the widest load and store must have at least.
+    """
+
+    name: str
+    function: str
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    flops: int = 0
+    bytes: int = 0
+    unit: Unit = "memory"
+    access: int = 128
+    spans: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """`kernels/NAME.py`: its text, and the functions that it replaces.
+
+    `serves` maps `F.rms_norm` (`F`, `G`, `fp8`: the modules of `runtime/`) to the element type of
+    the first tensor that its launcher takes.
+    """
+
+    name: str
+    text: str
+    serves: Mapping[str, str]
+    cases: tuple[Case, ...]
+
+
+SIZES = {
+    "float8_e4m3fn": 1,
+    "bfloat16": 2,
+    "float32": 4,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
+}
+"""Bytes of an element."""
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of tensors, each counted once."""
+    total = 0
+    for tensor in tensors:
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        total += count * SIZES[tensor.dtype]
+    return total

@@ -1,0 +1,77 @@
+"""The folder `kernels/` of a build: the files that its programs need, and what serves what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from backends.render import render
+from backends.triton import norm
+from backends.triton.kernel import KernelFile
+from backends.triton.target import Target
+from backends.triton.uses import Uses
+from compiler.graph.core import Program
+from dsl.load import Description
+
+FAMILIES = (norm,)
+"""Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it."""
+
+MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8"}
+"""What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
+
+
+def kernel_files(
+    programs: Mapping[str, Program], description: Description, target: Target
+) -> list[KernelFile]:
+    """The families that a model needs, in the order of `FAMILIES`."""
+    uses = Uses(programs, description)
+    files = (family.kernel_file(uses, target) for family in FAMILIES)
+    return [file for file in files if file is not None]
+
+
+def kernels_package(files: Sequence[KernelFile], target: Target) -> dict[str, str]:
+    """Texts by path inside the build."""
+    texts = {f"kernels/{file.name}.py": file.text for file in files}
+    served = {module: _served(files, module) for module in MODULES}
+    texts["kernels/__init__.py"] = render(
+        "triton/init.py.jinja",
+        target=target,
+        modules={name: MODULES[name] for name in MODULES},
+        served=served,
+    )
+    texts["kernels/kernels.json"] = _record(files, target)
+    return texts
+
+
+def _served(files: Sequence[KernelFile], module: str) -> dict[str, tuple[str, str]]:
+    """Function: the file that has its kernel, and the element type it takes."""
+    served: dict[str, tuple[str, str]] = {}
+    for file in files:
+        for path, dtype in file.serves.items():
+            place, _, function = path.partition(".")
+            if place == module:
+                assert function not in served, f"{path} has two kernels"
+                served[function] = (file.name, dtype)
+    return dict(sorted(served.items()))
+
+
+def _record(files: Sequence[KernelFile], target: Target) -> str:
+    content = {
+        "target": target.name,
+        "files": [
+            {
+                "name": f"{file.name}.py",
+                "sha256": hashlib.sha256(file.text.encode()).hexdigest(),
+                "serves": sorted(file.serves),
+                "cases": [_case(asdict(case)) for case in file.cases],
+            }
+            for file in files
+        ],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _case(values: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if value not in ((), {}, 0)}

@@ -1,0 +1,75 @@
+"""Which operators a model has, and at which sizes: what kernels are chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compiler.graph.core import Graph, Op, Program, Weight
+from dsl.load import Description
+
+DECODE_ROWS = (1, 16, 64, 128)
+"""Tokens of a decoding step that kernels are looked at for: sequences that are served at once."""
+
+TRAIN_ROWS = 4096
+"""Tokens of a training step or a prompt, where the spec does not say."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operator of a program. Blocks are there once, however many layers they serve."""
+
+    program: str
+    graph: Graph
+    op: Op
+
+    @property
+    def kind(self) -> str:
+        return self.op.kind
+
+    @property
+    def weights(self) -> list[Weight]:
+        return [self.graph.weights[symbol] for symbol in self.op.symbols]
+
+    @property
+    def span(self) -> str:
+        """The line of the block that it comes from: `mla.dsl:24`."""
+        if not self.op.spans:
+            return ""
+        span = self.op.spans[0]
+        return f"{span.source.name.rsplit('/', 1)[-1]}:{span.line}"
+
+    def size(self, operand: int, dim: int = -1) -> int:
+        """The size of a dimension of an operand that the spec fixes."""
+        size = self.op.operands[operand].type.dims[dim].size
+        assert size is not None, f"{self.kind}: {self.op.operands[operand].type} varies"
+        return size
+
+
+class Uses:
+    """All operators of the programs of a model; `rows` are the tokens of the launches to look at.
+
+    `train_rows` are those of a micro-batch of the spec.
+    """
+
+    def __init__(self, programs: Mapping[str, Program], description: Description) -> None:
+        self._all = [
+            Use(program.name, graph, op)
+            for program in programs.values()
+            for graph in program.graphs.values()
+            for op in graph.walk()
+        ]
+        parallel = description.spec.parallel
+        length = parallel.sequence_length if parallel is not None else None
+        batch = parallel.micro_batch if parallel is not None else 1
+        self.train_rows = length * batch if length else TRAIN_ROWS
+        self.rows: Sequence[int] = (*DECODE_ROWS, self.train_rows)
+
+    def of(self, *kinds: str) -> list[Use]:
+        """The uses of operators of these kinds, in program order."""
+        return [use for use in self._all if use.kind in kinds]
+
+
+def spans(uses: Sequence[Use]) -> tuple[str, ...]:
+    """Where they come from, each line once."""
+    return tuple(dict.fromkeys(use.span for use in uses if use.span))

@@ -1,0 +1,118 @@
+"""`dslc kernels`: what the kernels of a build are as compiled code, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dslc.options import (
+    Format,
+    FormatOption,
+    SetOption,
+    SpecArgument,
+    TargetName,
+    VariantOption,
+)
+
+if TYPE_CHECKING:
+    from backends.triton.launches import Row
+    from backends.triton.target import Target
+    from dsl.diagnostic import Diagnostic
+
+EXAMPLES = """
+\b
+Examples:
+  dslc kernels deepseek_v3 --target sm_90
+  dslc kernels deepseek_v3 --target gfx942 --file norm
+  dslc kernels deepseek_v3 --target sm_90 --save kernels    sources, PTX and SASS side by side
+
+\b
+Everything in the table is read from compiled code. The floor is the least time that the published
+peaks of a GPU allow; nothing was run, and no speed is claimed.
+Exit status 1 if a kernel breaks one of the rules that shipped kernels keep.
+"""
+
+
+def run(
+    spec: SpecArgument,
+    target: Annotated[
+        TargetName, typer.Option(help="The GPU to compile for; it need not be there.")
+    ],
+    file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this file of kernels. Repeatable."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep sources and assembly there.")
+    ] = None,
+    sets: SetOption = None,
+    variant: VariantOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Compile the Triton kernels of a model and show registers, memory, instructions."""
+    from backends.triton.checks import violations
+    from backends.triton.compiled import CompilerFailed, compile_kernels
+    from backends.triton.package import kernel_files, kernels_package
+    from backends.triton.target import TARGETS
+    from compiler.pipeline import compile
+    from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dslc.passes import unknown
+    from dslc.report import print_json, reporting
+    from dslc.specs import read
+
+    with reporting(as_json=format is Format.json):
+        missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise DiagnosticError([_not_installed(missing)])
+        description = read(spec, sets, variant)
+        gpu = TARGETS[target]
+        files = kernel_files(compile(description).programs, description, gpu)
+        known = [one.name for one in files]
+        problems = [
+            unknown("file of kernels", name, known) for name in file or () if name not in known
+        ]
+        if problems:
+            raise DiagnosticError(problems)
+        texts = kernels_package(files, gpu)
+        files = [one for one in files if not file or one.name in file]
+        try:
+            rows = compile_kernels(files, texts, gpu, save)
+        except CompilerFailed as error:
+            raise DiagnosticError(
+                [Diagnostic("E606", f"no kernel was compiled: {error}")]
+            ) from None
+        broken = [(row, text) for row in rows for text in violations(row, gpu)]
+        if format is Format.json:
+            print_json({"ok": not broken, "target": gpu.name, "kernels": rows})
+        else:
+            print_table(rows, gpu)
+            for row, text in broken:
+                print(f"{row['file']}: {row['kernel']} ({row['cases'][0]['name']}): {text}")
+        if broken:
+            raise typer.Exit(1)
+
+
+def _not_installed(missing: Sequence[str]) -> Diagnostic:
+    from dsl.diagnostic import Diagnostic
+
+    return Diagnostic(
+        "E605",
+        f"compiling kernels needs {' and '.join(missing)}, not installed here",
+        help="`pip install torch==2.13.0`, then `pip install triton==3.7.1`; a build needs neither",
+    )
+
+
+def print_table(rows: Sequence[Row], target: Target) -> None:
+    """Columns as wide as what stands in them."""
+    from backends.triton.compiled import HEADINGS, table
+
+    lines = [list(HEADINGS), *table(rows, target)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    for line in lines:
+        print(
+            "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
+        )

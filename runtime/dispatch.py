@@ -1,0 +1,112 @@
+"""Which implementation of a function runs: a Triton kernel on its target, torch elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "DSLC_KERNELS"
+"""Environment variable: `torch` makes every kernel give way to the reference, for debugging."""
+
+Function = Callable[..., Any]
+
+
+class Kernels:
+    """The functions of a module of `runtime`; `kernels` names those that have a kernel.
+
+    A kernel is the function of the same name and arguments in a file of `package`. It serves
+    tensors on the target whose first one has the element type given with it, where autograd asks
+    for no gradient; every other call goes to the module. Files are imported at their first call, so
+    that a machine without Triton needs none.
+    """
+
+    def __init__(
+        self,
+        reference: ModuleType,
+        package: str,
+        target: str,
+        kernels: Mapping[str, tuple[str, torch.dtype]],
+    ) -> None:
+        missing = [name for name in kernels if not hasattr(reference, name)]
+        if missing:
+            raise AttributeError(f"{reference.__name__} has no {', '.join(missing)}")
+        self._reference = reference
+        self._package = package
+        self._target = target
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        reference = getattr(self._reference, name)
+        if name not in self._kernels:
+            return reference
+        function = self._choosing(name, reference)
+        setattr(self, name, function)
+        return function
+
+    def _choosing(self, name: str, reference: Function) -> Function:
+        file, dtype = self._kernels[name]
+
+        def function(*arguments: Any, **keywords: Any) -> Any:
+            first = next((a for a in arguments if isinstance(a, Tensor)), None)
+            if first is None or first.dtype != dtype or not serves(self._target, first.device):
+                return reference(*arguments, **keywords)
+            if torch.is_grad_enabled() and any(_wants_gradient(a) for a in arguments):
+                return reference(*arguments, **keywords)
+            kernel = getattr(importlib.import_module(f"{self._package}.{file}"), name)
+            return kernel(*arguments, **keywords)
+
+        function.__name__ = name
+        function.__doc__ = reference.__doc__
+        return function
+
+
+def _wants_gradient(argument: object) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def serves(target: str, device: torch.device) -> bool:
+    """Whether kernels of a target run on a device; a GPU that is another one is told of once."""
+    if device.type != "cuda" or wanted() == "torch":
+        return False
+    found = name_of(device.index if device.index is not None else torch.cuda.current_device())
+    if found != target:
+        _tell(target, found)
+    return found == target
+
+
+@cache
+def wanted() -> str:
+    """What `DSLC_KERNELS` asks for: `torch`, or `triton`, which is the rule.
+
+    Raises ValueError for any other word.
+    """
+    word = os.environ.get(VARIABLE, "") or "triton"
+    if word not in ("torch", "triton"):
+        raise ValueError(f"{VARIABLE}={word}: choose torch or triton")
+    return word
+
+
+@cache
+def name_of(index: int) -> str:
+    """A GPU as targets are called: `sm_90`, `gfx942`."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _tell(target: str, found: str) -> None:
+    warnings.warn(
+        f"the kernels of this build are for {target}, this GPU is {found}: torch's own run instead."
+        f" Build with `--target {found}` if dslc has that target",
+        stacklevel=4,
+    )

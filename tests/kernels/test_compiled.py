@@ -1,0 +1,85 @@
+"""Every kernel that a build can choose, compiled for GPUs that are not there, and its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.build import build
+from backends.triton.checks import violations
+from backends.triton.compiled import compile_kernels, tile
+from backends.triton.kernel import KernelFile
+from backends.triton.launches import Row
+from backends.triton.package import FAMILIES
+from backends.triton.target import TARGETS
+from dsl.load import load
+from tests.conftest import Golden
+from tests.kernels.conftest import ROOT, Kernels, files_of, package_of
+
+SPECS = ("deepseek_v3", "deepseek_v2_lite", "deepseek_v3_tiny")
+
+
+FILES = tuple(family.__name__.rpartition(".")[2] for family in FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_keep_the_rules(name: str, spec: str, target: str, golden: Golden) -> None:
+    gpu, texts = TARGETS[target], package_of(spec, target)
+    files = [file for file in files_of(spec, target) if file.name == name]
+    rows = compile_kernels(files, texts, gpu)
+    assert all(rows) or not files
+    broken = [
+        f"{row['kernel']} {tile(row.get('constants', {}))} ({row['cases'][0]['name']}): {text}"
+        for row in rows
+        for text in violations(row, gpu)
+    ]
+    assert not broken, "\n".join(broken)
+    for file in files:
+        golden(f"kernels/{spec}.{target}.{name}.json", record(file, rows))
+
+
+def record(file: KernelFile, rows: list[Row]) -> str:
+    """What a review should see change: the file that was compiled by its hash, a line a kernel."""
+    lines = [{"file": f"{file.name}.py", "sha256": sha256(file)}, *map(_line, rows)]
+    return "[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n"
+
+
+def sha256(file: KernelFile) -> str:
+    return hashlib.sha256(file.text.encode()).hexdigest()
+
+
+def _line(row: Row) -> dict[str, Any]:
+    shown = ("registers", "spilled_bytes", "shared", "occupancy", "instructions", "matrix", "hot")
+    return {
+        "kernel": row["kernel"],
+        "case": row["cases"][0]["name"],
+        "cases": len(row["cases"]),
+        "tile": tile(row["constants"]),
+        "warps": row["warps"],
+        "stages": row["stages"],
+        **{name: row["metrics"][name] for name in shown},
+    }
+
+
+def test_one_file_is_interpreted_compiled_and_shipped(kernels: Kernels, tmp_path: Path) -> None:
+    """By its hash: in the folder of a build, in its manifest, in `kernels.json`, in this suite."""
+    build(load(ROOT / "specs/deepseek_v3_tiny.yaml"), tmp_path / "tiny", target=TARGETS["sm_90"])
+    outputs = json.loads((tmp_path / "tiny/manifest.json").read_text())["outputs"]
+    listed = json.loads((tmp_path / "tiny/kernels/kernels.json").read_text())["files"]
+    compiled = package_of("deepseek_v3_tiny", "sm_90")
+    assert listed
+    for file in files_of("deepseek_v3_tiny", "sm_90"):
+        interpreted = Path(str(kernels(file.name, "deepseek_v3_tiny", "sm_90").__file__))
+        texts = {interpreted.read_text(), compiled[f"kernels/{file.name}.py"], file.text}
+        assert len(texts) == 1
+        assert outputs[f"kernels/{file.name}.py"] == sha256(file)
+        assert {"name": f"{file.name}.py", "sha256": sha256(file)}.items() <= next(
+            one.items() for one in listed if one["name"] == f"{file.name}.py"
+        )
