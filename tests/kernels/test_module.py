@@ -1,0 +1,93 @@
+"""A whole model whose every kernel is interpreted, against the same model in torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.build import build
+from backends.triton.target import TARGETS
+from dsl.load import load
+from tests.kernels.conftest import ROOT
+from tests.kernels.interpreter import repair
+
+SPECS = {
+    "tiny_bf16": ["precision.policy=bf16"],
+    "tiny_fp8": ["precision.policy=fp8_blockwise"],
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The build of a tiny V3 with kernels, imported."""
+    repair()
+    name, folder = f"kernels_{request.param}", tmp_path_factory.mktemp("built")
+    sets = [f"model={name}", *SPECS[request.param]]
+    description = load(ROOT / "specs/deepseek_v3_tiny.yaml", sets=sets)
+    build(description, folder / name, target=TARGETS["sm_90"])
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def interpret(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on kernels serve the CPU, too."""
+    dispatch = sys.modules[f"{package.__name__}.runtime.dispatch"]
+    monkeypatch.setattr(dispatch, "serves", lambda target, device: True)
+
+
+def model_of(package: ModuleType) -> torch.nn.Module:
+    model: torch.nn.Module = package.Model(device="cpu", dtype=torch.bfloat16, seed=0)
+    return model
+
+
+def batch(model: torch.nn.Module, tokens: int) -> Tensor:
+    vocab = int(model.config.params.vocab_size)  # type: ignore[union-attr]
+    return torch.randint(vocab, (2, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(package: ModuleType) -> tuple[float, dict[str, Tensor]]:
+    model = model_of(package)
+    tokens = batch(model, 17)
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])  # type: ignore[operator]
+    loss.total.backward()
+    found = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss.total.detach()), found
+
+
+@pytest.mark.slow
+def test_training(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, expected_grads = gradients(package)
+    interpret(package, monkeypatch)
+    loss, grads = gradients(package)
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert grads.keys() == expected_grads.keys()
+    for name, gradient in expected_grads.items():
+        # Roundings to bfloat16 fall otherwise; a wrong kernel is off by far more.
+        difference = (grads[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert difference < 0.03, (name, float(difference))
+
+
+@pytest.mark.slow
+def test_generation(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(package)
+    tokens = batch(model, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits.float()
+        interpret(package, monkeypatch)
+        found = model(tokens).logits.float()
+        cache = sys.modules[f"{package.__name__}.runtime.cache"].Cache(2, 16)
+        position = torch.arange(9).expand(2, 9)
+        last = model.prefill(tokens[:, :8], position[:, :8], cache)  # type: ignore[operator]
+        step = model.decode(tokens[:, 8:], position[:, 8:], cache)  # type: ignore[operator]
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 0.03 * scale
+    assert (last.float() - expected[:, 7]).abs().max() < 0.03 * scale
+    assert (step.float() - expected[:, 8]).abs().max() < 0.03 * scale

@@ -1,0 +1,93 @@
+"""Whether a kernel or torch serves a call."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from runtime import dispatch
+from runtime.dispatch import Kernels
+
+reference = types.ModuleType("reference")
+exec(
+    "def double(x, times=2):\n    return x * times\n\ndef other(x):\n    return x", vars(reference)
+)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """`double` has a kernel, which tells of itself by its result."""
+    file = types.ModuleType("pack.file")
+    vars(file)["double"] = lambda x, times=2: x * 0 - times
+    monkeypatch.setitem(sys.modules, "pack", types.ModuleType("pack"))
+    monkeypatch.setitem(sys.modules, "pack.file", file)
+    dispatch.wanted.cache_clear()
+    yield Kernels(reference, "pack", "sm_90", {"double": ("file", torch.bfloat16)})
+    dispatch.wanted.cache_clear()
+
+
+@pytest.fixture
+def on_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "serves", lambda target, device: target == "sm_90")
+
+
+X = torch.ones(2, dtype=torch.bfloat16)
+
+
+def test_the_reference_serves_where_the_target_is_not(kernels: Kernels) -> None:
+    assert kernels.double(X, times=3).tolist() == [3, 3]
+    assert kernels.other is vars(reference)["other"]
+
+
+@pytest.mark.usefixtures("on_target")
+def test_the_kernel_serves_on_the_target(kernels: Kernels) -> None:
+    assert kernels.double(X, times=3).tolist() == [-3, -3]
+    assert kernels.other(X) is X
+
+
+@pytest.mark.usefixtures("on_target")
+def test_other_element_types_are_the_reference_s(kernels: Kernels) -> None:
+    assert kernels.double(X.float()).tolist() == [2, 2]
+
+
+@pytest.mark.usefixtures("on_target")
+def test_where_autograd_wants_a_gradient_the_reference_gives_it(kernels: Kernels) -> None:
+    x = X.clone().requires_grad_()
+    kernels.double(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2, 2]
+    with torch.no_grad():
+        assert kernels.double(x).tolist() == [-2, -2]
+
+
+def test_a_kernel_of_nothing_is_an_error() -> None:
+    with pytest.raises(AttributeError, match="reference has no tripel"):
+        Kernels(reference, "pack", "sm_90", {"tripel": ("file", torch.bfloat16)})
+
+
+def test_the_environment_chooses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "name_of", lambda index: "sm_90")
+    gpu = torch.device("cuda", 0)
+    for word, serves in (("", True), ("triton", True), ("torch", False)):
+        monkeypatch.setenv(dispatch.VARIABLE, word)
+        dispatch.wanted.cache_clear()
+        assert dispatch.serves("sm_90", gpu) is serves
+    assert not dispatch.serves("sm_90", torch.device("cpu"))
+    monkeypatch.setenv(dispatch.VARIABLE, "trition")
+    dispatch.wanted.cache_clear()
+    with pytest.raises(ValueError, match="choose torch or triton"):
+        dispatch.serves("sm_90", gpu)
+    dispatch.wanted.cache_clear()
+
+
+def test_another_gpu_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "name_of", lambda index: "sm_80")
+    dispatch.wanted.cache_clear()
+    dispatch._tell.cache_clear()
+    with pytest.warns(UserWarning, match="are for sm_90, this GPU is sm_80") as told:
+        assert not dispatch.serves("sm_90", torch.device("cuda", 0))
+        assert not dispatch.serves("sm_90", torch.device("cuda", 0))
+    assert len(told) == 1
