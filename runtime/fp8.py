@@ -2,7 +2,8 @@
 
 A quantized tensor is `q` (float8_e4m3fn) and `s`, the float32 scales that multiply it back. Every
 128 numbers have one scale: in a row (1 x 128) for activations and gradients, 128 x 128 for weights,
-128 x 1 where tokens are summed over. The last run may be shorter, as if zeros filled it.
+128 x 1 where tokens are summed over. The last run may be shorter, as if zeros filled it; tiles of
+tokens (`quantize_columns`) lie as the sum over tokens reads them, and there zeros do fill it.
 
 Every bit is defined, so that kernels can be held against this (DeepSeek-V3 report, section 3.3):
 
@@ -50,14 +51,25 @@ def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quant
 
 
 def quantize_columns(x: Tensor, ends: Tensor | None = None, *, scale: str = "fp32") -> Quantized:
-    """x [.., n] with a scale for each number of 128 tokens: [.., n], [tiles, n].
+    """x [.., n] with a scale for each number of 128 tokens: [tiles, n, 128], [tiles, n].
 
-    With `ends`, x is [slots, n] and runs begin anew where the slots of an expert end.
+    The 128 numbers of a scale lie next to one another, as a product that sums over tokens reads
+    them; zeros fill the last tile.
+
+    With `ends`, x is [slots, n] and tiles begin anew with each expert: tile i of expert e is number
+    `begin_e // 128 + e + i` of `slots // 128 + experts`, begin_e being its first slot. No two meet,
+    and where one is follows from `ends` alone, so that nobody has to wait for a sum of counts.
+    Tiles that hold no slot are those of zeros.
     """
-    x = _without_gradient(x).float()
-    groups = x.flatten(0, -2).split(_counts(ends)) if ends is not None else (x.flatten(0, -2),)
-    cut = [_columns(group, scale) for group in groups]
-    return torch.cat([q for q, _ in cut]).view(x.shape), torch.cat([s for _, s in cut])
+    rows = _without_gradient(x).float().flatten(0, -2)
+    if ends is None:
+        return _columns(rows, scale)
+    tiles, n = len(rows) // RUN + len(ends), x.shape[-1]
+    s = _scale_of(rows.new_zeros(1), scale).expand(tiles, n).clone()
+    q = torch.zeros(tiles, n, RUN, dtype=E4M3, device=x.device)
+    for slots, own in _experts(ends):
+        q[own], s[own] = _columns(rows[slots], scale)
+    return q, s
 
 
 def requantize(q: Tensor, s: Tensor, ends: Tensor | None = None, *, scale: str) -> Quantized:
@@ -107,8 +119,13 @@ def linear_input_grad(
 def linear_weight_grad(
     dq: Tensor, ds: Tensor, q: Tensor, s: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    """dy^T x, summed over tokens, for dy [.., out] and x [.., in] in columns: [out, in]."""
-    return _product(dq.flatten(0, -2).T, ds.T, q.flatten(0, -2), s).to(dtype)
+    """dy^T x, summed over tokens: [out, in].
+
+    dq [tiles, out, 128], ds [tiles, out] and q [tiles, in, 128], s [tiles, in], both from
+    `quantize_columns` or `requantize`.
+    """
+    dy, x = dq.transpose(0, 1).flatten(1), q.transpose(1, 2).flatten(0, 1)
+    return _product(dy, ds.T, x, s).to(dtype)
 
 
 def grouped_linear(
@@ -146,12 +163,10 @@ def grouped_linear_weight_grad(
 ) -> Tensor:
     """`linear_weight_grad` for the slots of each expert: [experts, out, in]; zeros for idle ones.
 
-    dq [slots, out], q [slots, in], both in columns that begin anew with each expert.
+    dq [tiles, out, 128], q [tiles, in, 128]; `quantize_columns` says which tiles are an expert's.
     """
-    tiles = [-(-count // RUN) for count in _counts(ends)]
-    groups = zip(
-        *_groups(ends, dq), ds.split(tiles), *_groups(ends, q), s.split(tiles), strict=True
-    )
+    tiles = [own for _, own in _experts(ends)]
+    groups = [(dq[own], ds[own], q[own], s[own]) for own in tiles]
     return torch.stack([linear_weight_grad(*group, dtype=dtype) for group in groups])
 
 
@@ -177,10 +192,20 @@ def _scale_of(amax: Tensor, scale: str) -> Tensor:
 
 
 def _columns(x: Tensor, scale: str) -> Quantized:
-    """x [tokens, n] with a scale for each number of 128 tokens."""
+    """x [tokens, n] with a scale for each number of 128 tokens: [tiles, n, 128], [tiles, n]."""
     tiles = _padded(x, 0).unflatten(0, (-1, RUN))
     s = _scale_of(tiles.abs().amax(1), scale)
-    return (tiles / s.unsqueeze(1)).flatten(0, 1)[: len(x)].to(E4M3), s
+    return (tiles / s.unsqueeze(1)).to(E4M3).transpose(1, 2).contiguous(), s
+
+
+def _experts(ends: Tensor) -> list[tuple[slice, slice]]:
+    """The slots of each expert, and its tiles of 128 of them."""
+    cut, begin = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        first = begin // RUN + expert
+        cut.append((slice(begin, end), slice(first, first - (begin - end) // RUN)))
+        begin = end
+    return cut
 
 
 def _product(

@@ -17,7 +17,8 @@ RUNTIME_DIMS = {
     "token": "tokens that the router sent to one expert",
     "slot": "tokens times the experts that each chose, in the order of the experts",
     "arrived": "tokens that were sent to the experts of this rank",
-    "tile": "runs of 128 tokens, or of 128 slots of one expert, that share an FP8 scale",
+    "tile": "runs of 128 tokens that share an FP8 scale",
+    "slot_tile": "room for the runs of 128 slots of each expert that share an FP8 scale",
 }
 
 # Axes of the mesh of ranks along which a tensor may be spread. Pipeline stages are programs of

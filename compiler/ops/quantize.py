@@ -55,7 +55,8 @@ class Quantize(Operator):
 class QuantizeColumns(Operator):
     """x in E4M3, a scale for each number of 128 tokens in a row (128 x 1).
 
-    x [.., n]; with `ends`, x [slot, n] and the runs begin anew with each expert.
+    x [.., n] -> [tile, n, 128], [tile, n]: the 128 numbers of a scale lie together. With `ends`, x
+    is [slot, n] and the tiles begin anew with each expert: [slot_tile, n, 128].
     """
 
     kind = "quantize_columns"
@@ -70,7 +71,7 @@ class QuantizeColumns(Operator):
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
-        return _tiles(site.types[0], sizes)
+        return _tiles(site, sizes)
 
 
 class Requantize(Operator):
@@ -92,7 +93,7 @@ class Requantize(Operator):
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
-        return _tiles(site.types[0], sizes)
+        return _tiles(site, sizes)
 
 
 class QuantizeWeight(Operator):
@@ -199,20 +200,24 @@ class _Fp8LinearWeightGrad(Operator):
         dq, _, q, _ = site.types[:4]
         _need_fp8(cls.kind, dq, 0)
         _need_fp8(cls.kind, q, 2)
-        if dq.dims[:-1] != q.dims[:-1]:
+        if len(dq.dims) != 3 or (dq.dims[0], dq.last) != (q.dims[0], q.last):
             raise TypeMismatch(f"{cls.kind}: {dq.words} is not about the tokens of {q.words}", 0)
         experts = site.types[4].dims if len(site.types) > 4 else ()
-        return (Type(str(site.attrs["dtype"]), (*experts, dq.last, q.last)),)
+        return (Type(str(site.attrs["dtype"]), (*experts, dq.dims[1], q.dims[1])),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * (site.types[2].last.size or 0)
+        """Those of whole tiles of tokens; of experts, whose tiles have room to spare, of slots."""
+        tile, out, run = site.types[0].dims
+        rows = tile.at(sizes) * run.at(sizes) if tile.name == "tile" else sizes["slot"]
+        return 2 * rows * out.at(sizes) * site.types[2].dims[1].at(sizes)
 
 
 class Fp8LinearWeightGrad(_Fp8LinearWeightGrad):
     """`linear_weight_grad` in FP8: both operands in runs of 128 tokens.
 
-    dy [.., out] and its scales [tile, out], x [.., in] and its scales [tile, in] -> [out, in].
+    dy [tile, out, 128], its scales [tile, out], x [tile, in, 128], its scales [tile, in] ->
+    [out, in].
     """
 
     kind = "fp8_linear_weight_grad"
@@ -253,13 +258,22 @@ def _rows(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
 def _columns(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
     _need_scale(kind, site)
     need_rank(kind, x, 2)
-    tile = Dim("tile", axes=tuple(axis for d in x.dims[:-1] for axis in d.axes))
-    return x.with_dtype(FP8), Type("f32", (tile, x.last))
+    axes = tuple(axis for d in x.dims[:-1] for axis in d.axes)
+    tile = Dim("slot_tile" if _ends(site) else "tile", axes=axes)
+    return Type(FP8, (tile, x.last, Dim("run", RUN))), Type("f32", (tile, x.last))
 
 
-def _tiles(x: Type, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Runs of tokens, if experts leave none unfilled."""
-    return {"tile": -(-x.count(sizes) // (x.last.size or 1) // RUN)}
+def _tiles(site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The tiles of tokens that there are, or those that there may be with any number of slots for
+    each expert."""
+    x, ends = site.types[0], _ends(site)
+    rows = x.count(sizes) // (x.last.size or 1)
+    return {"slot_tile": rows // RUN + ends[-1].count()} if ends else {"tile": -(-rows // RUN)}
+
+
+def _ends(site: Site) -> list[Type]:
+    """Of the operands, that which says where the slots of experts end."""
+    return [t for t in site.types if t.dtype == "i32"]
 
 
 def _need_product(kind: str, q: Type, s: Type, wq: Type, ws: Type, site: Site) -> None:

@@ -187,29 +187,60 @@ def tiles_of(counts: Sequence[int]) -> list[range]:
     ]
 
 
+def places_of(counts: Sequence[int]) -> list[int]:
+    """Which of the tiles that there is room for hold them."""
+    begins = [sum(counts[:e]) for e in range(len(counts))]
+    return [b // 128 + e + i for e, b in enumerate(begins) for i in range(-(-counts[e] // 128))]
+
+
+def same_tiles(
+    found: fp8.Quantized,
+    expected: tuple[Matrix, Matrix],
+    own: list[range],
+    places: Sequence[int],
+    form: str,
+) -> None:
+    """Tiles [tiles, n, 128] and scales against rows [tokens, n]; zeros where no row is."""
+    (q, s), (rows, scales) = found, expected
+    columns = s.shape[1]
+    want = torch.zeros(len(s), columns, 128, dtype=torch.float64)
+    want_s = torch.full(s.shape, scale_of([0.0], form), dtype=torch.float64)
+    for place, run, line in zip(places, own, scales, strict=True):
+        for j, i in enumerate(run):
+            want[place, :, j] = torch.tensor(rows[i], dtype=torch.float64)
+        want_s[place] = torch.tensor(line, dtype=torch.float64)
+    same(q, want.tolist())
+    same(s, want_s.tolist())
+
+
+@pytest.mark.parametrize("counts", [(130, 0, 1), (0, 0, 0), (128, 127), (0, 128, 0, 256, 1, 255)])
+def test_no_two_experts_share_a_tile_and_there_is_room_for_all(counts: tuple[int, ...]) -> None:
+    places = places_of(counts)
+    assert places == sorted(set(places)) and all(
+        p < sum(counts) // 128 + len(counts) for p in places
+    )
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("counts", [(130, 0, 1), (0, 0, 0), (128, 127)])
 def test_columns_and_from_rows_to_columns(form: str, counts: tuple[int, ...]) -> None:
     tokens = sum(counts)
     x = wild(tokens, 5)
     ends = torch.tensor(counts).cumsum(0).int()
-    q, s = fp8.quantize_columns(x, ends, scale=form)
-    expected_q, expected_s = quantized(numbers(x), tiles_of(counts), each(5), form)
-    same(q, expected_q)
-    same(s, expected_s)
+    own, places = tiles_of(counts), places_of(counts)
+    expected = quantized(numbers(x), own, each(5), form)
+    same_tiles(fp8.quantize_columns(x, ends, scale=form), expected, own, places, form)
 
     rows_q, rows_s = quantized(numbers(x), each(tokens), cut(5), form)
     back = [[f32(n * line[0]) for n in row] for row, line in zip(rows_q, rows_s, strict=True)]
-    again_q, again_s = quantized(back, tiles_of(counts), each(5), form)
-    q, s = fp8.requantize(*fp8.quantize(x, form), ends, scale=form)
-    same(q, again_q)
-    same(s, again_s)
+    again = quantized(back, own, each(5), form)
+    found = fp8.requantize(*fp8.quantize(x, form), ends, scale=form)
+    same_tiles(found, again, own, places, form)
     if 0 not in counts[:2]:
-        q, s = fp8.quantize_columns(x.view(5, -1, 5), scale=form)
-        expected_q, expected_s = quantized(numbers(x), cut(tokens), each(5), form)
-        assert q.shape == (5, tokens // 5, 5)
-        same(q.flatten(0, 1), expected_q)
-        same(s, expected_s)
+        whole = cut(tokens)
+        expected = quantized(numbers(x), whole, each(5), form)
+        found = fp8.quantize_columns(x.view(5, -1, 5), scale=form)
+        same_tiles(found, expected, whole, range(len(whole)), form)
 
 
 @given(st.floats(width=32, allow_subnormal=True), st.integers(0, 1 << 30))
