@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -24,8 +24,9 @@ class Kernels:
 
     A kernel is the function of the same name and arguments in a file of `package`. It serves
     tensors on the target whose first one has the element type given with it, where autograd asks
-    for no gradient; every other call goes to the module. Files are imported at their first call, so
-    that a machine without Triton needs none.
+    for no gradient; every other call goes to the module. Of several files the first one serves that
+    can: one whose library is not installed cannot, nor one that returns NotImplemented. Files are
+    imported at their first call, so that a machine without Triton needs none.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Kernels:
         reference: ModuleType,
         package: str,
         target: str,
-        kernels: Mapping[str, tuple[str, torch.dtype]],
+        kernels: Mapping[str, tuple[torch.dtype, Sequence[str]]],
     ) -> None:
         missing = [name for name in kernels if not hasattr(reference, name)]
         if missing:
@@ -52,7 +53,7 @@ class Kernels:
         return function
 
     def _choosing(self, name: str, reference: Function) -> Function:
-        file, dtype = self._kernels[name]
+        dtype, files = self._kernels[name]
 
         def function(*arguments: Any, **keywords: Any) -> Any:
             first = next((a for a in arguments if isinstance(a, Tensor)), None)
@@ -60,12 +61,26 @@ class Kernels:
                 return reference(*arguments, **keywords)
             if torch.is_grad_enabled() and any(_wants_gradient(a) for a in arguments):
                 return reference(*arguments, **keywords)
-            kernel = getattr(importlib.import_module(f"{self._package}.{file}"), name)
-            return kernel(*arguments, **keywords)
+            for file in files:
+                module = _file(f"{self._package}.{file}")
+                result = getattr(module, name)(*arguments, **keywords) if module else NotImplemented
+                if result is not NotImplemented:
+                    return result
+            return reference(*arguments, **keywords)
 
         function.__name__ = name
         function.__doc__ = reference.__doc__
         return function
+
+
+@cache
+def _file(path: str) -> ModuleType | None:
+    """A file of kernels; none where the library that it calls is missing, which is told once."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        warnings.warn(f"{error}: {path} is left out, the next kernel serves", stacklevel=4)
+        return None
 
 
 def _wants_gradient(argument: object) -> bool:

@@ -105,10 +105,12 @@ def _failed(path: Path, case: Row, error: Exception) -> Row:
 
 def load(path: Path) -> ModuleType:
     """A file of kernels, which needs nothing of the package around it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own, since `deep_gemm.py` calls a library of that name.
+    name = f"kernels_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from backends.render import render
-from backends.triton import norm
+from backends.triton import deep_gemm, flash_mla, norm
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
 from backends.triton.uses import Uses
 from compiler.graph.core import Program
 from dsl.load import Description
 
-FAMILIES = (norm,)
-"""Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it."""
+FAMILIES = (deep_gemm, flash_mla, norm)
+"""Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it.
+Where two serve a function the earlier one is asked first: libraries stand before own kernels."""
 
 MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8"}
 """What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
@@ -45,15 +46,14 @@ def kernels_package(files: Sequence[KernelFile], target: Target) -> dict[str, st
     return texts
 
 
-def _served(files: Sequence[KernelFile], module: str) -> dict[str, tuple[str, str]]:
-    """Function: the file that has its kernel, and the element type it takes."""
-    served: dict[str, tuple[str, str]] = {}
+def _served(files: Sequence[KernelFile], module: str) -> dict[str, tuple[str, list[str]]]:
+    """Function: the element type that its kernel takes, and the files that have one, in order."""
+    served: dict[str, tuple[str, list[str]]] = {}
     for file in files:
         for path, dtype in file.serves.items():
             place, _, function = path.partition(".")
             if place == module:
-                assert function not in served, f"{path} has two kernels"
-                served[function] = (file.name, dtype)
+                served.setdefault(function, (dtype, []))[1].append(file.name)
     return dict(sorted(served.items()))
 
 

@@ -49,7 +49,8 @@ class Use:
 class Uses:
     """All operators of the programs of a model; `rows` are the tokens of the launches to look at.
 
-    `train_rows` are those of a micro-batch of the spec.
+    `train_rows` are those of a micro-batch of the spec; `spec.kernels` says which libraries it asks
+    for.
     """
 
     def __init__(self, programs: Mapping[str, Program], description: Description) -> None:
@@ -59,7 +60,8 @@ class Uses:
             for graph in program.graphs.values()
             for op in graph.walk()
         ]
-        parallel = description.spec.parallel
+        self.spec = description.spec
+        parallel = self.spec.parallel
         length = parallel.sequence_length if parallel is not None else None
         batch = parallel.micro_batch if parallel is not None else 1
         self.train_rows = length * batch if length else TRAIN_ROWS

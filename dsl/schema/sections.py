@@ -136,6 +136,21 @@ class Parallel(Section):
     )
 
 
+Products = Literal["triton", "deep_gemm"]
+Attention = Literal["triton", "flash_mla"]
+
+
+class Kernels(Section):
+    """Whose kernels a build with `--target sm_90` calls; dslc's own where a library is missing."""
+
+    products: Annotated[Products, choice(*get_args(Products))] = Field(
+        "triton", description="triton, or deep_gemm: DeepGEMM for products with weights in FP8"
+    )
+    attention: Annotated[Attention, choice(*get_args(Attention))] = Field(
+        "triton", description="triton, or flash_mla: FlashMLA for decoding in the latent space"
+    )
+
+
 class Spec(Section):
     """A model: its parameters, its architecture and how it is trained."""
 
@@ -152,6 +167,7 @@ class Spec(Section):
     precision: Precision = Field(default_factory=Precision, description="Element types")
     train: Train = Field(default_factory=Train, description="Training")
     parallel: Parallel | None = Field(None, description="How training is spread over a cluster")
+    kernels: Kernels = Field(default_factory=Kernels, description="Libraries of kernels")
 
 
 # What a file may say besides: how it is made from another. `dsl.compose` reads these.

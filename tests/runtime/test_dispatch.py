@@ -21,12 +21,14 @@ exec(
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """`double` has a kernel, which tells of itself by its result."""
-    file = types.ModuleType("pack.file")
+    file, picky = types.ModuleType("pack.file"), types.ModuleType("pack.picky")
     vars(file)["double"] = lambda x, times=2: x * 0 - times
+    vars(picky)["double"] = lambda x, times=2: x * 0 if times == 7 else NotImplemented
     monkeypatch.setitem(sys.modules, "pack", types.ModuleType("pack"))
     monkeypatch.setitem(sys.modules, "pack.file", file)
+    monkeypatch.setitem(sys.modules, "pack.picky", picky)
     dispatch.wanted.cache_clear()
-    yield Kernels(reference, "pack", "sm_90", {"double": ("file", torch.bfloat16)})
+    yield Kernels(reference, "pack", "sm_90", {"double": (torch.bfloat16, FILES)})
     dispatch.wanted.cache_clear()
 
 
@@ -35,6 +37,7 @@ def on_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "serves", lambda target, device: target == "sm_90")
 
 
+FILES = ["picky", "file"]
 X = torch.ones(2, dtype=torch.bfloat16)
 
 
@@ -47,6 +50,22 @@ def test_the_reference_serves_where_the_target_is_not(kernels: Kernels) -> None:
 def test_the_kernel_serves_on_the_target(kernels: Kernels) -> None:
     assert kernels.double(X, times=3).tolist() == [-3, -3]
     assert kernels.other(X) is X
+
+
+@pytest.mark.usefixtures("on_target")
+def test_of_several_kernels_the_first_that_can_serves(kernels: Kernels) -> None:
+    assert kernels.double(X, times=7).tolist() == [0, 0]
+    assert kernels.double(X, times=6).tolist() == [-6, -6]
+
+
+@pytest.mark.usefixtures("on_target", "kernels")
+def test_a_library_that_is_missing_is_told_of_once() -> None:
+    dispatch._file.cache_clear()
+    several = Kernels(reference, "pack", "sm_90", {"double": (torch.bfloat16, ["absent", "file"])})
+    with pytest.warns(UserWarning, match="pack.absent is left out") as told:
+        assert several.double(X).tolist() == [-2, -2]
+        assert several.double(X).tolist() == [-2, -2]
+    assert len(told) == 1
 
 
 @pytest.mark.usefixtures("on_target")
@@ -65,7 +84,7 @@ def test_where_autograd_wants_a_gradient_the_reference_gives_it(kernels: Kernels
 
 def test_a_kernel_of_nothing_is_an_error() -> None:
     with pytest.raises(AttributeError, match="reference has no tripel"):
-        Kernels(reference, "pack", "sm_90", {"tripel": ("file", torch.bfloat16)})
+        Kernels(reference, "pack", "sm_90", {"tripel": (torch.bfloat16, FILES)})
 
 
 def test_the_environment_chooses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
