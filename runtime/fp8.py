@@ -170,7 +170,7 @@ def grouped_linear_weight_grad(
     return torch.stack([linear_weight_grad(*group, dtype=dtype) for group in groups])
 
 
-def permute(
+def permute_quantized(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized tokens q [.., hidden] and their scales as `functional.permute` sorts tokens."""

@@ -79,7 +79,7 @@ def _quantize_weight(e: Emitter, op: Op) -> None:
 
 def _permute_quantized(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    e.assign(op, f"fp8.permute({e.operands(op)}, {count.size})")
+    e.assign(op, f"fp8.permute_quantized({e.operands(op)}, {count.size})")
 
 
 def _head_linear(e: Emitter, op: Op) -> None:

@@ -346,7 +346,7 @@ def test_joined_weights_are_each_quantized_by_themselves() -> None:
 def test_tokens_travel_with_their_scales() -> None:
     x, index = wild(2, 6, 130), torch.randint(4, (2, 6, 2), generator=torch.manual_seed(0))
     q, s = fp8.quantize(x, "ue8m0")
-    rows, scales, ends, order = fp8.permute(q, s, index, 4)
+    rows, scales, ends, order = fp8.permute_quantized(q, s, index, 4)
     from runtime import functional
 
     plain, plain_ends, plain_order = functional.permute(x, index, 4)
