@@ -53,6 +53,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return get
 
 
-def package_of(spec: str, target: str) -> dict[str, str]:
+def package_of(spec: str, target: str, sets: tuple[str, ...] = ()) -> dict[str, str]:
     """Texts of the folder `kernels/` of a build."""
-    return kernels_package(files_of(spec, target), TARGETS[target])
+    return kernels_package(files_of(spec, target, sets), TARGETS[target])

@@ -1,0 +1,68 @@
+"""The arguments of a case, with numbers in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Case = dict[str, Any]
+
+
+def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[Any], Case]:
+    """Positional and keyword arguments of a case of `kernels.json`; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    positional = [_argument(value, device, generator) for value in case["arguments"]]
+    named = case.get("keywords", {}).items()
+    return positional, {name: _argument(value, device, generator) for name, value in named}
+
+
+def _argument(value: Any, device: torch.device, generator: torch.Generator) -> Any:
+    if isinstance(value, str) and hasattr(torch, value):
+        return getattr(torch, value)
+    if not isinstance(value, dict):
+        return value
+    made = filled(value, generator).to(device)
+    if value.get("strides"):
+        room = 1 + sum((n - 1) * s for n, s in zip(made.shape, value["strides"], strict=True))
+        view = torch.empty(max(room, 0), dtype=made.dtype, device=device)
+        return view.as_strided(made.shape, value["strides"]).copy_(made)
+    return made
+
+
+def filled(value: Case, generator: torch.Generator) -> Tensor:
+    """A tensor as `backends.triton.kernel.Tensor` describes it, on the CPU."""
+    shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
+    fill, limit = value["fill"], value["limit"]
+    if fill == "normal":
+        return torch.randn(shape, generator=generator).to(dtype)
+    if fill in ("zeros", "ones"):
+        return torch.full(shape, float(fill == "ones")).to(dtype)
+    if fill == "scale":
+        return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
+    if fill == "ends":
+        expert = torch.randint(shape[0], (limit,), generator=generator)
+        return torch.bincount(expert, minlength=shape[0]).cumsum(0).to(dtype)
+    if fill == "index":
+        return _distinct(shape, limit, generator).to(dtype)
+    if fill == "order":
+        return torch.randperm(shape[0], generator=generator).to(dtype)
+    if fill == "pages":
+        return torch.randperm(limit, generator=generator)[: _count(shape)].view(shape).to(dtype)
+    if fill == "lengths":
+        return torch.randint(1, limit + 1, shape, generator=generator).to(dtype)
+    raise ValueError(f"a case fills a tensor with {fill!r}, which nothing here knows")
+
+
+def _distinct(shape: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:
+    """Whole numbers below `limit`, those of a row distinct, as the experts of a token are."""
+    if len(shape) < 2 or shape[-1] > limit:
+        return torch.randint(limit, shape, generator=generator)
+    rows = _count(shape[:-1])
+    scores = torch.rand(rows, limit, generator=generator)
+    return scores.topk(shape[-1], dim=-1).indices.view(shape)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,81 @@
+"""Whether a kernel computes what torch's reference does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from arguments import Case, arguments_of
+from torch import Tensor
+
+from backends.triton.package import MODULES
+from runtime import fp8, functional, gradients
+
+REFERENCES = {"functional": functional, "gradients": gradients, "fp8": fp8}
+
+LIMIT = {"fp8": 1e-3, "bf16": 5e-6, "memory": 5e-6}
+"""The largest `difference` by what does the work, as DeepGEMM (FP8) and FlashMLA (BF16) have it."""
+
+
+def results_of(value: Any) -> list[Tensor]:
+    """The tensors that a function returned."""
+    return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """1 - 2 <x, y> / (|x|^2 + |y|^2) in float64: 0 where both are equal, 0 of nothing."""
+    x, y = found.double().flatten(), expected.double().flatten()
+    total = float(x @ x + y @ y)
+    return 1 - 2 * float(x @ y) / total if total else 0.0
+
+
+def problem(found: Any, expected: Any, unit: str) -> str:
+    """What is wrong with the results of a kernel; nothing is an empty text.
+
+    Whole numbers and FP8 numbers must be equal, floats near by `difference` and finite alike.
+    """
+    pairs = zip(results_of(found), results_of(expected), strict=True)
+    for i, (x, y) in enumerate(pairs):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"result {i} is {x.dtype} {list(x.shape)}, not {y.dtype} {list(y.shape)}"
+        if not x.dtype.is_floating_point or x.element_size() == 1:
+            wrong = int((x.view(torch.uint8) != y.view(torch.uint8)).sum()) if x.numel() else 0
+            if wrong:
+                return f"result {i} differs in {wrong} bytes"
+            continue
+        if not torch.equal(x.isfinite(), y.isfinite()):
+            return f"result {i} is finite elsewhere than the reference"
+        found_difference = difference(x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0))
+        if found_difference > LIMIT[unit]:
+            return f"result {i} differs by {found_difference:.1e}, {LIMIT[unit]:.0e} is the most"
+    return ""
+
+
+def same_bits(first: Any, second: Any) -> bool:
+    """Whether two runs gave the same bytes."""
+    pairs = zip(results_of(first), results_of(second), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs if x.numel())
+
+
+def checked(kernel: Any, reference: Any, case: Case, device: str = "cuda") -> str:
+    """What is wrong with the results of a case, or nothing.
+
+    Each side has arguments of its own, since some functions write to what they are given.
+    """
+    unit = case["unit"]
+    runs = []
+    for function in (kernel, kernel, reference):
+        arguments, keywords = arguments_of(case, torch.device(device))
+        runs.append(function(*arguments, **keywords))
+    if not same_bits(runs[0], runs[1]):
+        return "two runs differ"
+    return problem(runs[0], runs[2], unit)
+
+
+def reference_of(file: Case, case: Case) -> Any:
+    """The function of `runtime/` that the launcher of a case replaces."""
+    names = [path for path in file["serves"] if path.rpartition(".")[2] == case["function"]]
+    for path in names:
+        module, _, function = path.partition(".")
+        return getattr(REFERENCES[MODULES[module]], function)
+    raise ValueError(f"{case['function']} replaces no function of runtime/")
