@@ -17,6 +17,7 @@ from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
 from backends.torch.model import docstring, model_py
+from backends.triton.choices import Choices
 from backends.triton.package import kernel_files, kernels_package
 from backends.triton.target import Target
 from backends.values import values
@@ -55,10 +56,11 @@ def build(
     skip: Collection[str] = (),
     until: str | None = None,
     target: Target | None = None,
+    choices: Choices | None = None,
 ) -> BuildResult:
     """Writes the package of a model to `out`, which is replaced whole or left alone.
 
-    With `target` it holds kernels for that GPU, too.
+    With `target` it holds kernels for that GPU, too, cut as `choices` says.
     `skip` and `until` leave passes out, for debugging (`compiler.pipeline.chosen`).
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
@@ -66,7 +68,7 @@ def build(
     compiled = compile(description, skip=skip, until=until)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     plan = make_plan(description, compiled)
-    files = package(description, compiled, numbers, plan, target)
+    files = package(description, compiled, numbers, plan, target, choices)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
     return BuildResult(out, sizes, numbers, plan, time.perf_counter() - started, changed)
@@ -78,6 +80,7 @@ def package(
     numbers: Summary,
     plan: Plan | None = None,
     target: Target | None = None,
+    choices: Choices | None = None,
 ) -> dict[str, bytes]:
     """Every file of a build by its path inside the package. Same inputs, same bytes."""
     # What was extended comes first.
@@ -103,7 +106,7 @@ def package(
     for path in sorted(Path(runtime.__file__).parent.glob("*.py")):
         texts[f"runtime/{path.name}"] = path.read_text(encoding="utf-8")
     if target is not None:
-        kernels = kernel_files(compiled.programs, description, target)
+        kernels = kernel_files(compiled.programs, description, target, choices)
         texts |= kernels_package(kernels, target)
     for i, step in enumerate(step for step in compiled.steps if step.changed):
         name = f"graph/{i:02d}-{step.program_name}-{step.name}.graph"

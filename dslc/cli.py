@@ -24,6 +24,7 @@ from dslc.commands import (
     plan,
     schema,
     show,
+    tune,
 )
 
 EXAMPLES = """
@@ -68,7 +69,21 @@ def options(
     pass
 
 
-for command in (check, show, plan, graph, passes, diff, build, kernels, init, schema, ops, explain):
+for command in (
+    check,
+    show,
+    plan,
+    graph,
+    passes,
+    diff,
+    build,
+    kernels,
+    tune,
+    init,
+    schema,
+    ops,
+    explain,
+):
     app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
 
 

@@ -31,7 +31,8 @@ class Case:
 
     `flops` and `bytes` count every input read once and every output written once. `unit` is what
     must do the work: FP8 or BF16 matrix instructions, or the memory alone; `access` the width in
-    bits that the widest load and store must have at least.
+    bits that the widest load and store must have at least. `choice` is the question, asked of
+    `Choices`, that decided how its kernel is cut.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     unit: Unit = "memory"
     access: int = 128
     spans: tuple[str, ...] = ()
+    choice: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from backends.triton.arguments import read, without_memory
 from backends.triton.metrics import measure, sass
 from backends.triton.target import TARGETS, Target
 
@@ -117,20 +118,8 @@ def load(path: Path) -> ModuleType:
 
 def call(module: ModuleType, case: Row) -> None:
     """The launcher of a case, with tensors that have no memory."""
-    arguments = [_argument(value) for value in case["arguments"]]
-    keywords = {name: _argument(value) for name, value in case.get("keywords", {}).items()}
+    arguments, keywords = read(case, without_memory)
     getattr(module, case["function"])(*arguments, **keywords)
-
-
-def _argument(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, str) and hasattr(torch, value):
-        return getattr(torch, value)
-    if not isinstance(value, dict):
-        return value
-    made = torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device="meta")
-    return made.as_strided(value["shape"], value["strides"]) if value.get("strides") else made
 
 
 def with_driver(target: Target, tell: Callable[[Launch], None]) -> None:

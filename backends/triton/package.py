@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from backends.render import render
 from backends.triton import deep_gemm, flash_mla, norm, permute
+from backends.triton.choices import Choices
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
 from backends.triton.uses import Uses
@@ -24,10 +25,16 @@ MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8"}
 
 
 def kernel_files(
-    programs: Mapping[str, Program], description: Description, target: Target
+    programs: Mapping[str, Program],
+    description: Description,
+    target: Target,
+    choices: Choices | None = None,
 ) -> list[KernelFile]:
-    """The families that a model needs, in the order of `FAMILIES`."""
-    uses = Uses(programs, description)
+    """The families that a model needs, in the order of `FAMILIES`.
+
+    `choices` holds what was measured on a GPU. Raises `DiagnosticError` if it does not fit.
+    """
+    uses = Uses(programs, description, choices or Choices())
     files = (family.kernel_file(uses, target) for family in FAMILIES)
     return [file for file in files if file is not None]
 
@@ -74,4 +81,4 @@ def _record(files: Sequence[KernelFile], target: Target) -> str:
 
 
 def _case(values: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in values.items() if value not in ((), {}, 0)}
+    return {key: value for key, value in values.items() if value not in ((), {}, 0, "")}

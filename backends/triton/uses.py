@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from backends.triton.choices import Choices
 from compiler.graph.core import Graph, Op, Program, Weight
 from dsl.load import Description
 
@@ -50,10 +51,12 @@ class Uses:
     """All operators of the programs of a model; `rows` are the tokens of the launches to look at.
 
     `train_rows` are those of a micro-batch of the spec; `spec.kernels` says which libraries it asks
-    for.
+    for; `choices` decides where there are several ways to cut a kernel.
     """
 
-    def __init__(self, programs: Mapping[str, Program], description: Description) -> None:
+    def __init__(
+        self, programs: Mapping[str, Program], description: Description, choices: Choices
+    ) -> None:
         self._all = [
             Use(program.name, graph, op)
             for program in programs.values()
@@ -61,6 +64,7 @@ class Uses:
             for op in graph.walk()
         ]
         self.spec = description.spec
+        self.choices = choices
         parallel = self.spec.parallel
         length = parallel.sequence_length if parallel is not None else None
         batch = parallel.micro_batch if parallel is not None else 1

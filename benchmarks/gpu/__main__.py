@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from arguments import Case, arguments_of  # noqa: E402
 from check import checked, reference_of  # noqa: E402
 from peers import peers_of  # noqa: E402
 
+from backends.triton.arguments import Case, arguments_of  # noqa: E402
 from backends.triton.launches import load  # noqa: E402
 from backends.triton.package import kernel_files, kernels_package  # noqa: E402
 from backends.triton.target import TARGETS, Target  # noqa: E402

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from arguments import Case, arguments_of
 from torch import Tensor
 
+from backends.triton.arguments import Case, arguments_of
 from backends.triton.package import MODULES
 from runtime import fp8, functional, gradients
 

@@ -20,6 +20,8 @@ from dslc.options import (
 
 if TYPE_CHECKING:
     from backends.build import BuildResult
+    from backends.triton.choices import Choices
+    from backends.triton.target import Target
 
 EXAMPLES = """
 \b
@@ -49,6 +51,10 @@ def run(
         TargetName | None,
         typer.Option(help="Add Triton kernels for this GPU; on any other, torch's own run."),
     ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `dslc tune` measured; needs --target."),
+    ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
     skip: SkipOption = None,
@@ -71,12 +77,26 @@ def run(
         description = read(spec, sets, variant)
         out = output or Path("build") / description.spec.model
         gpu = TARGETS[target] if target is not None else None
-        result = build(description, out, skip=skip or (), until=until, target=gpu)
+        choices = measured(tuned, gpu)
+        result = build(description, out, skip=skip or (), until=until, target=gpu, choices=choices)
         if format is Format.json:
             files = dict(result.files)
             print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})
         else:
             print("\n".join(told(result)))
+
+
+def measured(tuned: Path | None, target: Target | None) -> Choices | None:
+    """What the file of `--tuned` says. Raises `DiagnosticError`."""
+    from backends.triton import tune
+    from dsl.diagnostic import Diagnostic, DiagnosticError
+
+    if tuned is None:
+        return None
+    if target is None:
+        why = "--tuned says how kernels are cut, and only a build with --target has any"
+        raise DiagnosticError([Diagnostic("E607", why, help="add --target")])
+    return tune.read(tuned, target)
 
 
 def told(result: BuildResult) -> list[str]:

@@ -14,7 +14,7 @@ from backends import VERSION
 from tests.dslc.conftest import ROOT, Run
 
 COMMANDS = (
-    "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "init",
+    "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "init",
     "schema", "ops", "explain"
 )  # fmt: skip
 

@@ -1,38 +1,61 @@
-"""The arguments of a case, with numbers in them."""
+"""The arguments of a case: their shapes alone, or with numbers in them."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Case = dict[str, Any]
 
 
-def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[Any], Case]:
-    """Positional and keyword arguments of a case of `kernels.json`; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    positional = [_argument(value, device, generator) for value in case["arguments"]]
+def read(case: Case, make: Callable[[Case], Tensor]) -> tuple[list[Any], Case]:
+    """Positional and keyword arguments of a case of `kernels.json`; `make` makes its tensors."""
+    import torch
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, str) and hasattr(torch, value):
+            return getattr(torch, value)
+        return make(value) if isinstance(value, dict) else value
+
     named = case.get("keywords", {}).items()
-    return positional, {name: _argument(value, device, generator) for name, value in named}
+    return [argument(value) for value in case["arguments"]], {n: argument(v) for n, v in named}
 
 
-def _argument(value: Any, device: torch.device, generator: torch.Generator) -> Any:
-    if isinstance(value, str) and hasattr(torch, value):
-        return getattr(torch, value)
-    if not isinstance(value, dict):
-        return value
-    made = filled(value, generator).to(device)
-    if value.get("strides"):
-        room = 1 + sum((n - 1) * s for n, s in zip(made.shape, value["strides"], strict=True))
+def without_memory(value: Case) -> Tensor:
+    """A tensor of which only the shape is there."""
+    import torch
+
+    made = torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device="meta")
+    return made.as_strided(value["shape"], value["strides"]) if value.get("strides") else made
+
+
+def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[Any], Case]:
+    """The arguments of a case with numbers in them; the same for the same seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(value: Case) -> Tensor:
+        made = filled(value, generator).to(device)
+        if not value.get("strides"):
+            return made
+        pairs = zip(made.shape, value["strides"], strict=True)
+        room = 1 + sum((size - 1) * stride for size, stride in pairs)
         view = torch.empty(max(room, 0), dtype=made.dtype, device=device)
         return view.as_strided(made.shape, value["strides"]).copy_(made)
-    return made
+
+    return read(case, make)
 
 
 def filled(value: Case, generator: torch.Generator) -> Tensor:
     """A tensor as `backends.triton.kernel.Tensor` describes it, on the CPU."""
+    import torch
+
     shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
     fill, limit = value["fill"], value["limit"]
     if fill == "normal":
@@ -57,6 +80,8 @@ def filled(value: Case, generator: torch.Generator) -> Tensor:
 
 def _distinct(shape: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:
     """Whole numbers below `limit`, those of a row distinct, as the experts of a token are."""
+    import torch
+
     if len(shape) < 2 or shape[-1] > limit:
         return torch.randint(limit, shape, generator=generator)
     rows = _count(shape[:-1])
@@ -65,4 +90,4 @@ def _distinct(shape: tuple[int, ...], limit: int, generator: torch.Generator) ->
 
 
 def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+    return math.prod(shape)

@@ -1,0 +1,53 @@
+"""`dslc tune`: the fastest way to cut each kernel, measured on the GPU at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dslc.options import SetOption, SpecArgument, VariantOption
+
+EXAMPLES = """
+\b
+Examples:
+  dslc tune deepseek_v3 -o h800.json
+  dslc build deepseek_v3 --target sm_90 --tuned h800.json
+
+\b
+Without it, a model of the GPU chooses, which was never held against one.
+"""
+
+
+def run(
+    spec: SpecArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")
+    ] = Path("tuned.json"),
+    sets: SetOption = None,
+    variant: VariantOption = None,
+) -> None:
+    """Measure the candidates of each kernel and keep the fastest in a file for `dslc build`."""
+    from backends.triton import tune
+    from backends.triton.target import TARGETS
+    from compiler.pipeline import compile
+    from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dslc.report import reporting
+    from dslc.specs import read
+
+    with reporting():
+        name, gpu = tune.gpu_here()
+        if name not in TARGETS:
+            why = f"measuring needs a GPU of {', '.join(TARGETS)}; here is {gpu}"
+            help = "run it where the model will run; builds do without, by a model of the GPU"
+            raise DiagnosticError([Diagnostic("E608", why, help=help)])
+        description = read(spec, sets, variant)
+        rounds = []
+        programs = compile(description).programs
+        for one in tune.measure(programs, description, TARGETS[name], tune.on_gpu):
+            rounds.append(one)
+            print(f"candidate {len(rounds)} of {len(one.taken)} kernels measured", flush=True)
+        choices = tune.winners(rounds)
+        output.write_text(tune.text_of(choices, TARGETS[name], gpu), encoding="utf-8")
+        print(f"wrote {output}: the fastest of {len(choices)} kernels on {gpu}")
