@@ -79,18 +79,12 @@ def test_permute_with_the_sizes_of_v3(kernels: Kernels, target: str) -> None:
         assert torch.equal(one.float(), expected.float())
     y, d = (random(n, 7168, seed=n).bfloat16() for n in (80, 10))
     weight, order = random(10, 8, seed=2), found[3]
-    assert_near(permute.unpermute(y, order, weight), F.unpermute(y, order, weight))
-    assert_near(permute.permute_grad(y, order, index), G.permute_grad(y, order, index))
+    assert torch.equal(permute.unpermute(y, order, weight), F.unpermute(y, order, weight))
+    assert torch.equal(permute.permute_grad(y, order, index), G.permute_grad(y, order, index))
     dy, dweight = permute.unpermute_grad(d, y, order, weight)
     expected_dy, expected_dweight = G.unpermute_grad(d, y, order, weight)
     assert torch.equal(dy, expected_dy)
     assert torch.allclose(dweight, expected_dweight, rtol=1e-5, atol=1e-3)
-
-
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    """The sum of the k rows in float32 rounds to the same or to the next bfloat16."""
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    assert torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -104,8 +98,8 @@ def test_unpermute(permute: ModuleType, tokens: int) -> None:
         slot = order.argsort()[choice::4]
         exact += weight[:, choice, None].bfloat16().float() * y[slot].float()
     assert torch.equal(found, exact.bfloat16())  # summed in the order of the choices
-    if tokens:
-        assert_near(found, F.unpermute(y, order, weight))
+    if tokens:  # torch has no bag of nothing
+        assert torch.equal(found, F.unpermute(y, order, weight))
     assert torch.equal(found, permute.unpermute(y, order, weight))
 
 
@@ -120,7 +114,7 @@ def test_gradients(permute: ModuleType, tokens: int) -> None:
     dy, dweight = permute.unpermute_grad(d.view(1, tokens, 64), y, order, weight)
     assert dy.shape == y.shape and dweight.shape == weight.shape
     if tokens:
-        assert_near(found, G.permute_grad(y, order, index))
+        assert torch.equal(found, G.permute_grad(y, order, index))
         expected = G.unpermute_grad(d.view(1, tokens, 64), y, order, weight)
         assert torch.equal(dy, expected[0])
         assert torch.allclose(dweight, expected[1], rtol=1e-5, atol=1e-4)
@@ -129,7 +123,7 @@ def test_gradients(permute: ModuleType, tokens: int) -> None:
 
 
 def test_what_is_not_finite_stays_with_its_token(permute: ModuleType) -> None:
-    index, weight = routes(5, 16, 4), random(5, 4, seed=1)
+    index, weight = routes(5, 16, 4), random(5, 4, seed=1).abs()
     x = random(5, 64).bfloat16()
     x[2, 3] = torch.inf
     rows, _, order = permute.permute(x, index, 16)
@@ -149,4 +143,4 @@ def test_rows_behind_two_to_the_31st_element_are_found(permute: ModuleType) -> N
     assert torch.equal(rows, F.permute(x.contiguous(), index, 16)[0])
     weight = random(5, 1)
     y = permute.unpermute(x, torch.arange(5), weight.view(5, 1))
-    assert_near(y, F.unpermute(x.contiguous(), torch.arange(5), weight))
+    assert torch.equal(y, F.unpermute(x.contiguous(), torch.arange(5), weight))
