@@ -43,12 +43,8 @@ def kernels_package(files: Sequence[KernelFile], target: Target) -> dict[str, st
     """Texts by path inside the build."""
     texts = {f"kernels/{file.name}.py": file.text for file in files}
     served = {module: _served(files, module) for module in MODULES}
-    texts["kernels/__init__.py"] = render(
-        "triton/init.py.jinja",
-        target=target,
-        modules={name: MODULES[name] for name in MODULES},
-        served=served,
-    )
+    modules = {module: _mapping(functions) for module, functions in served.items()}
+    texts["kernels/__init__.py"] = render("triton/init.py.jinja", target=target, modules=modules)
     texts["kernels/kernels.json"] = _record(files, target)
     return texts
 
@@ -62,6 +58,17 @@ def _served(files: Sequence[KernelFile], module: str) -> dict[str, tuple[str, li
             if place == module:
                 served.setdefault(function, (dtype, []))[1].append(file.name)
     return dict(sorted(served.items()))
+
+
+def _mapping(functions: Mapping[str, tuple[str, list[str]]]) -> str:
+    """Functions with element types and files, as Python text."""
+    if not functions:
+        return "{}"
+    lines = [
+        f'    "{name}": (torch.{dtype}, {json.dumps(files)}),'
+        for name, (dtype, files) in functions.items()
+    ]
+    return "\n".join(["{", *lines, "}"])
 
 
 def _record(files: Sequence[KernelFile], target: Target) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -91,3 +93,34 @@ def test_generation(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found - expected).abs().max() < 0.03 * scale
     assert (last.float() - expected[:, 7]).abs().max() < 0.03 * scale
     assert (step.float() - expected[:, 8]).abs().max() < 0.03 * scale
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, {name} as v3
+model = v3.Model(device="cpu", dtype=torch.bfloat16, seed=0)
+tokens = torch.randint(512, (2, 17), generator=torch.manual_seed(0))
+loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+loss.total.backward()
+print(repr(float(loss.total.detach())))
+"""
+
+
+@pytest.mark.slow
+def test_without_triton_or_gpu_it_is_the_build_without_kernels(tmp_path: Path) -> None:
+    """The same bits of the loss, in a process that has no Triton."""
+    losses = []
+    for name, target in (("with_kernels", TARGETS["sm_90"]), ("without", None)):
+        sets = [f"model={name}", "precision.policy=fp8_blockwise"]
+        build(load(ROOT / "specs/deepseek_v3_tiny.yaml", sets=sets), tmp_path / name, target=target)
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TRITON.format(name=name)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        losses.append(done.stdout)
+    assert losses[0] == losses[1]

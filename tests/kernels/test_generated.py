@@ -1,0 +1,82 @@
+"""Files of kernels as people will read them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backends.triton.package import FAMILIES
+from backends.triton.target import TARGETS
+from tests.conftest import Golden
+from tests.kernels.conftest import ROOT, files_of, package_of
+
+SPECS = ("deepseek_v3", "deepseek_v2_lite", "deepseek_v3_tiny")
+FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]
+
+
+@pytest.mark.parametrize("name", ["__init__", *FILES])
+def test_text(name: str, golden: Golden) -> None:
+    text = package_of("deepseek_v3", "sm_90").get(f"kernels/{name}.py")
+    if text is not None:
+        golden(f"kernels/text/{name}.py.txt", text)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_generated_is_clean(spec: str, target: str, tmp_path: Path) -> None:
+    """No unused or missing name, no long line, and laid out as ruff lays out code."""
+    for path, text in package_of(spec, target).items():
+        if path.endswith(".py"):
+            (tmp_path / Path(path).name).write_text(text)
+    for arguments in (
+        ["check", "--select", "E,F,W,I001,B,SIM", "--ignore", "E741"],
+        ["format", "--diff"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", arguments[0], "--isolated", "--line-length", "100",
+             *arguments[1:], str(tmp_path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_file_needs_torch_and_triton_alone(spec: str) -> None:
+    libraries = {"deep_gemm": {"deep_gemm"}, "flash_mla": {"flash_mla"}}
+    for file in files_of(spec, "sm_90"):
+        tree = ast.parse(file.text)
+        used = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else name.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in node.names
+        }
+        used = {name.split(".")[0] for name in used} - set(sys.stdlib_module_names)
+        assert used <= {"torch", "triton", *libraries.get(file.name, ())}, file.name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_launcher_serves_and_has_cases(spec: str) -> None:
+    """Nothing is emitted that the spec does not need, and nothing is left unlooked at."""
+    for file in files_of(spec, "sm_90"):
+        public = {
+            node.name
+            for node in ast.parse(file.text).body
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list
+        }
+        served = {path.rpartition(".")[2] for path in file.serves}
+        assert served <= public, file.name
+        if file.name not in ("deep_gemm", "flash_mla"):
+            assert {case.function for case in file.cases} == served, file.name
+
+
+def test_templates_are_more_text_than_tags() -> None:
+    """Shape in the template, logic in Python: at most one line in five is a tag alone."""
+    for path in sorted((ROOT / "backends/triton").glob("*.jinja")):
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        tags = [line for line in lines if line.startswith("{%")]
+        assert len(tags) <= max(4, len(lines) / 5), f"{path.name}: {len(tags)} of {len(lines)}"
