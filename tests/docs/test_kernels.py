@@ -1,0 +1,27 @@
+"""docs/kernels.md: its families are those of the code, its paths and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+
+from backends.triton.package import FAMILIES
+from tests.docs.conftest import ROOT, sections, tables
+
+TEXT = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_every_family_is_in_the_table() -> None:
+    listed = [row[0].strip("`") for row in tables(TEXT, "file")]
+    libraries = {"deep_gemm", "flash_mla"}
+    names = [family.__name__.rpartition(".")[2] for family in FAMILIES]
+    assert listed == [f"{name}.py" for name in names if name not in libraries]
+
+
+def test_paths_and_links_lead_somewhere() -> None:
+    for path in re.findall(r"`((?:backends|tests|benchmarks)/[\w./]*)`", TEXT):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        file = ROOT / "docs" / (path or "kernels.md")
+        assert file.exists(), target
+        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target
