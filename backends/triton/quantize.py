@@ -1,0 +1,97 @@
+"""Casts to FP8: which there are, and what a program of each takes."""
+
+from __future__ import annotations
+
+from backends.render import render
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.target import Target
+from backends.triton.uses import Use, Uses, spans
+from compiler.graph.core import Attr
+from compiler.ops.quantize import CASTS, parts_attr, runs
+
+RUNS = 32
+"""Runs of 128 that a program of four warps takes: 32 numbers a thread, read 128 bits at a time."""
+
+COLUMNS, COLUMNS_WARPS = 64, 8
+"""Columns of 128 tokens each that a program turns: 128 bytes of bfloat16 in a row are a cache line,
+and the 32 numbers of a thread stay in registers while the largest is found."""
+
+WEIGHT_WARPS = 8
+"""Of a program for 128 x 128 numbers: 64 a thread."""
+
+
+def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+    """`kernels/quantize.py`, with the casts that occur."""
+    kinds = [kind for kind in CASTS if uses.of(kind)]
+    if not kinds:
+        return None
+    text = render(
+        "triton/quantize.py.jinja",
+        target=target,
+        kinds=kinds,
+        runs=RUNS,
+        # Below, programs of one warp and 8 runs, so that every multiprocessor has one.
+        few_runs=RUNS * target.multiprocessors,
+        columns=COLUMNS,
+        columns_warps=COLUMNS_WARPS,
+        weight_warps=WEIGHT_WARPS,
+    )
+    first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}
+    serves = {f"fp8.{kind}": dtype for kind, dtype in first.items()}
+    cases = {case.name: case for use in uses.of(*kinds) for case in _cases(use, uses)}
+    return KernelFile("quantize", text, serves, tuple(cases.values()))
+
+
+def _cases(use: Use, uses: Uses) -> list[Case]:
+    if use.kind == "quantize_weight":
+        return [_weight_case(use)]
+    kind, size, scale = use.kind, use.size(0), str(use.op.attrs["scale"])
+    parts = _parts(use.op.attrs.get("parts", ()))
+    keywords = {"scale": scale, **({"parts": parts} if parts else {})}
+    ends = [v.type for v in use.op.operands if v.type.dtype == "i32"]
+    cases = []
+    # Columns are cut in training alone.
+    for rows in uses.rows if kind == "quantize" else (uses.train_rows,):
+        x, q = Tensor((rows, size)), Tensor((rows, size), "float8_e4m3fn")
+        s = Tensor((rows, runs(size, parts)), "float32", "scale")
+        given = [q, s] if kind == "requantize" else [x]
+        given += [Tensor((ends[0].count(),), "int32", "ends", rows)] if ends else []
+        cases.append(
+            Case(
+                name=f"{kind} n{size} {scale} m{rows}{' experts' if ends else ''}",
+                function=kind,
+                arguments=tuple(given),
+                keywords=keywords,
+                bytes=nbytes(*given, q, s),
+                access=_access(size, *parts),
+                spans=spans([use]),
+            )
+        )
+    return cases
+
+
+def _weight_case(use: Use) -> Case:
+    q, s = (v.type.dims for v in use.op.results)
+    shape, scales = (tuple(d.at({}) for d in dims) for dims in (q, s))
+    scale = str(use.op.attrs["scale"])
+    parts = _parts(parts_attr([w.type.dims[0].at({}) for w in use.weights]))
+    weight, wide = Tensor(shape), Tensor(shape, "float8_e4m3fn")
+    return Case(
+        name=f"quantize_weight {'x'.join(map(str, shape))} {scale}",
+        function="quantize_weight",
+        arguments=(weight,),
+        keywords={"scale": scale, **({"parts": parts} if parts else {})},
+        bytes=nbytes(weight, wide, Tensor(scales, "float32")),
+        access=_access(shape[-1]),
+        spans=spans([use]),
+    )
+
+
+def _parts(attr: Attr) -> list[int]:
+    assert isinstance(attr, tuple)
+    return [part for part in attr if isinstance(part, int)]
+
+
+def _access(*sizes: int) -> int:
+    """Bits that a thread reads at a time, at least: 16 numbers, where rows begin at such places."""
+    return 128 if all(size % 16 == 0 for size in sizes) else 8

@@ -1,0 +1,150 @@
+"""Casts to FP8, interpreted: equal to the reference, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import fp8
+from tests.kernels.conftest import Kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+SCALES = ("fp32", "ue8m0")
+FP8 = ["precision.policy=fp8_blockwise"]
+
+
+def wild(*shape: int, seed: int = 0) -> Tensor:
+    """bfloat16 numbers of very different sizes: zeros of both signs, a row of zeros, tiny and huge
+    ones, and in the second row, if there is one, what is not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) * torch.exp(
+        8 * torch.randn(*shape, generator=generator)
+    )
+    x = x.where(torch.rand(*shape, generator=generator) > 0.1, -0.0)
+    rows = x.view(-1, shape[-1])
+    for row, numbers in zip(
+        rows, ([3e38, 1e-40], [math.nan, math.inf, -math.inf], []), strict=False
+    ):
+        row[: len(numbers)] = torch.tensor(numbers)[: len(row)]
+        if not numbers:
+            row[:] = 0
+    return x.bfloat16()
+
+
+def same(found: fp8.Quantized, expected: fp8.Quantized) -> None:
+    (q, s), (want_q, want_s) = found, expected
+    assert (q.shape, q.dtype, s.shape, s.dtype) == (want_q.shape, E4M3, want_s.shape, torch.float32)
+    assert torch.equal(s.isnan(), want_s.isnan()) and torch.equal(
+        s.nan_to_num(), want_s.nan_to_num()
+    )
+    bits, want = q.view(torch.uint8), want_q.view(torch.uint8)
+    # A NaN has a sign that nobody reads.
+    nan = want_q.float().isnan()
+    assert torch.equal(nan, q.float().isnan())
+    assert torch.equal(bits.masked_fill(nan, 0), want.masked_fill(nan, 0))
+
+
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((0, 256), ()), ((1, 7168), ()), ((2, 3, 130), ()), ((40, 96), ()), ((5, 200), (40, 160))],
+)
+def test_rows(
+    kernels: Kernels, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
+) -> None:
+    x = wild(*shape)
+    wide = torch.full((*shape[:-1], shape[-1] + 16), torch.nan, dtype=torch.bfloat16)
+    wide[..., : shape[-1]] = x
+    x = wide[..., : shape[-1]]  # as `split` leaves it
+    quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
+    same(quantize(x, scale, parts), fp8.quantize(x, scale, parts))
+
+
+ENDS = [None, (0, 0, 0), (130, 130, 131), (128, 255, 255), (0, 1, 129)]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("size", [72, 130])
+def test_columns(
+    kernels: Kernels, target: str, size: int, ends: Sequence[int] | None, scale: str
+) -> None:
+    module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
+    x = wild(ends[-1] if ends else 140, size)
+    of = () if ends is None else (torch.tensor(ends, dtype=torch.int32),)
+    same(module.quantize_columns(x, *of, scale=scale), fp8.quantize_columns(x, *of, scale=scale))
+    rows = fp8.quantize(x, scale)
+    same(module.requantize(*rows, *of, scale=scale), fp8.requantize(*rows, *of, scale=scale))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((128, 256), ()), ((2, 5, 140), ()), ((150, 40), (20, 130)), ((2, 150, 40), (20, 130))],
+)
+def test_weights(
+    kernels: Kernels, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
+) -> None:
+    weight = wild(*shape)
+    module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
+    found = module.quantize_weight(weight, scale, parts)
+    same(found, fp8.quantize_weight(weight, scale, parts))
+
+
+def test_every_code(kernels: Kernels, target: str) -> None:
+    """All numbers of E4M3, those between two of them, and their neighbours in float32."""
+    codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    numbers = codes[codes.isfinite()].sort().values
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, middles])
+    x = torch.cat([x, x.nextafter(torch.tensor(500.0)), x.nextafter(torch.tensor(-500.0))])
+    x = torch.nn.functional.pad(x.clamp(-448, 448), (0, -len(x) % 127))
+    # With 448 in each run the scale is 1.
+    runs = torch.nn.functional.pad(x.view(-1, 127), (0, 1), value=448.0).view(1, -1)
+    quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
+    for scale in SCALES:
+        same(quantize(runs, scale), fp8.quantize(runs, scale))
+
+
+def test_rows_that_lie_far_apart(kernels: Kernels) -> None:
+    """Beyond 2^31 numbers, in memory that is never touched between them."""
+    module = kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8)
+    x = torch.empty(2**31 + 1024, dtype=torch.bfloat16).as_strided((2, 256), (2**31, 1))
+    x[:] = wild(2, 256)
+    same(module.quantize(x), fp8.quantize(x.clone()))
+    same(module.quantize_columns(x), fp8.quantize_columns(x.clone()))
+    same(module.quantize_weight(x), fp8.quantize_weight(x.clone()))
+    experts = x.as_strided((2, 2, 256), (2**31, 256, 1))
+    experts[:] = wild(2, 2, 256)
+    same(module.quantize_weight(experts), fp8.quantize_weight(experts.clone()))
+
+
+def test_every_number_is_written_and_always_the_same(
+    kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
+    x, ends = wild(140, 72), torch.tensor([1, 1, 140], dtype=torch.int32)
+
+    def results() -> list[Tensor]:
+        rows = module.quantize(x, "ue8m0")
+        columns = module.quantize_columns(x, ends), module.requantize(*rows, ends, scale="fp32")
+        found = [*rows, *module.quantize_weight(x), *columns[0], *columns[1]]
+        return [t.view(torch.uint8) for t in found]
+
+    first, empty = results(), torch.empty
+
+    def poisoned(*size: int, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        return made.view(torch.uint8).fill_(0x7F).view(made.dtype)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
