@@ -19,7 +19,7 @@ def test_every_family_is_in_the_table() -> None:
 
 def test_paths_and_links_lead_somewhere() -> None:
     for path in re.findall(r"`((?:backends|tests|benchmarks)/[\w./]*)`", TEXT):
-        assert (ROOT / path).exists(), path
+        assert "NAME" in path or (ROOT / path).exists(), path
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         path, _, anchor = target.partition("#")
         file = ROOT / "docs" / (path or "kernels.md")
