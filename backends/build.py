@@ -102,9 +102,16 @@ def package(
             **facts,
         ),
         "config.py": config_py(description, **facts),
+        "train.py": render(
+            "torch/train.py.jinja",
+            model=description.spec.model,
+            spec=docstring(spec),
+            version=VERSION,
+        ),
     }
-    for path in sorted(Path(runtime.__file__).parent.glob("*.py")):
-        texts[f"runtime/{path.name}"] = path.read_text(encoding="utf-8")
+    folder = Path(runtime.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        texts[f"runtime/{path.relative_to(folder).as_posix()}"] = path.read_text(encoding="utf-8")
     if target is not None:
         kernels = kernel_files(compiled.programs, description, target, choices)
         texts |= kernels_package(kernels, target)

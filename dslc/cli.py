@@ -15,6 +15,7 @@ from dslc.commands import (
     build,
     check,
     diff,
+    eval,
     explain,
     graph,
     init,
@@ -22,8 +23,10 @@ from dslc.commands import (
     ops,
     passes,
     plan,
+    sample,
     schema,
     show,
+    train,
     tune,
 )
 
@@ -36,6 +39,7 @@ Examples:
   dslc build specs/deepseek_v3.yaml        write the package build/deepseek_v3
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
   dslc kernels deepseek_v3 --target sm_90  its Triton kernels as compiled code, without a GPU
+  dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
   dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
 
@@ -69,22 +73,15 @@ def options(
     pass
 
 
-for command in (
-    check,
-    show,
-    plan,
-    graph,
-    passes,
-    diff,
-    build,
-    kernels,
-    tune,
-    init,
-    schema,
-    ops,
-    explain,
-):
-    app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
+# What training takes is for the built package to say.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+COMMANDS = (
+    check, show, plan, graph, passes, diff, build, kernels, tune, train, eval, sample,
+    init, schema, ops, explain,
+)  # fmt: skip
+for command in COMMANDS:
+    name, settings = command.__name__.rpartition(".")[2], PASSED_ON if command is train else None
+    app.command(name, epilog=command.EXAMPLES, context_settings=settings)(command.run)
 
 
 def main() -> None:

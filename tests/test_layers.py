@@ -27,7 +27,7 @@ LIBRARIES = {
     # torch and triton only inside the functions of the program that compiles kernels.
     "backends": {"jinja2", "torch", "triton"},
     "dslc": {"typer"},
-    "runtime": {"torch", "safetensors"},
+    "runtime": {"torch", "safetensors", "tokenizers"},
     "specs": set[str](),
 }
 # Building V3 must start and end before importing any of these would have.

@@ -164,6 +164,17 @@ class Optimizer(Section):
     )
 
 
+class FillInTheMiddle(Section):
+    """Documents as `begin prefix hole suffix end middle` (arXiv 2207.14255)."""
+
+    rate: Annotated[float, Number("rate", 0, whole=False, maximum=1)] = Field(
+        description="The share of documents that are rearranged"
+    )
+    begin: Annotated[int, Number("begin")] = Field(description="The token before the prefix")
+    hole: Annotated[int, Number("hole")] = Field(description="The token before the suffix")
+    end: Annotated[int, Number("end")] = Field(description="The token before the middle")
+
+
 class Train(Section):
     """How the model is initialized and trained."""
 
@@ -194,6 +205,7 @@ class Train(Section):
     tokens: Annotated[int | None, Number("tokens", 1)] = Field(
         None, description="Or the tokens after which it ends"
     )
+    fim: FillInTheMiddle | None = Field(None, description="Fill in the middle")
     ema: Annotated[float | None, Number("ema", 0, whole=False, maximum=1)] = Field(
         None, description="Decay of a moving average of the weights, kept beside them"
     )

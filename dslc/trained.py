@@ -1,0 +1,48 @@
+"""Built packages, used from the command line: imported, and their errors told."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+@contextmanager
+def using(parent: Path, package: str) -> Iterator[Any]:
+    """The module `runtime.train.command` of a package in `parent`, and the package's `Model`.
+
+    What the package says is wrong with a run ends the command with status 1.
+    """
+    # dslc looks for no garbage, which is right for half a second only.
+    gc.enable()
+    sys.path.insert(0, str(parent.resolve()))
+    try:
+        command = importlib.import_module(f"{package}.runtime.train.command")
+        model = importlib.import_module(package).Model
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: a built model needs torch and safetensors", file=sys.stderr)
+        raise typer.Exit(1) from None
+    try:
+        yield command, model
+    except command.TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def using_run(run: Path) -> Iterator[Any]:
+    """The same for the package that a run holds."""
+    try:
+        package = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        print(f"error: {run} is no run of dslc: run.json cannot be read", file=sys.stderr)
+        raise typer.Exit(1) from None
+    with using(run, str(package)) as found:
+        yield found

@@ -1,0 +1,1 @@
+"""What a built package needs to train: data, optimizer, balance, checkpoints, and the loop."""

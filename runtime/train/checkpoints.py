@@ -1,0 +1,219 @@
+"""Checkpoints of a run: written beside, hashed, renamed; complete or absent.
+
+`checkpoints/step-00001000/` holds `model/`, `optimizer/` and perhaps `ema/`, each of safetensors as
+`torch.distributed.checkpoint` writes them for Hugging Face, `state.json` with the numbers, and
+`manifest.json` with the hash of every file. DCP's usual format keeps its index as a pickle, which
+can run code when it is read; this one has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup, barrier
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from .settings import TrainError
+from .state import State
+
+MANIFEST, VALUES = "manifest.json", "state.json"
+NAME = "step-{:08d}"
+
+
+class Checkpoints:
+    """The checkpoints in a folder. `keep` newest stay; one write is under way at a time.
+
+    `group` is of all ranks, and used for nothing else: writing goes on while training does.
+    """
+
+    def __init__(self, folder: Path, keep: int, group: ProcessGroup | None = None) -> None:
+        self.folder, self.keep, self.group = folder, keep, group
+        self._first = group is None or group.rank() == 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: State) -> None:
+        """Writes a copy of the state in the background, after the former write.
+
+        Raises TrainError if that one failed.
+        """
+        self.wait()
+        self._writing = self._pool.submit(self._write, state.copied())
+
+    def wait(self) -> None:
+        """Until everything is written. Raises TrainError if it could not be."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def check(self) -> None:
+        """Raises TrainError if a write has failed by now."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, ascending."""
+        found = self.folder.glob(f"step-*/{MANIFEST}")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def place(self, step: int) -> Path:
+        return self.folder / NAME.format(step)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, none of whose bytes have changed; None if there is none at all.
+
+        Raises TrainError if it is damaged, naming the newest that is not.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        problem = damage(self.place(steps[-1]))
+        if problem is None:
+            return self.place(steps[-1])
+        good = (self.place(s) for s in reversed(steps[:-1]) if damage(self.place(s)) is None)
+        before = next(good, None)
+        help = (
+            f"move the folder away to go on from {before}, which is good"
+            if before
+            else "no other checkpoint is good: begin again with another --out"
+        )
+        raise TrainError(f"the checkpoint {self.place(steps[-1])} is damaged: {problem}; {help}")
+
+    def load(self, folder: Path, state: State) -> Mapping[str, Any]:
+        """Writes the tensors of a checkpoint to those of `state`; gives its values.
+
+        Raises TrainError for tensors that are missing, or of another shape.
+        """
+        for name, tensors in state.tensors.items():
+            if not (folder / name).is_dir():
+                raise TrainError(f"{folder} has no {name}/")
+            reader = HuggingFaceStorageReader(str(folder / name))
+            try:
+                with _quiet():
+                    load(
+                        dict(tensors),
+                        storage_reader=reader,
+                        process_group=self.group,
+                        no_dist=self.group is None,
+                    )
+            except CheckpointException as error:
+                reasons = {str(failure[0]) for failure in error.failures.values()}
+                raise TrainError(f"{folder / name} does not fit: {'; '.join(reasons)}") from None
+        values: Mapping[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        return values
+
+    def _write(self, state: State) -> None:
+        place = self.place(state.values["steps"])
+        beside = place.with_name(f".{place.name}.new")
+        try:
+            if self._first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.glob(".step-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                beside.mkdir()
+            self._meet()
+            for name, tensors in state.tensors.items():
+                self._write_tensors(beside / name, tensors)
+            self._meet()
+            if self._first:
+                (beside / VALUES).write_text(json.dumps(state.values, indent=2), encoding="utf-8")
+                _commit(beside, place)
+                for step in self.steps()[: -self.keep]:
+                    shutil.rmtree(self.place(step))
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise TrainError(
+                f"cannot write the checkpoint {place}: {error.strerror or error}; "
+                f"those before it are untouched"
+            ) from None
+
+    def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=self.group is not None)
+        try:
+            with _quiet():
+                save(
+                    dict(tensors),
+                    storage_writer=writer,
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+        except CheckpointException as error:
+            for failure in error.failures.values():
+                if isinstance(failure[0], OSError):
+                    raise failure[0] from None
+            raise
+
+    def _meet(self) -> None:
+        if self.group is not None:
+            barrier(self.group)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None if they are those that were written."""
+    try:
+        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        names = {str(name): str(value) for name, value in known.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} cannot be read"
+    found = dict(_hashes(folder))
+    for name in sorted(names.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in names:
+            return f"{name} is not one of its files"
+        if found[name] != names[name]:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def _hashes(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            yield path.relative_to(folder).as_posix(), digest
+
+
+def _commit(beside: Path, place: Path) -> None:
+    """Makes a complete folder the checkpoint, so that it survives a loss of power, too."""
+    manifest = json.dumps({"sha256": dict(_hashes(beside))}, indent=2)
+    (beside / MANIFEST).write_text(manifest, encoding="utf-8")
+    for path in (beside / MANIFEST, beside / VALUES, *(p for p in beside.rglob("*") if p.is_dir())):
+        _sync(path)
+    _sync(beside)
+    if place.exists():  # of an earlier attempt at the same step
+        shutil.rmtree(place)
+    beside.rename(place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns where there is no process group, which is meant so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

@@ -1,0 +1,151 @@
+"""What `python -m MODEL.train`, `dslc eval` and `dslc sample` do with a built model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model import LanguageModel
+from ..shards import LoadError
+from . import evaluation
+from .checkpoints import Checkpoints
+from .evaluation import Evaluation
+from .run import Options, Run, read_record
+from .sequences import HeldOut, split
+from .settings import Settings, TrainError
+from .state import AVERAGE, MODEL
+from .tokens import Tokens
+
+
+def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> int:
+    """Trains as the arguments say (sys.argv by default); gives the exit status.
+
+    0: trained to the end, 1: it could not, 2: wrong usage, 128 + n: stopped by signal n, and saved.
+    """
+    options = parse(model, arguments)
+    try:
+        stopped = Run(model, options).train()
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 128 + stopped if stopped else 0
+
+
+def evaluate(model: type[LanguageModel], run: Path, average: bool) -> Evaluation:
+    """How good the newest checkpoint of a run is on the text that was held out. Raises TrainError.
+
+    `average`: its moving average instead of the weights.
+    """
+    record, tokens, checkpoint = opened(run)
+    _, held_out = split(tokens.parts, record["held_out"])
+    settings = Settings.of(model.config)
+    text = HeldOut(held_out, settings.sequence_length)
+    if not text.count:
+        raise TrainError(f"{run} holds out no text: begin one with --held-out 0.1")
+    trained = loaded(model, checkpoint, average)
+    return evaluation.evaluate(trained, text, tokens.tokenizer, settings.micro_batch or 16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued, as `generate` does it."""
+
+    prompt: str
+    new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def sample(model: type[LanguageModel], run: Path, request: Request, average: bool) -> str:
+    """A prompt continued by the newest checkpoint of a run. Raises TrainError."""
+    _, tokens, checkpoint = opened(run)
+    trained = loaded(model, checkpoint, average)
+    ids = tokens.tokenizer.encode(request.prompt)
+    if not ids:
+        raise TrainError("give a prompt of at least one token")
+    longest = model.config.sequence.max_position_embeddings
+    if len(ids) + request.new_tokens > longest:
+        raise TrainError(
+            f"the prompt has {len(ids)} tokens: with {request.new_tokens} more they are beyond "
+            f"max_position_embeddings, {longest}"
+        )
+    text = trained.generate(
+        torch.tensor([ids]),
+        request.new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+    )
+    return tokens.tokenizer.decode(text[0].tolist())
+
+
+def opened(run: Path) -> tuple[Mapping[str, Any], Tokens, Path]:
+    """The record, the tokens and the newest checkpoint of a run. Raises TrainError."""
+    record = read_record(run)
+    if record is None:
+        raise TrainError(f"{run} is no run of dslc: it has no run.json")
+    checkpoint = Checkpoints(run / "checkpoints", keep=1).newest()
+    if checkpoint is None:
+        raise TrainError(f"{run} has no checkpoint yet")
+    return record, Tokens(run / record["tokens"]), checkpoint
+
+
+def loaded(model: type[LanguageModel], checkpoint: Path, average: bool) -> LanguageModel:
+    """A model with the weights of a checkpoint, or with their moving average."""
+    folder = checkpoint / (AVERAGE if average else MODEL)
+    if not folder.is_dir():
+        raise TrainError(f"{checkpoint} has no moving average: the spec sets no train.ema")
+    trained = model(device="meta")
+    try:
+        trained.load(folder)
+    except LoadError as error:
+        raise TrainError(str(error)) from None
+    return trained
+
+
+def parse(model: type[LanguageModel], arguments: Sequence[str] | None) -> Options:
+    default = Options(Path())
+    name = model.config.model
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}.train",
+        description=f"Trains {name} on text. The same command again goes on where it stopped.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
+    add("--data", type=Path, nargs="+", default=[], metavar="FILE",
+        help="text, JSON lines with a `text` each, or a folder of tokens")  # fmt: skip
+    add("--tokenizer", default=default.tokenizer, metavar="FILE",
+        help="a tokenizer.json; by default tokens are bytes")  # fmt: skip
+    add("--held-out", type=_share, default=default.held_out, metavar="SHARE",
+        help="of each file, its end, not trained on (0.1)")  # fmt: skip
+    add("--seed", type=int, default=default.seed, help="of first weights and of order (0)")
+    add("--save-every", type=_count, default=default.save_every, metavar="STEPS",
+        help="from one checkpoint to the next (500)")  # fmt: skip
+    add("--keep", type=_count, default=default.keep, metavar="N", help="newest checkpoints (2)")
+    add("--eval-every", type=_count, default=default.eval_every, metavar="STEPS",
+        help="from one evaluation to the next (500)")  # fmt: skip
+    add("--eval-sequences", type=_count, default=default.eval_sequences, metavar="N",
+        help="of an evaluation on the way; at the end all are taken (64)")  # fmt: skip
+    given = parser.parse_args(arguments)
+    return Options(**{**vars(given), "data": tuple(given.data)})
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError("must be at least 0 and below 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

@@ -1,0 +1,87 @@
+"""Files to documents, and documents to the tokens that a model is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config
+from .settings import TrainError
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class FillInTheMiddle:
+    """Documents cut in three whose middle stands last, for a share of them (arXiv 2207.14255).
+
+    `prefix hole suffix end middle`, with three tokens that say so: PSM, as DeepSeek-V3 has it
+    (report, section 4.1: begin, hole, end).
+    """
+
+    rate: float
+    begin: int
+    hole: int
+    end: int
+
+    @classmethod
+    def of(cls, config: Config) -> FillInTheMiddle | None:
+        """What a spec asks for, if it does."""
+        fim = config.train.fim
+        return cls(fim.rate, fim.begin, fim.hole, fim.end) if fim else None
+
+    def apply(self, text: str, tokenizer: Tokenizer, key: str) -> list[int]:
+        """The tokens of a document, rearranged or not; chance follows from `key` alone."""
+        drawn = hashlib.sha256(key.encode()).digest()
+        chance, first, second = (int.from_bytes(drawn[i : i + 8], "big") for i in (0, 8, 16))
+        if chance / 2**64 >= self.rate:
+            return tokenizer.encode(text)
+        a, b = sorted((first % (len(text) + 1), second % (len(text) + 1)))
+        before, middle, after = (tokenizer.encode(t) for t in (text[:a], text[a:b], text[b:]))
+        return [self.begin, *before, self.hole, *after, self.end, *middle]
+
+
+def documents(files: Iterable[Path]) -> Iterator[str]:
+    """The texts of files: each line's `text` of *.jsonl, the whole of any other file.
+
+    Raises TrainError for a file that cannot be read, or is no text.
+    """
+    for file in files:
+        try:
+            if file.suffix == ".jsonl":
+                yield from _lines(file)
+            else:
+                yield file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise TrainError(f"cannot read {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise TrainError(f"{file} is no UTF-8 text: byte {error.start}") from None
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise TrainError(f'{file}:{number} is no JSON object with a "text"')
+            yield text
+
+
+def encode(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    eos: int | None = None,
+    fim: FillInTheMiddle | None = None,
+    seed: int = 0,
+) -> Iterator[list[int]]:
+    """The tokens of each document, with `eos` behind each if there is one."""
+    for index, text in enumerate(texts):
+        tokens = fim.apply(text, tokenizer, f"{seed} {index}") if fim else tokenizer.encode(text)
+        yield tokens if eos is None else [*tokens, eos]

@@ -1,0 +1,124 @@
+"""What an optimizer step does to a whole model, and what is remembered for the next one.
+
+Master weights are float32, moments of the element type of the weights. What a step does to one
+weight is in `optimizer.py` of the folder above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, all_reduce
+
+from ..config import Config
+from ..optimizer import adamw_step, clip_factor, square_sum
+from ..weights import published
+
+
+@dataclass
+class Weight:
+    """A stored weight with what the optimizer knows of it; `master` is the weight if that is
+    float32 already. `gradient` is float32, and None before the first backward pass of a step."""
+
+    name: str
+    tensor: nn.Parameter
+    master: Tensor
+    mean: Tensor
+    square: Tensor
+    gradient: Tensor | None = None
+
+
+class AdamW:
+    """AdamW for all weights of a model. Matrices decay, vectors (norms) do not.
+
+    Gradients of the micro-batches of a step are added up in float32.
+    """
+
+    def __init__(self, model: nn.Module, settings: Config) -> None:
+        self.settings = settings
+        self.weights = [
+            Weight(
+                name,
+                tensor,
+                tensor.detach() if tensor.dtype == torch.float32 else tensor.detach().float(),
+                torch.zeros_like(tensor, requires_grad=False),
+                torch.zeros_like(tensor, requires_grad=False),
+            )
+            for name, tensor in model.named_parameters()
+            if tensor.requires_grad
+        ]
+
+    def collect(self) -> None:
+        """Adds the gradients of a backward pass to those of the step."""
+        for weight in self.weights:
+            if weight.tensor.grad is None:
+                continue
+            gradient = weight.tensor.grad.float()
+            before = weight.gradient
+            weight.gradient = gradient if before is None else before.add_(gradient)
+            weight.tensor.grad = None
+
+    def reduce(self, group: ProcessGroup) -> None:
+        """Makes the gradients the sums over all ranks."""
+        for weight in self.weights:
+            if weight.gradient is None:
+                weight.gradient = torch.zeros_like(weight.master)
+            all_reduce(weight.gradient, group=group)
+
+    def squares(self) -> Tensor:
+        """The square of the norm of all gradients together; not finite if one of them is not."""
+        return square_sum(w.gradient for w in self.weights if w.gradient is not None)
+
+    def not_finite(self) -> list[str]:
+        """Names of the weights whose gradients hold NaN or infinity."""
+        return [
+            weight.name
+            for weight in self.weights
+            if weight.gradient is not None and not weight.gradient.isfinite().all()
+        ]
+
+    def drop_gradients(self) -> None:
+        for weight in self.weights:
+            weight.gradient = weight.tensor.grad = None
+
+    def step(self, number: int, rate: float, squares: Tensor) -> None:
+        """The `number`-th step, counted from 1, at a learning rate; then gradients are dropped."""
+        one = self.settings
+        factor = clip_factor(squares, one.clip) if one.clip else None
+        for weight in self.weights:
+            if weight.gradient is None:
+                continue
+            adamw_step(
+                weight.master,
+                weight.gradient,
+                weight.mean,
+                weight.square,
+                lr=rate,
+                beta1=one.beta1,
+                beta2=one.beta2,
+                eps=one.eps,
+                weight_decay=one.weight_decay if weight.tensor.dim() > 1 else 0.0,
+                step=number,
+                factor=factor,
+            )
+        self.copy_masters()
+        self.drop_gradients()
+
+    @torch.no_grad()
+    def copy_masters(self) -> None:
+        """Makes the weights what their masters are, rounded to their type."""
+        for weight in self.weights:
+            if weight.tensor.dtype != torch.float32:
+                weight.tensor.copy_(weight.master)
+
+    def state(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """(published name, master, mean, square): views of all that is to be remembered."""
+        known = {id(weight.tensor): weight for weight in self.weights}
+        for part in published(model):
+            weight = known.get(id(part.storage))
+            if weight is not None:
+                index = part.index
+                yield part.name, weight.master[index], weight.mean[index], weight.square[index]

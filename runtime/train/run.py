@@ -1,0 +1,311 @@
+"""A run: a folder with everything that one training makes, from its first step to its last.
+
+`RUN/run.json` says what it is, `RUN/MODEL/` is the built package, `RUN/data/` the tokens if they
+were made from text, `RUN/checkpoints/` the states, `RUN/metrics.jsonl` what happened.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..model import LanguageModel
+from .checkpoints import Checkpoints
+from .documents import FillInTheMiddle, documents, encode
+from .evaluation import evaluate
+from .metrics import Metrics, Progress, progress_to_terminal
+from .sequences import HeldOut, Sequences, split
+from .settings import Settings, TrainError
+from .state import State, restored, state
+from .tokenizer import open_tokenizer
+from .tokens import Tokens, is_tokens, write
+from .trainer import NotFinite, Trainer
+from .watch import Watch
+
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for on the command line. Those of `FIXED` stay for the life of a run."""
+
+    out: Path
+    data: tuple[Path, ...] = ()
+    tokenizer: str = "bytes"
+    held_out: float = 0.1
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 2
+    eval_every: int = 500
+    eval_sequences: int = 64
+
+    FIXED = ("held_out", "seed", "tokenizer")
+
+
+class Run:
+    """A run that begins, or goes on where its newest checkpoint is."""
+
+    def __init__(self, model: type[LanguageModel], options: Options) -> None:
+        """Raises TrainError for whatever stands against it, before anything is changed."""
+        self.options = options
+        self.settings = Settings.of(model.config)
+        self.spec = {
+            name: value for name, value in flat("", model.config) if not name.startswith("about")
+        }
+        record = read_record(options.out)
+        self.checkpoints = Checkpoints(options.out / "checkpoints", options.keep)
+        self.newest = self.checkpoints.newest() if record else None
+        if record:
+            self._same(record)
+        elif options.out.exists() and any(options.out.iterdir()):
+            raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
+        self.tokens = self._tokens(model.config, record)
+        trained, held_out = split(self.tokens.parts, options.held_out)
+        length = self.settings.sequence_length
+        torch.manual_seed(options.seed)
+        self.trainer = Trainer(
+            model(seed=options.seed), self.settings, Sequences(trained, length, options.seed)
+        )
+        self.held_out = HeldOut(held_out, length)
+        self.changes: list[str] = []
+        if self.newest is not None:
+            self._restore(self.newest)
+        install(Path(inspect.getfile(model)).parent, options.out / model.config.model)
+        content = {
+            "model": model.config.model,
+            "tokens": record["tokens"] if record else self._named(self.tokens.folder),
+            "tokens_key": self.tokens.header.key,
+            "data": record["data"] if record else _paths(options.data),
+            **{name: getattr(options, name) for name in Options.FIXED},
+        }
+        (options.out / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def train(self) -> int | None:
+        """Trains to the end, or until it is told to stop; gives the signal that told it.
+
+        Raises TrainError, with the last good state kept.
+        """
+        trainer, options = self.trainer, self.options
+        metrics = Metrics(options.out, trainer.position.steps)
+        progress = progress_to_terminal(self.settings, trainer.tokens, trainer.position.steps)
+        self._begin(progress)
+        if trainer.ended:
+            progress.say("training is complete")
+            return None
+        watch = Watch(trainer.model.config)
+        try:
+            with _stop_signals() as stopped:
+                while not trainer.ended and not stopped:
+                    self._step(metrics, progress, watch)
+                self._save_now()
+                if not stopped:
+                    self._evaluate(metrics, progress, None)
+        finally:
+            metrics.close()
+        return stopped[0] if stopped else None
+
+    def _step(self, metrics: Metrics, progress: Progress, watch: Watch) -> None:
+        begin = time.monotonic()
+        try:
+            step = self.trainer.step()
+        except NotFinite as error:
+            self._save_now()
+            place = self.checkpoints.place(self.trainer.position.steps)
+            raise NotFinite(f"{error}; the state before it is {place}") from None
+        metrics.step(step, time.monotonic() - begin)
+        progress.show(step)
+        for text in watch.step(step):
+            metrics.add({"step": step.number, "warning": text})
+            progress.say(f"warning: step {step.number}: {text}")
+        self.checkpoints.check()
+        if step.number % self.options.save_every == 0:
+            self.checkpoints.save(self._state())
+        if step.number % self.options.eval_every == 0 and not self.trainer.ended:
+            self._evaluate(metrics, progress, self.options.eval_sequences)
+
+    def _begin(self, progress: Progress) -> None:
+        for change in self.changes:
+            progress.say(f"changed: {change}")
+        trainer = self.trainer
+        if self.newest is not None:
+            progress.say(f"going on from {self.newest}, {trainer.tokens:,} tokens")
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        progress.say(
+            f"{trainer.model.config.model}: {parameters:,} parameters, "
+            f"{trainer.sequences.count:,} sequences of {self.settings.sequence_length} tokens an "
+            f"epoch, {self.held_out.count:,} held out"
+        )
+
+    def _evaluate(self, metrics: Metrics, progress: Progress, limit: int | None) -> None:
+        if not self.held_out.count:
+            return
+        batch = self.settings.micro_batch or 16
+        model, tokenizer = self.trainer.model, self.tokens.tokenizer
+        found = evaluate(model, self.held_out, tokenizer, batch, limit)
+        steps = self.trainer.position.steps
+        metrics.add({"step": steps, "held_out": asdict(found)})
+        progress.say(
+            f"step {steps:,}: held out: loss {found.loss:.4f}, "
+            f"{found.bits_per_byte:.4f} bits a byte, {found.tokens:,} tokens"
+        )
+
+    def _state(self) -> State:
+        now = state(self.trainer)
+        return State(now.tensors, {**now.values, "spec": self.spec})
+
+    def _save_now(self) -> None:
+        self.checkpoints.wait()
+        if self.trainer.position.steps not in self.checkpoints.steps():
+            self.checkpoints.save(self._state())
+            self.checkpoints.wait()
+
+    def _same(self, record: Mapping[str, Any]) -> None:
+        """Raises TrainError if the run was begun with other options."""
+        asked = {name: getattr(self.options, name) for name in Options.FIXED}
+        if self.options.data:
+            asked["data"] = _paths(self.options.data)
+        for name, value in asked.items():
+            if record[name] != value:
+                raise TrainError(
+                    f"{self.options.out} was begun with --{name.replace('_', '-')} {record[name]},"
+                    f" not {value}: choose another --out"
+                )
+
+    def _tokens(self, config: Config, record: Mapping[str, Any] | None) -> Tokens:
+        """The tokens of the run; made from text where they are not there yet."""
+        options, place = self.options, self.options.out / "data"
+        settings = _made_with(config)
+        if record is not None:
+            tokens = Tokens(options.out / record["tokens"])
+            if tokens.header.key != record["tokens_key"]:
+                raise TrainError(f"{tokens.folder} holds other tokens than the run was begun with")
+        elif len(options.data) == 1 and is_tokens(options.data[0]):
+            tokens = Tokens(options.data[0])
+        elif options.data:
+            tokenizer = open_tokenizer(options.tokenizer)
+            fim = FillInTheMiddle.of(config)
+            eos = config.sequence.eos_token_id
+            texts = encode(documents(options.data), tokenizer, eos, fim, options.seed)
+            shutil.rmtree(place, ignore_errors=True)
+            write(place, texts, tokenizer, config.params.vocab_size, settings)
+            tokens = Tokens(place)
+        else:
+            raise TrainError("give the text to train on: --data FILES")
+        if tokens.header.settings != settings:
+            raise TrainError(
+                f"{tokens.folder} was made with {tokens.header.settings}, the spec asks for "
+                f"{settings}: make the tokens anew"
+            )
+        if tokens.tokenizer.vocab_size > config.params.vocab_size:
+            raise TrainError(
+                f"the tokenizer has {tokens.tokenizer.vocab_size} tokens, the model's vocab_size "
+                f"is {config.params.vocab_size}"
+            )
+        return tokens
+
+    def _named(self, tokens: Path) -> str:
+        """The folder of the tokens: relative if it is the run's own, which may be moved."""
+        return tokens.name if tokens.parent == self.options.out else str(tokens.resolve())
+
+    def _restore(self, newest: Path) -> None:
+        values = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        self.changes = changed(values["spec"], self.spec)
+        views = state(self.trainer)
+        restored(self.trainer, self.checkpoints.load(newest, views))
+
+
+def _paths(files: tuple[Path, ...]) -> list[str]:
+    return [str(file.resolve()) for file in files]
+
+
+def _made_with(config: Config) -> dict[str, object]:
+    """What the tokens of a spec's data depend on besides tokenizer and text."""
+    fim = config.train.fim
+    return {
+        "eos": config.sequence.eos_token_id,
+        "fim": {name: fim[name] for name in fim} if fim else None,
+    }
+
+
+FIXED = ("model", "params.", "architecture.", "sequence.", "train.sequence_length", "train.fim")
+"""Values of a spec that cannot change within a run: the weights or the order of data follow."""
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What of a spec changed since a checkpoint was written, one line each.
+
+    Raises TrainError if it is something that must not.
+    """
+    names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+    lines = [f"{n}: {before.get(n, 'nothing')} -> {now.get(n, 'nothing')}" for n in names]
+    fixed = [line for name, line in zip(names, lines, strict=True) if name.startswith(FIXED)]
+    if fixed:
+        raise TrainError(
+            "the spec has changed in what a run cannot change; choose another --out:\n  "
+            + "\n  ".join(fixed)
+        )
+    return [f"{line}, from the next step on" for line in lines]
+
+
+def flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The values of a config by path, as text."""
+    if isinstance(value, Config):
+        for name in value:
+            yield from flat(f"{path}.{name}" if path else name, value[name])
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from flat(f"{path}.{index}", item)
+    else:
+        yield path, str(value)
+
+
+def read_record(folder: Path) -> Mapping[str, Any] | None:
+    """What run.json says; None where there is no run."""
+    try:
+        content: Mapping[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return content
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{folder / RECORD} cannot be read: {error}") from None
+
+
+def install(package: Path, place: Path) -> None:
+    """Makes the run hold the package that it is trained by, so that it can be used alone."""
+    if package.resolve() == place.resolve():
+        return
+    fresh = place.with_name(f".{place.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(package, fresh, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(place, ignore_errors=True)
+    fresh.rename(place)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals that asked to stop so far. A second one ends the process at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        before[asked] = signal.signal(asked, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

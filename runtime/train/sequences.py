@@ -1,0 +1,72 @@
+"""Tokens to training sequences, and to those of a step."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .order import drawn, permuted
+from .settings import TrainError
+
+
+class Sequences:
+    """Sequences of `length` tokens and the one after them, endlessly.
+
+    Documents are packed: sequences are cut from each part (1-dim, of tokens) without regard to
+    where a document ends, and nothing keeps attention from reaching over it, as in DeepSeek-V3
+    (report, section 4.1). In an epoch no token is trained on twice; each epoch cuts elsewhere, and
+    takes the sequences in another order.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], length: int, seed: int) -> None:
+        """Raises TrainError if no part is long enough for one sequence, wherever it is cut."""
+        self.parts, self.length, self.seed = list(parts), length, seed
+        # The first cut is at 0 .. length - 1.
+        counts = [max(0, (len(part) - length) // length) for part in self.parts]
+        self._ends = list(accumulate(counts))
+        self.count = self._ends[-1] if self._ends else 0
+        if not self.count:
+            longest = max(map(len, self.parts), default=0)
+            raise TrainError(
+                f"sequences of {length} tokens need a text of {2 * length}, this has {longest}"
+            )
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The index-th sequence of training: int64 [length + 1]."""
+        epoch, place = divmod(index, self.count)
+        place = permuted(place, self.count, f"{self.seed} {epoch}")
+        number = bisect_right(self._ends, place)
+        before = self._ends[number - 1] if number else 0
+        start = drawn(self.length, f"{self.seed} {epoch} {number} cut")
+        start += (place - before) * self.length
+        return self.parts[number][start : start + self.length + 1].to(torch.int64)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """[len(indices), length + 1]"""
+        return torch.stack([self[index] for index in indices])
+
+
+class HeldOut:
+    """What is not trained on: each part's tokens, once, in order, in sequences of `length`."""
+
+    def __init__(self, parts: Sequence[Tensor], length: int) -> None:
+        self.parts, self.length = list(parts), length
+        self._ends = list(accumulate(max(0, (len(part) - 1) // length) for part in self.parts))
+        self.count = self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        """int64 [length + 1]"""
+        number = bisect_right(self._ends, index)
+        start = (index - (self._ends[number - 1] if number else 0)) * self.length
+        return self.parts[number][start : start + self.length + 1].to(torch.int64)
+
+
+def split(parts: Sequence[Tensor], held_out: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The parts without and with the last `held_out` (0 to 1) of each."""
+    cuts = [len(part) - int(len(part) * held_out) for part in parts]
+    trained = [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
+    return trained, [part[cut:] for part, cut in zip(parts, cuts, strict=True)]

@@ -1,0 +1,68 @@
+"""What the spec says of training, checked before anything begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..config import Config, Schedule
+
+
+class TrainError(Exception):
+    """What a person has to change before training can begin or go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The section `train` of a spec, complete. Schedules go by tokens and steps."""
+
+    sequence_length: int
+    batch: Schedule
+    """Sequences of a step, all ranks together."""
+    micro_batch: int | None
+    """Sequences that a rank computes at a time; None: all of its share."""
+    learning_rate: Schedule
+    bias_update: Schedule
+    optimizer: Config
+    ema: float | None
+    steps: int | None
+    tokens: int | None
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        """The settings of a built model. Raises TrainError with all that is missing or wrong."""
+        problems = list(_problems(config))
+        if problems:
+            raise TrainError("the spec does not say how to train:\n  " + "\n  ".join(problems))
+        train = config.train
+        return cls(**{name: train[name] for name in cls.__dataclass_fields__})
+
+    def batch_at(self, tokens: int, steps: int) -> int:
+        """Sequences of the step that follows so many tokens and steps."""
+        return max(1, round(self.batch.value_at(tokens, steps)))
+
+    def ended(self, tokens: int, steps: int) -> bool:
+        return steps >= self.steps if self.steps is not None else tokens >= (self.tokens or 0)
+
+    def share_done(self, tokens: int, steps: int) -> float:
+        """How much of training is done, from 0 to 1."""
+        return steps / self.steps if self.steps is not None else tokens / (self.tokens or 1)
+
+
+def _problems(config: Config) -> Iterator[str]:
+    train = config.train
+    needed = {
+        "sequence_length": "tokens of a sequence, such as 256",
+        "batch": "sequences of a step, such as 16",
+        "learning_rate": "a number or a list of phases, such as 3e-4",
+    }
+    for name, example in needed.items():
+        if train[name] is None:
+            yield f"train.{name} is missing ({example})"
+    if (train.steps is None) == (train.tokens is None):
+        yield "give one of train.steps and train.tokens: when training ends"
+    longest = config.sequence.max_position_embeddings
+    if train.sequence_length is not None and train.sequence_length > longest:
+        yield f"train.sequence_length is beyond sequence.max_position_embeddings, {longest}"
+    if not (train.optimizer.beta1 < 1 and train.optimizer.beta2 < 1):
+        yield "train.optimizer.beta1 and beta2 must be below 1"

@@ -1,0 +1,205 @@
+"""One step of training after the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, all_reduce
+
+from ..model import LanguageModel, Loss
+from ..weights import published
+from .balance import Balance, Use
+from .optimizer import AdamW
+from .sequences import Sequences
+from .settings import Settings, TrainError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did. Losses are means over its tokens, in nats; norms are before clipping."""
+
+    number: int
+    tokens: int
+    """Trained on so far, this step included."""
+    batch: int
+    total: float
+    main: float
+    mtp: tuple[float, ...]
+    balance: float
+    learning_rate: float
+    bias_update: float
+    gradient_norm: float
+    experts: dict[str, Use]
+
+
+class NotFinite(TrainError):
+    """A step whose loss or gradients are NaN or infinite. Nothing was changed by it."""
+
+
+@dataclass
+class Position:
+    """How far training is. What comes next follows from it."""
+
+    steps: int = 0
+    sequences: int = 0
+
+
+@dataclass
+class Trainer:
+    """Trains a model on sequences; every rank of `group` has one, and they stay equal.
+
+    Which sequences a step has does not depend on the number of ranks: they are dealt out one by
+    one. Without a group there is one rank.
+    """
+
+    model: LanguageModel
+    settings: Settings
+    sequences: Sequences
+    group: ProcessGroup | None = None
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        self.rank = self.group.rank() if self.group else 0
+        self.ranks = self.group.size() if self.group else 1
+        self.optimizer = AdamW(self.model, self.settings.optimizer)
+        self.balance = Balance(self.model)
+        self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, of all ranks."""
+        return self.position.sequences * self.settings.sequence_length
+
+    @property
+    def ended(self) -> bool:
+        return self.settings.ended(self.tokens, self.position.steps)
+
+    def step(self) -> Step:
+        """Trains on one batch.
+
+        Raises NotFinite, with the state as it was before, for a loss or gradients that are NaN or
+        infinite.
+        """
+        settings, steps, before = self.settings, self.position.steps, self.tokens
+        batch = settings.batch_at(before, steps)
+        sums = self._gradients(batch, before)
+        if self.group is not None:
+            all_reduce(sums, group=self.group)
+            self.optimizer.reduce(self.group)
+            self.balance.reduce(self.group)
+        losses = [float(x) for x in sums]
+        squares = self.optimizer.squares()
+        norm = float(squares.sqrt())
+        if not torch.tensor([*losses, norm]).isfinite().all():
+            self._refuse(losses, norm, batch)
+        after = before + batch * settings.sequence_length
+        rate = settings.learning_rate.value_at(after, steps + 1)
+        speed = settings.bias_update.value_at(before, steps)
+        self.optimizer.step(steps + 1, rate, squares)
+        experts = self.balance.finish(speed)
+        if self.average is not None:
+            self.average.update(self.optimizer)
+        self.position = Position(steps + 1, self.position.sequences + batch)
+        total, main, balance, *mtp = losses
+        return Step(
+            steps + 1, after, batch, total, main, tuple(mtp), balance, rate, speed, norm, experts
+        )
+
+    def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
+        """Adds up the gradients of this rank's share; gives the sums of the parts of the loss.
+
+        Every sequence has equally many labels, hence a mean over the batch is one over its tokens.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.model.device)
+        for tokens in self._micro_batches(batch):
+            loss = self.model.loss(tokens[:, :-1], tokens[:, 1:], tokens_seen=tokens_seen)
+            share = len(tokens) / batch
+            (loss.total * share).backward()
+            self.optimizer.collect()
+            self.balance.add(loss.load)
+            values = losses_of(loss) * share
+            sums = values if len(sums) != len(values) else sums + values
+        return sums
+
+    def _micro_batches(self, batch: int) -> list[Tensor]:
+        first = self.position.sequences
+        mine = range(first + self.rank, first + batch, self.ranks)
+        size = self.settings.micro_batch or max(1, len(mine))
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return [self.sequences.batch(part).to(self.model.device) for part in parts]
+
+    def _refuse(self, losses: list[float], norm: float, batch: int) -> None:
+        """Raises NotFinite, naming the first module that gave NaN or infinity."""
+        names = self.optimizer.not_finite()
+        self.optimizer.drop_gradients()
+        self.balance.load = None
+        where = self._first_not_finite(batch)
+        if where is None and not math.isfinite(losses[0]):
+            where = "the head's scores, or their loss: all layers are finite"
+        elif where is None:
+            where = f"the gradients of {', '.join(names[:3])}" if names else "the sum of gradients"
+        raise NotFinite(
+            f"step {self.position.steps + 1}: the loss is {losses[0]:.4g}, the norm of gradients "
+            f"{norm:.4g}; first not finite is {where}"
+        )
+
+    @torch.no_grad()
+    def _first_not_finite(self, batch: int) -> str | None:
+        found: list[str] = []
+
+        def watch(name: str, kind: str, outputs: object) -> None:
+            tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+            real = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+            if not all(t.isfinite().all() for t in real):
+                found.append(f"what {name} ({kind}) gives")
+
+        bad = [p.name for p in published(self.model) if not p.tensor.isfinite().all()]
+        if bad:
+            return f"the weight {bad[0]}"
+        hooks = [
+            module.register_forward_hook(
+                lambda m, _, out, name=name: watch(name, type(m).__name__, out)
+            )
+            for name, module in self.model.named_modules()
+        ]
+        try:
+            for tokens in self._micro_batches(batch):
+                self.model.loss(tokens[:, :-1], tokens[:, 1:], tokens_seen=self.tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else None
+
+
+def losses_of(loss: Loss) -> Tensor:
+    """float64 [3 + depths]: total, main, balance, and of each depth of MTP."""
+    return torch.stack(
+        [t.detach().double() for t in (loss.total, loss.main, loss.balance, *loss.mtp)]
+    )
+
+
+class Average:
+    """A moving average of all weights and biases in float32, on the CPU (report, section 3.2.3)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._model = model
+        self._values = {
+            id(part.storage): part.storage.detach().float().cpu().clone()
+            for part in published(model)
+        }
+
+    @torch.no_grad()
+    def update(self, optimizer: AdamW) -> None:
+        masters = {id(weight.tensor): weight.master for weight in optimizer.weights}
+        storages = {id(part.storage): part.storage for part in published(self._model)}
+        for key, value in self._values.items():
+            now = masters.get(key, storages[key])
+            value.lerp_(now.to(value.device, value.dtype), 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Views by published name."""
+        return {p.name: self._values[id(p.storage)][p.index] for p in published(self._model)}

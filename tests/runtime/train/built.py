@@ -1,0 +1,63 @@
+"""A built tiny model to train: small enough that a step takes a tenth of a second."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends.build import build
+from dsl.load import load
+
+ROOT = Path(__file__).parents[3]
+TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+TEXT = ROOT / "data" / "tinyshakespeare.txt"
+SETTINGS = {
+    "params.hidden_size": "32",
+    "params.moe_intermediate_size": "16",
+    "params.n_routed_experts": "8",
+    "params.num_experts_per_tok": "2",
+    "params.n_group": "2",
+    "params.topk_group": "1",
+    "architecture.layers.1.repeat": "1",
+    "architecture.mtp.depth": "1",
+    "train.learning_rate": "3e-3",
+    "train.sequence_length": "16",
+    "train.batch": "6",
+    "train.micro_batch": "2",
+    "train.steps": "6",
+}
+
+
+def built(folder: Path, name: str, **changes: str) -> Any:
+    """The package `name`, built in `folder` with other values: `train__steps="3"`."""
+    values = {**SETTINGS, **{path.replace("__", "."): v for path, v in changes.items()}}
+    sets = [f"{path}={value}" for path, value in values.items()]
+    build(load(TINY, sets=[*sets, f"model={name}"]), folder / name)
+    sys.path.insert(0, str(folder))
+    try:
+        package = importlib.import_module(name)
+        importlib.import_module(f"{name}.runtime.train.command")
+        return package
+    finally:
+        sys.path.remove(str(folder))
+
+
+def part(package: Any, module: str) -> Any:
+    """A module of the package's own `runtime.train`."""
+    return sys.modules[f"{package.__name__}.runtime.train.{module}"]
+
+
+def published(package: Any, model: Any) -> Any:
+    return sys.modules[f"{package.__name__}.runtime.weights"].published(model)
+
+
+def trainer(package: Any, **changes: Any) -> Any:
+    """A trainer of a fresh model on the shipped text."""
+    settings = part(package, "settings").Settings.of(package.config)
+    text = torch.tensor(list(TEXT.read_bytes()[:20_000]), dtype=torch.uint8)
+    sequences = part(package, "sequences").Sequences([text], settings.sequence_length, 0)
+    return part(package, "trainer").Trainer(package.Model(**changes), settings, sequences)

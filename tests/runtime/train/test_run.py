@@ -1,0 +1,287 @@
+"""Whole runs of a built package: begun, stopped, killed, damaged, gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.runtime.train.built import TEXT, built, part
+
+Lines = list[dict[str, Any]]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_bytes(TEXT.read_bytes()[:3000])
+    return file
+
+
+def train(package: Any, out: Path, *arguments: str | Path) -> int:
+    words = ["--out", str(out), "--save-every", "2", *map(str, arguments)]
+    status: int = part(package, "command").main(package.Model, words)
+    return status
+
+
+def lines(out: Path) -> Lines:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(out: Path, step: int = STEPS) -> dict[str, Any]:
+    """What a checkpoint says: its numbers, and the bytes of each tensor."""
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    found: dict[str, Any] = {"state": json.loads((folder / "state.json").read_text())}
+    for file in folder.rglob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            key = f"{file.parent.name}/{name}"
+            found[key] = (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+    assert len(found) > 100
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(package: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(package, out, "--data", text, "--eval-every", "3") == 0
+    return out
+
+
+def test_a_run_holds_what_happened(package: Any, whole: Path) -> None:
+    steps = [line for line in lines(whole) if "loss" not in line and "main" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in steps] == [96 * n for n in range(1, 7)]
+    assert steps[-1]["main"] < steps[0]["main"]
+    assert {"max_vio", "entropy", "bias_range", "load"} == set(
+        steps[0]["experts"]["model.layers.1.mlp"]
+    )
+    held_out = [line["held_out"] for line in lines(whole) if "held_out" in line]
+    assert len(held_out) == 2
+    # Bytes are tokens, hence bits a byte are nats a token in another unit.
+    assert held_out[-1]["bits_per_byte"] == pytest.approx(held_out[-1]["loss"] / 0.6931472)
+    # 300 bytes are held out: 18 sequences of 16.
+    assert held_out[-1]["tokens"] == 18 * 16
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000006",
+    ]
+
+
+def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None:
+    """Moved elsewhere, its own package loads its own weights."""
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
+    program = (
+        "from pathlib import Path; import tiny_trained as t;"
+        "import tiny_trained.runtime.train.command as c;"
+        "print(c.evaluate(t.Model, Path('.'), False).loss);"
+        "print(len(c.sample(t.Model, Path('.'), c.Request('KING', 5, 0.8, 0.9, 1), False)) > 3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=moved, capture_output=True, text=True, check=True
+    )
+    loss, sampled = done.stdout.split()
+    expected = [line["held_out"]["loss"] for line in lines(whole) if "held_out" in line][-1]
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert sampled == "True"
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(
+    package: Any, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the third step: it is finished and saved."""
+    trainer = part(package, "trainer").Trainer
+    step = trainer.step
+
+    def interrupted(self: Any) -> Any:
+        if self.position.steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(trainer, "step", interrupted)
+    assert train(package, out, "--data", text) == 128 + signal.SIGINT
+    monkeypatch.undo()
+    assert [line["step"] for line in lines(out)] == [1, 2, 3]
+    assert train(package, out) == 0
+    assert content(out) == content(whole)
+    ours = [line | {"seconds": 0} for line in lines(out) if "main" in line]
+    theirs = [line | {"seconds": 0} for line in lines(whole) if "main" in line]
+    assert ours == theirs
+    assert train(package, out) == 0  # there is nothing left to do
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(
+    package: Any, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    """kill -9 three times, at moments of chance while steps are made and checkpoints written."""
+    out, chance = tmp_path / "run", random.Random(0)
+    for _ in range(3):
+        before = set(out.glob("checkpoints/step-*"))
+        process = started(package, out, text)
+        begin = time.monotonic()
+        while process.poll() is None and set(out.glob("checkpoints/step-*")) <= before:
+            assert time.monotonic() - begin < 120
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.05))
+        process.kill()
+        process.wait()
+    assert len(lines(out)) < STEPS
+    assert started(package, out, text).wait() == 0
+    assert content(out) == content(whole)
+    assert not list(out.glob("checkpoints/.*"))
+
+
+def started(package: Any, out: Path, text: Path) -> subprocess.Popen[bytes]:
+    """The run as a process of its own, which saves at every step."""
+    command = [sys.executable, "-m", "tiny_trained.train", "--out", str(out), "--data", str(text)]
+    folder = str(Path(package.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--save-every", "1"], env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "added"])
+@pytest.mark.parametrize("file", ["model/model-00001-of-00001.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_one_error_that_names_the_one_before(
+    package: Any,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    file: str,
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    path = out / "checkpoints" / "step-00000006" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if kind == "missing":
+        path.unlink()
+    elif kind == "added":
+        path.with_name("more.safetensors").write_bytes(b"")
+    else:
+        path.write_bytes(data if kind == "flipped" else data[:-1])
+    assert train(package, out) == 1
+    error = capsys.readouterr().err
+    assert "step-00000006 is damaged" in error
+    assert "step-00000004, which is good" in error
+    shutil.rmtree(path.parents[1] if "/" in file else path.parent)
+    assert train(package, out) == 0
+    assert content(out) == content(whole)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
+    package: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As on a full disk."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(part(package, "checkpoints"), "save", full)
+    assert train(package, out) == 1
+    error = capsys.readouterr().err
+    assert "cannot write the checkpoint" in error and "No space left on device" in error
+    monkeypatch.undo()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    assert train(package, out) == 0
+    assert content(out) == content(whole)
+
+
+@pytest.fixture
+def other_builds() -> Iterator[None]:
+    """Builds of the same name as the module's, which are forgotten afterwards."""
+    before = {name: m for name, m in sys.modules.items() if name.split(".")[0] == "tiny_trained"}
+    yield
+    forget()
+    sys.modules.update(before)
+
+
+def forget() -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == "tiny_trained"]:
+        del sys.modules[name]
+
+
+def test_what_may_change_is_told_and_what_may_not_is_refused(
+    other_builds: None, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    forget()
+    slower = built(tmp_path / "a", "tiny_trained", train__learning_rate="1e-3", train__steps="7")
+    assert train(slower, out) == 0
+    error = capsys.readouterr().err
+    assert "changed: train.learning_rate: Schedule(phases=(Phase(value=0.003" in error
+    assert "changed: train.steps: 6 -> 7, from the next step on" in error
+    assert next(line for line in lines(out) if line["step"] == 7)["learning_rate"] == 1e-3
+    forget()
+    wider = built(tmp_path / "b", "tiny_trained", params__hidden_size="64", train__steps="7")
+    assert train(wider, out) == 1
+    error = capsys.readouterr().err
+    assert "cannot change" in error and "params.hidden_size: 32 -> 64" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the text to train on"),
+        (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--data", "TEXT", "--tokenizer", "nowhere.json"], "cannot read the tokenizer"),
+        (["--data", "TEXT", "--held-out", "0.999"], "need a text of 32"),
+    ],
+)
+def test_a_run_that_cannot_begin(
+    package: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    words = [str(text) if word == "TEXT" else word for word in arguments]
+    assert train(package, tmp_path / "run", *words) == 1
+    assert message in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert train(package, tmp_path / "other", "--data", text) == 1
+    assert "is no run, and not empty" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_options_it_began_with(
+    package: Any, whole: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(package, whole, "--seed", "3") == 1
+    assert "was begun with --seed 0, not 3" in capsys.readouterr().err
+    assert train(package, whole, "--data", text.with_name("other.txt")) == 1
+    assert "was begun with --data" in capsys.readouterr().err
+
+
+def test_a_spec_that_does_not_say_how_to_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = built(tmp_path, "tiny_endless", train__tokens="10K", train__sequence_length="1K")
+    assert train(package, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "one of train.steps and train.tokens" in error
+    assert "beyond sequence.max_position_embeddings, 256" in error
+
+
+def test_no_checkpoint_holds_a_pickle(whole: Path) -> None:
+    files = {path.suffix for path in (whole / "checkpoints").rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json"}
