@@ -73,15 +73,12 @@ def options(
     pass
 
 
-# What training takes is for the built package to say.
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, train, eval, sample,
     init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
-    name, settings = command.__name__.rpartition(".")[2], PASSED_ON if command is train else None
-    app.command(name, epilog=command.EXAMPLES, context_settings=settings)(command.run)
+    app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ def using(parent: Path, package: str) -> Iterator[Any]:
     """
     # dslc looks for no garbage, which is right for half a second only.
     gc.enable()
+    # Another build of the same name may have been used before.
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
     sys.path.insert(0, str(parent.resolve()))
     try:
         command = importlib.import_module(f"{package}.runtime.train.command")
@@ -29,6 +32,8 @@ def using(parent: Path, package: str) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         print(f"error: {error}: a built model needs torch and safetensors", file=sys.stderr)
         raise typer.Exit(1) from None
+    finally:
+        sys.path.pop(0)
     try:
         yield command, model
     except command.TrainError as error:

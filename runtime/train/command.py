@@ -28,12 +28,16 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
 
     0: trained to the end, 1: it could not, 2: wrong usage, 128 + n: stopped by signal n, and saved.
     """
-    options = parse(model, arguments)
     try:
-        stopped = Run(model, options).train()
+        return train(model, parse(model, arguments))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def train(model: type[LanguageModel], options: Options) -> int:
+    """The same with options. Raises TrainError where it could not."""
+    stopped = Run(model, options).train()
     return 128 + stopped if stopped else 0
 
 

@@ -1,0 +1,69 @@
+"""`dslc train`, `eval` and `sample`: the way from a spec to a text."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.dslc.conftest import Run
+
+ROOT = Path(__file__).parents[2]
+SETS = [
+    "params.hidden_size=32",
+    "architecture.layers.1.repeat=1",
+    "train.sequence_length=32",
+    "train.batch=4",
+    "train.learning_rate=3e-3",
+    "train.steps=3",
+    "train.ema=0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_bytes((ROOT / "data/tinyshakespeare.txt").read_bytes()[:4000])
+    return folder / "run"
+
+
+def train(run: Path, *more: str) -> list[str]:
+    sets = [word for one in SETS for word in ("--set", one)]
+    return ["train", "deepseek_v3_tiny", *sets, "--out", str(run), *more]
+
+
+def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -> None:
+    outcome = dslc(*train(run, "--data", str(run.parent / "text.txt")))
+    assert outcome.status == 0, outcome.err
+    assert re.search(r"step 1 .* loss \d\.\d+ .* tokens/s", outcome.err)
+
+    outcome = dslc("eval", str(run))
+    assert outcome.status == 0, outcome.err
+    assert "MTP depth 2" in outcome.out
+    told = json.loads(dslc("eval", str(run), "--format", "json").out)
+    assert f"{told['loss']:.4f} nats a token" in outcome.out
+    averaged = json.loads(dslc("eval", str(run), "--ema", "--format", "json").out)
+    assert averaged["loss"] != told["loss"]
+
+    words = ("sample", str(run), "--prompt", "ROMEO:", "--tokens", "20")
+    outcome = dslc(*words)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith("ROMEO:")
+    assert dslc(*words).out == outcome.out
+    assert dslc(*words, "--seed", "1").out != outcome.out
+
+
+def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> None:
+    for words, message in [
+        (["eval", str(tmp_path)], "is no run of dslc"),
+        (["sample", str(run), "--tokens", "1000"], "max_position_embeddings, 256"),
+        (["sample", str(run), "--prompt", ""], "at least one token"),
+        (train(run, "--seed", "1"), "was begun with --seed 0"),
+        (["train", "deepseek_v3_tiny", "--out", str(tmp_path / "x")], "train.batch is missing"),
+    ]:
+        outcome = dslc(*words)
+        assert outcome.status == 1
+        assert message in outcome.err
+        assert "Traceback" not in outcome.err
