@@ -1,0 +1,116 @@
+"""FP8 products of tokens with weights: tiles for each width, and the launches to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from backends.render import render
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.target import Target
+from backends.triton.tiles import FP8, FP8_OUTER, RUN, Product, Steps, key, steps
+from backends.triton.uses import Use, Uses, spans
+
+KINDS = ("fp8_linear", "fp8_linear_input_grad", "fp8_linear_weight_grad")
+
+
+def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+    """`kernels/fp8_linear.py`, for the weights that occur."""
+    found = uses.of(*KINDS)
+    if not found:
+        return None
+    kinds = [kind for kind in KINDS if any(use.kind == kind for use in found)]
+    text = render(
+        "triton/fp8_linear.py.jinja",
+        target=target,
+        kinds=kinds,
+        products=kinds != ["fp8_linear_weight_grad"],
+        tiles=_tiles(found, uses, target),
+        outer=FP8_OUTER[target.name],
+        block_k=2 * RUN if target.name == "sm_90" else RUN,
+    )
+    serves = {f"fp8.{kind.removeprefix('fp8_')}": "float8_e4m3fn" for kind in kinds}
+    return KernelFile("fp8_linear", text, serves, tuple(_cases(found, uses)))
+
+
+def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]:
+    """By columns of the product; where several widths have the same, the largest decides."""
+    widths: dict[int, int] = {}
+    for use in found:
+        if use.kind != "fp8_linear_weight_grad":
+            out, width = use.size(2, -2), use.size(2)
+            columns, inside = (out, width) if use.kind == "fp8_linear" else (width, out)
+            for part in _parts(use) if use.kind == "fp8_linear" else ():
+                widths[part] = max(inside, widths.get(part, 0))
+            widths[columns] = max(inside, widths.get(columns, 0))
+    return {
+        n: steps("fp8_linear", FP8[target.name], Product(0, n, width, 1), target, uses.choices)
+        for n, width in sorted(widths.items())
+    }
+
+
+def _parts(use: Use) -> tuple[int, ...]:
+    parts = use.op.attrs["parts"]
+    assert isinstance(parts, tuple)
+    return tuple(part for part in parts if isinstance(part, int))
+
+
+def _cases(found: Sequence[Use], uses: Uses) -> list[Case]:
+    cases: dict[str, Case] = {}
+    for use in found:
+        gradient = use.kind != "fp8_linear"
+        for rows in (uses.train_rows,) if gradient else uses.rows:
+            case = _outer(use, rows, found) if "weight" in use.kind else _product(use, rows, found)
+            cases.setdefault(case.name, case)
+    return list(cases.values())
+
+
+def _product(use: Use, rows: int, found: Sequence[Use]) -> Case:
+    out, width, (blocks, runs) = use.size(2, -2), use.size(2), (use.size(3, 0), use.size(3))
+    x = Tensor((rows, use.size(0)), "float8_e4m3fn")
+    x_scale = Tensor((rows, use.size(1)), "float32", fill="scale")
+    w = Tensor((out, width), "float8_e4m3fn")
+    w_scale = Tensor((blocks, runs), "float32", fill="scale")
+    y = Tensor((rows, out if use.kind == "fp8_linear" else width))
+    function, parts = use.kind.removeprefix("fp8_"), _parts(use)
+    return Case(
+        name=f"{function} {out}x{width} m{rows}",
+        function=function,
+        arguments=(x, x_scale, w, w_scale),
+        keywords={"dtype": "bfloat16", **({"parts": parts} if parts else {})},
+        flops=2 * rows * out * width,
+        bytes=nbytes(x, x_scale, w, w_scale, y),
+        unit="fp8",
+        spans=_spans(use, found),
+        choice=key("fp8_linear", y.shape[1], rows),
+    )
+
+
+def _outer(use: Use, rows: int, found: Sequence[Use]) -> Case:
+    out, width, tiles = use.size(0, -2), use.size(2, -2), -(-rows // RUN)
+    operands = [
+        made
+        for n in (out, width)
+        for made in (
+            Tensor((tiles, n, RUN), "float8_e4m3fn"),
+            Tensor((tiles, n), "float32", fill="scale"),
+        )
+    ]
+    return Case(
+        name=f"linear_weight_grad {out}x{width} m{rows}",
+        function="linear_weight_grad",
+        arguments=tuple(operands),
+        keywords={"dtype": "bfloat16"},
+        flops=2 * rows * out * width,
+        bytes=nbytes(*operands, Tensor((out, width))),
+        unit="fp8",
+        spans=_spans(use, found),
+    )
+
+
+def _spans(use: Use, found: Sequence[Use]) -> tuple[str, ...]:
+    """Of all operators with operands of the same sizes."""
+
+    def sizes(other: Use) -> list[int | None]:
+        return [d.size for operand in other.op.operands for d in operand.type.dims]
+
+    return spans([u for u in found if u.kind == use.kind and sizes(u) == sizes(use)])

@@ -1,0 +1,148 @@
+"""How a product of matrices is cut in tiles: the candidates of each GPU, and what each would cost.
+
+A program computes a tile of y = x W^T: some rows of x times some columns of y. Few large tiles move
+less and leave multiprocessors idle; many small ones the other way. No candidate is tried out: the
+cost is that of a model, and orders candidates; it foretells no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from backends.triton.choices import Choices
+from backends.triton.target import Target
+
+RUN = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of x, columns of y, and how the program is compiled.
+
+    `hot` is how many instructions a warp executes for each 128 of what is summed over, counted in
+    the compiled loop (of sm_100, whose warps have each their own, in that which adds); `programs`
+    how many fit on a multiprocessor at once. `registers` caps those of a thread, where the
+    assembler would take more than it needs.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    hot: int
+    programs: int
+    registers: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is cut: rows of x, columns of y, the width that is summed over, bytes of a number."""
+
+    rows: int
+    columns: int
+    width: int
+    itemsize: int
+
+
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Rows for which tiles are chosen; a number between two is served as the larger one, more than the
+last as the last."""
+
+START = 1500
+"""Clocks until the first product of a program can begin: addresses, first loads from memory."""
+
+SHARED_CACHE = 32
+"""Bytes a clock that a multiprocessor gets from the shared cache while all of them read."""
+
+
+CLOCK = {"sm_90": 1.755e9, "sm_100": 1.85e9, "gfx942": 2.1e9}
+"""Clocks a second at which the published peaks hold."""
+
+
+def clocks(tile: Tile, product: Product, target: Target) -> tuple[float, float]:
+    """Clocks that it takes at least, and those that a multiprocessor is busy with it.
+
+    Programs beside each other hide each other's waits, as do warps with work of their own (sm_100):
+    then what takes longest counts. Alone, what is done one after the other adds up.
+    """
+    second = CLOCK[target.name]
+    flops = target.flops["fp8" if product.itemsize == 1 else "bf16"] / second
+    unit = 2 * tile.rows * tile.columns * RUN / (flops / target.multiprocessors)
+    # Four schedulers; a warp of 64 passes in four clocks.
+    issue = tile.hot * tile.warps / 4 * (4 if target.warp_size == 64 else 1)
+    cache = (tile.rows + tile.columns) * RUN * product.itemsize / SHARED_CACHE
+    beside = tile.programs > 1 or target.name == "sm_100"
+    step = max(unit, issue, cache) if beside else max(unit + issue, cache)
+    tiles = -(-product.rows // tile.rows) * -(-product.columns // tile.columns)
+    turns = -(-tiles // target.multiprocessors)
+    busy = turns * -(-product.width // RUN) * step + -(-turns // tile.programs) * START
+    size = (product.rows + product.columns) * product.width * product.itemsize
+    return max(busy, size / (target.bandwidth / second)), busy
+
+
+Steps = tuple[tuple[int | None, Tile], ...]
+"""Up to how many rows, and the tile for them; the last one for any number."""
+
+
+def steps(
+    name: str, tiles: Sequence[Tile], product: Product, target: Target, choices: Choices
+) -> Steps:
+    """A tile for each of `BUCKETS` rows of a product, those measured or else the cheapest; equal
+    neighbours in one. `name` is what `key` calls the product."""
+    found: list[tuple[int | None, Tile]] = []
+    for rows in BUCKETS:
+        sized = replace(product, rows=rows)
+        best = min(tiles, key=lambda tile: clocks(tile, sized, target))
+        candidates = {tile.name: tile for tile in tiles}
+        tile = choices.pick(key(name, product.columns, rows), candidates, best.name)
+        if found and found[-1][1] == tile:
+            found.pop()
+        found.append((rows, tile))
+    return (*found[:-1], (None, found[-1][1]))
+
+
+def key(name: str, columns: int, rows: int) -> str:
+    """The question which tile serves that many rows: `fp8_linear n7168 m4096`."""
+    bucket = next((most for most in BUCKETS if rows <= most), BUCKETS[-1])
+    return f"{name} n{columns} m{bucket}"
+
+
+FP8 = {
+    "sm_90": (
+        Tile(16, 64, warps=4, stages=4, hot=79, programs=2, registers=96),
+        Tile(16, 128, warps=8, stages=3, hot=81, programs=2, registers=76),
+        Tile(32, 64, warps=4, stages=3, hot=104, programs=3, registers=96),
+        Tile(32, 128, warps=8, stages=3, hot=116, programs=1, registers=96),
+        Tile(64, 64, warps=8, stages=2, hot=82, programs=3, registers=63),
+        Tile(64, 128, warps=8, stages=2, hot=104, programs=2, registers=106),
+        Tile(128, 128, warps=8, stages=2, hot=140, programs=1, registers=168),
+    ),
+    "sm_100": (
+        Tile(16, 64, warps=4, stages=6, hot=59, programs=1),
+        Tile(16, 128, warps=4, stages=6, hot=102, programs=1),
+        Tile(32, 128, warps=4, stages=6, hot=178, programs=1),
+        Tile(64, 128, warps=4, stages=4, hot=67, programs=1),
+        Tile(128, 128, warps=8, stages=4, hot=68, programs=1),
+    ),
+    "gfx942": (
+        Tile(16, 64, warps=4, stages=2, hot=182, programs=2),
+        Tile(32, 64, warps=4, stages=2, hot=393, programs=2),
+        Tile(64, 128, warps=4, stages=2, hot=95, programs=2),
+        Tile(128, 128, warps=8, stages=2, hot=92, programs=1),
+    ),
+}
+"""Tiles of FP8 products. Those of less than 64 rows put W in the place of x: tensor cores of sm_90
+multiply FP8 only for 64 rows and more. None has more than the 128 columns of a block of W, so that
+one number scales a tile."""
+
+FP8_OUTER = {
+    "sm_90": Tile(128, 128, warps=8, stages=3, hot=259, programs=1),
+    "sm_100": Tile(128, 64, warps=8, stages=4, hot=128, programs=1),
+    "gfx942": Tile(128, 128, warps=8, stages=2, hot=144, programs=1),
+}
+"""Tiles of weight gradients, which scale every row and every column."""
