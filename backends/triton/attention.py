@@ -1,0 +1,180 @@
+"""Attention: how heads are cut into parts that are powers of two, and scores into tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from backends.render import render
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.target import Target
+from backends.triton.uses import Use, Uses, spans
+
+FUNCTIONS = {
+    "attention": "F.attention",
+    "attention_saving": "G.attention_saving",
+    "attention_grad": "G.attention_grad",
+}
+"""What serves each kind of operator."""
+
+LEAST = 16
+"""The narrowest operand of a matrix instruction."""
+
+LINE = 320
+"""Numbers of a head that `TILES` are for: 192 of a query and a key, 128 of a value."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries (m) and keys (n) of a tile of scores."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return (
+            f"dict(BLOCK_M={self.m}, BLOCK_N={self.n}, "
+            f"num_warps={self.warps}, num_stages={self.stages})"
+        )
+
+
+TILES = {
+    # Sums and scores in registers: (m (value + 1.5 n)) / 256 = 160 of a thread's 255 forward, as
+    # many for dQ, 192 for dK and dV. The next larger tile spills; 4 warps spill at half of it.
+    "sm_90": {
+        "FORWARD": Tile(128, 128, 8, 2),
+        "GRAD_QUERIES": Tile(128, 64, 8, 2),
+        "GRAD_KEYS": Tile(32, 128, 8, 2),
+    },
+    # Sums in tensor memory, 128 rows of 512 columns; scores pass through registers.
+    "sm_100": {
+        "FORWARD": Tile(128, 64, 8, 3),
+        "GRAD_QUERIES": Tile(128, 64, 8, 2),
+        "GRAD_KEYS": Tile(32, 128, 8, 2),
+    },
+    # Operands take registers, too: 512 of a thread with 4 warps, 256 with 8.
+    "gfx942": {
+        "FORWARD": Tile(128, 32, 4, 2),
+        "GRAD_QUERIES": Tile(128, 32, 8, 1),
+        "GRAD_KEYS": Tile(32, 64, 8, 1),
+    },
+}
+"""The largest tiles without spills, by kernel: all operands of a tile are read again for the next,
+so larger ones read less. Narrower heads take the same."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of some width: `dim` of queries and keys, cut in `low` and `rest`; `width` of values.
+
+    `rest` and `value` are rounded up to powers of two.
+    """
+
+    dim: int
+    width: int
+    target: str
+
+    @property
+    def low(self) -> int:
+        return max(LEAST, _power(self.dim) // 2)
+
+    @property
+    def rest(self) -> int:
+        return max(LEAST, _power(self.dim - self.low))
+
+    @property
+    def value(self) -> int:
+        return max(LEAST, _power(self.width))
+
+    def tile(self, kernel: str) -> Tile:
+        """That of `TILES`, with half of the keys for each doubling of the head beyond `LINE`."""
+        tile, head = TILES[self.target][kernel], self.low + self.rest + self.value
+        while head > LINE and tile.n > LEAST:
+            tile, head = replace(tile, n=tile.n // 2, stages=min(tile.stages, 2)), head // 2
+        return tile
+
+
+def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+    """`kernels/attention.py`, for the widths of heads that occur."""
+    found = {kind: uses.of(kind) for kind in FUNCTIONS if uses.of(kind)}
+    if not found:
+        return None
+    grad = "attention_grad" in found
+    text = render(
+        "triton/attention.py.jinja",
+        kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
+        shapes=_shapes(found, target),
+        kernels=("FORWARD", "GRAD_QUERIES", "GRAD_KEYS") if grad else ("FORWARD",),
+    )
+    serves = {FUNCTIONS[kind]: "bfloat16" for kind in found}
+    return KernelFile("attention", text, serves, tuple(_cases(found, uses)))
+
+
+def _shapes(found: Mapping[str, Sequence[Use]], target: Target) -> list[Shape]:
+    heads = (_heads(use) for those in found.values() for use in those)
+    widths = sorted({(head.dim, head.width) for head in heads})
+    return [Shape(dim, width, target.name) for dim, width in widths]
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the spec fixes of one attention."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    width: int
+    scale: float
+
+    def case(self, kind: str, sizes: tuple[int, int, int], lines: tuple[str, ...]) -> Case:
+        batch, queries, keys = sizes
+        q = Tensor((batch, queries, self.heads, self.dim))
+        k = Tensor((batch, keys, self.kv_heads, self.dim))
+        v = Tensor((batch, keys, self.kv_heads, self.width))
+        o = Tensor((batch, queries, self.heads, self.width))
+        lse = Tensor((batch, queries, self.heads), "float32")
+        taken, given = ((o, q, k, v, o, lse), (q, k, v)) if kind == "attention_grad" else (
+            (q, k, v), (o,) if kind == "attention" else (o, lse)
+        )  # fmt: skip
+        # Forward two products, backward five: scores, d V^T, dV, dQ, dK.
+        products = (3, 2) if kind == "attention_grad" else (1, 1)
+        seen = queries * keys - queries * (queries - 1) // 2
+        return Case(
+            name=f"{kind} h{self.heads} d{self.dim} b{batch} q{queries} k{keys}",
+            function=kind,
+            arguments=(*taken, self.scale),
+            flops=2 * batch * self.heads * seen * _dot(products, (self.dim, self.width)),
+            bytes=nbytes(*taken, *given),
+            unit="bf16",
+            spans=lines,
+        )
+
+
+def _dot(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return a[0] * b[0] + a[1] * b[1]
+
+
+def _heads(use: Use) -> Heads:
+    q = 1 if use.kind == "attention_grad" else 0
+    scale = use.op.attrs["scale"]
+    assert isinstance(scale, float)
+    return Heads(use.size(q, 2), use.size(q + 1, 2), use.size(q), use.size(q + 2), scale)
+
+
+def _cases(found: Mapping[str, Sequence[Use]], uses: Uses) -> Iterator[Case]:
+    """A sequence as in training; where prompts are read, the end of one behind a cached prefix."""
+    rows = uses.train_rows
+    for kind, those in found.items():
+        sizes = [(1, rows, rows)]
+        if kind == "attention":
+            sizes.append((1, max(1, rows // 8), rows))
+        for heads in dict.fromkeys(map(_heads, those)):
+            for size in sizes:
+                yield heads.case(kind, size, spans(those))

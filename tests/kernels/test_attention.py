@@ -1,0 +1,183 @@
+"""Attention kernels, interpreted, against exact attention in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import functional
+from tests.kernels.conftest import Kernels
+
+GQA = (
+    "blocks=[causal_lm, decoder, gqa, swiglu]",
+    "params={vocab_size: 32, hidden_size: 64, num_attention_heads: 4, num_key_value_heads: 2,"
+    " head_dim: 40, intermediate_size: 64}",
+    "architecture={layers: [{repeat: 1, attention: GQA, feed_forward: SwiGLU}]}",
+    "train={}",
+)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A spec, and what heads it has."""
+
+    spec: str
+    heads: int
+    kv_heads: int
+    dim: int
+    width: int
+    sets: tuple[str, ...] = ()
+
+
+V3 = Heads("deepseek_v3", 2, 2, 192, 128)
+TINY = Heads("deepseek_v3_tiny", 4, 4, 24, 16)
+# Two heads of queries share one of keys; 40 is neither a power of two nor a sum of two.
+SHARED = Heads("deepseek_v3_tiny", 4, 2, 40, 40, GQA)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """FlashMLA's measure: 1 - 2 <x, y> / (|x|^2 + |y|^2), in float64."""
+    x, y = found.double().flatten(), expected.double().flatten()
+    total = float(x @ x + y @ y)
+    return 1 - 2 * float(x @ y) / total if total else 0.0
+
+
+def close(found: Tensor, expected: Tensor, absolute: float, relative: float) -> bool:
+    """Each number within one of both bounds, none of them NaN."""
+    error = (found.double() - expected.double()).abs()
+    return bool(((error <= absolute) | (error <= relative * expected.double().abs())).all())
+
+
+def made(
+    heads: Heads, batch: int, queries: int, keys: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as a model passes them: values stand behind the keys in one tensor of poison.
+
+    Values are a tenth of normal, as in FlashMLA's tests, whose bounds hold for those.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    q = random(batch, queries, heads.heads, heads.dim)
+    k = random(batch, keys, heads.kv_heads, heads.dim)
+    kv = torch.full(
+        (batch, keys, heads.kv_heads, heads.dim + heads.width + 8), torch.nan
+    ).bfloat16()
+    kv[..., heads.dim : heads.dim + heads.width] = (
+        random(batch, keys, heads.kv_heads, heads.width) / 10
+    )
+    return q, k, kv[..., heads.dim : heads.dim + heads.width]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp in float64; differentiable."""
+    times = q.shape[2] // k.shape[2]
+    k, v = (t.double().repeat_interleave(times, 2).transpose(1, 2) for t in (k, v))
+    score = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale
+    hidden = ~torch.ones(score.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[1])
+    score = score.masked_fill(hidden, -math.inf)
+    return (score.softmax(-1) @ v).transpose(1, 2), score.logsumexp(-1).transpose(1, 2)
+
+
+def exact_grad(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> list[Tensor]:
+    """The gradients in float64, of the rounded o and lse that the kernels are given, too."""
+    times = q.shape[2] // k.shape[2]
+    d, q, o = (t.double().transpose(1, 2) for t in (d, q, o))
+    wide_k, wide_v = (t.double().repeat_interleave(times, 2).transpose(1, 2) for t in (k, v))
+    p = (q @ wide_k.transpose(-1, -2) * scale - lse.double().transpose(1, 2)[..., None]).exp()
+    p = p.tril(k.shape[1] - q.shape[2])
+    ds = p * (d @ wide_v.transpose(-1, -2) - (d * o).sum(-1, keepdim=True)) * scale
+    dk, dv = ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ d
+    shared = (t.unflatten(1, (-1, times)).sum(2) for t in (dk, dv))
+    return [t.transpose(1, 2) for t in (ds @ wide_k, *shared)]
+
+
+# One token; less than a tile; tiles that are cut off; a cached prefix; a decoder's query.
+SIZES = [(1, 1, 1), (2, 5, 5), (1, 130, 130), (1, 40, 200), (2, 1, 70)]
+# Each target has its own tiles; narrow and shared heads differ from V3's alike on all of them.
+HEADS = [("sm_90", V3), ("sm_100", V3), ("gfx942", V3), ("sm_90", TINY), ("sm_90", SHARED)]
+IDS = ["sm_90", "sm_100", "gfx942", "tiny", "shared"]
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), SIZES)
+@pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
+def test_attention(
+    kernels: Kernels, target: str, heads: Heads, batch: int, queries: int, keys: int
+) -> None:
+    module = kernels("attention", heads.spec, target, heads.sets)
+    q, k, v = made(heads, batch, queries, keys)
+    scale = heads.dim**-0.5
+    o, lse = module.attention_saving(q, k, v, scale)
+    expected, expected_lse = exact(q, k, v, scale)
+    reference = functional.attention(q, k, v, scale)
+    assert (o.shape, o.dtype) == (reference.shape, reference.dtype)
+    # FlashMLA's bounds for bfloat16 against a wider reference.
+    assert close(o, expected, 8e-4, 2.01 / 128)
+    assert difference(o, expected) < 5e-6
+    assert lse.dtype is torch.float32
+    assert close(lse, expected_lse, 1e-6, 8.01 / 65536)
+    again, lse_again = module.attention_saving(q, k, v, scale)
+    assert torch.equal(o, again) and torch.equal(lse, lse_again)
+    if not heads.sets:
+        assert torch.equal(o, module.attention(q, k, v, scale))
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), SIZES)
+@pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
+def test_attention_grad(
+    kernels: Kernels, target: str, heads: Heads, batch: int, queries: int, keys: int
+) -> None:
+    module = kernels("attention", heads.spec, target, heads.sets)
+    q, k, v = made(heads, batch, queries, keys)
+    d = made(heads, batch, queries, queries, seed=1)[2]
+    d = d.repeat_interleave(heads.heads // heads.kv_heads, 2)
+    scale = heads.dim**-0.5
+    o, lse = module.attention_saving(q, k, v, scale)
+    found = module.attention_grad(d, q, k, v, o, lse, scale)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    true = torch.autograd.grad(exact(leaves[0], leaves[1], leaves[2], scale)[0], leaves, d.double())
+    given = exact_grad(d, q, k, v, o, lse, scale)
+    for grad, leaf, x, y in zip(found, (q, k, v), true, given, strict=True):
+        assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
+        # FlashMLA's bounds of the backward pass, the absolute one that of the forward pass.
+        assert close(grad, x, 8e-4, 8.01 / 128)
+        # Of a single key the gradient is 0, and what is found a rounding error of float32.
+        assert keys == 1 or difference(grad, y) < 7e-6
+    again = module.attention_grad(d, q, k, v, o, lse, scale)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 0), (2, 0, 5)])
+def test_nothing_to_attend_to(kernels: Kernels, batch: int, queries: int, keys: int) -> None:
+    module = kernels("attention", V3.spec)
+    q, k, v = made(V3, batch, queries, keys)
+    o, lse = module.attention_saving(q, k, v, 0.1)
+    assert o.shape == (batch, queries, V3.heads, V3.width)
+    dq, dk, dv = module.attention_grad(o, q, k, v, o, lse, 0.1)
+    assert dq.shape == q.shape
+    # Keys that no query sees have gradients, too: zeros.
+    assert not dk.any() and not dv.any()
+
+
+def test_more_queries_than_keys(kernels: Kernels) -> None:
+    q, k, v = made(V3, 1, 3, 2)
+    with pytest.raises(ValueError, match="3 queries but only 2 keys"):
+        kernels("attention", V3.spec).attention(q, k, v, 0.1)
+
+
+def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
+    """Tokens so far apart that offsets of elements pass 2^31; memory is taken where it is used."""
+    module = kernels("attention", TINY.spec)
+    q, k, v = made(TINY, 1, 40, 200)
+    apart = 2**31 // 150
+    room = torch.empty(200 * apart, dtype=torch.bfloat16)
+    far = room.as_strided(k.shape, (0, apart, TINY.dim, 1)).copy_(k)
+    assert torch.equal(module.attention(q, far, v, 0.2), module.attention(q, k, v, 0.2))
