@@ -26,6 +26,7 @@ from dslc.commands import (
     sample,
     schema,
     show,
+    tokenizer,
     train,
     tune,
 )
@@ -74,7 +75,7 @@ def options(
 
 
 COMMANDS = (
-    check, show, plan, graph, passes, diff, build, kernels, tune, train, eval, sample,
+    check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, eval, sample,
     init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:

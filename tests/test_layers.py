@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "compiler": {"dsl", "compiler"},
     # `runtime` is located there, to be copied into builds; importing it runs nothing (see below).
     "backends": {"dsl", "compiler", "backends", "runtime"},
-    "dslc": {"dsl", "compiler", "backends", "specs", "dslc"},
+    "dslc": {"dsl", "compiler", "backends", "runtime", "specs", "dslc"},
     "runtime": set[str](),
     "specs": {"specs"},
 }

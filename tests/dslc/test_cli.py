@@ -14,8 +14,8 @@ from backends import VERSION
 from tests.dslc.conftest import ROOT, Run
 
 COMMANDS = (
-    "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "train",
-    "eval", "sample", "init", "schema", "ops", "explain"
+    "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",
+    "train", "eval", "sample", "init", "schema", "ops", "explain"
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`dslc train`, `eval` and `sample`: the way from a spec to a text."""
+"""`dslc tokenizer`, `train`, `eval` and `sample`: the way from a spec to a text."""
 
 from __future__ import annotations
 
@@ -67,3 +67,24 @@ def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> No
         assert outcome.status == 1
         assert message in outcome.err
         assert "Traceback" not in outcome.err
+
+
+def test_a_learned_tokenizer_serves_a_run(dslc: Run, run: Path, tmp_path: Path) -> None:
+    text, tokens = run.parent / "text.txt", tmp_path / "tokens"
+    words = ["tokenizer", str(text), "-o", str(tokens)]
+    outcome = dslc(*words, "--vocab-size", "300", "--special", "<begin>", "--special", "<end>",
+                   "--eos", "1")  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    count = int(re.search(r"([\d,]+) tokens, of 300", outcome.out)[1].replace(",", ""))  # type: ignore[index]
+    assert 1000 < count < 4000
+    outcome = dslc(*train(tmp_path / "run", "--data", str(tokens)))
+    assert outcome.status == 0, outcome.err
+    found = json.loads(dslc("eval", str(tmp_path / "run"), "--format", "json").out)
+    # A token is more than a byte: bits a byte are fewer than bits a token.
+    assert found["bits_per_byte"] < 0.8 * found["loss"] / 0.6931472
+    assert dslc(*words, "--tokenizer", "bytes").status == 1  # the folder exists
+    outcome = dslc("tokenizer", str(text), "-o", str(tmp_path / "b"), "--tokenizer", "bytes")
+    assert outcome.status == 0
+    outcome = dslc(*train(tmp_path / "other", "--data", str(tmp_path / "b")))
+    assert outcome.status == 1
+    assert "make the tokens anew" in outcome.err

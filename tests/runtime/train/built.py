@@ -55,9 +55,9 @@ def published(package: Any, model: Any) -> Any:
     return sys.modules[f"{package.__name__}.runtime.weights"].published(model)
 
 
-def trainer(package: Any, **changes: Any) -> Any:
+def trainer(package: Any, group: Any = None, seed: int = 0) -> Any:
     """A trainer of a fresh model on the shipped text."""
     settings = part(package, "settings").Settings.of(package.config)
     text = torch.tensor(list(TEXT.read_bytes()[:20_000]), dtype=torch.uint8)
     sequences = part(package, "sequences").Sequences([text], settings.sequence_length, 0)
-    return part(package, "trainer").Trainer(package.Model(**changes), settings, sequences)
+    return part(package, "trainer").Trainer(package.Model(seed=seed), settings, sequences, group)

@@ -1,0 +1,66 @@
+"""`dslc tokenizer`: texts made tokens, once for many runs."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  dslc tokenizer a.txt b.jsonl -o tokens --vocab-size 8000 --special "<eos>" --eos 0
+  dslc tokenizer a.txt -o tokens --tokenizer deepseek/tokenizer.json --eos 1
+  dslc tokenizer a.txt -o tokens --tokenizer bytes
+
+\b
+The folder is what `dslc train --data` takes; its tokenizer.json serves other programs, too.
+"""
+
+
+def run(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES", help="Text, or JSON lines with a `text` each.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder.")],
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=257, help="Learn a byte-level BPE tokenizer with so many tokens."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Or take a tokenizer.json, or `bytes`.")
+    ] = None,
+    special: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A token that no text has; the first is 0. Repeatable."),
+    ] = None,
+    eos: Annotated[
+        int | None,
+        typer.Option(min=0, help="The token behind each document: eos_token_id of the spec."),
+    ] = None,
+) -> None:
+    """Make tokens of texts, with a tokenizer that is learned from them or given."""
+    from runtime.train.documents import documents, encode
+    from runtime.train.settings import TrainError
+    from runtime.train.tokenizer import FILE, learn, open_tokenizer
+    from runtime.train.tokens import write
+
+    if (vocab_size is None) == (tokenizer is None):
+        raise typer.BadParameter("give one of --vocab-size and --tokenizer")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            name = tokenizer or str(Path(folder) / FILE)
+            if vocab_size is not None:
+                Path(name).write_bytes(learn(documents(files), vocab_size, special or []))
+            used = open_tokenizer(name)
+            size = max(used.vocab_size, (eos or 0) + 1)
+            texts = encode(documents(files), used, eos)
+            header = write(output, texts, used, size, {"eos": eos, "fim": None})
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    tokens = sum(part.tokens for part in header.parts)
+    print(f"wrote {output}: {tokens:,} tokens, of {size:,}, in {len(header.parts)} file(s)")

@@ -1,0 +1,87 @@
+"""Two ranks train what one does, and either goes on from the other's checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runtime.train.built import ROOT, built, part, trainer
+
+# Run once by each rank, with the folder of the package and a folder for both.
+RANK = """
+import sys, torch
+from pathlib import Path
+import torch.distributed as dist
+root, package, folder, rank = sys.argv[1:5]
+sys.path[:0] = [root, package]
+import tiny_ranks
+import tiny_ranks.runtime.train.command
+from tests.runtime.train.built import part, trainer
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", f"file://{folder}/store", rank=int(rank), world_size=2)
+group, writers = dist.group.WORLD, dist.new_group(backend="gloo")
+one = trainer(tiny_ranks, group=group)
+for _ in range(3):
+    did = one.step()
+checkpoints = part(tiny_ranks, "checkpoints").Checkpoints(Path(folder) / "two", 1, writers)
+checkpoints.save(part(tiny_ranks, "state").state(one))
+checkpoints.wait()
+if rank == "0":
+    print(did.total, did.gradient_norm)
+again = trainer(tiny_ranks, group=group, seed=9)
+views = part(tiny_ranks, "state").state(again)
+values = checkpoints.load(Path(folder) / "one" / "step-00000003", views)
+part(tiny_ranks, "state").restored(again, values)
+if rank == "0":
+    print(again.step().total)
+else:
+    again.step()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+    package = built(tmp_path, "tiny_ranks", train__batch="5")
+    one = trainer(package)
+    for _ in range(3):
+        did = one.step()
+    save(package, one, tmp_path / "one")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(ROOT), str(tmp_path), str(tmp_path), rank],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    total, norm, fourth = map(float, outputs[0].split())
+    assert (total, norm) == pytest.approx((did.total, did.gradient_norm), rel=1e-4)
+
+    alone = trainer(package, seed=8)
+    views = part(package, "state").state(alone)
+    checkpoints = part(package, "checkpoints").Checkpoints(tmp_path / "two", 1)
+    part(package, "state").restored(alone, checkpoints.load(checkpoints.newest(), views))
+    for ours, theirs in zip(biases(alone.model), biases(one.model), strict=True):
+        assert torch.equal(ours, theirs)
+    assert alone.position == one.position
+    after = one.step().total
+    assert (alone.step().total, fourth) == pytest.approx((after, after), rel=1e-4)
+
+
+def save(package: Any, one: Any, folder: Path) -> None:
+    checkpoints = part(package, "checkpoints").Checkpoints(folder, 1)
+    checkpoints.save(part(package, "state").state(one))
+    checkpoints.wait()
+
+
+def biases(model: Any) -> list[torch.Tensor]:
+    return [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
