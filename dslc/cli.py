@@ -17,7 +17,9 @@ from dslc.commands import (
     diff,
     eval,
     explain,
+    export,
     graph,
+    import_,
     init,
     kernels,
     ops,
@@ -41,6 +43,7 @@ Examples:
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
   dslc kernels deepseek_v3 --target sm_90  its Triton kernels as compiled code, without a GPU
   dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
+  dslc import DeepSeek-V3 --to v3_bf16     published weights, checked, in BF16
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
   dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
 
@@ -76,10 +79,11 @@ def options(
 
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, eval, sample,
-    init, schema, ops, explain,
+    import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
-    app.command(command.__name__.rpartition(".")[2], epilog=command.EXAMPLES)(command.run)
+    name = command.__name__.rpartition(".")[2].rstrip("_")
+    app.command(name, epilog=command.EXAMPLES)(command.run)
 
 
 def main() -> None:

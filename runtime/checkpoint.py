@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .shards import BITS, BLOCK, FP8, INDEX, Entry, LoadError, Problem, Shards, dequantize
+from .shards import BLOCK, INDEX, LoadError, Shards
+from .sources import Sources
 from .weights import published
 
 if TYPE_CHECKING:
     from .model import LanguageModel
 
 MAX_SHARD_BYTES = 5_000_000_000
-OWN_FILES = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+OWN_FILES = re.compile(r"(config|audit)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,6 @@ class LoadReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor's values come from: an entry, with its scales if it is FP8."""
-
-    entry: Entry
-    scale: Entry | None
-
-    def read(self, shards: Shards) -> Tensor:
-        value = shards.values(self.entry)
-        return value if self.scale is None else dequantize(value, shards.values(self.scale))
-
-
 def load(model: LanguageModel, folder: str | Path) -> LoadReport:
     """Reads every weight of `model` from a folder of *.safetensors, with or without an index.
 
@@ -85,96 +73,24 @@ def load(model: LanguageModel, folder: str | Path) -> LoadReport:
     with Shards(folder) as shards:
         if not shards.entries and shards.problems:
             raise LoadError(folder, shards.problems)
-        plan = _Plan(shards)
-        sources = {part.name: plan.take(part.name, part.shape) for part in published(model)}
-        shapes = {part.name: part.shape for part in published(model)}
-        copies = {
-            copy: plan.take(copy, shapes[original])
-            for copy, original in model.aliases.items()
-            if copy in plan.left
-        }
-        plan.refuse_the_rest()
-        for copy, source in copies.items():
-            plan.compare(source, sources[model.aliases[copy]])
-        if plan.problems:
-            raise LoadError(folder, plan.problems)
+        shapes = [(part.name, part.shape) for part in published(model)]
+        sources = Sources(shards, shapes, model.aliases)
+        if sources.problems:
+            raise LoadError(folder, sources.problems)
         if model.device.type == "meta":
             model.to_empty(device="cpu")
         for part in published(model):
-            source = sources[part.name]
-            assert source is not None  # or there would have been a problem
-            part.tensor.copy_(source.read(shards))
+            part.tensor.copy_(sources.of[part.name].read(shards))
         return LoadReport(
             folder=folder,
             files=len({entry.file for entry in shards.entries.values()}),
             total=len(shards.entries),
-            read=len(sources),
-            dequantized=sum(s is not None and s.scale is not None for s in sources.values()),
-            aliased=len(copies),
+            read=len(shapes),
+            dequantized=sum(sources.of[name].scale is not None for name, _ in shapes),
+            aliased=len(sources.of) - len(shapes),
             bytes=sum(entry.bytes for entry in shards.entries.values()),
             seconds=time.perf_counter() - began,
         )
-
-
-class _Plan:
-    """Matches the tensors of the files with those of a model; what is `left` has no taker yet."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-        self.left = dict(shards.entries)
-        self.problems = list(shards.problems)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Source | None:
-        """The source of a tensor of the model; None, and a problem, if there is none that fits."""
-        entry = self.left.pop(name, None)
-        if entry is None:
-            self._refuse("missing", name)
-            return None
-        scale = self.left.pop(f"{name}_scale_inv", None) if entry.dtype == FP8 else None
-        fault = _fault(entry, scale, shape)
-        if fault:
-            self._refuse(fault, name)
-            return None
-        return Source(entry, scale)
-
-    def compare(self, copy: Source | None, original: Source | None) -> None:
-        """Refuses a copy that is not equal to its original."""
-        if copy and original and not _equal(copy.read(self.shards), original.read(self.shards)):
-            text = f"differs from {original.entry.name}, whose copy it should be"
-            self._refuse(text, copy.entry.name)
-
-    def refuse_the_rest(self) -> None:
-        for name, entry in self.left.items():
-            # Where transformers has 0 shared experts, it saves their weights without an element.
-            if 0 not in entry.shape:
-                self._refuse("not a tensor of this model", name)
-
-    def _refuse(self, text: str, name: str) -> None:
-        self.problems.append(Problem(text, name))
-
-
-def _fault(entry: Entry, scale: Entry | None, shape: tuple[int, ...]) -> str | None:
-    """Why an entry cannot be a weight of this shape, if so."""
-    if entry.shape != shape:
-        return f"of shape {list(entry.shape)}, the model has {list(shape)}"
-    if entry.dtype not in BITS:
-        return f"stored as {entry.dtype}, which is no weight"
-    if entry.dtype != FP8:
-        return None
-    blocks = tuple(-(-n // BLOCK) for n in shape)
-    if len(blocks) != 2 or scale is None:
-        return "FP8 without its scales (a matrix NAME_scale_inv)"
-    if scale.shape == blocks and scale.dtype in BITS and scale.dtype != FP8:
-        return None
-    return (
-        f"its scales (NAME_scale_inv) are {scale.dtype} {list(scale.shape)}, "
-        f"expected F32 {list(blocks)} for blocks of {BLOCK} x {BLOCK}"
-    )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    wide = torch.promote_types(a.dtype, b.dtype)
-    return torch.equal(a.to(wide), b.to(wide))
 
 
 def save(model: LanguageModel, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -8,17 +8,27 @@ import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 FP8 = "F8_E4M3"
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, FP8: 8}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    FP8: torch.float8_e4m3fn,
+}
 """The element types that weights may be stored in, by their safetensors names."""
 PICKLES = {".bin", ".pt", ".pth"}
+CHUNK = 1 << 24
+"""Bytes that are compared at once."""
 BLOCK = 128
 """Rows and columns of an FP8 weight that share a scale."""
 
@@ -40,7 +50,7 @@ class LoadError(Exception):
         by_text: dict[str, list[str]] = {}
         for problem in self.problems:
             by_text.setdefault(problem.text, []).append(problem.name)
-        lines = [f"{text}: {line}" for text, names in by_text.items() for line in _gather(names)]
+        lines = [f"{text}: {line}" for text, names in by_text.items() for line in gather(names)]
         super().__init__("\n  ".join([f"cannot load {folder}; nothing was changed", *lines]))
 
 
@@ -52,16 +62,20 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    """Where its bytes begin in the file."""
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * BITS.get(self.dtype, 0) // 8
+        dtype = DTYPES.get(self.dtype)
+        return math.prod(self.shape) * dtype.itemsize if dtype else 0
 
 
 class Shards(ExitStack):
     """The files of a folder, kept open; `entries` by tensor name, `problems` found on the way.
 
-    Only headers are read at first. `values` reads one tensor.
+    Only headers are read at first. `values` reads one tensor into memory of its own; files are not
+    mapped, so that what was read and dropped takes no memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,20 +83,37 @@ class Shards(ExitStack):
         self.folder = folder
         self.problems: list[Problem] = []
         self.entries: dict[str, Entry] = {}
-        self._handles: dict[Path, Any] = {}
+        self._open: dict[Path, BufferedReader] = {}
         placed = self._read_index()
         for file in self._files(placed):
             self._read_header(file)
         for name, file_name in placed.items():
             entry = self.entries.get(name)
-            opened = folder / file_name in self._handles
+            opened = folder / file_name in self._open
             if opened and (entry is None or entry.file.name != file_name):
                 self._add(f"the index says it is in {file_name}, but it is not", name)
 
     def values(self, entry: Entry) -> Tensor:
         """The tensor as stored, on the CPU."""
-        value: Tensor = self._handles[entry.file].get_tensor(entry.name)
-        return value
+        return tensor_in(self.bytes(entry), entry.dtype, entry.shape)
+
+    def bytes(self, entry: Entry, start: int = 0, count: int | None = None) -> bytearray:
+        """The bytes that it is stored as: all, or at most `count` of them from `start` on.
+
+        Raises OSError if the file has shrunk.
+        """
+        size = entry.bytes - start
+        data = bytearray(size if count is None else min(count, size))
+        file = self._open[entry.file]
+        file.seek(entry.start + start)
+        if file.readinto(data) != len(data):
+            raise OSError(f"{entry.file} was changed while it was read")
+        return data
+
+    def same_bytes(self, a: Entry, b: Entry) -> bool:
+        """Whether two tensors of one type and shape are stored as the same bytes."""
+        starts = range(0, a.bytes, CHUNK)
+        return all(self.bytes(a, s, CHUNK) == self.bytes(b, s, CHUNK) for s in starts)
 
     def _add(self, text: str, name: str) -> None:
         self.problems.append(Problem(text, name))
@@ -119,16 +150,34 @@ class Shards(ExitStack):
 
     def _read_header(self, file: Path) -> None:
         try:
-            handle: Any = self.enter_context(safe_open(file, framework="pt"))
-            parts = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118
+            with safe_open(file, framework="pt"):  # refuses a header that does not fit the file
+                handle = self.enter_context(file.open("rb"))
+                header, data = read_header(handle)
         except (SafetensorError, OSError) as error:
             self._add(f"damaged, cut off, or no safetensors file ({error})", file.name)
             return
-        self._handles[file] = handle
-        for name, part in parts:
+        self._open[file] = handle
+        for name, about in header.items():
             if name in self.entries:
                 self._add(f"in two files, {self.entries[name].file.name} and {file.name}", name)
-            self.entries[name] = Entry(name, file, tuple(part.get_shape()), part.get_dtype())
+            begin, _ = about["data_offsets"]
+            shape, dtype = tuple(about["shape"]), str(about["dtype"])
+            self.entries[name] = Entry(name, file, shape, dtype, data + begin)
+
+
+def read_header(file: BufferedReader) -> tuple[dict[str, Any], int]:
+    """What the header of a sound safetensors file says of each tensor; where the data begins."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def tensor_in(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that lies in `data`: writing to one changes the other."""
+    if not data:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
@@ -137,12 +186,14 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     scale [ceil(out / 128), ceil(in / 128)] is what checkpoints call `weight_scale_inv`; it is
     the multiplier all the same. The last block of a row or column may be smaller.
     """
-    rows, columns = weight.shape
-    spread = scale.float().repeat_interleave(BLOCK, 0)[:rows]
-    return weight.float() * spread.repeat_interleave(BLOCK, 1)[:, :columns]
+    value = weight.float()
+    spread = scale.float().repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+    for rows, factors in zip(value.split(BLOCK), spread, strict=True):
+        rows *= factors
+    return value
 
 
-def _gather(names: list[str]) -> list[str]:
+def gather(names: list[str]) -> list[str]:
     """Names that differ only in numbers as one: `layers.{3..60}.gate.weight (58)`."""
     alike: dict[tuple[str, ...], list[list[str]]] = {}
     for name in names:

@@ -232,17 +232,22 @@ def initialize(module: nn.Module, seed: int) -> None:
     On the meta device nothing happens.
     """
     for entry in published(module):
-        if entry.declaration is None or entry.storage.is_meta:
+        declared = entry.declaration
+        if declared is None or entry.storage.is_meta:
             continue
-        if not entry.declaration.std:
-            entry.tensor.fill_(entry.declaration.value)
-            continue
-        key = f"{seed} {entry.name}".encode()
-        digest = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
-        values = torch.empty(entry.shape, dtype=torch.float32, device="cpu")
-        generator = torch.Generator().manual_seed(digest)
-        values.normal_(entry.declaration.value, entry.declaration.std, generator=generator)
-        entry.tensor.copy_(values)
+        if declared.std:
+            values = first_values(entry.name, entry.shape, declared.value, declared.std, seed)
+            entry.tensor.copy_(values)
+        else:
+            entry.tensor.fill_(declared.value)
+
+
+def first_values(name: str, shape: tuple[int, ...], value: float, std: float, seed: int) -> Tensor:
+    """What a published tensor begins with: N(value, std^2), in float32 on the CPU."""
+    digest = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
+    generator = torch.Generator().manual_seed(digest)
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return values.normal_(value, std, generator=generator)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

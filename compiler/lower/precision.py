@@ -39,7 +39,7 @@ def set_precision(description: Description, program: Program) -> Iterator[Diagno
     uses = _Uses(program)
     products: dict[Weight, str] = {}
     if precision.policy == "fp8_blockwise":
-        products = {w: "fp8" for w, works in uses.works.items() if works <= set(FP8_WORK)}
+        products = dict.fromkeys(uses.in_fp8(), "fp8")
     for key, product in precision.overrides.items():
         fits = uses.fits(key)
         problem = _problem(key, product, precision.policy, fits, uses)
@@ -49,6 +49,11 @@ def set_precision(description: Description, program: Program) -> Iterator[Diagno
             yield Diagnostic(code, message, span, label, help=help)
         products |= {w: product for w, found in fits.items() if True in found}
     _mark(program, products, precision.scale_format)
+
+
+def published_in_fp8(program: Program) -> set[Weight]:
+    """The weights that an FP8 checkpoint holds as E4M3, whatever the precision of the program."""
+    return _Uses(program).in_fp8()
 
 
 def _problem(
@@ -142,6 +147,10 @@ class _Uses:
         """Kinds of work that are products with weights, as specs name them."""
         found = set().union(*self.works.values())
         return [work.value for work in Work if work in found]
+
+    def in_fp8(self) -> set[Weight]:
+        """The weights of which all products are of kinds that DeepSeek-V3 computes in FP8."""
+        return {weight for weight, works in self.works.items() if works <= set(FP8_WORK)}
 
     def fits(self, key: str) -> Fits:
         """Which weights an override with this key is for."""

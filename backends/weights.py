@@ -1,0 +1,163 @@
+"""Weights between checkpoints: which folder holds those of which model, and how they are stored.
+
+The work is done by `runtime/convert.py`; here it is told what a model consists of, which its spec
+says, and the `config.json` that stands beside weights in BF16 or FP8.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler.lower.model import lower
+from compiler.published import Published, published
+from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.hf import hf_config, read_config, spec_from_hf
+from dsl.load import Description, load
+from dsl.read import read_source
+
+if TYPE_CHECKING:
+    from runtime.audit import Table
+    from runtime.convert import Progress as Progress
+    from runtime.recode import Form, Wanted
+    from runtime.shards import Problem
+
+CONFIG = "config.json"
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
+"""`quantization_config` of DeepSeek-V3: which weights are FP8 is known from their scales."""
+BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
+"""Files that go along with weights unchanged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights, and the model whose weights they are to be.
+
+    `seed` is what their first values came from, where it is known; `scale` how its FP8 scales are
+    kept, `fp32` or `ue8m0`.
+    """
+
+    folder: Path
+    tensors: tuple[Published, ...]
+    config: Mapping[str, Any]
+    scale: str
+    seed: int | None = None
+
+
+def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
+    """The weights in a folder: of the model of its config.json, or of `spec`.
+
+    Raises `DiagnosticError` if there is no such model.
+    """
+    description = spec
+    if description is None:
+        source = read_source(folder / CONFIG, str(folder / CONFIG))
+        config = read_config(source)
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "imported.yaml"
+            path.write_text(spec_from_hf(config, source, "imported"), encoding="utf-8")
+            description = load(path)
+    else:
+        config = hf_config(description)
+    kept = description.spec.precision.scale_format
+    scale = "ue8m0" if "ue8m0" in (kept, _quantization(config).get("scale_fmt")) else "fp32"
+    return Checkpoint(folder, published(lower(description)), config, scale)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    fp8: bool,
+    first_values: bool,
+    max_file: int,
+    report: Callable[[Progress], None],
+) -> Table:
+    """Writes a checkpoint to `target` in BF16, or with the weights of FP8 checkpoints in FP8.
+
+    In files of at most `max_file` bytes. `first_values` allows tensors that still are what they
+    began as. Raises `DiagnosticError` for weights that do not fit the model (E610) and for a target
+    that cannot be used (E611), OSError.
+    """
+    from runtime.convert import ConversionError, TargetError, convert
+    from runtime.recode import Form
+
+    form = Form(fp8, checkpoint.scale, checkpoint.seed, first_values)
+    wanted = list(_wanted(checkpoint.tensors))
+    files = {CONFIG: _json(_config(checkpoint.config, form))}
+    folder = checkpoint.folder
+    beside = [folder / name for name in BESIDE if (folder / name).is_file()]
+    try:
+        return convert(
+            folder,
+            target,
+            wanted,
+            form,
+            files,
+            beside=beside,
+            max_shard_bytes=max_file,
+            report=report,
+        )
+    except TargetError as error:
+        (one,) = error.problems
+        help = "choose another folder with --to, or move this one away"
+        raise DiagnosticError([Diagnostic("E611", f"{one.name} {one.text}", help=help)]) from None
+    except ConversionError as error:
+        raise DiagnosticError(_problems(error.problems)) from None
+
+
+def _problems(problems: Iterable[Problem]) -> Iterator[Diagnostic]:
+    """One for each thing that is wrong; names that differ only in numbers are told as one."""
+    from runtime.shards import gather
+
+    by_text: dict[str, list[str]] = {}
+    for one in problems:
+        by_text.setdefault(one.text, []).append(one.name)
+    for text, names in by_text.items():
+        untrained = text.startswith("left at")
+        help = "--first-values, if the model is not meant to be trained" if untrained else ""
+        for line in gather(names):
+            yield Diagnostic("E610", f"{line}: {text}", help=help)
+
+
+def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:
+    """In BF16, but for what a model in BF16 has in float32, too."""
+    from runtime.recode import Wanted
+
+    mixed = any(one.dtype == "bf16" for one in tensors)
+    for one in tensors:
+        wide = not one.trainable or (mixed and one.dtype == "f32")
+        dtype = "F32" if wide else "BF16"
+        yield Wanted(one.name, one.shape, dtype, one.fp8, one.value, one.std, one.copy_of)
+
+
+def _config(config: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """The same model, stored in another way; without code that is not copied."""
+    dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    kept["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
+    if form.fp8:
+        power = {"scale_fmt": "ue8m0"} if form.scale == "ue8m0" else {}
+        kept["quantization_config"] = {**FP8, **power}
+    return kept
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,105 @@
+"""Which tensors a checkpoint of a model holds: names written out, shapes, types, first values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from compiler.graph.core import Graph, Op, Program, Weight
+from compiler.lower.precision import published_in_fp8
+
+FIRST_VALUES = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tensor under its published name. It begins as N(value, std^2).
+
+    `trainable`: a gradient reaches it.
+    `fp8`: FP8 checkpoints hold it as E4M3 with scales. `copy_of` names the tensor that this one
+    repeats: a checkpoint may hold it, a model does not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    value: float
+    std: float
+    trainable: bool
+    fp8: bool
+    copy_of: str = ""
+
+
+def published(program: Program) -> tuple[Published, ...]:
+    """Every tensor of a lowered program in the order of use, expert by expert; copies come last."""
+    found: dict[str, Published] = {}
+    for one in _Walk(program).tensors(program.main, "", program.main.ops, ()):
+        found.setdefault(one.name, one)
+    copies = [
+        replace(found[original], name=copy, copy_of=original)
+        for copy, original in program.aliases.items()
+    ]
+    return (*found.values(), *copies)
+
+
+class _Walk:
+    def __init__(self, program: Program) -> None:
+        self._graphs = program.graphs
+        self._fp8 = published_in_fp8(program)
+
+    def tensors(
+        self, graph: Graph, prefix: str, ops: Sequence[Op], layers: tuple[int, ...]
+    ) -> Iterator[Published]:
+        """Of `ops` in a graph under the names of `prefix`, in `layers` of the repeats around."""
+        for op in ops:
+            for symbol in op.symbols:
+                yield from self._weights(graph, prefix, symbol)
+            if op.kind == "call":
+                scope = _written(str(op.attrs["scope"]), layers)
+                callee = self._graphs[str(op.attrs["callee"])]
+                below = f"{prefix}{scope}." if scope else prefix
+                yield from self.tensors(callee, below, callee.ops, ())
+                continue
+            for layer in _layers(op):
+                for region in op.regions:
+                    yield from self.tensors(graph, prefix, region.ops, (*layers, *layer))
+
+    def _weights(self, graph: Graph, prefix: str, symbol: str) -> Iterator[Published]:
+        """One weight; where it is that of an expert, all those of all experts of the graph."""
+        if "*" not in symbol:
+            yield self._tensor(graph, symbol, f"{prefix}{symbol}")
+            return
+        alike = [s for s, w in graph.weights.items() if _stacked(s, w) == _stacked(symbol, w)]
+        for expert in range(graph.weights[symbol].stack):
+            for one in alike:
+                yield self._tensor(graph, one, prefix + _written(one, (expert,)))
+
+    def _tensor(self, graph: Graph, symbol: str, name: str) -> Published:
+        weight = graph.weights[symbol]
+        shape = tuple(dim.size or 0 for dim in weight.type.dims)
+        fp8 = (graph.name, symbol) in self._fp8
+        first = FIRST_VALUES[weight.init]
+        std = weight.std if weight.init == "normal" else 0.0
+        return Published(name, shape, weight.type.dtype, first, std, weight.trainable, fp8)
+
+
+def _stacked(symbol: str, weight: Weight) -> tuple[str, int]:
+    """What the weights of the same experts have in common: `experts.` and their number."""
+    return (symbol.partition("*")[0] if "*" in symbol else symbol, weight.stack)
+
+
+def _layers(op: Op) -> Iterator[tuple[int, ...]]:
+    """What is added to the layers around the regions of an operator, one for each run of them."""
+    if op.kind != "repeat":
+        yield ()
+        return
+    start, count = op.attrs["start"], op.attrs["count"]
+    assert isinstance(start, int) and isinstance(count, int)
+    yield from ((layer,) for layer in range(start, start + count))
+
+
+def _written(name: str, numbers: Sequence[int]) -> str:
+    """A name with each `*` replaced; the last star belongs to the last number."""
+    pieces = name.split("*")
+    used = numbers[len(numbers) - len(pieces) + 1 :]
+    return pieces[0] + "".join(f"{n}{p}" for n, p in zip(used, pieces[1:], strict=True))

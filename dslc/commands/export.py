@@ -1,0 +1,60 @@
+"""`dslc export`: weights as Hugging Face, vLLM and SGLang read them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dslc.commands.import_ import SpecOption
+from dslc.options import Format, FormatOption
+from dslc.weights import MAX_FILE, FirstValuesOption, MaxFileOption, TargetOption
+
+EXAMPLES = """
+\b
+Examples:
+  dslc export saved --to published                  a folder of Model.save
+  dslc export v3_bf16 --to v3_fp8 --dtype fp8       with 128 x 128 scales, as DeepSeek-V3
+
+\b
+Killed, the same command goes on where it stopped.
+"""
+
+
+class Stored(StrEnum):
+    """What exported weights are stored as."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+def run(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A folder with weights of the model."),
+    ],
+    to: TargetOption,
+    dtype: Annotated[
+        Stored, typer.Option(help="fp8: the weights of FP8 products, as DeepSeek-V3 has them.")
+    ] = Stored.bf16,
+    spec: SpecOption = None,
+    first_values: FirstValuesOption = False,
+    max_file: MaxFileOption = MAX_FILE,  # type: ignore[assignment]
+    format: FormatOption = Format.text,
+) -> None:
+    """Write weights as a Hugging Face folder: safetensors, an index, config.json.
+
+    Copies of tensors that the MTP modules share are written out.
+    """
+    from backends.weights import checkpoint_in
+    from dslc.report import reporting
+    from dslc.specs import read
+    from dslc.weights import converted
+
+    with reporting(as_json=format is Format.json):
+        described = read(spec, None, None) if spec is not None else None
+        found = checkpoint_in(source, described)
+        fp8 = dtype is Stored.fp8
+        converted(found, to, fp8=fp8, first_values=first_values, max_file=max_file, format=format)
