@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from backends.render import render
-from backends.triton import attention, deep_gemm, flash_mla, fp8_linear, norm, permute, quantize
+from backends.triton import (
+    attention,
+    deep_gemm,
+    flash_mla,
+    fp8_linear,
+    linear,
+    norm,
+    permute,
+    quantize,
+)
 from backends.triton.choices import Choices
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
@@ -16,7 +25,7 @@ from backends.triton.uses import Uses
 from compiler.graph.core import Program
 from dsl.load import Description
 
-FAMILIES = (deep_gemm, flash_mla, attention, norm, permute, quantize, fp8_linear)
+FAMILIES = (deep_gemm, flash_mla, attention, norm, permute, quantize, fp8_linear, linear)
 """Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it.
 Where two serve a function the earlier one is asked first: libraries stand before own kernels."""
 

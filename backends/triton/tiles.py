@@ -23,7 +23,8 @@ class Tile:
     `hot` is how many instructions a warp executes for each 128 of what is summed over, counted in
     the compiled loop (of sm_100, whose warps have each their own, in that which adds); `programs`
     how many fit on a multiprocessor at once. `registers` caps those of a thread, where the
-    assembler would take more than it needs.
+    assembler would take more than it needs. `step` is how many numbers of the sum a
+    turn of the loop takes (of FP8, the kernel says it).
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Tile:
     hot: int
     programs: int
     registers: int | None = None
+    step: int = 128
 
     @property
     def name(self) -> str:
@@ -146,3 +148,29 @@ FP8_OUTER = {
     "gfx942": Tile(128, 128, warps=8, stages=2, hot=144, programs=1),
 }
 """Tiles of weight gradients, which scale every row and every column."""
+
+BF16 = {
+    "sm_90": (
+        Tile(16, 64, warps=4, stages=4, hot=138, programs=2),
+        Tile(32, 64, warps=4, stages=4, hot=144, programs=2),
+        Tile(64, 64, warps=4, stages=4, hot=236, programs=3, step=64),
+        Tile(64, 128, warps=4, stages=4, hot=314, programs=2, step=64),
+        Tile(128, 128, warps=8, stages=4, hot=234, programs=1, step=64),
+        Tile(128, 256, warps=8, stages=3, hot=312, programs=1, step=64),
+    ),
+    "sm_100": (
+        Tile(16, 64, warps=4, stages=4, hot=79, programs=1),
+        Tile(16, 128, warps=4, stages=4, hot=79, programs=1),
+        Tile(32, 128, warps=4, stages=4, hot=79, programs=1),
+        Tile(64, 128, warps=4, stages=4, hot=100, programs=1, step=64),
+        Tile(128, 128, warps=4, stages=4, hot=98, programs=1, step=64),
+        Tile(128, 256, warps=8, stages=4, hot=96, programs=1, step=64),
+    ),
+    "gfx942": (
+        Tile(16, 64, warps=4, stages=2, hot=54, programs=2),
+        Tile(32, 64, warps=4, stages=2, hot=86, programs=2),
+        Tile(64, 128, warps=4, stages=2, hot=156, programs=2, step=64),
+        Tile(128, 256, warps=8, stages=2, hot=200, programs=1, step=64),
+    ),
+}
+"""Tiles of products in bfloat16, whose sums stay in the tensor cores."""
