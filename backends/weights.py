@@ -6,6 +6,7 @@ says, and the `config.json` that stands beside weights in BF16 or FP8.
 
 from __future__ import annotations
 
+import ast
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.read import read_build
+from compiler.graph.core import Program
 from compiler.lower.model import lower
 from compiler.published import Published, published
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.hf import hf_config, read_config, spec_from_hf
 from dsl.load import Description, load
 from dsl.read import read_source
+from dsl.source import Source
 
 if TYPE_CHECKING:
     from runtime.audit import Table
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from runtime.recode import Form, Wanted
     from runtime.shards import Problem
 
-CONFIG = "config.json"
+CONFIG, RECORD = "config.json", "run.json"
 FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -71,9 +75,61 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
             description = load(path)
     else:
         config = hf_config(description)
-    kept = description.spec.precision.scale_format
-    scale = "ue8m0" if "ue8m0" in (kept, _quantization(config).get("scale_fmt")) else "fp32"
-    return Checkpoint(folder, published(lower(description)), config, scale)
+    lowered = lower(description)
+    power = _quantization(config).get("scale_fmt") == "ue8m0"
+    scale = "ue8m0" if power else _scale(lowered)
+    return Checkpoint(folder, published(lowered), config, scale)
+
+
+def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
+    """The newest weights of a run of `dslc train`, or their moving average.
+
+    What the model is, the build in the run says; nothing of that is run. Raises `DiagnosticError`
+    for a run that is damaged, has no checkpoint or no moving average (E612).
+    """
+    from runtime.train.checkpoints import Checkpoints
+    from runtime.train.settings import TrainError
+    from runtime.train.state import AVERAGE, MODEL
+
+    record = read_config(read_source(run / RECORD, str(run / RECORD)))
+    model, seed = record.get("model"), record.get("seed")
+    if not (isinstance(model, str) and model.isidentifier() and isinstance(seed, int)):
+        raise DiagnosticError([Diagnostic("E612", f"{run / RECORD} does not name model and seed")])
+    try:
+        newest = Checkpoints(run / "checkpoints", keep=1).newest()
+    except TrainError as error:
+        raise DiagnosticError([Diagnostic("E612", str(error))]) from None
+    if newest is None:
+        raise DiagnosticError([Diagnostic("E612", f"{run} has no checkpoint yet")])
+    folder = newest / (AVERAGE if average else MODEL)
+    if not folder.is_dir():
+        message = f"{newest} has no moving average: the spec sets no train.ema"
+        raise DiagnosticError([Diagnostic("E612", message)])
+    lowered = read_build(run / model).lowered
+    source = read_source(run / model / "config.py", str(run / model / "config.py"))
+    return Checkpoint(folder, published(lowered), _hf_config(source), _scale(lowered), seed)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / RECORD).is_file()
+
+
+def _hf_config(source: Source) -> dict[str, Any]:
+    """HF_CONFIG of a build's config.py, read as the literal that it is."""
+    try:
+        for node in ast.parse(source.text).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HF_CONFIG":
+                return dict(ast.literal_eval(node.value))
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        pass
+    help = "build the model again"
+    raise DiagnosticError([Diagnostic("E604", f"{source.name} gives no HF_CONFIG", help=help)])
+
+
+def _scale(program: Program) -> str:
+    """How the scales of its weights are kept: as powers of two, or not."""
+    kept = {weight.fp8 for graph in program.graphs.values() for weight in graph.weights.values()}
+    return "ue8m0" if "ue8m0" in kept else "fp32"
 
 
 def convert(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dslc.commands.eval import AverageOption
 from dslc.commands.import_ import SpecOption
 from dslc.options import Format, FormatOption
 from dslc.weights import MAX_FILE, FirstValuesOption, MaxFileOption, TargetOption
@@ -15,6 +16,8 @@ from dslc.weights import MAX_FILE, FirstValuesOption, MaxFileOption, TargetOptio
 EXAMPLES = """
 \b
 Examples:
+  dslc export runs/mini --to published              the newest weights of a run
+  dslc export runs/mini --to published --ema        their moving average
   dslc export saved --to published                  a folder of Model.save
   dslc export v3_bf16 --to v3_fp8 --dtype fp8       with 128 x 128 scales, as DeepSeek-V3
 
@@ -33,12 +36,15 @@ class Stored(StrEnum):
 def run(
     source: Annotated[
         Path,
-        typer.Argument(metavar="FOLDER", help="A folder with weights of the model."),
+        typer.Argument(
+            metavar="RUN_OR_FOLDER", help="A run of dslc train, or a folder with weights."
+        ),
     ],
     to: TargetOption,
     dtype: Annotated[
         Stored, typer.Option(help="fp8: the weights of FP8 products, as DeepSeek-V3 has them.")
     ] = Stored.bf16,
+    ema: AverageOption = False,
     spec: SpecOption = None,
     first_values: FirstValuesOption = False,
     max_file: MaxFileOption = MAX_FILE,  # type: ignore[assignment]
@@ -48,13 +54,16 @@ def run(
 
     Copies of tensors that the MTP modules share are written out.
     """
-    from backends.weights import checkpoint_in
+    from backends.weights import checkpoint_in, checkpoint_of, is_run
     from dslc.report import reporting
     from dslc.specs import read
     from dslc.weights import converted
 
     with reporting(as_json=format is Format.json):
-        described = read(spec, None, None) if spec is not None else None
-        found = checkpoint_in(source, described)
+        if is_run(source):
+            found = checkpoint_of(source, ema)
+        else:
+            described = read(spec, None, None) if spec is not None else None
+            found = checkpoint_in(source, described)
         fp8 = dtype is Stored.fp8
         converted(found, to, fp8=fp8, first_values=first_values, max_file=max_file, format=format)
