@@ -183,7 +183,7 @@ def _problems(problems: Iterable[Problem]) -> Iterator[Diagnostic]:
         by_text.setdefault(one.text, []).append(one.name)
     for text, names in by_text.items():
         untrained = text.startswith("left at")
-        help = "--first-values, if the model is not meant to be trained" if untrained else ""
+        help = "if it is meant to be so: --first-values" if untrained else ""
         for line in gather(names):
             yield Diagnostic("E610", f"{line}: {text}", help=help)
 

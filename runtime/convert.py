@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,11 +104,15 @@ def convert(
     the audit of the folder says (files without such a tensor are kept for the next attempt).
     TargetError for a target that is not empty. OSError when files cannot be read or written.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.normpath(target))
+    if target.name in ("", ".."):
+        target = target.resolve()
     partial = target.with_name(f"{target.name}.partial")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TargetError(target, "exists, and is not overwritten")
     with Shards(folder) as shards:
+        if not shards.entries and shards.problems:
+            raise ConversionError(shards.problems)
         sources = Sources(
             shards,
             [(one.name, one.shape) for one in wanted if not one.copy_of],
@@ -118,10 +122,9 @@ def convert(
         if problems := [*sources.problems, *unread]:
             raise ConversionError(problems)
         layout = lay_out(wanted, form, max_shard_bytes)
-        asked = _asked(shards, layout, form)
         partial.mkdir(parents=True, exist_ok=True)
         with _alone(partial):
-            _take_up(partial, asked)
+            _take_up(partial, _asked(shards, layout, form), form.first)
             work = _Work(shards, sources, known, form, partial, layout, report)
             work.run()
             _write_index(partial, layout)
@@ -209,6 +212,8 @@ class _Work:
         self._require_room([shard for _, shard in todo])
         for number, shard in todo:
             problems += self._shard(number, shard)
+        if problems and not list(self.partial.glob("*.safetensors")):
+            shutil.rmtree(self.partial)
         if problems:
             raise ConversionError(problems)
 
@@ -291,13 +296,13 @@ class _Work:
 
 
 def _asked(shards: Shards, layout: Sequence[Shard], form: Form) -> str:
-    """What a conversion does, as far as another one may not go on with its files."""
+    """What a conversion reads and writes: only the same one may go on with its files."""
     files = sorted({entry.file for entry in shards.entries.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     entries = [(e.name, e.file.name, e.start) for e in shards.entries.values()]
     headers = hashlib.sha256(b"".join(shard.header for shard in layout)).hexdigest()
     read = hashlib.sha256(repr((stats, entries)).encode()).hexdigest()
-    return json.dumps({"read": read, "written": headers, "form": asdict(form)})
+    return f"{read} {headers} {form.scale}"
 
 
 @contextmanager
@@ -313,18 +318,23 @@ def _alone(partial: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take_up(partial: Path, asked: str) -> None:
-    """Begins a folder, or goes on with one of the same conversion."""
+def _take_up(partial: Path, asked: str, first: bool) -> None:
+    """Begins a folder, or goes on with one of the same conversion.
+
+    One that refuses first values does not go on where they were allowed.
+    """
     path = partial / ASKED
-    if not any(partial.iterdir()):
-        _write(path, [asked])
-    try:
-        same = path.read_text(encoding="utf-8") == asked
-    except OSError:
-        same = False
-    if not same:
+    begun = {"asked": asked, "first": False}
+    if not all(left.suffix == ".part" for left in partial.iterdir()):
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            begun = {}
+    allowed = ({"asked": asked, "first": False}, {"asked": asked, "first": first})
+    if begun not in allowed:
         text = "was left by another conversion, or its source has changed: remove it to begin anew"
         raise TargetError(partial, text)
+    _write(path, [json.dumps({"asked": asked, "first": first})])
 
 
 def _write_audit(partial: Path, rows: Iterator[Row], folder: Path, form: Form) -> Table:
