@@ -399,3 +399,33 @@ def latent_attention(
         score = score.masked_fill(hidden, -math.inf)
     share = score.softmax(-1).to(c_kv.dtype)
     return torch.bmm(share, c_kv).view(q_latent.shape).to(dtype)
+
+
+def paged_latent_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """`latent_attention` to latents in pages, of sequences that differ in length.
+
+    c_kv [pages, page, c], k_rope [pages, page, r]; table int32 [batch, n] lists the pages of each
+    sequence, lengths int32 [batch] its tokens, with those of the queries. What lies beyond the
+    lengths, in table and pages, does not count. A query that sees no key gives zeros.
+    """
+    page, queries = c_kv.shape[1], q_latent.shape[1]
+    place = torch.arange(table.shape[1] * page, device=table.device)
+    there = place < lengths.unsqueeze(-1)
+    rows = table.where(there[:, ::page], 0)
+    latent, turned = (
+        wide(x)[rows].flatten(1, 2).masked_fill(~there.unsqueeze(-1), 0) for x in (c_kv, k_rope)
+    )
+    score = torch.einsum("bqhc,bkc->bqhk", wide(q_latent), latent)
+    score = (score + torch.einsum("bqhr,bkr->bqhk", wide(q_rope), turned)) * scale
+    query = torch.arange(queries, device=table.device)
+    last = (lengths.unsqueeze(-1) - queries + query)[..., None, None]
+    share = score.masked_fill(place > last, -math.inf).softmax(-1).masked_fill(last < 0, 0)
+    return torch.einsum("bqhk,bkc->bqhc", share, latent).to(q_latent.dtype)

@@ -13,6 +13,7 @@ from backends.triton import (
     deep_gemm,
     flash_mla,
     fp8_linear,
+    latent_attention,
     linear,
     norm,
     permute,
@@ -25,7 +26,17 @@ from backends.triton.uses import Uses
 from compiler.graph.core import Program
 from dsl.load import Description
 
-FAMILIES = (deep_gemm, flash_mla, attention, norm, permute, quantize, fp8_linear, linear)
+FAMILIES = (
+    deep_gemm,
+    flash_mla,
+    attention,
+    latent_attention,
+    norm,
+    permute,
+    quantize,
+    fp8_linear,
+    linear,
+)
 """Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it.
 Where two serve a function the earlier one is asked first: libraries stand before own kernels."""
 

@@ -1,0 +1,137 @@
+"""Decoding in the latent space: tiles of queries and keys, and into how many parts keys are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from backends.render import render
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.target import Target
+from backends.triton.uses import DECODE_ROWS, Use, Uses, spans
+
+PAGE = 64
+"""Tokens of a page, as FlashMLA has them."""
+
+CONTEXT = 4096
+"""Tokens that sequences have in the cases that are looked at."""
+
+LEAST = 16
+"""The narrowest operand of a matrix instruction."""
+
+WARPGROUP = 64
+"""Rows of the first operand that sm_90 multiplies at a time, by four warps together."""
+
+OVERHEAD = 5
+"""What a program does besides its pages, which are 72 KiB, counted in pages: it reads the queries
+(1) and writes 64 rows of 512 in float32 that are read again (4)."""
+
+COMBINED = 4
+"""Rows that a program joins, a warp each: 16 numbers a thread."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows (m, queries times heads) and keys (n) of a tile."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the spec fixes of one attention to latents."""
+
+    heads: int
+    latent: int
+    rope: int
+
+    @property
+    def latent_block(self) -> int:
+        return max(LEAST, 1 << (self.latent - 1).bit_length())
+
+    @property
+    def rope_block(self) -> int:
+        return max(LEAST, 1 << (self.rope - 1).bit_length())
+
+    def case(self, function: str, sizes: tuple[int, int], uses: Sequence[Use]) -> Case:
+        batch, queries = sizes
+        q = Tensor((batch, queries, self.heads, self.latent))
+        q_rope = Tensor((batch, queries, self.heads, self.rope))
+        c_kv, k_rope = (Tensor((batch, CONTEXT, n)) for n in (self.latent, self.rope))
+        taken: tuple[Tensor, ...] = (q, q_rope, c_kv, k_rope)
+        if function == "paged_latent_attention":
+            pages = batch * CONTEXT // PAGE
+            table = Tensor((batch, CONTEXT // PAGE), "int32", "pages", pages)
+            lengths = Tensor((batch,), "int32", "lengths", CONTEXT)
+            stored = (Tensor((pages, PAGE, n)) for n in (self.latent, self.rope))
+            taken = (q, q_rope, *stored, table, lengths)
+        scale = uses[0].op.attrs["scale"]
+        assert isinstance(scale, float)
+        dim = 2 * self.latent + self.rope
+        return Case(
+            name=f"{function} h{self.heads} c{self.latent} b{batch} q{queries} k{CONTEXT}",
+            function=function,
+            arguments=(*taken, scale),
+            flops=2 * batch * queries * self.heads * CONTEXT * dim,
+            bytes=nbytes(*taken, q),
+            unit="bf16",
+            spans=spans(uses),
+        )
+
+
+def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+    """`kernels/latent_attention.py`, for the sizes that occur."""
+    found = uses.of("latent_attention")
+    if not found:
+        return None
+    shapes = list(dict.fromkeys(Shape(use.size(0, 2), use.size(0), use.size(1)) for use in found))
+    keys_first = all(_keys_first(shape, target) for shape in shapes)
+    row, key = ("[None, :]", "[:, None]") if keys_first else ("[:, None]", "[None, :]")
+    text = render(
+        "triton/latent_attention.py.jinja",
+        spans=", ".join(spans(found)),
+        shapes=[(shape, _tile(shape, target, keys_first)) for shape in shapes],
+        page=PAGE,
+        target=target,
+        combined=COMBINED,
+        overhead=OVERHEAD,
+        keys_first=keys_first,
+        row=row,
+        key=key,
+        axis=0 if keys_first else 1,
+    )
+    serves = {f"F.{name}": "bfloat16" for name in ("latent_attention", "paged_latent_attention")}
+    cases = (case for shape in shapes for case in _cases(shape, found))
+    return KernelFile("latent_attention", text, serves, tuple(cases))
+
+
+def _keys_first(shape: Shape, target: Target) -> bool:
+    """Few heads on sm_90: keys and latents take the place of the 64 rows that it wants, and no row
+    is empty. The queries of several heads are 16 columns."""
+    return target.name == "sm_90" and shape.heads <= LEAST and shape.latent_block >= WARPGROUP
+
+
+def _tile(shape: Shape, target: Target, keys_first: bool) -> Tile:
+    """All of a tile's output stays where it is summed: m times 512 numbers."""
+    if keys_first:
+        return Tile(LEAST, PAGE, 8, 2)
+    if target.backend == "hip":
+        # Operands of products are in registers, too: 512 of each thread of 4 warps hold 32 rows.
+        few = shape.heads <= LEAST
+        return Tile(LEAST, 32, 4, 1) if few else Tile(32, 16, 4, 1)
+    # Two warpgroups hold 64 rows of 512 at 128 registers a thread: no other tile has no spills. In
+    # tensor memory they are all of its 512 columns, scores take the room of the rows that are not
+    # used. What sm_100 reads ahead leaves shared memory for 32 keys.
+    return Tile(WARPGROUP, PAGE if target.name == "sm_90" else 32, 8, 2)
+
+
+def _cases(shape: Shape, uses: Sequence[Use]) -> Iterator[Case]:
+    """A token of each sequence; two, as when a draft is verified; latents in pages."""
+    for batch in DECODE_ROWS:
+        yield shape.case("latent_attention", (batch, 1), uses)
+    yield shape.case("latent_attention", (DECODE_ROWS[-1], 2), uses)
+    for batch in (DECODE_ROWS[0], DECODE_ROWS[-1]):
+        yield shape.case("paged_latent_attention", (batch, 1), uses)
