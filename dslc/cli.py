@@ -25,6 +25,7 @@ from dslc.commands import (
     ops,
     passes,
     plan,
+    plot,
     sample,
     schema,
     show,
@@ -79,7 +80,7 @@ def options(
 
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, eval, sample,
-    import_, export, init, schema, ops, explain,
+    plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_")

@@ -26,7 +26,7 @@ LIBRARIES = {
     "compiler": {"lark", "networkx"},
     # torch and triton only inside the functions of the program that compiles kernels.
     "backends": {"jinja2", "torch", "triton"},
-    "dslc": {"typer"},
+    "dslc": {"typer", "matplotlib"},
     "runtime": {"torch", "safetensors", "tokenizers"},
     "specs": set[str](),
 }

@@ -203,7 +203,7 @@ class Train(Section):
         None, description="Steps after which training ends"
     )
     tokens: Annotated[int | None, Number("tokens", 1)] = Field(
-        None, description="Or the tokens after which it ends"
+        None, description="Tokens after which it ends; of both, what comes first"
     )
     fim: FillInTheMiddle | None = Field(None, description="Fill in the middle")
     ema: Annotated[float | None, Number("ema", 0, whole=False, maximum=1)] = Field(

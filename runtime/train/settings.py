@@ -41,12 +41,10 @@ class Settings:
         """Sequences of the step that follows so many tokens and steps."""
         return max(1, round(self.batch.value_at(tokens, steps)))
 
-    def ended(self, tokens: int, steps: int) -> bool:
-        return steps >= self.steps if self.steps is not None else tokens >= (self.tokens or 0)
-
     def share_done(self, tokens: int, steps: int) -> float:
-        """How much of training is done, from 0 to 1."""
-        return steps / self.steps if self.steps is not None else tokens / (self.tokens or 1)
+        """How much of training is done, from 0 to 1: of the end that comes first."""
+        ends = ((tokens, self.tokens), (steps, self.steps))
+        return min(1.0, max(done / end for done, end in ends if end is not None))
 
 
 def _problems(config: Config) -> Iterator[str]:
@@ -59,8 +57,8 @@ def _problems(config: Config) -> Iterator[str]:
     for name, example in needed.items():
         if train[name] is None:
             yield f"train.{name} is missing ({example})"
-    if (train.steps is None) == (train.tokens is None):
-        yield "give one of train.steps and train.tokens: when training ends"
+    if train.steps is None and train.tokens is None:
+        yield "train.steps or train.tokens is missing: when training ends (10M)"
     longest = config.sequence.max_position_embeddings
     if train.sequence_length is not None and train.sequence_length > longest:
         yield f"train.sequence_length is beyond sequence.max_position_embeddings, {longest}"

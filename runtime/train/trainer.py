@@ -75,7 +75,7 @@ class Trainer:
 
     @property
     def ended(self) -> bool:
-        return self.settings.ended(self.tokens, self.position.steps)
+        return self.settings.share_done(self.tokens, self.position.steps) >= 1
 
     def step(self) -> Step:
         """Trains on one batch.

@@ -16,7 +16,7 @@ from tests.dslc.conftest import ROOT, Run
 
 COMMANDS = (
     "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",
-    "train", "eval", "sample", "import", "export", "init", "schema", "ops", "explain"
+    "train", "eval", "sample", "plot", "import", "export", "init", "schema", "ops", "explain"
 )  # fmt: skip
 
 

@@ -32,9 +32,9 @@ SETTINGS = {
 }
 
 
-def built(folder: Path, name: str, **changes: str) -> Any:
+def built(folder: Path, name: str, only: dict[str, str] | None = None, **changes: str) -> Any:
     """The package `name`, built in `folder` with other values: `train__steps="3"`."""
-    values = {**SETTINGS, **{path.replace("__", "."): v for path, v in changes.items()}}
+    values = only or {**SETTINGS, **{path.replace("__", "."): v for path, v in changes.items()}}
     sets = [f"{path}={value}" for path, value in values.items()]
     build(load(TINY, sets=[*sets, f"model={name}"]), folder / name)
     sys.path.insert(0, str(folder))

@@ -275,10 +275,12 @@ def test_a_run_goes_on_with_the_options_it_began_with(
 def test_a_spec_that_does_not_say_how_to_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = built(tmp_path, "tiny_endless", train__tokens="10K", train__sequence_length="1K")
+    changes = {"params.num_experts_per_tok": "2", "train.sequence_length": "1K"}
+    package = built(tmp_path, "tiny_endless", only=changes)
     assert train(package, tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "one of train.steps and train.tokens" in error
+    assert "train.batch is missing" in error
+    assert "train.steps or train.tokens is missing" in error
     assert "beyond sequence.max_position_embeddings, 256" in error
 
 

@@ -1,0 +1,43 @@
+"""docs/training.md: its paths exist, its commands are those of the parser, its specs build."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.docs.conftest import ROOT, sections
+from tests.dslc.conftest import Run
+
+TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line.removeprefix("$ "), comments=True)
+    for block in re.findall(r"^```console\n(.*?)^```$", TEXT, re.M | re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+def test_paths_and_links_lead_somewhere() -> None:
+    for path in re.findall(r"[` ]((?:tests|benchmarks|specs|data)/[\w./]+\w)", TEXT):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        file = ROOT / "docs" / (path or "training.md")
+        assert file.exists(), target
+        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_are_those_that_there_are(dslc: Run, words: list[str], tmp_path: Path) -> None:
+    """Their options are known, and what they train can be built."""
+    program, command, *arguments = words
+    assert program == "dslc"
+    known = set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", dslc(command, "--help").out))
+    assert {word for word in arguments if word.startswith("-")} <= known
+    if command == "train":
+        sets = [w for pair in pairwise(arguments) if pair[0] == "--set" for w in pair]
+        outcome = dslc("build", arguments[0], *sets, "-o", tmp_path / "built")
+        assert outcome.status == 0, outcome.err
