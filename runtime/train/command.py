@@ -37,7 +37,10 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
 
 def train(model: type[LanguageModel], options: Options) -> int:
     """The same with options. Raises TrainError where it could not."""
-    stopped = Run(model, options).train()
+    try:
+        stopped = Run(model, options).train()
+    except OSError as error:
+        raise TrainError(f"cannot write {options.out}: {error.strerror or error}") from None
     return 128 + stopped if stopped else 0
 
 

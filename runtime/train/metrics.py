@@ -26,7 +26,7 @@ class Metrics:
         path = folder / FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= after]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder, after)
 
@@ -50,6 +50,13 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is old or new, whenever the process is killed."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -24,7 +24,7 @@ from ..model import LanguageModel
 from .checkpoints import Checkpoints
 from .documents import FillInTheMiddle, documents, encode
 from .evaluation import evaluate
-from .metrics import Metrics, Progress, progress_to_terminal
+from .metrics import Metrics, Progress, progress_to_terminal, replace_text
 from .sequences import HeldOut, Sequences, split
 from .settings import Settings, TrainError
 from .state import State, restored, state
@@ -68,7 +68,7 @@ class Run:
         self.newest = self.checkpoints.newest() if record else None
         if record:
             self._same(record)
-        elif options.out.exists() and any(options.out.iterdir()):
+        elif _foreign(options.out, model.config.model):
             raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
         self.tokens = self._tokens(model.config, record)
         trained, held_out = split(self.tokens.parts, options.held_out)
@@ -89,7 +89,7 @@ class Run:
             "data": record["data"] if record else _paths(options.data),
             **{name: getattr(options, name) for name in Options.FIXED},
         }
-        (options.out / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        replace_text(options.out / RECORD, json.dumps(content, indent=2) + "\n")
 
     def train(self) -> int | None:
         """Trains to the end, or until it is told to stop; gives the signal that told it.
@@ -281,13 +281,28 @@ def read_record(folder: Path) -> Mapping[str, Any] | None:
         raise TrainError(f"{folder / RECORD} cannot be read: {error}") from None
 
 
+def _foreign(folder: Path, model: str) -> bool:
+    """Whether a folder without run.json holds more than what a run leaves that could not begin."""
+    if not folder.exists():
+        return False
+    own = {"data", model, f".{model}.new", f".{RECORD}.new"}
+    return not folder.is_dir() or not {path.name for path in folder.iterdir()} <= own
+
+
 def install(package: Path, place: Path) -> None:
     """Makes the run hold the package that it is trained by, so that it can be used alone."""
-    if package.resolve() == place.resolve():
+    manifests = [folder / "manifest.json" for folder in (package, place)]
+    if (
+        all(m.exists() for m in manifests)
+        and manifests[0].read_bytes() == manifests[1].read_bytes()
+    ):
         return
     fresh = place.with_name(f".{place.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(package, fresh, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        shutil.copytree(package, fresh, ignore=shutil.ignore_patterns("__pycache__"))
+    except shutil.Error as error:  # one for each file
+        raise OSError(error.args[0][0][2]) from None
     shutil.rmtree(place, ignore_errors=True)
     fresh.rename(place)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -187,22 +188,21 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_one_before(
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
-    package: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """As on a full disk."""
+    package: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file may be larger than 10 KB: as on a full disk, writing stops in the middle of one."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints" / "step-00000006")
-
-    def full(*arguments: object, **more: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(part(package, "checkpoints"), "save", full)
-    assert train(package, out) == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        assert train(package, out) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
-    assert "cannot write the checkpoint" in error and "No space left on device" in error
-    monkeypatch.undo()
+    assert "cannot write the checkpoint" in error and "File too large" in error
+    assert "those before it are untouched" in error
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
     assert train(package, out) == 0
     assert content(out) == content(whole)
@@ -257,10 +257,21 @@ def test_a_run_that_cannot_begin(
     words = [str(text) if word == "TEXT" else word for word in arguments]
     assert train(package, tmp_path / "run", *words) == 1
     assert message in capsys.readouterr().err
+    # What that left is in nobody's way.
+    assert train(package, tmp_path / "run", "--data", text) == 0
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert train(package, tmp_path / "other", "--data", text) == 1
     assert "is no run, and not empty" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_written(
+    package: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert train(package, tmp_path / "file" / "run", "--data", text) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Not a directory" in error
 
 
 def test_a_run_goes_on_with_the_options_it_began_with(
