@@ -36,11 +36,12 @@ def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]
     """By columns of the product; where several widths have the same, the largest decides."""
     widths: dict[int, int] = {}
     for use in found:
-        if use.kind != "fp8_linear_weight_grad":
-            out, width = use.size(2, -2), use.size(2)
-            columns, inside = (out, width) if use.kind == "fp8_linear" else (width, out)
-            for part in _parts(use) if use.kind == "fp8_linear" else ():
-                widths[part] = max(inside, widths.get(part, 0))
+        if use.kind == "fp8_linear_weight_grad":
+            continue
+        out, width = use.size(2, -2), use.size(2)
+        forward = use.kind == "fp8_linear"
+        inside = width if forward else out
+        for columns in (out, *parts_of(use)) if forward else (width,):
             widths[columns] = max(inside, widths.get(columns, 0))
     return {
         n: steps("fp8_linear", FP8[target.name], Product(0, n, width, 1), target, uses.choices)
@@ -48,8 +49,8 @@ def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]
     }
 
 
-def _parts(use: Use) -> tuple[int, ...]:
-    parts = use.op.attrs["parts"]
+def parts_of(use: Use) -> tuple[int, ...]:
+    parts = use.op.attrs.get("parts", ())
     assert isinstance(parts, tuple)
     return tuple(part for part in parts if isinstance(part, int))
 
@@ -71,7 +72,7 @@ def _product(use: Use, rows: int, found: Sequence[Use]) -> Case:
     w = Tensor((out, width), "float8_e4m3fn")
     w_scale = Tensor((blocks, runs), "float32", fill="scale")
     y = Tensor((rows, out if use.kind == "fp8_linear" else width))
-    function, parts = use.kind.removeprefix("fp8_"), _parts(use)
+    function, parts = use.kind.removeprefix("fp8_"), parts_of(use)
     return Case(
         name=f"{function} {out}x{width} m{rows}",
         function=function,

@@ -12,6 +12,7 @@ from backends.triton import (
     attention,
     deep_gemm,
     flash_mla,
+    fp8_grouped_linear,
     fp8_linear,
     latent_attention,
     linear,
@@ -36,6 +37,7 @@ FAMILIES = (
     quantize,
     fp8_linear,
     linear,
+    fp8_grouped_linear,
 )
 """Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it.
 Where two serve a function the earlier one is asked first: libraries stand before own kernels."""

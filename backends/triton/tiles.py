@@ -43,15 +43,31 @@ class Tile:
 
 @dataclass(frozen=True)
 class Product:
-    """What is cut: rows of x, columns of y, the width that is summed over, bytes of a number."""
+    """What is cut: rows of x, columns of y, the width that is summed over, bytes of a number.
+
+    The rows may be those of several experts, each with a weight of its own.
+    """
 
     rows: int
     columns: int
     width: int
     itemsize: int
+    experts: int = 1
+
+    def tiles(self, tile: Tile) -> int:
+        """Each expert has as many rows as another, and half a tile of its own to spare."""
+        rows = -(-self.rows // tile.rows)
+        if self.experts > 1:
+            rows = min(self.rows, self.rows // tile.rows + self.experts // 2)
+        return rows * -(-self.columns // tile.columns)
+
+    def nbytes(self) -> int:
+        """What must be read: the rows, and the weights of those experts that have any."""
+        weights = self.columns * min(self.rows, self.experts)
+        return (self.rows + weights) * self.width * self.itemsize
 
 
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 """Rows for which tiles are chosen; a number between two is served as the larger one, more than the
 last as the last."""
 
@@ -80,11 +96,9 @@ def clocks(tile: Tile, product: Product, target: Target) -> tuple[float, float]:
     cache = (tile.rows + tile.columns) * RUN * product.itemsize / SHARED_CACHE
     beside = tile.programs > 1 or target.name == "sm_100"
     step = max(unit, issue, cache) if beside else max(unit + issue, cache)
-    tiles = -(-product.rows // tile.rows) * -(-product.columns // tile.columns)
-    turns = -(-tiles // target.multiprocessors)
+    turns = -(-product.tiles(tile) // target.multiprocessors)
     busy = turns * -(-product.width // RUN) * step + -(-turns // tile.programs) * START
-    size = (product.rows + product.columns) * product.width * product.itemsize
-    return max(busy, size / (target.bandwidth / second)), busy
+    return max(busy, product.nbytes() / (target.bandwidth / second)), busy
 
 
 Steps = tuple[tuple[int | None, Tile], ...]
@@ -141,6 +155,16 @@ FP8 = {
 """Tiles of FP8 products. Those of less than 64 rows put W in the place of x: tensor cores of sm_90
 multiply FP8 only for 64 rows and more. None has more than the 128 columns of a block of W, so that
 one number scales a tile."""
+
+FP8_GROUPED = {
+    **FP8,
+    "gfx942": (
+        Tile(16, 64, warps=4, stages=2, hot=181, programs=2),
+        Tile(32, 64, warps=4, stages=2, hot=393, programs=2),
+        Tile(64, 128, warps=4, stages=2, hot=673, programs=2),
+    ),
+}
+"""Tiles of experts; on gfx942 their weights are recoded while they are read, whatever the tile."""
 
 FP8_OUTER = {
     "sm_90": Tile(128, 128, warps=8, stages=3, hot=259, programs=1),

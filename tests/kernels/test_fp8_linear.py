@@ -151,11 +151,11 @@ def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
     x, w = fp8.quantize(normal(70, 384)), fp8.quantize_weight(normal(320, 384))
     expected = fp8.linear(*x, *w, dtype=torch.float32)
     for tile in FP8[name]:
-        monkeypatch.setattr(module, "TILES", {320: [(None, _as_written(module, tile))]})
+        monkeypatch.setattr(module, "TILES", {320: [(None, as_written(module, tile))]})
         agree(module.linear(*x, *w, dtype=torch.float32), expected)
 
 
-def _as_written(module: ModuleType, tile: Tile) -> Any:
+def as_written(module: ModuleType, tile: Tile) -> Any:
     rows, columns, warps, stages, *_, registers = astuple(tile)
     values = (rows, columns, warps, stages, registers)
     return module.Tile(*values[: len(module.Tile._fields)])
