@@ -17,6 +17,7 @@ from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
 from compiler.passes.cut_stages import connect_stages, cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_experts import FUSE_EXPERTS
+from compiler.passes.fuse_gate import FUSE_GATE
 from compiler.passes.fuse_loss import FUSE_LOSS
 from compiler.passes.fuse_pointwise import FUSE_POINTWISE
 from compiler.passes.fuse_projections import FUSE_PROJECTIONS
@@ -42,6 +43,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_GATE,
         FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
@@ -54,6 +56,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_GATE,
         FUSE_POINTWISE,
         FUSE_LOSS,
         SIMPLIFY,
@@ -71,6 +74,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         INSERT_CACHE,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_GATE,
         FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
@@ -84,6 +88,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         ABSORB,
         HOIST,
         FUSE_EXPERTS,
+        FUSE_GATE,
         FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,

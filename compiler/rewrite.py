@@ -39,6 +39,18 @@ class Place:
         self.matched.append(op)
         return op
 
+    def read_earlier(self, made: Op) -> bool:
+        """Whether results of `made` are read in front of this place, or in another list than it.
+
+        If so, what takes the place of both cannot stand here.
+        """
+        graph, after = self.builder.graph, False
+        for op in graph.walk():
+            after = after or op is self.op
+            if not after and any(v in op.operands for v in made.results):
+                return True
+        return self.op not in graph.ops or made not in graph.ops
+
     def add(
         self,
         kind: str,

@@ -9,7 +9,7 @@ exponentiated is computed in float32 (in float64 for float64 operands).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as torch_f
@@ -64,13 +64,18 @@ def silu(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """`1 / (1 + exp(-x))`, elementwise: the affinity of a token to an expert, eq. 15."""
-    return torch.sigmoid(wide(x)).to(x.dtype)
+    """`1 / (1 + exp(-x))`, elementwise: the affinity of a token to an expert, eq. 15.
+
+    In float64 and then rounded: libraries differ in the last bits of an exponential, and one bit
+    can send a token to another expert. What is left of the difference survives the rounding to
+    float32 about once in 10^8 numbers.
+    """
+    return torch.sigmoid(x.double()).to(x.dtype)
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Softmax over the last dimension."""
-    return torch.softmax(wide(x), dim=-1).to(x.dtype)
+    """Softmax over the last dimension; in float64 and then rounded, as `sigmoid`."""
+    return torch.softmax(x.double(), dim=-1).to(x.dtype)
 
 
 def rope_table(
@@ -182,8 +187,9 @@ def topk_groups(
     `topk_group` of `n_group` runs of neighbouring experts, by the sum of their two best experts
     or by the best one, and then the `k` best experts in those. Experts of other groups count as
     -inf, so a negative bias cannot let them back in. Weights are the unbiased scores of the
-    chosen, divided by their sum if `normalize`, times `scale`; they keep the dtype of `score`
-    and its gradient. Of equal scores the lowest index wins. Best comes first.
+    chosen, divided by their sum if `normalize`, times `scale`, in float64 and then rounded to the
+    dtype of `score`; they keep its gradient. Of equal scores the lowest index wins. Best comes
+    first.
 
     Raises ValueError when `k` experts do not fit into the groups.
     """
@@ -198,10 +204,32 @@ def topk_groups(
         dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, group, False)
         choice = grouped.masked_fill(dropped.unsqueeze(-1), -math.inf).flatten(-2)
     index = _best(choice, k)
-    weight = score.gather(-1, index)
+    weight = score.gather(-1, index).double()
     if normalize:
         weight = weight / (weight.sum(-1, keepdim=True) + TINY)
-    return index, weight * scale
+    return index, (weight * scale).to(score.dtype)
+
+
+Scoring = Literal["sigmoid", "softmax"]
+
+
+def gate(
+    x: Tensor, bias: Tensor | None, *, scoring: Scoring, **choice: Any
+) -> tuple[Tensor, Tensor]:
+    """`topk_groups` of the affinities that `scoring` makes of x [..., experts].
+
+    `choice` is what `topk_groups` takes by name.
+    """
+    route, weight, _ = gate_saving(x, bias, scoring=scoring, **choice)
+    return route, weight
+
+
+def gate_saving(
+    x: Tensor, bias: Tensor | None, *, scoring: Scoring, **choice: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate`, and the affinities [..., experts]."""
+    affinity = sigmoid(x) if scoring == "sigmoid" else softmax(x)
+    return *topk_groups(affinity, bias, **choice), affinity
 
 
 _SORTED = 1024

@@ -178,6 +178,22 @@ def topk_groups_grad(
     return torch.zeros_like(score).scatter(-1, route, part)
 
 
+def gate_grad(
+    d: Tensor,
+    d_affinity: Tensor,
+    affinity: Tensor,
+    route: Tensor,
+    *,
+    scoring: F.Scoring,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """Of x, from the gradients of the weights d [..., k] and of the affinities [..., experts]."""
+    chosen = topk_groups_grad(d, affinity, route, normalize=normalize, scale=scale)
+    through = sigmoid_grad if scoring == "sigmoid" else softmax_grad
+    return through(d_affinity + chosen, affinity)
+
+
 def permute_grad(d: Tensor, order: Tensor, route: Tensor) -> Tensor:
     """Rows d [slots, hidden] back at their tokens, summed: [..., hidden]."""
     ones = d.new_ones(route.shape).flatten(0, -2)

@@ -28,13 +28,15 @@ def _linear(e: Emitter, op: Op) -> None:
     e.assign(op, f"F.linear({e.operand(op, 0)}, {weight})")
 
 
-def _topk_groups(e: Emitter, op: Op) -> None:
+def _gate(e: Emitter, op: Op) -> None:
+    """`topk_groups`, `gate`, and `gate_saving`."""
     bias = e.weight(op.symbols[0]) if op.symbols else "None"
     (k,) = dims_of(op.attrs["k"])
     numbers = [f"{a}={literal(op.attrs[a])}" for a in ("n_group", "topk_group")]
     rest = [f"{a}={literal(op.attrs[a])}" for a in ("group_score", "normalize", "scale")]
-    arguments = [e.operand(op, 0), bias, *numbers, f"k={k.size}", *rest]
-    e.assign(op, f"F.topk_groups({', '.join(arguments)})")
+    scoring = [f"scoring={literal(op.attrs['scoring'])}"] if "scoring" in op.attrs else []
+    arguments = [e.operand(op, 0), bias, *scoring, *numbers, f"k={k.size}", *rest]
+    e.assign(op, f"F.{op.kind}({', '.join(arguments)})")
 
 
 def _experts(e: Emitter, op: Op) -> None:
@@ -251,7 +253,9 @@ STATEMENTS: Mapping[str, Emit] = {
     "rotate": call_f("rotate"),
     "attention": call_f("attention", "scale"),
     "cache_append": _cache_append,
-    "topk_groups": _topk_groups,
+    "topk_groups": _gate,
+    "gate": _gate,
+    "gate_saving": _gate,
     "latent_attention": call_f("latent_attention", "scale"),
     "head_linear": _head_linear,
     "experts": _experts,

@@ -90,6 +90,7 @@ GRADIENTS: Mapping[str, Emit] = {
     "attention_saving": _call_g("attention_saving", "scale"),
     "attention_grad": _call_g("attention_grad", "scale"),
     "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
+    "gate_grad": _call_g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _call_g("permute_grad"),
     "unpermute_grad": _call_g("unpermute_grad"),
     "sequence_balance_loss_grad": _call_g("sequence_balance_loss_grad", "k"),

@@ -18,8 +18,9 @@ def read(case: Case, make: Callable[[Case], Tensor]) -> tuple[list[Any], Case]:
     import torch
 
     def argument(value: Any) -> Any:
-        if isinstance(value, str) and hasattr(torch, value):
-            return getattr(torch, value)
+        if isinstance(value, str):  # "sigmoid" is a text, "bfloat16" is not
+            named = getattr(torch, value, None)
+            return named if isinstance(named, torch.dtype) else value
         return make(value) if isinstance(value, dict) else value
 
     named = case.get("keywords", {}).items()

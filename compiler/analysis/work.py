@@ -57,8 +57,9 @@ _BY_KIND = {
     "fp8_grouped_linear": Work.ROUTED_EXPERTS,
 }
 
-# Operators that make a block one of attention, or one of experts.
+# Operators that make a block one of attention, that choose experts, that make it one of experts.
 ATTENTION = ("attention", "latent_attention")
+CHOICE = ("topk_groups", "gate", "gate_saving")
 EXPERTS = ("experts", "permute", "permute_quantized")
 
 
@@ -100,7 +101,7 @@ class Shares:
             found: set[Op] = set()
             wanted = set()
             for op in reversed(list(graph.walk())):
-                if op.kind == "topk_groups" or (
+                if op.kind in CHOICE or (
                     op.kind != "call" and any(v in wanted for v in op.results)
                 ):
                     found.add(op)

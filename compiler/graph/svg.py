@@ -55,6 +55,8 @@ _STYLES = {
     "cache_entry": "attention",
     "cache_append": "attention",
     "topk_groups": "expert",
+    "gate": "expert",
+    "gate_saving": "expert",
     "experts": "expert",
     "expert_load": "expert",
     "sequence_balance_loss": "expert",

@@ -12,6 +12,7 @@ from typing import ClassVar
 from compiler.graph.types import Dim, Type
 from compiler.ops.attention import Attention
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of
+from compiler.ops.moe import Gate
 
 
 class LinearInputGrad(Operator):
@@ -204,6 +205,32 @@ class TopkGroupsGrad(Operator):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         return (site.types[1],)
+
+
+class GateSaving(Gate):
+    """`gate`, and the affinities [.., experts]."""
+
+    kind = "gate_saving"
+    saving = ()
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (*super().infer(site), site.types[0])
+
+
+class GateGrad(Operator):
+    """Gradient of what the affinities are made of: through the weights, and through themselves.
+
+    d and route [.., k], d_affinity and affinity [.., experts].
+    """
+
+    kind = "gate_grad"
+    operands = ("d", "d_affinity", "affinity", "route")
+    attrs: ClassVar = {"scoring": str, "normalize": bool, "scale": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (site.types[2],)
 
 
 class PermuteGrad(Operator):

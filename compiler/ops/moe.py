@@ -83,6 +83,49 @@ class TopkGroups(Operator):
         )  # fmt: skip
 
 
+SCORINGS = ("sigmoid", "softmax")
+"""How a gate makes an affinity of its product with a token: DeepSeek-V3, DeepSeek-V2."""
+
+
+class Gate(TopkGroups):
+    """The whole gate behind its product with the tokens: affinity and choice in one.
+
+    x [.., experts] -> the affinities by `scoring`, sigmoid or softmax; then `topk_groups` of them.
+    """
+
+    kind = "gate"
+    operands = ("x",)
+    attrs: ClassVar = {"scoring": str, **TopkGroups.attrs}
+    saving: ClassVar[tuple[str, ...]] = ("gate_saving", "affinity")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        if site.attrs["scoring"] not in SCORINGS:
+            raise TypeMismatch(f"scoring is {' or '.join(SCORINGS)}, not {site.attrs['scoring']}")
+        return super().infer(site)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        route, _, affinity = op.results
+        _, d_weight, d_affinity = d
+        names, scoring = [f"d_{x.name}"], op.attrs["scoring"]
+        normalize, scale = op.attrs["normalize"], op.attrs["scale"]
+        if d_weight is not None and d_affinity is not None:
+            return at.add(
+                "gate_grad", [d_weight, d_affinity, affinity, route], names=names,
+                scoring=scoring, normalize=normalize, scale=scale,
+            )  # fmt: skip
+        if d_weight is not None:
+            (d_affinity,) = at.add(
+                "topk_groups_grad", [d_weight, affinity, route], names=["d_affinity"],
+                normalize=normalize, scale=scale,
+            )  # fmt: skip
+        if d_affinity is None:
+            return [None]
+        return at.add(f"{scoring}_grad", [d_affinity, affinity], names=names)
+
+
 class Experts(Operator):
     """sum_k weight_k * expert_{route_k}(x): each token through the experts that were chosen for it.
 

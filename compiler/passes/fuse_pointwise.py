@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compiler.graph.core import Op, Program, Value
+from compiler.graph.core import Program, Value
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss, Place, rewrite
 from dsl.load import Description
@@ -41,7 +41,7 @@ def _add_rms_norm(at: Place) -> Sequence[Value] | Miss:
         return Miss("what is normed is no sum", at.op)
     if any(v.type != x.type for v in add.operands):
         return Miss("a scalar is added", add)
-    if _read_between(at, add):
+    if at.read_earlier(add):
         return Miss("the sum is read before it is normed", add)
     names = [x.name, at.op.result.name]
     total, normed = at.add(
@@ -49,13 +49,3 @@ def _add_rms_norm(at: Place) -> Sequence[Value] | Miss:
     )
     at.builder.graph.replace_uses(x, total)
     return [normed]
-
-
-def _read_between(at: Place, add: Op) -> bool:
-    """Whether an operator in front of the norm, or in another list than it, reads the sum."""
-    after = False
-    for op in at.builder.graph.walk():
-        after = after or op is at.op
-        if add.result in op.operands and not after:
-            return True
-    return at.op not in at.builder.graph.ops or add not in at.builder.graph.ops

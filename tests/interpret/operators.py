@@ -104,11 +104,12 @@ def _head_linear(f: Frame, op: Op, x: Tensor) -> Tensor:
 # ---- experts ---------------------------------------------------------------------------------
 
 
-def _topk_groups(f: Frame, op: Op, score: Tensor) -> tuple[Tensor, Tensor]:
+def _gate(f: Frame, op: Op, x: Tensor) -> Any:
+    """`topk_groups`, `gate`, and `gate_saving`."""
     bias = f.weight(op.symbols[0]) if op.symbols else None
     (k,) = _dims(op, "k")
     rest: dict[str, Any] = {name: value for name, value in op.attrs.items() if name != "k"}
-    return F.topk_groups(score, bias, k=k, **rest)
+    return getattr(F, op.kind)(x, bias, k=k, **rest)
 
 
 def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tensor:
@@ -333,7 +334,9 @@ RUN: dict[str, Run] = {
     "keep": _keep,
     "kept": _kept,
     "accumulate_grad": _accumulate_grad,
-    "topk_groups": _topk_groups,
+    "topk_groups": _gate,
+    "gate": _gate,
+    "gate_saving": _gate,
     "experts": _experts,
     "permute": _permute,
     "grouped_linear": _grouped_linear,
@@ -386,6 +389,7 @@ RUN: dict[str, Run] = {
     "attention_saving": _g("attention_saving", "scale"),
     "attention_grad": _g("attention_grad", "scale"),
     "topk_groups_grad": _g("topk_groups_grad", "normalize", "scale"),
+    "gate_grad": _g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _permute_grad,
     "unpermute_grad": _unpermute_grad,
     "sequence_balance_loss_grad": _g("sequence_balance_loss_grad", "k"),

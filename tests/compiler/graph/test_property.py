@@ -23,6 +23,7 @@ MADE_BY_PASSES = {
     *(kind for kind, operator in OPS.items() if operator.__module__ == gradient.__name__),
     *(
         "swiglu",
+        "gate",
         "add_rms_norm",
         "linear_cross_entropy",
         "repeat_backward",

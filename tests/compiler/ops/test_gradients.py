@@ -159,6 +159,15 @@ def _topk_groups(d: Draw) -> Example:
     )
 
 
+def _gate(kind: str) -> Callable[[Draw], Example]:
+    def example(d: Draw) -> Example:
+        chosen = _topk_groups(d)
+        attrs = {"scoring": d.choice("sigmoid", "softmax"), **chosen.attrs}
+        return Example(kind, chosen.operands, chosen.weights, attrs)
+
+    return example
+
+
 def _permute(d: Draw) -> Example:
     experts = d.size(1, 20)
     route = d.route(experts, d.size(1, min(experts, 4)))
@@ -283,6 +292,8 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "rotate": _rotate,
     "attention": _attention,
     "topk_groups": _topk_groups,
+    "gate": _gate("gate"),
+    "gate_saving": _gate("gate_saving"),
     "permute": _permute,
     "grouped_linear": _grouped_linear,
     "unpermute": _unpermute,

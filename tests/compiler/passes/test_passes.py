@@ -19,6 +19,7 @@ from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.passes.absorb import _absorb
 from compiler.passes.fuse_experts import FUSE_EXPERTS, _fuse
+from compiler.passes.fuse_gate import FUSE_GATE
 from compiler.passes.simplify import SIMPLIFY
 from compiler.pipeline import PIPELINES, after
 from compiler.rewrite import rewrite
@@ -40,7 +41,8 @@ SHOWN = {
     "fuse_projections": ("forward", "lower", "MLA"),
     "hoist": ("prefill", "insert_cache", "CausalLM"),
     "fuse_experts": ("forward", "drop_cache", "DeepSeekMoE"),
-    "fuse_pointwise": ("train", "fuse_experts", "DecoderLayer_DeepSeekMoE"),
+    "fuse_gate": ("train", "fuse_experts", "DeepSeekMoE"),
+    "fuse_pointwise": ("train", "fuse_gate", "DecoderLayer_DeepSeekMoE"),
     "fuse_loss": ("train", "fuse_pointwise", "CausalLM"),
     "outline": ("train", "fuse_loss", "CausalLM"),
     "differentiate": ("train", "outline", "SwiGLU_32"),
@@ -132,7 +134,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("sets", VARIANTS)
 @pytest.mark.parametrize(
-    "skip", ["fuse_projections", "hoist", "fuse_experts", "fuse_pointwise", "absorb"]
+    "skip", ["fuse_projections", "hoist", "fuse_experts", "fuse_gate", "fuse_pointwise", "absorb"]
 )
 def test_with_and_without_a_pass_the_model_computes_the_same(
     skip: str, sets: tuple[str, ...], tmp_path: Path
@@ -236,3 +238,43 @@ def test_what_was_computed_before_is_not_computed_again() -> None:
     assert [str(v) for op in program.main.walk() for v in op.operands if op.kind == "add"] == [
         "%b", "%b", "%a", "%k", "%g", "%m",
     ]  # fmt: skip
+
+
+GATE = """
+program @gates root @Root
+graph @Root(%x: f32[batch, e=4]) -> (r: i64[batch, k=1], w: f32[batch, k=1], t: f32[]) {{
+  %s = {made}(%x) : f32[batch, e=4]
+  {before}
+  %r, %w = topk_groups(%s) <k=(k=1), n_group=1, topk_group=1, group_score=max, normalize=true, scale=1.0> : i64[batch, k=1], f32[batch, k=1]
+  {after}
+  return(%r, %w, %t)
+}}
+"""  # noqa: E501
+SUM = "%t = sum({}) : f32[]"
+
+
+@pytest.mark.parametrize(
+    ("made", "before", "after", "kinds_then", "reason"),
+    [
+        ("softmax", "", SUM.format("%x"), ["gate", "sum", "return"], ""),
+        ("sigmoid", "", SUM.format("%s"), ["gate_saving", "sum", "return"], ""),
+        (
+            "sigmoid", SUM.format("%s"), "", ["sigmoid", "sum", "topk_groups", "return"],
+            "the scores are read before experts are chosen by them",
+        ),
+        (
+            "silu", "", SUM.format("%x"), ["silu", "topk_groups", "sum", "return"],
+            "the scores are made by no sigmoid or softmax",
+        ),
+    ],
+)  # fmt: skip
+def test_a_gate_is_one_unless_its_scores_are_read_before(
+    made: str, before: str, after: str, kinds_then: list[str], reason: str
+) -> None:
+    text = GATE.format(made=made, before=before, after=after)
+    program = parse_program(Source("gate.graph", text))
+    misses = FUSE_GATE.run(program, description())
+    SIMPLIFY.run(program, description())
+    verify(program)
+    assert kinds(program.main) == kinds_then
+    assert [miss.reason for miss in misses] == [reason] * bool(reason)

@@ -1,0 +1,81 @@
+"""The gate: how many tokens a program takes, and which parts of it a model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from backends.render import render
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.target import Target
+from backends.triton.uses import Use, Uses, spans
+from compiler.ops.base import dims_of
+
+SCORES = 1024
+"""Scores that a program holds: 8 for each of 128 threads. With 256 experts a warp has a token for
+itself, so that looking for the best one never leaves it."""
+
+FUNCTIONS = {"gate": "F.gate", "gate_saving": "F.gate_saving", "gate_grad": "G.gate_grad"}
+"""What serves each kind of operator."""
+
+
+def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+    """`kernels/gate.py`, with the functions that occur on float32."""
+    found = {kind: [u for u in uses.of(kind) if _in_float32(u)] for kind in FUNCTIONS}
+    found = {kind: those for kind, those in found.items() if those}
+    if not found:
+        return None
+    choosing = [u for kind in ("gate", "gate_saving") for u in found.get(kind, ())]
+    text = render(
+        "triton/gate.py.jinja",
+        kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
+        sizes={e: _tokens(e) for e in sorted({_experts(u) for us in found.values() for u in us})},
+        scorings={u.op.attrs["scoring"] for us in found.values() for u in us},
+        group_scores={u.op.attrs["group_score"] for u in choosing},
+        grouped=any(u.op.attrs["topk_group"] != u.op.attrs["n_group"] for u in choosing),
+        chooses=bool(choosing),
+    )
+    serves = {FUNCTIONS[kind]: "float32" for kind in found}
+    return KernelFile("gate", text, serves, tuple(_cases(found, uses.rows)))
+
+
+def _in_float32(use: Use) -> bool:
+    return use.op.operands[0].type.dtype == "f32"
+
+
+def _experts(use: Use) -> int:
+    return use.size(2 if use.kind == "gate_grad" else 0)
+
+
+def _tokens(experts: int) -> int:
+    return max(1, SCORES // (1 << (experts - 1).bit_length()))
+
+
+def _cases(found: Mapping[str, Sequence[Use]], rows: Sequence[int]) -> Iterator[Case]:
+    for those in found.values():
+        for use in {(_experts(u), *sorted(u.op.attrs.items())): u for u in those}.values():
+            for tokens in rows:
+                yield _case(use, tokens, spans(those))
+
+
+def _case(use: Use, tokens: int, lines: tuple[str, ...]) -> Case:
+    experts, keywords = _experts(use), dict(use.op.attrs)
+    k = use.size(3) if use.kind == "gate_grad" else dims_of(keywords.pop("k"))[0].size or 0
+    scores = Tensor((tokens, experts), "float32")
+    route = Tensor((tokens, k), "int64", "index", experts)
+    weight = Tensor((tokens, k), "float32")
+    bias = Tensor((experts,), "float32") if use.op.symbols else None
+    if use.kind == "gate_grad":
+        taken: tuple[Tensor | None, ...] = (weight, scores, scores, route)
+        given: tuple[Tensor, ...] = (scores,)
+    else:
+        taken, keywords["k"] = (scores, bias), k
+        given = (route, weight, scores) if use.kind == "gate_saving" else (route, weight)
+    return Case(
+        name=f"{use.kind} e{experts} k{k} m{tokens}",
+        function=use.kind,
+        arguments=taken,
+        keywords=keywords,
+        bytes=nbytes(*(t for t in taken if t is not None), *given),
+        access=64 if use.kind == "gate" else 128,  # what it writes is k numbers for each token
+        spans=lines,
+    )
