@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -56,7 +56,7 @@ class Kernels:
         dtype, files = self._kernels[name]
 
         def function(*arguments: Any, **keywords: Any) -> Any:
-            first = next((a for a in arguments if isinstance(a, Tensor)), None)
+            first = _first_tensor(arguments)
             if first is None or first.dtype != dtype or not serves(self._target, first.device):
                 return reference(*arguments, **keywords)
             if torch.is_grad_enabled() and any(_wants_gradient(a) for a in arguments):
@@ -81,6 +81,16 @@ def _file(path: str) -> ModuleType | None:
     except ModuleNotFoundError as error:
         warnings.warn(f"{error}: {path} is left out, the next kernel serves", stacklevel=4)
         return None
+
+
+def _first_tensor(arguments: Iterable[Any]) -> Tensor | None:
+    """The first one that is a tensor, or a list of them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+        if isinstance(argument, list | tuple) and any(isinstance(a, Tensor) for a in argument):
+            return _first_tensor(argument)
+    return None
 
 
 def _wants_gradient(argument: object) -> bool:

@@ -245,7 +245,8 @@ def linear_cross_entropy(
     rows, label = x.flatten(0, -2), labels.flatten()
     loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     dx = torch.empty_like(rows) if gradients else None
-    dw = torch.zeros_like(weight, dtype=x.dtype) if gradients else None
+    # Added up in float32: in bfloat16 the sum of some hundred pieces keeps no eight bits.
+    dw = torch.zeros_like(weight, dtype=loss.dtype) if gradients else None
     size = max(1, CHUNK // weight.shape[0])
     for start in range(0, len(rows), size):
         part, wanted = rows[start : start + size], label[start : start + size]
@@ -256,7 +257,9 @@ def linear_cross_entropy(
             d = _scores_grad(log_p.exp_(), wanted).to(x.dtype)
             dx[start : start + size] = matmul.product(d, weight.t())
             dw += matmul.product(d.t(), part.t())
-    return loss, None if dx is None else dx.view(x.shape), dw
+    if dx is None or dw is None:
+        return loss, None, None
+    return loss, dx.view(x.shape), dw.to(x.dtype)
 
 
 def pad_first(x: Tensor, dim: int, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, optimizer
 from .cache import Cache
 from .config import Config
 from .generate import generate
@@ -60,6 +60,8 @@ class LanguageModel(Block, ABC):
     """Copy -> original: published tensors that checkpoints hold a second time."""
     hf_config: ClassVar[Mapping[str, Any]] = {}
     """What `save` writes to config.json."""
+    optimizer: ClassVar[Any] = optimizer
+    """What the end of a training step computes with: that module, or kernels in its place."""
 
     def __init__(
         self,

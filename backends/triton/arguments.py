@@ -21,6 +21,8 @@ def read(case: Case, make: Callable[[Case], Tensor]) -> tuple[list[Any], Case]:
         if isinstance(value, str):  # "sigmoid" is a text, "bfloat16" is not
             named = getattr(torch, value, None)
             return named if isinstance(named, torch.dtype) else value
+        if isinstance(value, list):
+            return [argument(one) for one in value]
         return make(value) if isinstance(value, dict) else value
 
     named = case.get("keywords", {}).items()

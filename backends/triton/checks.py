@@ -52,7 +52,7 @@ def _uses_the_right_unit(row: Row, target: Target) -> Iterator[str]:
     found, case = row["metrics"], row["cases"][0]
     unit = case["unit"]
     if unit == "memory" or not _multiplies(row):
-        access = case["access"] if _is_main(row) else 0
+        access = case["access"] if _is_main(row) or row["kernel"] == case.get("main") else 0
         for name in ("load", "store"):
             if found[f"{name}_bits"] < access and not found["bulk_copies"]:
                 yield f"its widest {name} has {found[f'{name}_bits']} bits, {access} expected"

@@ -78,4 +78,5 @@ def _case(use: Use, tokens: int, lines: tuple[str, ...]) -> Case:
         bytes=nbytes(*(t for t in taken if t is not None), *given),
         access=64 if use.kind == "gate" else 128,  # what it writes is k numbers for each token
         spans=lines,
+        main="gate_kernel",
     )

@@ -31,8 +31,8 @@ class Case:
 
     `flops` and `bytes` count every input read once and every output written once. `unit` is what
     must do the work: FP8 or BF16 matrix instructions, or the memory alone; `access` the width in
-    bits that the widest load and store must have at least. `choice` is the question, asked of
-    `Choices`, that decided how its kernel is cut.
+    bits that the widest load and store must have at least, in the kernel that is called like the
+    function or `main`. `choice` is the question, asked of `Choices`, that decided how it is cut.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Case:
     access: int = 128
     spans: tuple[str, ...] = ()
     choice: str = ""
+    main: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from dataclasses import asdict
 
 from backends.render import render
 from backends.triton import (
+    adamw,
     attention,
+    cross_entropy,
     deep_gemm,
     flash_mla,
     fp8_grouped_linear,
@@ -40,11 +42,13 @@ FAMILIES = (
     fp8_linear,
     linear,
     fp8_grouped_linear,
+    cross_entropy,
+    adamw,
 )
 """Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it.
 Where two serve a function the earlier one is asked first: libraries stand before own kernels."""
 
-MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8"}
+MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
 """What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
 
 

@@ -120,6 +120,7 @@ class Sizes:
             bytes=nbytes(*taken, *given),
             access=128 if kind != "expert_load" else 32,
             spans=lines,
+            main="unpermute_kernel",
         )
 
     def _tensors(self, kind: str, tokens: int) -> tuple[Tensors, Tensors, tuple[int, ...]]:

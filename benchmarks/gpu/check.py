@@ -9,9 +9,14 @@ from torch import Tensor
 
 from backends.triton.arguments import Case, arguments_of
 from backends.triton.package import MODULES
-from runtime import fp8, functional, gradients
+from runtime import fp8, functional, gradients, optimizer
 
-REFERENCES = {"functional": functional, "gradients": gradients, "fp8": fp8}
+REFERENCES = {
+    "functional": functional,
+    "gradients": gradients,
+    "fp8": fp8,
+    "optimizer": optimizer,
+}
 
 LIMIT = {"fp8": 1e-3, "bf16": 5e-6, "memory": 5e-6}
 """The largest `difference` by what does the work, as DeepGEMM (FP8) and FlashMLA (BF16) have it."""

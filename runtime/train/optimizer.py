@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, all_reduce
 
 from ..config import Config
-from ..optimizer import adamw_step, clip_factor, square_sum
+from ..model import LanguageModel
 from ..weights import published
 
 
@@ -37,8 +37,9 @@ class AdamW:
     Gradients of the micro-batches of a step are added up in float32.
     """
 
-    def __init__(self, model: nn.Module, settings: Config) -> None:
+    def __init__(self, model: LanguageModel, settings: Config) -> None:
         self.settings = settings
+        self.functions = model.optimizer
         self.weights = [
             Weight(
                 name,
@@ -70,7 +71,9 @@ class AdamW:
 
     def squares(self) -> Tensor:
         """The square of the norm of all gradients together; not finite if one of them is not."""
-        return square_sum(w.gradient for w in self.weights if w.gradient is not None)
+        found = [w.gradient for w in self.weights if w.gradient is not None]
+        squares: Tensor = self.functions.square_sum(found)
+        return squares
 
     def not_finite(self) -> list[str]:
         """Names of the weights whose gradients hold NaN or infinity."""
@@ -84,14 +87,15 @@ class AdamW:
         for weight in self.weights:
             weight.gradient = weight.tensor.grad = None
 
+    @torch.no_grad()
     def step(self, number: int, rate: float, squares: Tensor) -> None:
         """The `number`-th step, counted from 1, at a learning rate; then gradients are dropped."""
         one = self.settings
-        factor = clip_factor(squares, one.clip) if one.clip else None
+        factor = self.functions.clip_factor(squares, one.clip) if one.clip else None
         for weight in self.weights:
             if weight.gradient is None:
                 continue
-            adamw_step(
+            self.functions.adamw_step(
                 weight.master,
                 weight.gradient,
                 weight.mean,
@@ -103,8 +107,8 @@ class AdamW:
                 weight_decay=one.weight_decay if weight.tensor.dim() > 1 else 0.0,
                 step=number,
                 factor=factor,
+                weight=weight.tensor if weight.tensor.dtype != torch.float32 else None,
             )
-        self.copy_masters()
         self.drop_gradients()
 
     @torch.no_grad()
