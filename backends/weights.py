@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ BESIDE = (
     "chat_template.jinja",
 )  # fmt: skip
 """Files that go along with weights unchanged."""
+MOST = 200_000
+"""Weights of a model; DeepSeek-V3 has 46,183."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Checkpoint:
     """A folder of weights, and the model whose weights they are to be.
 
     `seed` is what their first values came from, where it is known; `scale` how its FP8 scales are
-    kept, `fp32` or `ue8m0`.
+    kept, `fp32` or `ue8m0`; `beside` are files that go along.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     scale: str
     seed: int | None = None
+    beside: tuple[Path, ...] = ()
 
 
 def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
@@ -78,7 +82,8 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
     lowered = lower(description)
     power = _quantization(config).get("scale_fmt") == "ue8m0"
     scale = "ue8m0" if power else _scale(lowered)
-    return Checkpoint(folder, published(lowered), config, scale)
+    beside = _files(folder, BESIDE)
+    return Checkpoint(folder, _tensors(lowered), config, scale, beside=beside)
 
 
 def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
@@ -107,7 +112,10 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
         raise DiagnosticError([Diagnostic("E612", message)])
     lowered = read_build(run / model).lowered
     source = read_source(run / model / "config.py", str(run / model / "config.py"))
-    return Checkpoint(folder, published(lowered), _hf_config(source), _scale(lowered), seed)
+    # Tokens have a tokenizer beside them if they are not bytes.
+    beside = _files(run / str(record.get("tokens")), ("tokenizer.json",))
+    config = _hf_config(source)
+    return Checkpoint(folder, _tensors(lowered), config, _scale(lowered), seed, beside)
 
 
 def is_run(folder: Path) -> bool:
@@ -124,6 +132,18 @@ def _hf_config(source: Source) -> dict[str, Any]:
         pass
     help = "build the model again"
     raise DiagnosticError([Diagnostic("E604", f"{source.name} gives no HF_CONFIG", help=help)])
+
+
+def _tensors(lowered: Program) -> tuple[Published, ...]:
+    """Those of a model whose config.json or build a stranger may have written."""
+    found = tuple(islice(published(lowered), MOST + 1))
+    if len(found) > MOST:
+        raise DiagnosticError([Diagnostic("E610", f"the model has more than {MOST:,} weights")])
+    return found
+
+
+def _files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 def _scale(program: Program) -> str:
@@ -153,16 +173,14 @@ def convert(
     form = Form(fp8, checkpoint.scale, checkpoint.seed, first_values)
     wanted = list(_wanted(checkpoint.tensors))
     files = {CONFIG: _json(_config(checkpoint.config, form))}
-    folder = checkpoint.folder
-    beside = [folder / name for name in BESIDE if (folder / name).is_file()]
     try:
         return convert(
-            folder,
+            checkpoint.folder,
             target,
             wanted,
             form,
             files,
-            beside=beside,
+            beside=checkpoint.beside,
             max_shard_bytes=max_file,
             report=report,
         )
@@ -174,6 +192,13 @@ def convert(
         raise DiagnosticError(_problems(error.problems)) from None
 
 
+HELP = {
+    "left at": "if it is meant to be so: --first-values",
+    "has other bytes": "if it was changed on purpose, move audit.json away",
+}
+"""By the beginning of a problem."""
+
+
 def _problems(problems: Iterable[Problem]) -> Iterator[Diagnostic]:
     """One for each thing that is wrong; names that differ only in numbers are told as one."""
     from runtime.shards import gather
@@ -182,8 +207,7 @@ def _problems(problems: Iterable[Problem]) -> Iterator[Diagnostic]:
     for one in problems:
         by_text.setdefault(one.text, []).append(one.name)
     for text, names in by_text.items():
-        untrained = text.startswith("left at")
-        help = "if it is meant to be so: --first-values" if untrained else ""
+        help = next((help for start, help in HELP.items() if text.startswith(start)), "")
         for line in gather(names):
             yield Diagnostic("E610", f"{line}: {text}", help=help)
 

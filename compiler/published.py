@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from compiler.graph.core import Graph, Op, Program, Weight
+from compiler.graph.core import Graph, Op, Program
 from compiler.lower.precision import published_in_fp8
 
 FIRST_VALUES = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
@@ -30,22 +30,22 @@ class Published:
     copy_of: str = ""
 
 
-def published(program: Program) -> tuple[Published, ...]:
+def published(program: Program) -> Iterator[Published]:
     """Every tensor of a lowered program in the order of use, expert by expert; copies come last."""
-    found: dict[str, Published] = {}
+    originals: dict[str, Published] = {}
     for one in _Walk(program).tensors(program.main, "", program.main.ops, ()):
-        found.setdefault(one.name, one)
-    copies = [
-        replace(found[original], name=copy, copy_of=original)
-        for copy, original in program.aliases.items()
-    ]
-    return (*found.values(), *copies)
+        if one.name in program.aliases.values():
+            originals[one.name] = one
+        yield one
+    for copy, original in program.aliases.items():
+        yield replace(originals[original], name=copy, copy_of=original)
 
 
 class _Walk:
     def __init__(self, program: Program) -> None:
         self._graphs = program.graphs
         self._fp8 = published_in_fp8(program)
+        self._seen: set[tuple[str, str]] = set()
 
     def tensors(
         self, graph: Graph, prefix: str, ops: Sequence[Op], layers: tuple[int, ...]
@@ -65,11 +65,18 @@ class _Walk:
                     yield from self.tensors(graph, prefix, region.ops, (*layers, *layer))
 
     def _weights(self, graph: Graph, prefix: str, symbol: str) -> Iterator[Published]:
-        """One weight; where it is that of an expert, all those of all experts of the graph."""
-        if "*" not in symbol:
+        """One weight; where it is that of an expert, all those of all experts of the graph.
+
+        None that was given before.
+        """
+        before, star, _ = symbol.partition("*")
+        if (prefix, before) in self._seen:
+            return
+        self._seen.add((prefix, before))
+        if not star:
             yield self._tensor(graph, symbol, f"{prefix}{symbol}")
             return
-        alike = [s for s, w in graph.weights.items() if _stacked(s, w) == _stacked(symbol, w)]
+        alike = [one for one in graph.weights if one.startswith(f"{before}*")]
         for expert in range(graph.weights[symbol].stack):
             for one in alike:
                 yield self._tensor(graph, one, prefix + _written(one, (expert,)))
@@ -81,11 +88,6 @@ class _Walk:
         first = FIRST_VALUES[weight.init]
         std = weight.std if weight.init == "normal" else 0.0
         return Published(name, shape, weight.type.dtype, first, std, weight.trainable, fp8)
-
-
-def _stacked(symbol: str, weight: Weight) -> tuple[str, int]:
-    """What the weights of the same experts have in common: `experts.` and their number."""
-    return (symbol.partition("*")[0] if "*" in symbol else symbol, weight.stack)
 
 
 def _layers(op: Op) -> Iterator[tuple[int, ...]]:

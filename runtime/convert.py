@@ -277,9 +277,10 @@ class _Work:
                     self._tell(number)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             fresh.unlink(missing_ok=True)
-            raise
+            text = f"{error.strerror or error}; what is complete is kept for the next attempt"
+            raise OSError(error.errno, text, error.filename or str(fresh)) from None
         if problems:
             fresh.unlink()
             return problems

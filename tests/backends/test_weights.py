@@ -179,6 +179,21 @@ def test_files_beside_go_along_and_code_does_not(saved: Path, tmp_path: Path) ->
     assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
+def test_a_changed_byte_is_told_with_a_way_out(saved: Path, tmp_path: Path) -> None:
+    out = converted(saved, tmp_path / "out")
+    file = next(out.glob("model-00002-*"))
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DiagnosticError) as caught:
+        converted(out, tmp_path / "again")
+    (problem,) = caught.value.diagnostics
+    assert "has other bytes than audit.json" in problem.message
+    assert "move audit.json away" in problem.help
+    (out / "audit.json").unlink()
+    converted(out, tmp_path / "other")
+
+
 def test_problems_are_told_by_kind(package: ModuleType, tmp_path: Path) -> None:
     model: Any = package.Model(seed=3)
     model.save(tmp_path / "new")

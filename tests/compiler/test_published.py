@@ -21,7 +21,7 @@ DTYPES = {"f32": "torch.float32", "bf16": "torch.bfloat16"}
 
 def test_deepseek_v3_has_the_tensors_that_were_published() -> None:
     """Counts of the released files: tensors with their scales, elements by type."""
-    tensors = published(lower(load(SPECS / "deepseek_v3.yaml")))
+    tensors = list(published(lower(load(SPECS / "deepseek_v3.yaml"))))
     quantized = [one for one in tensors if one.fp8]
     assert (len(tensors) + len(quantized), len(quantized)) == (91_991, 45_808)
     assert sum(math.prod(one.shape) for one in quantized) == 680_571_043_840
@@ -62,7 +62,7 @@ def test_they_are_those_of_the_built_model(tmp_path: Path, name: str, sets: list
         part.name: (part.shape, str(part.dtype), part.declaration.value, part.declaration.std)
         for part in sys.modules[f"{package}.runtime.weights"].published(model)
     }
-    tensors = published(lower(description))
+    tensors = list(published(lower(description)))
     found = {
         one.name: (one.shape, DTYPES[one.dtype], one.value, one.std)
         for one in tensors
@@ -70,4 +70,4 @@ def test_they_are_those_of_the_built_model(tmp_path: Path, name: str, sets: list
     }
     assert found == expected
     assert {one.name: one.copy_of for one in tensors if one.copy_of} == model.aliases
-    assert published(read_build(tmp_path / package).lowered) == tensors
+    assert list(published(read_build(tmp_path / package).lowered)) == tensors

@@ -40,7 +40,9 @@ def trained(folder: Path, name: str, **changes: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("run"), "exported_tiny", train__ema="0.5")
+    run = trained(tmp_path_factory.mktemp("run"), "exported_tiny", train__ema="0.5")
+    (run / "data" / "tokenizer.json").write_text("{}")
+    return run
 
 
 def state(folder: Path) -> dict[str, Tensor]:
@@ -73,6 +75,7 @@ def test_a_run_is_exported_and_loads(
     for name, tensor in masters.items():
         bias = name.endswith("e_score_correction_bias")
         assert torch.equal(exported[name], tensor if bias else tensor.bfloat16())
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     model = sys.modules["exported_tiny"].Model()  # type: ignore[attr-defined]
     model.load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
@@ -141,6 +144,12 @@ def test_folders_that_cannot_be_read(dslc: Run, tmp_path: Path) -> None:
     outcome = dslc("import", "other", "--to", "other", "--spec", spec)
     assert outcome.status == 1 and "error[E611]: other exists" in outcome.err
     assert dslc("import", "other", "--to", "out", "--max-file", "0").status == 2
+    config = hf_config(load(spec))
+    for key in ("num_hidden_layers", "n_routed_experts"):
+        text = json.dumps({**config, key: 10**6, "n_group": 1, "topk_group": 1})
+        (tmp_path / "other" / "config.json").write_text(text)
+        outcome = dslc("import", "other", "--to", "out")
+        assert outcome.err == "error[E610]: the model has more than 200,000 weights\n"
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +186,7 @@ def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {**hf_config(description), "quantization_config": fp8}
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(1)
-    tensors = published(lower(description))
+    tensors = list(published(lower(description)))
     each = -(-len(tensors) // SHARDS)
     whole: dict[str, Tensor] = {}
     placed: dict[str, str] = {}
