@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from runtime.train.tokens import Tokens
 from tests.runtime.train.built import TEXT, built, part
 
 Lines = list[dict[str, Any]]
@@ -293,6 +295,17 @@ def test_a_spec_that_does_not_say_how_to_train(
     assert "train.batch is missing" in error
     assert "train.steps or train.tokens is missing" in error
     assert "beyond sequence.max_position_embeddings, 256" in error
+
+
+def test_a_run_whose_documents_are_filled_in_the_middle(text: Path, tmp_path: Path) -> None:
+    fim = "{rate: 1, begin: 400, hole: 401, end: 402}"
+    package = built(tmp_path, "tiny_fim", train__fim=fim)
+    assert train(package, tmp_path / "run", "--data", text, "--held-out", "0") == 0
+    tokens = torch.cat([p.to(torch.int64) for p in Tokens(tmp_path / "run" / "data").parts])
+    # One document and its end: three tokens more, and one.
+    assert len(tokens) == 3000 + 3 + 1
+    assert [t for t in tokens.tolist() if t > 255] == [400, 401, 402]
+    assert not any("held_out" in line for line in lines(tmp_path / "run"))
 
 
 def test_no_checkpoint_holds_a_pickle(whole: Path) -> None:

@@ -145,6 +145,27 @@ def test_the_average_follows_the_masters(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("policy", ["bf16", "fp8_blockwise"])
+def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, policy: str) -> None:
+    """With masters, moments and an average that the weights alone do not tell."""
+    package = built(tmp_path, f"tiny_{policy}", precision__policy=policy, train__ema="0.9")
+    one = trainer(package)
+    for _ in range(2):
+        one.step()
+    checkpoints, states = part(package, "checkpoints"), part(package, "state")
+    saved = checkpoints.Checkpoints(tmp_path / "checkpoints", 1)
+    saved.save(states.state(one))
+    # Training goes on while the state is written; what is written is that of before.
+    losses = [one.step().total for _ in range(3)]
+    saved.wait()
+    other = trainer(package, seed=5)
+    states.restored(other, saved.load(saved.newest(), states.state(other)))
+    assert [other.step().total for _ in range(3)] == losses
+    for name, tensors in states.state(one).tensors.items():
+        for key, tensor in states.state(other).tensors[name].items():
+            assert torch.equal(tensor, tensors[key]), (name, key)
+
+
 @pytest.mark.parametrize(
     ("break_it", "named"),
     [
