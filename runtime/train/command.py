@@ -128,11 +128,11 @@ def parse(model: type[LanguageModel], arguments: Sequence[str] | None) -> Option
     add("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
     add("--data", type=Path, nargs="+", default=[], metavar="FILE",
         help="text, JSON lines with a `text` each, or a folder of tokens")  # fmt: skip
-    add("--tokenizer", default=default.tokenizer, metavar="FILE",
+    add("--tokenizer", metavar="FILE",
         help="a tokenizer.json; by default tokens are bytes")  # fmt: skip
-    add("--held-out", type=_share, default=default.held_out, metavar="SHARE",
+    add("--held-out", type=_share, metavar="SHARE",
         help="of each file, its end, not trained on (0.1)")  # fmt: skip
-    add("--seed", type=int, default=default.seed, help="of first weights and of order (0)")
+    add("--seed", type=int, help="of first weights and of order (0)")
     add("--save-every", type=_count, default=default.save_every, metavar="STEPS",
         help="from one checkpoint to the next (500)")  # fmt: skip
     add("--keep", type=_count, default=default.keep, metavar="N", help="newest checkpoints (2)")

@@ -38,26 +38,28 @@ RECORD = "run.json"
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for on the command line. Those of `FIXED` stay for the life of a run."""
+    """What is asked for on the command line. None: as the run was begun, or as `BEGIN` says."""
 
     out: Path
     data: tuple[Path, ...] = ()
-    tokenizer: str = "bytes"
-    held_out: float = 0.1
-    seed: int = 0
+    tokenizer: str | None = None
+    held_out: float | None = None
+    seed: int | None = None
     save_every: int = 500
     keep: int = 2
     eval_every: int = 500
     eval_sequences: int = 64
 
-    FIXED = ("held_out", "seed", "tokenizer")
+
+BEGIN: Mapping[str, Any] = {"tokenizer": "bytes", "held_out": 0.1, "seed": 0}
+"""What stays for the life of a run."""
 
 
 class Run:
     """A run that begins, or goes on where its newest checkpoint is."""
 
     def __init__(self, model: type[LanguageModel], options: Options) -> None:
-        """Raises TrainError for whatever stands against it, before anything is changed."""
+        """Raises TrainError for whatever stands against it."""
         self.options = options
         self.settings = Settings.of(model.config)
         self.spec = {
@@ -70,13 +72,17 @@ class Run:
             self._same(record)
         elif _foreign(options.out, model.config.model):
             raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
-        self.tokens = self._tokens(model.config, record)
-        trained, held_out = split(self.tokens.parts, options.held_out)
-        length = self.settings.sequence_length
-        torch.manual_seed(options.seed)
-        self.trainer = Trainer(
-            model(seed=options.seed), self.settings, Sequences(trained, length, options.seed)
-        )
+        given = {name: getattr(options, name) for name in BEGIN}
+        begun = {
+            **(record or BEGIN),
+            **{n: value for n, value in given.items() if value is not None},
+        }
+        seed, length = begun["seed"], self.settings.sequence_length
+        self.tokens = self._tokens(model.config, record, begun)
+        trained, held_out = split(self.tokens.parts, begun["held_out"])
+        torch.manual_seed(seed)
+        sequences = Sequences(trained, length, seed)
+        self.trainer = Trainer(model(seed=seed), self.settings, sequences)
         self.held_out = HeldOut(held_out, length)
         self.changes: list[str] = []
         if self.newest is not None:
@@ -87,7 +93,7 @@ class Run:
             "tokens": record["tokens"] if record else self._named(self.tokens.folder),
             "tokens_key": self.tokens.header.key,
             "data": record["data"] if record else _paths(options.data),
-            **{name: getattr(options, name) for name in Options.FIXED},
+            **{name: begun[name] for name in BEGIN},
         }
         replace_text(options.out / RECORD, json.dumps(content, indent=2) + "\n")
 
@@ -172,17 +178,18 @@ class Run:
 
     def _same(self, record: Mapping[str, Any]) -> None:
         """Raises TrainError if the run was begun with other options."""
-        asked = {name: getattr(self.options, name) for name in Options.FIXED}
-        if self.options.data:
-            asked["data"] = _paths(self.options.data)
+        asked = {name: getattr(self.options, name) for name in BEGIN}
+        asked["data"] = _paths(self.options.data) or None
         for name, value in asked.items():
-            if record[name] != value:
+            if value is not None and record[name] != value:
                 raise TrainError(
                     f"{self.options.out} was begun with --{name.replace('_', '-')} {record[name]},"
                     f" not {value}: choose another --out"
                 )
 
-    def _tokens(self, config: Config, record: Mapping[str, Any] | None) -> Tokens:
+    def _tokens(
+        self, config: Config, record: Mapping[str, Any] | None, begun: Mapping[str, Any]
+    ) -> Tokens:
         """The tokens of the run; made from text where they are not there yet."""
         options, place = self.options, self.options.out / "data"
         settings = _made_with(config)
@@ -193,10 +200,10 @@ class Run:
         elif len(options.data) == 1 and is_tokens(options.data[0]):
             tokens = Tokens(options.data[0])
         elif options.data:
-            tokenizer = open_tokenizer(options.tokenizer)
+            tokenizer = open_tokenizer(begun["tokenizer"])
             fim = FillInTheMiddle.of(config)
             eos = config.sequence.eos_token_id
-            texts = encode(documents(options.data), tokenizer, eos, fim, options.seed)
+            texts = encode(documents(options.data), tokenizer, eos, fim, begun["seed"])
             shutil.rmtree(place, ignore_errors=True)
             write(place, texts, tokenizer, config.params.vocab_size, settings)
             tokens = Tokens(place)

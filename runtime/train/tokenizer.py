@@ -60,11 +60,12 @@ class Learned(Tokenizer):
             self._tokenizer: Any = _library().Tokenizer.from_buffer(self.data)
         except ValueError as error:
             raise TrainError(f"{file} is no file of the `tokenizers` library: {error}") from None
+        # Special tokens are the packer's: no document can write one.
+        self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.key = hashlib.sha256(self.data).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        # Special tokens are the packer's: a document may not forge them by its text alone.
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -81,10 +81,12 @@ class Trainer:
         """Trains on one batch.
 
         Raises NotFinite, with the state as it was before, for a loss or gradients that are NaN or
-        infinite.
+        infinite; TrainError for a batch with fewer sequences than there are ranks.
         """
         settings, steps, before = self.settings, self.position.steps, self.tokens
         batch = settings.batch_at(before, steps)
+        if batch < self.ranks:
+            raise TrainError(f"a batch of {batch} sequences cannot be dealt to {self.ranks} ranks")
         sums = self._gradients(batch, before)
         if self.group is not None:
             all_reduce(sums, group=self.group)

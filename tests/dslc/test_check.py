@@ -11,7 +11,10 @@ from dslc.specs import shipped
 from tests.dslc.conftest import Run
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_tiny", "deepseek_v2_lite"])
+SPECS = ("deepseek_v3", "deepseek_v3_mini", "deepseek_v3_tiny", "deepseek_v2_lite")
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_a_right_spec(dslc: Run, name: str) -> None:
     outcome = dslc("check", shipped()[name])
     assert (outcome.status, outcome.err) == (0, "")

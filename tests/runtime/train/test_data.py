@@ -60,6 +60,9 @@ def test_a_learned_tokenizer_comes_back(tmp_path: Path) -> None:
     for text in [*TEXTS, "never seen: ß€"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0])
+    # A document cannot end itself.
+    assert 0 not in tokenizer.encode("a<eos>b")
+    assert tokenizer.decode(tokenizer.encode("a<eos>b")) == "a<eos>b"
     with pytest.raises(TrainError, match="no file of the `tokenizers` library"):
         (tmp_path / "broken.json").write_text("{")
         open_tokenizer(str(tmp_path / "broken.json"))

@@ -277,8 +277,14 @@ def test_a_run_that_cannot_be_written(
 
 
 def test_a_run_goes_on_with_the_options_it_began_with(
-    package: Any, whole: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    package: Any, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = tmp_path / "run"
+    assert train(package, out, "--data", text, "--held-out", "0.2", "--seed", "4") == 0
+    assert train(package, out) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert (record["held_out"], record["seed"]) == (0.2, 4)
+    capsys.readouterr()
     assert train(package, whole, "--seed", "3") == 1
     assert "was begun with --seed 0, not 3" in capsys.readouterr().err
     assert train(package, whole, "--data", text.with_name("other.txt")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -66,3 +67,11 @@ def test_metrics_go_on_after_a_step(tmp_path: Path) -> None:
     assert "warning" in found[-1]
     loads = [line["step"] for line in found[:-1] if "load" in line["experts"]["layers.1.mlp"]]
     assert loads == [1, 10]
+
+
+def test_metrics_are_there_for_tensorboard_where_it_is_installed(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0)
+    metrics.step(step(1, [1, 2]), 0.5)
+    metrics.close()
+    installed = importlib.util.find_spec("tensorboard") is not None
+    assert bool(list(tmp_path.glob("tensorboard/events.*"))) == installed
