@@ -10,7 +10,6 @@ import pytest
 from dslc.specs import shipped
 from tests.dslc.conftest import Run
 
-
 SPECS = ("deepseek_v3", "deepseek_v3_mini", "deepseek_v3_tiny", "deepseek_v2_lite")
 
 
