@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import sys
 import time
 from dataclasses import dataclass, field
@@ -45,6 +46,17 @@ MaxFileOption = Annotated[
     typer.Option(parser=parse_size, metavar="SIZE", help="The largest file to write."),
 ]
 MAX_FILE = "5GB"
+
+
+def require_torch() -> None:
+    """Raises `DiagnosticError` where weights cannot be read."""
+    from dsl.diagnostic import Diagnostic, DiagnosticError
+
+    missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f"converting weights needs {' and '.join(missing)}, not installed here"
+        help = f"`pip install {' '.join(missing)}`; a build needs neither"
+        raise DiagnosticError([Diagnostic("E605", message, help=help)])
 
 
 def converted(

@@ -57,9 +57,10 @@ def run(
     from backends.weights import checkpoint_in, checkpoint_of, is_run
     from dslc.report import reporting
     from dslc.specs import read
-    from dslc.weights import converted
+    from dslc.weights import converted, require_torch
 
     with reporting(as_json=format is Format.json):
+        require_torch()
         if is_run(source):
             found = checkpoint_of(source, ema)
         else:

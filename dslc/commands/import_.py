@@ -50,9 +50,10 @@ def run(
     from backends.weights import checkpoint_in
     from dslc.report import reporting
     from dslc.specs import read
-    from dslc.weights import converted
+    from dslc.weights import converted, require_torch
 
     with reporting(as_json=format is Format.json):
+        require_torch()
         described = read(spec, None, None) if spec is not None else None
         found = checkpoint_in(folder, described)
         converted(found, to, fp8=False, first_values=first_values, max_file=max_file, format=format)

@@ -152,6 +152,16 @@ def test_folders_that_cannot_be_read(dslc: Run, tmp_path: Path) -> None:
         assert outcome.err == "error[E610]: the model has more than 200,000 weights\n"
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_without_torch_it_says_what_to_install(
+    dslc: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    outcome = dslc(command, "folder", "--to", "out")
+    assert outcome.status == 1
+    assert "E605" in outcome.err and "pip install torch safetensors" in outcome.err
+
+
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     halfway = Progress(shard=3, shards=163, bytes=5 * 10**9, total=10**10, kept=10**9)
     line = "file 3 of 163, 5.00 of 10.00 GB, 1.00 GB kept, 100 MB/s, 0:00:50 left"
