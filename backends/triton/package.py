@@ -17,6 +17,7 @@ from backends.triton import (
     fp8_grouped_linear,
     fp8_linear,
     gate,
+    grouped_linear,
     latent_attention,
     linear,
     norm,
@@ -42,6 +43,7 @@ FAMILIES = (
     fp8_linear,
     linear,
     fp8_grouped_linear,
+    grouped_linear,
     cross_entropy,
     adamw,
 )

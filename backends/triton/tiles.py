@@ -55,11 +55,11 @@ class Product:
     experts: int = 1
 
     def tiles(self, tile: Tile) -> int:
-        """Each expert has as many rows as another, and half a tile of its own to spare."""
-        rows = -(-self.rows // tile.rows)
+        """One at least for each expert that has rows; of several, half a one is to spare."""
+        high = -(-self.rows // tile.rows)
         if self.experts > 1:
-            rows = min(self.rows, self.rows // tile.rows + self.experts // 2)
-        return rows * -(-self.columns // tile.columns)
+            high = max(min(self.rows, self.experts), self.rows // tile.rows + self.experts // 2)
+        return high * -(-self.columns // tile.columns)
 
     def nbytes(self) -> int:
         """What must be read: the rows, and the weights of those experts that have any."""
@@ -198,3 +198,10 @@ BF16 = {
     ),
 }
 """Tiles of products in bfloat16, whose sums stay in the tensor cores."""
+
+BF16_OUTER = {
+    "sm_90": Tile(128, 128, warps=8, stages=4, hot=260, programs=1, step=64),
+    "sm_100": Tile(128, 128, warps=4, stages=4, hot=260, programs=1, step=64),
+    "gfx942": Tile(128, 128, warps=8, stages=2, hot=200, programs=1, step=64),
+}
+"""Tiles of the weight gradients of experts, whose slots begin anywhere."""
