@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from backends.render import render
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses
+from backends.triton.uses import Use, Uses, spans
 
 BLOCK = 1024
 """Numbers of a program: 8 for each of 128 threads, 128 bits of each tensor in BF16."""
@@ -32,9 +32,9 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     programs = WAVES * target.multiprocessors
     text = render("triton/adamw.py.jinja", block=BLOCK, programs=programs)
     serves = {"optimizer.adamw_step": "float32", "optimizer.square_sum": "float32"}
-    weights = {math.prod(shape): (shape, dtype) for shape, dtype in map(_stored, trained)}
+    weights = {math.prod(_stored(use)[0]): use for use in trained}
     shown = [weights[size] for size in dict.fromkeys((min(weights), max(weights)))]
-    return KernelFile("adamw", text, serves, tuple(c for one in shown for c in _cases(*one)))
+    return KernelFile("adamw", text, serves, tuple(c for use in shown for c in _cases(use)))
 
 
 def _stored(use: Use) -> tuple[tuple[int, ...], str]:
@@ -45,7 +45,8 @@ def _stored(use: Use) -> tuple[tuple[int, ...], str]:
     return ((first.stack, *shape) if first.stack > 1 else shape), TORCH[first.type.dtype]
 
 
-def _cases(shape: tuple[int, ...], dtype: str) -> Iterator[Case]:
+def _cases(use: Use) -> Iterator[Case]:
+    shape, dtype = _stored(use)
     master, grad = Tensor(shape, "float32"), Tensor(shape, "float32")
     moments = Tensor(shape, dtype), Tensor(shape, dtype, "scale")  # of squares: above zero
     factor = Tensor((), "float32", "ones")
@@ -59,6 +60,7 @@ def _cases(shape: tuple[int, ...], dtype: str) -> Iterator[Case]:
         keywords={**V3, "factor": factor, "weight": weight},
         bytes=nbytes(master, grad, *moments, factor) + nbytes(*written),
         access=128 if math.prod(shape) % 16 == 0 else 32,
+        spans=spans([use]),
         main="adamw_kernel",
     )
     yield Case(
@@ -67,4 +69,5 @@ def _cases(shape: tuple[int, ...], dtype: str) -> Iterator[Case]:
         arguments=((grad,),),
         bytes=nbytes(grad),
         access=32,  # each program stores one number
+        spans=spans([use]),
     )

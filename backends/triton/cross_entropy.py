@@ -16,6 +16,9 @@ fill a GPU, and what they read of the head (1.9 GB for V3) is read a quarter as 
 BLOCK = 4096
 """Scores that a program reads at a time: 16 a thread on sm_90, two reads of 128 bits in BF16."""
 
+FEW = 64
+"""Tokens of a small case beside that of the training step: a last piece, and what tests can run."""
+
 FUNCTIONS = {
     "linear_cross_entropy": "G.linear_cross_entropy",
     "cross_entropy": "F.cross_entropy",
@@ -40,7 +43,8 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         chunks={vocab: _rows(vocab) for vocab in words},
     )
     serves = {FUNCTIONS[kind]: TORCH[_first(those[0])] for kind, those in found.items()}
-    return KernelFile("cross_entropy", text, serves, tuple(_cases(found, uses.train_rows)))
+    cases = tuple(case for rows in (FEW, uses.train_rows) for case in _cases(found, rows))
+    return KernelFile("cross_entropy", text, serves, cases)
 
 
 def _first(use: Use) -> str:

@@ -11,6 +11,7 @@ from backends.render import render
 from backends.triton import (
     adamw,
     attention,
+    balance,
     cross_entropy,
     deep_gemm,
     flash_mla,
@@ -38,6 +39,7 @@ FAMILIES = (
     latent_attention,
     norm,
     gate,
+    balance,
     permute,
     quantize,
     fp8_linear,

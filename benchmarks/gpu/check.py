@@ -44,7 +44,7 @@ def problem(found: Any, expected: Any, unit: str) -> str:
         if x.shape != y.shape or x.dtype != y.dtype:
             return f"result {i} is {x.dtype} {list(x.shape)}, not {y.dtype} {list(y.shape)}"
         if not x.dtype.is_floating_point or x.element_size() == 1:
-            wrong = int((x.view(torch.uint8) != y.view(torch.uint8)).sum()) if x.numel() else 0
+            wrong = int((_bytes(x) != _bytes(y)).sum()) if x.numel() else 0
             if wrong:
                 return f"result {i} differs in {wrong} bytes"
             continue
@@ -59,7 +59,11 @@ def problem(found: Any, expected: Any, unit: str) -> str:
 def same_bits(first: Any, second: Any) -> bool:
     """Whether two runs gave the same bytes."""
     pairs = zip(results_of(first), results_of(second), strict=True)
-    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs if x.numel())
+    return all(torch.equal(_bytes(x), _bytes(y)) for x, y in pairs if x.numel())
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
 
 
 def checked(kernel: Any, reference: Any, case: Case, device: str = "cuda") -> str:
