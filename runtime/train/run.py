@@ -9,10 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,16 @@ import torch
 
 from ..config import Config
 from ..model import LanguageModel
+from .changes import changed, flat
 from .checkpoints import Checkpoints
-from .documents import FillInTheMiddle, documents, encode
 from .evaluation import evaluate
+from .interrupt import stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal, replace_text
+from .prepare import check, prepared
 from .sequences import HeldOut, Sequences, split
 from .settings import Settings, TrainError
 from .state import State, restored, state
-from .tokenizer import open_tokenizer
-from .tokens import Tokens, is_tokens, write
+from .tokens import Tokens
 from .trainer import NotFinite, Trainer
 from .watch import Watch
 
@@ -111,7 +110,7 @@ class Run:
             return None
         watch = Watch(trainer.model.config)
         try:
-            with _stop_signals() as stopped:
+            with stop_signals() as stopped:
                 while not trainer.ended and not stopped:
                     self._step(metrics, progress, watch)
                 self._save_now()
@@ -190,35 +189,15 @@ class Run:
     def _tokens(
         self, config: Config, record: Mapping[str, Any] | None, begun: Mapping[str, Any]
     ) -> Tokens:
-        """The tokens of the run; made from text where they are not there yet."""
-        options, place = self.options, self.options.out / "data"
-        settings = _made_with(config)
-        if record is not None:
-            tokens = Tokens(options.out / record["tokens"])
+        if record is None:
+            place = self.options.out / "data"
+            tokenizer, seed = begun["tokenizer"], begun["seed"]
+            tokens = prepared(self.options.data, place, config, tokenizer, seed)
+        else:
+            tokens = Tokens(self.options.out / record["tokens"])
             if tokens.header.key != record["tokens_key"]:
                 raise TrainError(f"{tokens.folder} holds other tokens than the run was begun with")
-        elif len(options.data) == 1 and is_tokens(options.data[0]):
-            tokens = Tokens(options.data[0])
-        elif options.data:
-            tokenizer = open_tokenizer(begun["tokenizer"])
-            fim = FillInTheMiddle.of(config)
-            eos = config.sequence.eos_token_id
-            texts = encode(documents(options.data), tokenizer, eos, fim, begun["seed"])
-            shutil.rmtree(place, ignore_errors=True)
-            write(place, texts, tokenizer, config.params.vocab_size, settings)
-            tokens = Tokens(place)
-        else:
-            raise TrainError("give the text to train on: --data FILES")
-        if tokens.header.settings != settings:
-            raise TrainError(
-                f"{tokens.folder} was made with {tokens.header.settings}, the spec asks for "
-                f"{settings}: make the tokens anew"
-            )
-        if tokens.tokenizer.vocab_size > config.params.vocab_size:
-            raise TrainError(
-                f"the tokenizer has {tokens.tokenizer.vocab_size} tokens, the model's vocab_size "
-                f"is {config.params.vocab_size}"
-            )
+        check(tokens, config)
         return tokens
 
     def _named(self, tokens: Path) -> str:
@@ -234,47 +213,6 @@ class Run:
 
 def _paths(files: tuple[Path, ...]) -> list[str]:
     return [str(file.resolve()) for file in files]
-
-
-def _made_with(config: Config) -> dict[str, object]:
-    """What the tokens of a spec's data depend on besides tokenizer and text."""
-    fim = config.train.fim
-    return {
-        "eos": config.sequence.eos_token_id,
-        "fim": {name: fim[name] for name in fim} if fim else None,
-    }
-
-
-FIXED = ("model", "params.", "architecture.", "sequence.", "train.sequence_length", "train.fim")
-"""Values of a spec that cannot change within a run: the weights or the order of data follow."""
-
-
-def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What of a spec changed since a checkpoint was written, one line each.
-
-    Raises TrainError if it is something that must not.
-    """
-    names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-    lines = [f"{n}: {before.get(n, 'nothing')} -> {now.get(n, 'nothing')}" for n in names]
-    fixed = [line for name, line in zip(names, lines, strict=True) if name.startswith(FIXED)]
-    if fixed:
-        raise TrainError(
-            "the spec has changed in what a run cannot change; choose another --out:\n  "
-            + "\n  ".join(fixed)
-        )
-    return [f"{line}, from the next step on" for line in lines]
-
-
-def flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The values of a config by path, as text."""
-    if isinstance(value, Config):
-        for name in value:
-            yield from flat(f"{path}.{name}" if path else name, value[name])
-    elif isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from flat(f"{path}.{index}", item)
-    else:
-        yield path, str(value)
 
 
 def read_record(folder: Path) -> Mapping[str, Any] | None:
@@ -312,22 +250,3 @@ def install(package: Path, place: Path) -> None:
         raise OSError(error.args[0][0][2]) from None
     shutil.rmtree(place, ignore_errors=True)
     fresh.rename(place)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """The signals that asked to stop so far. A second one ends the process at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    for asked in (signal.SIGINT, signal.SIGTERM):
-        before[asked] = signal.signal(asked, stop)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
