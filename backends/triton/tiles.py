@@ -85,8 +85,9 @@ CLOCK = {"sm_90": 1.755e9, "sm_100": 1.85e9, "gfx942": 2.1e9}
 def clocks(tile: Tile, product: Product, target: Target) -> tuple[float, float]:
     """Clocks that it takes at least, and those that a multiprocessor is busy with it.
 
-    Programs beside each other hide each other's waits, as do warps with work of their own (sm_100):
-    then what takes longest counts. Alone, what is done one after the other adds up.
+    On sm_90 a warp waits for its products: what it does beside adds up, unless there is another
+    program whose warps work meanwhile. Elsewhere what takes longest counts: sm_100 has warps for
+    each, and gfx942 goes on with what does not depend on the product.
     """
     second = CLOCK[target.name]
     flops = target.flops["fp8" if product.itemsize == 1 else "bf16"] / second
@@ -94,7 +95,7 @@ def clocks(tile: Tile, product: Product, target: Target) -> tuple[float, float]:
     # Four schedulers; a warp of 64 passes in four clocks.
     issue = tile.hot * tile.warps / 4 * (4 if target.warp_size == 64 else 1)
     cache = (tile.rows + tile.columns) * RUN * product.itemsize / SHARED_CACHE
-    beside = tile.programs > 1 or target.name == "sm_100"
+    beside = tile.programs > 1 or target.name != "sm_90"
     step = max(unit, issue, cache) if beside else max(unit + issue, cache)
     turns = -(-product.tiles(tile) // target.multiprocessors)
     busy = turns * -(-product.width // RUN) * step + -(-turns // tile.programs) * START
@@ -152,9 +153,10 @@ FP8 = {
         Tile(128, 128, warps=8, stages=2, hot=92, programs=1),
     ),
 }
-"""Tiles of FP8 products. Those of less than 64 rows put W in the place of x: tensor cores of sm_90
-multiply FP8 only for 64 rows and more. None has more than the 128 columns of a block of W, so that
-one number scales a tile."""
+"""Tiles of FP8 products. On sm_90 a stage holds two runs of 128: of two stages, two runs are being
+loaded while two are multiplied, and 64 x 128 leaves room for a second program. Tiles of less than
+64 rows put W in the place of x: tensor cores of sm_90 multiply FP8 only for 64 rows and more. None
+has more than the 128 columns of a block of W, so that one number scales a tile."""
 
 FP8_GROUPED = {
     **FP8,

@@ -17,7 +17,7 @@ from backends.triton.kernel import Case, KernelFile
 from backends.triton.kernel import Tensor as Argument
 from backends.triton.package import kernels_package
 from backends.triton.target import TARGETS
-from backends.triton.tiles import FP8, Tile
+from backends.triton.tiles import BF16, FP8, Tile
 from runtime import fp8
 from tests.kernels.conftest import Kernels, files_of
 
@@ -209,13 +209,24 @@ def _case(out: int, width: int) -> Case:
 
 
 @pytest.mark.slow
-def test_warps_of_sm_100_have_work_of_their_own() -> None:
+@pytest.mark.parametrize(
+    ("spec", "name", "tiles"),
+    [
+        ("deepseek_v3", "fp8_linear", FP8),
+        ("deepseek_v3", "fp8_grouped_linear", FP8),
+        ("deepseek_v2_lite", "linear", BF16),
+        ("deepseek_v2_lite", "grouped_linear", BF16),
+    ],
+)
+def test_warps_of_sm_100_have_work_of_their_own(
+    spec: str, name: str, tiles: dict[str, Sequence[Tile]]
+) -> None:
     """Triton drops `warp_specialize` without a word where it cannot: more warps, or it did not."""
-    (file,) = (f for f in files_of("deepseek_v3", "sm_100") if f.name == "fp8_linear")
+    (file,) = (f for f in files_of(spec, "sm_100") if f.name == name)
     target = TARGETS["sm_100"]
     rows = compile_kernels([file], kernels_package([file], target), target)
-    asked = {(t.rows, t.columns): t.warps for t in FP8["sm_100"]}
-    found = [row for row in rows if row["kernel"] == "linear_kernel"]
+    asked = {(t.rows, t.columns): t.warps for t in tiles["sm_100"]}
+    found = [row for row in rows if row["kernel"] == name.removeprefix("fp8_") + "_kernel"]
     assert found
     for row in found:
         place = row["constants"]["BLOCK_M"], row["constants"]["BLOCK_N"]
