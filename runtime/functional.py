@@ -160,6 +160,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)[..., :v_width]
 
 
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    longest: int,
+    scale: float,
+) -> Tensor:
+    """`attention` of sequences that lie one behind another: [token, heads, v_dim].
+
+    q [token, heads, dim], k [key, kv_heads, dim], v [key, kv_heads, v_dim]. Sequence i has the
+    tokens from starts_q[i] to starts_q[i + 1], int32 [sequences + 1], and the keys that `starts_k`
+    says: at least as many, and at most `longest`, which a kernel has to know. Zeros for tokens
+    behind the last sequence.
+    """
+    sequences = len(starts_q) - 1
+    of, left = [], []  # the sequence of each token, and how far its end is
+    for tokens, starts in ((len(q), starts_q), (len(k), starts_k)):
+        place = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
+        of.append(torch.bucketize(place, starts, right=True) - 1)
+        left.append(starts[(of[-1] + 1).clamp(max=sequences)] - place)
+    seen = (of[0].unsqueeze(1) == of[1]) & (left[0].unsqueeze(1) <= left[1])
+    width, none = v.shape[-1], (of[0] == sequences)[:, None, None]
+    wide_q, wide_k, wide_v = equally_wide(q[None], k[None], v[None])
+    out = torch_f.scaled_dot_product_attention(
+        wide_q,
+        wide_k,
+        wide_v,
+        attn_mask=seen,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)[..., :width].masked_fill(none, 0)
+
+
 def equally_wide(*parts: Tensor) -> tuple[Tensor, ...]:
     """Tensors [batch, seq, heads, ..] as [batch, heads, seq, width], padded with zeros alike.
 

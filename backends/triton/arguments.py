@@ -52,7 +52,29 @@ def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[
         view = torch.empty(max(room, 0), dtype=made.dtype, device=device)
         return view.as_strided(made.shape, value["strides"]).copy_(made)
 
-    return read(case, make)
+    positional, named = read(case, make)
+    if case["function"] == "attention_grad":
+        _, q, k, v, _, _, scale = positional
+        positional[4:6] = _saved(q, k, v, scale)
+    return positional, named
+
+
+def _saved(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What `attention_saving` gives: a gradient takes results, which must be those of q, k and v.
+
+    Head by head, since the scores of all of them are 8 GiB for a sequence of V3's training.
+    """
+    import torch
+
+    from runtime import functional
+
+    times, tail = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
+    levels = []
+    for head in range(q.shape[2]):
+        score = q[:, :, head].float() @ k[:, :, head // times].float().transpose(1, 2) * scale
+        hidden = torch.ones_like(score, dtype=torch.bool).triu(tail + 1)
+        levels.append(score.masked_fill(hidden, -torch.inf).logsumexp(-1))
+    return functional.attention(q, k, v, scale), torch.stack(levels, -1)
 
 
 def filled(value: Case, generator: torch.Generator) -> Tensor:
@@ -70,6 +92,8 @@ def filled(value: Case, generator: torch.Generator) -> Tensor:
     if fill == "ends":
         expert = torch.randint(shape[0], (limit,), generator=generator)
         return torch.bincount(expert, minlength=shape[0]).cumsum(0).to(dtype)
+    if fill == "starts":
+        return torch.arange(0, _count(shape) * limit, limit).to(dtype)
     if fill == "index":
         return _distinct(shape, limit, generator).to(dtype)
     if fill == "order":

@@ -109,6 +109,8 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         kernels=("FORWARD", "GRAD_QUERIES", "GRAD_KEYS") if grad else ("FORWARD",),
     )
     serves = {FUNCTIONS[kind]: "bfloat16" for kind in found}
+    if "attention" in found:
+        serves["F.attention_varlen"] = "bfloat16"
     return KernelFile("attention", text, serves, tuple(_cases(found, uses)))
 
 
@@ -156,6 +158,24 @@ class Heads:
             spans=lines,
         )
 
+    def packed(self, sequences: int, longest: int, lines: tuple[str, ...]) -> Case:
+        """Sequences of up to `longest` tokens, prompts that are read at once."""
+        tokens = sequences * longest
+        q = Tensor((tokens, self.heads, self.dim))
+        k = Tensor((tokens, self.kv_heads, self.dim))
+        v = Tensor((tokens, self.kv_heads, self.width))
+        starts = Tensor((sequences + 1,), "int32", "starts", longest)
+        seen = sequences * longest * (longest + 1) // 2
+        return Case(
+            name=f"attention_varlen h{self.heads} d{self.dim} b{sequences} k{longest}",
+            function="attention_varlen",
+            arguments=(q, k, v, starts, starts, longest, self.scale),
+            flops=2 * self.heads * seen * (self.dim + self.width),
+            bytes=nbytes(q, k, v, Tensor((tokens, self.heads, self.width))),
+            unit="bf16",
+            spans=lines,
+        )
+
 
 def _dot(a: tuple[int, int], b: tuple[int, int]) -> int:
     return a[0] * b[0] + a[1] * b[1]
@@ -169,12 +189,15 @@ def _heads(use: Use) -> Heads:
 
 
 def _cases(found: Mapping[str, Sequence[Use]], uses: Uses) -> Iterator[Case]:
-    """A sequence as in training; where prompts are read, the end of one behind a cached prefix."""
+    """A sequence as in training; less than a tile; behind a cached prefix, where there is one."""
     rows = uses.train_rows
     for kind, those in found.items():
-        sizes = [(1, rows, rows)]
+        sizes = [(1, rows, rows), (2, 33, 33)]
         if kind == "attention":
-            sizes.append((1, max(1, rows // 8), rows))
+            sizes += [(1, max(1, rows // 8), rows), (2, 33, 77)]
         for heads in dict.fromkeys(map(_heads, those)):
             for size in sizes:
                 yield heads.case(kind, size, spans(those))
+            if kind == "attention":
+                yield heads.packed(4, max(1, rows // 4), spans(those))
+                yield heads.packed(3, 21, spans(those))

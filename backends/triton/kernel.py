@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Unit = Literal["fp8", "bf16", "memory"]
-Fill = Literal["normal", "zeros", "ones", "ends", "index", "order", "lengths", "pages", "scale"]
+Fill = Literal[
+    "normal", "zeros", "ones", "scale", "ends", "starts", "index", "order", "lengths", "pages"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Tensor:
     """An argument of a case: shape, element type as torch names it, and what stands in it.
 
     `fill` tells a GPU run what to put there; `limit` bounds whole numbers (for `ends` the last one,
-    for `index` one more than the largest). `strides`, if not those of a contiguous tensor.
+    for `index` one more than the largest; `starts` are so far apart). `strides`, if not those of a
+    contiguous tensor.
     """
 
     shape: tuple[int, ...]

@@ -56,26 +56,26 @@ class Shape:
     def rope_block(self) -> int:
         return max(LEAST, 1 << (self.rope - 1).bit_length())
 
-    def case(self, function: str, sizes: tuple[int, int], uses: Sequence[Use]) -> Case:
-        batch, queries = sizes
+    def case(self, function: str, sizes: tuple[int, int, int], uses: Sequence[Use]) -> Case:
+        batch, queries, keys = sizes
         q = Tensor((batch, queries, self.heads, self.latent))
         q_rope = Tensor((batch, queries, self.heads, self.rope))
-        c_kv, k_rope = (Tensor((batch, CONTEXT, n)) for n in (self.latent, self.rope))
+        c_kv, k_rope = (Tensor((batch, keys, n)) for n in (self.latent, self.rope))
         taken: tuple[Tensor, ...] = (q, q_rope, c_kv, k_rope)
         if function == "paged_latent_attention":
-            pages = batch * CONTEXT // PAGE
-            table = Tensor((batch, CONTEXT // PAGE), "int32", "pages", pages)
-            lengths = Tensor((batch,), "int32", "lengths", CONTEXT)
-            stored = (Tensor((pages, PAGE, n)) for n in (self.latent, self.rope))
+            pages = -(-keys // PAGE)
+            table = Tensor((batch, pages), "int32", "pages", batch * pages)
+            lengths = Tensor((batch,), "int32", "lengths", keys)
+            stored = (Tensor((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
             taken = (q, q_rope, *stored, table, lengths)
         scale = uses[0].op.attrs["scale"]
         assert isinstance(scale, float)
         dim = 2 * self.latent + self.rope
         return Case(
-            name=f"{function} h{self.heads} c{self.latent} b{batch} q{queries} k{CONTEXT}",
+            name=f"{function} h{self.heads} c{self.latent} b{batch} q{queries} k{keys}",
             function=function,
             arguments=(*taken, scale),
-            flops=2 * batch * queries * self.heads * CONTEXT * dim,
+            flops=2 * batch * queries * self.heads * keys * dim,
             bytes=nbytes(*taken, q),
             unit="bf16",
             spans=spans(uses),
@@ -129,9 +129,9 @@ def _tile(shape: Shape, target: Target, keys_first: bool) -> Tile:
 
 
 def _cases(shape: Shape, uses: Sequence[Use]) -> Iterator[Case]:
-    """A token of each sequence; two, as when a draft is verified; latents in pages."""
-    for batch in DECODE_ROWS:
-        yield shape.case("latent_attention", (batch, 1), uses)
-    yield shape.case("latent_attention", (DECODE_ROWS[-1], 2), uses)
-    for batch in (DECODE_ROWS[0], DECODE_ROWS[-1]):
-        yield shape.case("paged_latent_attention", (batch, 1), uses)
+    """A token of each sequence; two, as when a draft is verified; short sequences; pages."""
+    sizes = [*((batch, 1, CONTEXT) for batch in DECODE_ROWS), (DECODE_ROWS[-1], 2, CONTEXT)]
+    for size in (*sizes, (3, 1, 100)):
+        yield shape.case("latent_attention", size, uses)
+    for size in (sizes[0], sizes[-2], (3, 1, 100)):
+        yield shape.case("paged_latent_attention", size, uses)

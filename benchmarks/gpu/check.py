@@ -21,6 +21,13 @@ REFERENCES = {
 LIMIT = {"fp8": 1e-3, "bf16": 5e-6, "memory": 5e-6}
 """The largest `difference` by what does the work, as DeepGEMM (FP8) and FlashMLA (BF16) have it."""
 
+COARSE = {"attention_grad": 5e-5}
+"""As `LIMIT`, where the reference is the coarser one: torch rounds d V^T to bfloat16 before it
+subtracts from it, which for short sequences leaves less (1.6e-5 for 33 tokens)."""
+
+OPEN = ("attention_saving",)
+"""Functions of whose results torch gives the first one alone where there is no CPU."""
+
 
 def results_of(value: Any) -> list[Tensor]:
     """The tensors that a function returned."""
@@ -34,7 +41,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return 1 - 2 * float(x @ y) / total if total else 0.0
 
 
-def problem(found: Any, expected: Any, unit: str) -> str:
+def problem(found: Any, expected: Any, limit: float) -> str:
     """What is wrong with the results of a kernel; nothing is an empty text.
 
     Whole numbers and FP8 numbers must be equal, floats near by `difference` and finite alike.
@@ -51,8 +58,8 @@ def problem(found: Any, expected: Any, unit: str) -> str:
         if not torch.equal(x.isfinite(), y.isfinite()):
             return f"result {i} is finite elsewhere than the reference"
         found_difference = difference(x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0))
-        if found_difference > LIMIT[unit]:
-            return f"result {i} differs by {found_difference:.1e}, {LIMIT[unit]:.0e} is the most"
+        if found_difference > limit:
+            return f"result {i} differs by {found_difference:.1e}, {limit:.0e} is the most"
     return ""
 
 
@@ -71,14 +78,15 @@ def checked(kernel: Any, reference: Any, case: Case, device: str = "cuda") -> st
 
     Each side has arguments of its own, since some functions write to what they are given.
     """
-    unit = case["unit"]
+    limit = COARSE.get(case["function"], LIMIT[case["unit"]])
     runs = []
     for function in (kernel, kernel, reference):
         arguments, keywords = arguments_of(case, torch.device(device))
         runs.append(function(*arguments, **keywords))
     if not same_bits(runs[0], runs[1]):
         return "two runs differ"
-    return problem(runs[0], runs[2], unit)
+    some = slice(1) if case["function"] in OPEN and device != "cpu" else slice(None)
+    return problem(results_of(runs[0])[some], results_of(runs[2])[some], limit)
 
 
 def reference_of(file: Case, case: Case) -> Any:

@@ -126,8 +126,7 @@ def test_attention(
     assert close(lse, expected_lse, 1e-6, 8.01 / 65536)
     again, lse_again = module.attention_saving(q, k, v, scale)
     assert torch.equal(o, again) and torch.equal(lse, lse_again)
-    if not heads.sets:
-        assert torch.equal(o, module.attention(q, k, v, scale))
+    assert torch.equal(o, module.attention(q, k, v, scale))
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), SIZES)
@@ -153,6 +152,37 @@ def test_attention_grad(
         assert keys == 1 or difference(grad, y) < 7e-6
     again = module.attention_grad(d, q, k, v, o, lse, scale)
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+# Empty, of one token, of several tiles; one behind a cached prefix.
+LENGTHS = [(1, 1), (0, 0), (130, 130), (5, 40), (0, 3), (2, 2)]
+
+
+@pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
+def test_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None:
+    """Sequences of any length, as each alone; three tokens behind the last one, which are zeros."""
+    module = kernels("attention", heads.spec, target, heads.sets)
+    totals = [sum(lengths) for lengths in zip(*LENGTHS, strict=True)]
+    (q, _, _), (_, k, v) = (made(heads, 1, n + 3, n + 3, seed=n) for n in totals)
+    starts = [
+        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+        for lengths in zip(*LENGTHS, strict=True)
+    ]
+    arguments = (q[0], k[0], v[0], *starts, 200, 0.1)
+    found, reference = (
+        f(*arguments) for f in (module.attention_varlen, functional.attention_varlen)
+    )
+    assert (found.shape, found.dtype) == (reference.shape, reference.dtype)
+    assert not found[totals[0] :].any() and not reference[totals[0] :].any()
+    for begin_q, begin_k, (queries, keys) in zip(
+        *(s[:-1].tolist() for s in starts), LENGTHS, strict=True
+    ):
+        own = slice(begin_q, begin_q + queries), slice(begin_k, begin_k + keys)
+        expected = exact(q[:, own[0]], k[:, own[1]], v[:, own[1]], 0.1)[0][0]
+        assert close(found[own[0]], expected, 8e-4, 2.01 / 128)
+        assert close(reference[own[0]], expected, 8e-4, 2.01 / 128)
+        assert difference(found[own[0]], expected) < 5e-6
+    assert torch.equal(found, module.attention_varlen(*arguments))
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 0), (2, 0, 5)])

@@ -69,7 +69,8 @@ def broken(kernel: Any) -> Any:
     def run(*arguments: Any, **keywords: Any) -> Any:
         results = kernel(*arguments, **keywords)
         last = results if isinstance(results, torch.Tensor) else results[-1]
-        last.reshape(-1).view(torch.uint8)[-1:] ^= 0x7F
+        place = sum((n - 1) * step for n, step in zip(last.shape, last.stride(), strict=True))
+        last.as_strided((1,), (1,), last.storage_offset() + place).view(torch.uint8)[-1:] ^= 0x7F
         return results
 
     return run
