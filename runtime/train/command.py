@@ -16,6 +16,7 @@ from ..shards import LoadError
 from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
+from .interrupt import alone
 from .run import Options, Run, read_record
 from .sequences import HeldOut, split
 from .settings import Settings, TrainError
@@ -38,7 +39,8 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
 def train(model: type[LanguageModel], options: Options) -> int:
     """The same with options. Raises TrainError where it could not."""
     try:
-        stopped = Run(model, options).train()
+        with alone(options.out):
+            stopped = Run(model, options).train()
     except OSError as error:
         raise TrainError(f"cannot write {options.out}: {error.strerror or error}") from None
     return 128 + stopped if stopped else 0

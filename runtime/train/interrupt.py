@@ -1,11 +1,34 @@
-"""How a run is told to stop: Ctrl-C and SIGTERM let it finish its step."""
+"""What other processes have to do with a run: signals that stop it, and that no two train it."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from .settings import TrainError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Raises TrainError if another process trains the run; one that was killed does not count."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(f"another process trains {run}") from None
+        yield
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..model import LanguageModel
 from .changes import changed, flat
 from .checkpoints import Checkpoints
 from .evaluation import evaluate
-from .interrupt import stop_signals
+from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal, replace_text
 from .prepare import check, prepared
 from .sequences import HeldOut, Sequences, split
@@ -230,7 +230,7 @@ def _foreign(folder: Path, model: str) -> bool:
     """Whether a folder without run.json holds more than what a run leaves that could not begin."""
     if not folder.exists():
         return False
-    own = {"data", model, f".{model}.new", f".{RECORD}.new"}
+    own = {"data", model, f".{model}.new", f".{RECORD}.new", LOCK}
     return not folder.is_dir() or not {path.name for path in folder.iterdir()} <= own
 
 

@@ -276,6 +276,15 @@ def test_a_run_that_cannot_be_written(
     assert error.startswith("error: ") and "Not a directory" in error
 
 
+def test_no_two_processes_train_a_run(
+    package: Any, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with part(package, "interrupt").alone(whole):
+        assert train(package, whole) == 1
+    assert f"another process trains {whole}" in capsys.readouterr().err
+    assert train(package, whole) == 0
+
+
 def test_a_run_goes_on_with_the_options_it_began_with(
     package: Any, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
