@@ -53,6 +53,21 @@ def test_the_kernel_serves_on_the_target(kernels: Kernels) -> None:
 
 
 @pytest.mark.usefixtures("on_target")
+def test_a_list_of_tensors_counts_as_its_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "total", lambda grads: "torch", raising=False)
+    file = types.ModuleType("pack.file")
+    vars(file)["total"] = lambda grads: "kernel"
+    monkeypatch.setitem(sys.modules, "pack", types.ModuleType("pack"))
+    monkeypatch.setitem(sys.modules, "pack.file", file)
+    dispatch._file.cache_clear()
+    found = Kernels(reference, "pack", "sm_90", {"total": (torch.bfloat16, ["file"])})
+    assert found.total([X, X]) == "kernel"
+    assert found.total([X.float()]) == "torch"
+    assert found.total([]) == "torch"
+    dispatch._file.cache_clear()
+
+
+@pytest.mark.usefixtures("on_target")
 def test_of_several_kernels_the_first_that_can_serves(kernels: Kernels) -> None:
     assert kernels.double(X, times=7).tolist() == [0, 0]
     assert kernels.double(X, times=6).tolist() == [-6, -6]
