@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backends.render import render
+from backends.triton.choices import Choices
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
 from backends.triton.uses import Use, Uses, spans
@@ -21,7 +22,7 @@ LEAST = 16
 """The narrowest operand of a matrix instruction."""
 
 LINE = 320
-"""Numbers of a head that `TILES` are for: 192 of a query and a key, 128 of a value."""
+"""Numbers of a head that tiles are for: 192 of a query and a key, 128 of a value."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.n} s{self.stages}"
+
     def __str__(self) -> str:
         return (
             f"dict(BLOCK_M={self.m}, BLOCK_N={self.n}, "
@@ -40,29 +45,32 @@ class Tile:
         )
 
 
-TILES = {
-    # Sums and scores in registers: (m (value + 1.5 n)) / 256 = 160 of a thread's 255 forward, as
-    # many for dQ, 192 for dK and dV. The next larger tile spills; 4 warps spill at half of it.
-    "sm_90": {
-        "FORWARD": Tile(128, 128, 8, 2),
-        "GRAD_QUERIES": Tile(128, 64, 8, 2),
-        "GRAD_KEYS": Tile(32, 128, 8, 2),
-    },
+FORWARD = {
+    # Sums and scores in registers: m (value + 1.5 n) / 256 = 160 of a thread's 255 for the first;
+    # the next larger one spills, and 4 warps do at half of it.
+    "sm_90": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
     # Sums in tensor memory, 128 rows of 512 columns; scores pass through registers.
-    "sm_100": {
-        "FORWARD": Tile(128, 64, 8, 3),
-        "GRAD_QUERIES": Tile(128, 64, 8, 2),
-        "GRAD_KEYS": Tile(32, 128, 8, 2),
-    },
+    "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     # Operands take registers, too: 512 of a thread with 4 warps, 256 with 8.
-    "gfx942": {
-        "FORWARD": Tile(128, 32, 4, 2),
-        "GRAD_QUERIES": Tile(128, 32, 8, 1),
-        "GRAD_KEYS": Tile(32, 64, 8, 1),
-    },
+    "gfx942": (Tile(128, 32, 4, 2), Tile(128, 32, 4, 1)),
 }
-"""The largest tiles without spills, by kernel: all operands of a tile are read again for the next,
-so larger ones read less. Narrower heads take the same."""
+"""Tiles without spills. All operands are read again for the next tile: the largest reads least, and
+comes first. `dslc tune` measures the others, which read ahead more, or less."""
+
+GRAD_QUERIES = {
+    "sm_90": Tile(128, 64, 8, 2),
+    "sm_100": Tile(128, 64, 8, 2),
+    "gfx942": Tile(128, 32, 8, 1),
+}
+"""The largest tiles of dQ without spills."""
+
+GRAD_KEYS = {
+    "sm_90": Tile(32, 128, 8, 2),
+    "sm_100": Tile(32, 128, 8, 2),
+    "gfx942": Tile(32, 64, 8, 1),
+}
+"""Those of dK and dV, whose sums are n times 320 numbers: 192 of a thread's 255 registers on sm_90,
+with two tiles of scores."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Shape:
     dim: int
     width: int
     target: str
+    choices: Choices
 
     @property
     def low(self) -> int:
@@ -88,9 +97,20 @@ class Shape:
     def value(self) -> int:
         return max(LEAST, _power(self.width))
 
-    def tile(self, kernel: str) -> Tile:
-        """That of `TILES`, with half of the keys for each doubling of the head beyond `LINE`."""
-        tile, head = TILES[self.target][kernel], self.low + self.rest + self.value
+    @property
+    def tiles(self) -> dict[str, Tile]:
+        """By kernel. Narrower heads than `LINE` take the same; each doubling halves the keys."""
+        forward = {tile.name: tile for tile in FORWARD[self.target]}
+        return {
+            "FORWARD": self._fitting(
+                self.choices.pick(question(self.dim, self.width), forward, next(iter(forward)))
+            ),
+            "GRAD_QUERIES": self._fitting(GRAD_QUERIES[self.target]),
+            "GRAD_KEYS": self._fitting(GRAD_KEYS[self.target]),
+        }
+
+    def _fitting(self, tile: Tile) -> Tile:
+        head = self.low + self.rest + self.value
         while head > LINE and tile.n > LEAST:
             tile, head = replace(tile, n=tile.n // 2, stages=min(tile.stages, 2)), head // 2
         return tile
@@ -105,7 +125,7 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     text = render(
         "triton/attention.py.jinja",
         kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
-        shapes=_shapes(found, target),
+        shapes=_shapes(found, target, uses.choices),
         kernels=("FORWARD", "GRAD_QUERIES", "GRAD_KEYS") if grad else ("FORWARD",),
     )
     serves = {FUNCTIONS[kind]: "bfloat16" for kind in found}
@@ -114,10 +134,15 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     return KernelFile("attention", text, serves, tuple(_cases(found, uses)))
 
 
-def _shapes(found: Mapping[str, Sequence[Use]], target: Target) -> list[Shape]:
+def _shapes(found: Mapping[str, Sequence[Use]], target: Target, choices: Choices) -> list[Shape]:
     heads = (_heads(use) for those in found.values() for use in those)
     widths = sorted({(head.dim, head.width) for head in heads})
-    return [Shape(dim, width, target.name) for dim, width in widths]
+    return [Shape(dim, width, target.name, choices) for dim, width in widths]
+
+
+def question(dim: int, width: int) -> str:
+    """Which tile the forward pass of such heads takes."""
+    return f"attention d{dim} v{width}"
 
 
 def _power(n: int) -> int:
@@ -156,6 +181,7 @@ class Heads:
             bytes=nbytes(*taken, *given),
             unit="bf16",
             spans=lines,
+            choice="" if kind == "attention_grad" else question(self.dim, self.width),
         )
 
     def packed(self, sequences: int, longest: int, lines: tuple[str, ...]) -> Case:

@@ -122,9 +122,11 @@ def _tile(shape: Shape, target: Target, keys_first: bool) -> Tile:
         # Operands of products are in registers, too: 512 of each thread of 4 warps hold 32 rows.
         few = shape.heads <= LEAST
         return Tile(LEAST, 32, 4, 1) if few else Tile(32, 16, 4, 1)
-    # Two warpgroups hold 64 rows of 512 at 128 registers a thread: no other tile has no spills. In
-    # tensor memory they are all of its 512 columns, scores take the room of the rows that are not
-    # used. What sm_100 reads ahead leaves shared memory for 32 keys.
+    # Two warpgroups hold 64 rows of 512 at 128 registers a thread: no other tile has no spills.
+    # Each of them computes all scores, which Triton wants of a product that feeds another: that is
+    # (2 576 + 512) / (576 + 512) = 1.5 times the arithmetic, and no tile was found that avoids it.
+    # In tensor memory the rows take all of its 512 columns, and scores the room of rows that are
+    # not used. What sm_100 reads ahead leaves shared memory for 32 keys.
     return Tile(WARPGROUP, PAGE if target.name == "sm_90" else 32, 8, 2)
 
 

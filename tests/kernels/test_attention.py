@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.triton.attention import FORWARD, question
+from backends.triton.checks import violations
+from backends.triton.choices import Choices
+from backends.triton.compiled import compile_kernels
+from backends.triton.package import kernel_files, kernels_package
+from backends.triton.target import TARGETS
+from compiler.pipeline import compile
+from dsl.load import load
 from runtime import functional
-from tests.kernels.conftest import Kernels
+from tests.kernels.conftest import ROOT, Kernels
 
 GQA = (
     "blocks=[causal_lm, decoder, gqa, swiglu]",
@@ -183,6 +191,20 @@ def test_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None
         assert close(reference[own[0]], expected, 8e-4, 2.01 / 128)
         assert difference(found[own[0]], expected) < 5e-6
     assert torch.equal(found, module.attention_varlen(*arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_that_may_be_measured_keep_the_rules(target: str) -> None:
+    description, gpu = load(ROOT / "specs/deepseek_v3.yaml"), TARGETS[target]
+    programs = compile(description).programs
+    for tile in FORWARD[target][1:]:
+        choices = Choices({question(V3.dim, V3.width): tile.name})
+        files = kernel_files(programs, description, gpu, choices)
+        own = [file for file in files if file.name == "attention"]
+        assert str(tile) in own[0].text
+        for row in compile_kernels(own, kernels_package(own, gpu), gpu):
+            assert not violations(row, gpu), (tile, row)
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 0), (2, 0, 5)])
