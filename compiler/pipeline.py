@@ -16,8 +16,10 @@ from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
 from compiler.passes.cut_stages import connect_stages, cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
+from compiler.passes.fuse_casts import FUSE_CASTS
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_gate import FUSE_GATE
+from compiler.passes.fuse_layout import FUSE_LAYOUT
 from compiler.passes.fuse_loss import FUSE_LOSS
 from compiler.passes.fuse_pointwise import FUSE_POINTWISE
 from compiler.passes.fuse_projections import FUSE_PROJECTIONS
@@ -47,6 +49,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
+        FUSE_LAYOUT,
+        FUSE_CASTS,
     ),
     # What training minimises, and the load of the experts.
     "train": (
@@ -65,6 +69,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         RECOMPUTE,
         SIMPLIFY,
         PLACE_FP8,
+        FUSE_LAYOUT,
+        FUSE_CASTS,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (
@@ -78,6 +84,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
+        FUSE_LAYOUT,
+        FUSE_CASTS,
     ),
     # The same for one token at a time, in the latent space.
     "decode": (
@@ -92,6 +100,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         FUSE_POINTWISE,
         SIMPLIFY,
         PLACE_FP8,
+        FUSE_LAYOUT,
+        FUSE_CASTS,
     ),
 }
 

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as torch_f
 from torch import Tensor
 
-from .functional import permute as permute_rows
+from . import functional as F
+from . import gradients as G
 
 RUN = 128
 E4M3 = torch.float8_e4m3fn
@@ -96,6 +97,33 @@ def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = 
     s = _scale_of(blocks.abs().amax((-1, -3)), scale)
     q = blocks / s.unsqueeze(-1).unsqueeze(-3)
     return q.flatten(-4, -3).flatten(-2)[..., :rows, :columns].to(E4M3), s
+
+
+def quantize_both(
+    x: Tensor, ends: Tensor | None = None, *, scale: str = "fp32"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize` and `quantize_columns` of the same x."""
+    return *quantize(x, scale), *quantize_columns(x, ends, scale=scale)
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale: str = "fp32") -> Quantized:
+    """`quantize` of `rms_norm`."""
+    return quantize(F.rms_norm(x, weight, eps), scale)
+
+
+def swiglu_quantize(gate: Tensor, up: Tensor, scale: str = "fp32") -> Quantized:
+    """`quantize` of `swiglu`."""
+    return quantize(F.swiglu(gate, up), scale)
+
+
+def swiglu_grad_quantize(
+    d: Tensor, gate: Tensor, up: Tensor, ends: Tensor | None = None, *, scale: str = "fp32"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_both` of the gradients of gate and up [.., n] behind one another.
+
+    n is a multiple of 128.
+    """
+    return quantize_both(G.swiglu_grad_joined(d, gate, up), ends, scale=scale)
 
 
 def linear(
@@ -174,7 +202,7 @@ def permute_quantized(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized tokens q [.., hidden] and their scales as `functional.permute` sorts tokens."""
-    rows, ends, order = permute_rows(q, index, experts)
+    rows, ends, order = F.permute(q, index, experts)
     token = torch.div(order, index.shape[-1], rounding_mode="floor")
     return rows, s.flatten(0, -2)[token], ends, order
 

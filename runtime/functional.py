@@ -131,6 +131,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
+def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of the last numbers of each head of x [batch, seq, heads, d]; the rest stays."""
+    before, last = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], -1)
+    return torch.cat([before, rotate(last, cos, sin)], -1)
+
+
+def join_rotated(x: Tensor, shared: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each head's part of keys x [batch, seq, heads, d], and behind it `rotate` of the part that
+    all heads share [batch, seq, r], eq. 4."""
+    turned = rotate(shared, cos, sin).unsqueeze(-2).expand(-1, -1, x.shape[-2], -1)
+    return torch.cat([x, turned], -1)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal softmax attention, eq. 10: [batch, query, heads, v_dim].
 

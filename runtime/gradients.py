@@ -59,6 +59,14 @@ def rms_norm_grad(d: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     return dx.view(x.shape).to(x.dtype), dw.to(x.dtype)
 
 
+def add_rms_norm_grad(
+    d_total: Tensor, d: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Of each summand, `d_total` and what `rms_norm_grad` gives; and of the weight."""
+    dx, dw = rms_norm_grad(d, total, weight, eps)
+    return d_total + dx, dw
+
+
 def silu_grad(d: Tensor, x: Tensor) -> Tensor:
     """`d s (1 + x (1 - s))` with s = sigmoid(x)."""
     dx: Tensor = torch.ops.aten.silu_backward(d, x)
@@ -68,6 +76,21 @@ def silu_grad(d: Tensor, x: Tensor) -> Tensor:
 def swiglu_grad(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Of gate and up, for silu(gate) up."""
     return silu_grad(d * up, gate), d * F.silu(gate)
+
+
+def swiglu_grad_joined(d: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Of gate and, behind it, of up [.., n], for silu(gate) up: [.., 2 n]."""
+    return torch.cat(swiglu_grad(d, gate, up), -1)
+
+
+def join_rotated_grad(d: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """From gradients of keys, d [.., heads, k + r], as `join_rotated` made them, and of values.
+
+    Gives those of what each head had of both, behind one another, and of what all heads share,
+    turned back: [.., heads, k + v], [.., r].
+    """
+    own, shared = d.split([d.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], -1)
+    return torch.cat([own, d_v], -1), F.rotate(shared.sum(-2), cos, -sin)
 
 
 def sigmoid_grad(d: Tensor, y: Tensor) -> Tensor:

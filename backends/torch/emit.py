@@ -139,12 +139,19 @@ def margin(op: Op) -> str:
 
 
 def wrap(text: str) -> list[str]:
-    """A line that is too long, broken at the arguments of its call."""
+    """A line that is too long, broken at the arguments of its call; then at its targets, too."""
     if len(text) <= WIDTH:
         return [text]
     body = text.lstrip()
     target, equals, expression = body.rpartition(" = ")
-    return lay_out(f"{target}{equals}", parse_call(expression), len(text) - len(body))
+    indent, call = len(text) - len(body), parse_call(expression)
+    lines = lay_out(f"{target}{equals}", call, indent)
+    targets = target.split(", ")
+    if len(lines[0]) <= WIDTH or len(targets) == 1:
+        return lines
+    space = " " * indent
+    broken = [f"{space}    {name}," for name in targets]
+    return [f"{space}(", *broken, *lay_out(") = ", call, indent)]
 
 
 def literal(value: Attr) -> str:

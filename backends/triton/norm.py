@@ -9,6 +9,10 @@ from backends.render import render
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
 from backends.triton.uses import Use, Uses, spans
+from compiler.ops.quantize import runs
+
+FORWARD = {"rms_norm": "F", "add_rms_norm": "F", "rms_norm_quantize": "fp8"}
+BACKWARD = {"rms_norm_grad": "G", "add_rms_norm_grad": "G"}
 
 ELEMENTS = 4096
 """Numbers that a program holds, at least a row: 16 and more a thread, so that each thread reads
@@ -17,41 +21,74 @@ ELEMENTS = 4096
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows of a width are cut: `rows` of `block` columns a program, by `warps`."""
+    """How rows of a width are cut: `rows` of `block` columns a program, by `warps`.
+
+    Sums over tokens are taken by so many `programs`, each of which leaves a part.
+    """
 
     hidden: int
     rows: int
     block: int
     warps: int
+    programs: int
     spans: tuple[str, ...]
 
 
 def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     """`kernels/norm.py`, for the widths that occur."""
-    norms = uses.of("rms_norm")
-    if not norms:
+    norms, grads = uses.of(*FORWARD), uses.of(*BACKWARD)
+    if not norms and not grads:
         return None
-    widths = [_rows(hidden, norms, target) for hidden in sorted({u.size(0) for u in norms})]
-    text = render("triton/norm.py.jinja", widths=widths, target=target)
-    cases = tuple(_case(width, rows) for width in widths for rows in uses.rows)
-    return KernelFile("norm", text, {"F.rms_norm": "bfloat16"}, cases)
+    kinds = list(dict.fromkeys(use.kind for use in (*norms, *grads)))
+    text = render(
+        "triton/norm.py.jinja",
+        kinds=kinds,
+        widths=_widths(norms, target),
+        grads=_widths(grads, target),
+        target=target,
+    )
+    cases = {case.name: case for use in (*norms, *grads) for case in _cases(use, uses)}
+    serves = {f"{(FORWARD | BACKWARD)[kind]}.{kind}": "bfloat16" for kind in kinds}
+    return KernelFile("norm", text, serves, tuple(cases.values()))
+
+
+def _widths(norms: Sequence[Use], target: Target) -> list[Rows]:
+    widths = sorted({use.size(0) for use in norms})
+    return [_rows(n, [use for use in norms if use.size(0) == n], target) for n in widths]
 
 
 def _rows(hidden: int, norms: Sequence[Use], target: Target) -> Rows:
     block = 1 << (hidden - 1).bit_length()
     rows = max(1, ELEMENTS // block)
-    # 16 numbers a thread: two reads of 128 bits of each operand.
-    warps = min(16, max(1, rows * block // (16 * target.warp_size)))
-    return Rows(hidden, rows, block, warps, spans([u for u in norms if u.size(0) == hidden]))
+    # 16 numbers a thread, two reads of 128 bits of each operand; 8 where a sum of a row's length
+    # stays in registers, too.
+    each, most = (8, 1024) if norms[0].kind in BACKWARD else (16, 512)
+    warps = max(1, min(most, rows * block // each) // target.warp_size)
+    programs = target.multiprocessors * max(1, 32 // warps // (target.warp_size // 32))
+    return Rows(hidden, rows, block, warps, programs, spans(norms))
 
 
-def _case(width: Rows, rows: int) -> Case:
-    x, weight = Tensor((rows, width.hidden)), Tensor((width.hidden,), fill="ones")
-    return Case(
-        name=f"rms_norm n{width.hidden} m{rows}",
-        function="rms_norm",
-        arguments=(x, weight),
-        keywords={"eps": 1e-6},
-        bytes=nbytes(x, weight, x),
-        spans=width.spans,
-    )
+def _cases(use: Use, uses: Uses) -> list[Case]:
+    """Forward for any number of tokens; gradients are taken in training alone."""
+    hidden, kind = use.size(0), use.kind
+    weight = Tensor((hidden,), fill="ones")
+    operands = len(use.op.operands)
+    cases = []
+    for rows in uses.rows if kind in FORWARD else (uses.train_rows,):
+        x = Tensor((rows, hidden))
+        results = [x, weight] if kind in BACKWARD else [x] * len(use.op.results)
+        scale = use.op.attrs.get("scale")
+        if scale:
+            s = Tensor((rows, runs(hidden)), "float32")
+            results = [Tensor((rows, hidden), "float8_e4m3fn"), s]
+        cases.append(
+            Case(
+                name=" ".join([f"{kind} n{hidden}", *([str(scale)] if scale else []), f"m{rows}"]),
+                function=kind,
+                arguments=(*[x] * operands, weight),
+                keywords={"eps": 1e-6, **({"scale": scale} if scale else {})},
+                bytes=nbytes(*[x] * operands, weight, *results),
+                spans=spans([use]),
+            )
+        )
+    return cases

@@ -24,6 +24,8 @@ from backends.triton import (
     norm,
     permute,
     quantize,
+    rope,
+    swiglu,
 )
 from backends.triton.choices import Choices
 from backends.triton.kernel import KernelFile
@@ -38,6 +40,8 @@ FAMILIES = (
     attention,
     latent_attention,
     norm,
+    rope,
+    swiglu,
     gate,
     balance,
     permute,

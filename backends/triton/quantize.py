@@ -19,10 +19,14 @@ and the 32 numbers of a thread stay in registers while the largest is found."""
 WEIGHT_WARPS = 8
 """Of a program for 128 x 128 numbers: 64 a thread."""
 
+BOTH_ROWS, BOTH_WARPS = 32, 8
+"""Of 128 x 128 numbers that are cut in rows and in columns: rows that a program holds at a time, 16
+numbers a thread, which is what it writes of a column at a time, too."""
+
 
 def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     """`kernels/quantize.py`, with the casts that occur."""
-    kinds = [kind for kind in CASTS if uses.of(kind)]
+    kinds = [kind for kind in (*CASTS, "quantize_both") if uses.of(kind)]
     if not kinds:
         return None
     text = render(
@@ -32,9 +36,13 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         runs=RUNS,
         # Below, programs of one warp and 8 runs, so that every multiprocessor has one.
         few_runs=RUNS * target.multiprocessors,
+        tiles=[k for k in kinds if k in ("quantize_columns", "requantize", "quantize_both")],
         columns=COLUMNS,
         columns_warps=COLUMNS_WARPS,
         weight_warps=WEIGHT_WARPS,
+        both_rows=BOTH_ROWS,
+        both_warps=BOTH_WARPS // (target.warp_size // 32),
+        both="quantize_both" in kinds,
     )
     first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}
     serves = {f"fp8.{kind}": dtype for kind, dtype in first.items()}
@@ -62,7 +70,7 @@ def _cases(use: Use, uses: Uses) -> list[Case]:
                 function=kind,
                 arguments=tuple(given),
                 keywords=keywords,
-                bytes=nbytes(*given, q, s),
+                bytes=nbytes(*given, *[q, s] * (2 if kind == "quantize_both" else 1)),
                 access=_access(size, *parts),
                 spans=spans([use]),
             )

@@ -75,13 +75,17 @@ class Costs:
                 flops += self.flops(callee, sizes_inside(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
             if op.kind == "kept":
-                forward = self._program.graphs[
-                    graph.name.removesuffix(BACKWARD).removesuffix(WEIGHTS)
-                ]
-                sizes = known_sizes(forward, self._program, sizes)
+                for keeper in _keepers(graph.name):
+                    sizes = known_sizes(self._program.graphs[keeper], self._program, sizes)
             costs[op] = Cost(flops, sum(v.type.bytes(sizes) for v in op.results))
             total += flops
         return total
+
+
+def _keepers(name: str) -> list[str]:
+    """The graphs that make what a backward graph begins with."""
+    block = name.removesuffix(BACKWARD).removesuffix(WEIGHTS)
+    return [block, f"{block}{BACKWARD}"] if name.endswith(WEIGHTS) else [block]
 
 
 def known_sizes(graph: Graph, program: Program, sizes: Sizes) -> dict[str, int]:

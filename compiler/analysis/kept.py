@@ -41,8 +41,9 @@ def kept_bytes_per_token(program: Program) -> Fraction:
 
 
 # Operators that derivatives are never made of: in a backward graph they run a second time.
-_AGAIN = ("rms_norm", "add_rms_norm", "silu", "swiglu", "sigmoid", "softmax", "linear",
-          "grouped_linear", "fp8_linear", "fp8_grouped_linear")  # fmt: skip
+_AGAIN = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "silu", "swiglu", "swiglu_quantize",
+          "sigmoid", "softmax", "linear", "grouped_linear", "fp8_linear",
+          "fp8_grouped_linear")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from compiler.graph.types import Dim, Type
 from compiler.ops.attention import Attention
-from compiler.ops.base import Operator, Site, TypeMismatch, dims_of
+from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
 from compiler.ops.moe import Gate
 
 
@@ -117,6 +117,22 @@ class RMSNormGrad(Operator):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         x, weight = site.types[1], site.weights[0]
         return (x, weight.with_dtype(x.dtype))
+
+
+class AddRMSNormGrad(Operator):
+    """Gradients of `add_rms_norm`: of either summand, `d_total` and that through the norm; and of
+    the weight."""
+
+    kind = "add_rms_norm_grad"
+    operands = ("d_total", "d", "total")
+    symbols = ("weight",)
+    attrs: ClassVar = {"eps": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        d_total, _, total = site.types
+        same_shape(cls.kind, d_total, total)
+        return (total, site.weights[0].with_dtype(total.dtype))
 
 
 class _LikeSecond(Operator):

@@ -73,17 +73,16 @@ class AddRMSNorm(Operator):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         d_total, d_normed = d
         total = op.results[0]
-        if d_normed is not None:
-            dx, dw = at.add(
-                "rms_norm_grad", [d_normed, total], op.symbols,
-                names=[f"d_{total.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
-            )  # fmt: skip
-            if at.trains(op.symbols):
-                at.add("accumulate_grad", [dw], op.symbols)
-            if d_total is not None:
-                (dx,) = at.add("add", [d_total, dx], names=[f"d_{total.name}"])
-            d_total = dx
-        return [d_total, d_total]
+        if d_normed is None:
+            return [d_total, d_total]
+        kind = "rms_norm_grad" if d_total is None else "add_rms_norm_grad"
+        dx, dw = at.add(
+            kind, [*([] if d_total is None else [d_total]), d_normed, total], op.symbols,
+            names=[f"d_{total.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
+        )  # fmt: skip
+        if at.trains(op.symbols):
+            at.add("accumulate_grad", [dw], op.symbols)
+        return [dx, dx]
 
 
 class SwiGLU(Operator):

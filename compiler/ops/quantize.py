@@ -247,7 +247,7 @@ class Fp8GroupedLinearWeightGrad(_Fp8LinearWeightGrad):
 
 def _rows(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
     _need_scale(kind, site)
-    parts = site.attrs["parts"]
+    parts = site.attrs.get("parts", ())
     assert isinstance(parts, tuple)
     size = x.last.size or 0
     if parts and sum(p for p in parts if isinstance(p, int)) != size:

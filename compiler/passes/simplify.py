@@ -44,6 +44,13 @@ SIMPLIFY = Pass(
 )
 
 
+def drop_unread(program: Program) -> None:
+    """Operators whose results nobody reads any more, in every graph."""
+    pure = _purity(program)
+    for graph in program.graphs.values():
+        _drop_dead(graph, pure)
+
+
 def _drop_identities(graph: Graph) -> bool:
     """x * 1 and x + 0."""
     zeros = {op.result for op in graph.walk() if op.kind == "constant" and op.attrs["value"] == 0}

@@ -134,7 +134,7 @@ def _fp8(name: str, *attrs: str) -> Run:
         told = {a: op.attrs[a] for a in attrs}
         if "dtype" in op.attrs:
             told["dtype"] = f.torch_dtype(str(op.attrs["dtype"]))
-        return getattr(fp8, name)(*x, **told)
+        return getattr(fp8, name)(*x, *(f.weight(s) for s in op.symbols), **told)
 
     return apply
 
@@ -327,6 +327,9 @@ RUN: dict[str, Run] = {
         "beta_slow", "attention_factor",
     ),
     "rotate": _f("rotate"),
+    "rotate_last": _f("rotate_last"),
+    "join_rotated": _f("join_rotated"),
+    "join_rotated_grad": _g("join_rotated_grad"),
     "attention": _f("attention", "scale"),
     "latent_attention": _f("latent_attention", "scale"),
     "cache_entry": lambda f, op, *x: x,
@@ -342,6 +345,9 @@ RUN: dict[str, Run] = {
     "grouped_linear": _grouped_linear,
     "quantize": _fp8("quantize", "scale", "parts"),
     "quantize_columns": _fp8("quantize_columns", "scale"),
+    "quantize_both": _fp8("quantize_both", "scale"),
+    "rms_norm_quantize": _fp8("rms_norm_quantize", "eps", "scale"),
+    "swiglu_quantize": _fp8("swiglu_quantize", "scale"),
     "requantize": _fp8("requantize", "scale"),
     "quantize_weight": _quantize_weight,
     "permute_quantized": _permute_quantized,
@@ -382,8 +388,11 @@ RUN: dict[str, Run] = {
     "grouped_linear_weight_grad": _g("grouped_linear_weight_grad"),
     "embedding_grad": lambda f, op, d, tokens: G.embedding_grad(d, tokens, *_dims(op, "rows")),
     "rms_norm_grad": _g("rms_norm_grad", "eps"),
+    "add_rms_norm_grad": _g("add_rms_norm_grad", "eps"),
     "silu_grad": _g("silu_grad"),
     "swiglu_grad": _g("swiglu_grad"),
+    "swiglu_grad_joined": _g("swiglu_grad_joined"),
+    "swiglu_grad_quantize": _fp8("swiglu_grad_quantize", "scale"),
     "sigmoid_grad": _g("sigmoid_grad"),
     "softmax_grad": _g("softmax_grad"),
     "attention_saving": _g("attention_saving", "scale"),

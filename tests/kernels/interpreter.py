@@ -2,6 +2,7 @@
 
 - Casts to bfloat16 cut bits off, casts to FP8 lose carries and wrap beyond the largest number. Here
   torch casts: to the nearest, ties to even, FP8 saturating, which is what the hardware does.
+- `fma` rounds the product, too.
 - bfloat16 is kept as its bit pattern, and arithmetic on it computes with the pattern. Products of
   matrices are mended; any other arithmetic on bfloat16 is an error that tells to cast first.
 """
@@ -42,6 +43,7 @@ def repair() -> None:
     shipped = interpreter._convert_float
     interpreter._convert_float = lambda *arguments: _converted(shipped, *arguments)
     builder.create_dot = _dot(builder.create_dot)
+    builder.create_fma = _fma
     for name in ARITHMETIC:
         if hasattr(builder, name):
             setattr(builder, name, _guarded(name, getattr(builder, name)))
@@ -73,6 +75,13 @@ def _dot(shipped: Callable[..., Any]) -> Callable[..., Any]:
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     return dot
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z rounded once: float64 holds the product of two float32 numbers exactly."""
+    wide = np.float64 if x.data.dtype == np.float32 else x.data.dtype
+    exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+    return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
 def _guarded(name: str, shipped: Callable[..., Any]) -> Callable[..., Any]:

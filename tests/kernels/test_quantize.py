@@ -82,6 +82,9 @@ def test_columns(
     x = wild(ends[-1] if ends else 140, size)
     of = () if ends is None else (torch.tensor(ends, dtype=torch.int32),)
     same(module.quantize_columns(x, *of, scale=scale), fp8.quantize_columns(x, *of, scale=scale))
+    both = module.quantize_both(x, *of, scale=scale)
+    same(both[:2], fp8.quantize(x, scale))
+    same(both[2:], fp8.quantize_columns(x, *of, scale=scale))
     rows = fp8.quantize(x, scale)
     same(module.requantize(*rows, *of, scale=scale), fp8.requantize(*rows, *of, scale=scale))
 
@@ -113,6 +116,21 @@ def test_every_code(kernels: Kernels, target: str) -> None:
     quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
     for scale in SCALES:
         same(quantize(runs, scale), fp8.quantize(runs, scale))
+
+
+@pytest.mark.parametrize("least", [0, 80])
+def test_every_quotient_of_bfloat16(kernels: Kernels, target: str, least: int) -> None:
+    """Each significand divided by the scale of each other one, down to numbers that become zero;
+    for large numbers, and for those whose scale is that of 1e-4."""
+    significand = torch.arange(128, 256).float()
+    largest = significand * 2.0 ** (100 - least * 2)
+    powers = 2.0 ** -torch.arange(1, 20).float()
+    numbers = (powers[:, None] * significand).flatten() * 2.0 ** (100 - least * 2)
+    runs = torch.nn.functional.pad(numbers, (0, -len(numbers) % 127)).view(-1, 127)
+    x = torch.cat([largest.view(-1, 1, 1).expand(-1, len(runs), 1), runs.expand(128, -1, -1)], -1)
+    x = torch.cat([x, -x]).flatten(1).bfloat16()
+    quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
+    same(quantize(x), fp8.quantize(x))
 
 
 def test_rows_that_lie_far_apart(kernels: Kernels) -> None:

@@ -12,7 +12,7 @@ from compiler.graph.equal import equal, first_difference
 from compiler.graph.names import Name, Part, clashes, parts_of
 from compiler.graph.text import parse_program, print_program
 from compiler.graph.verify import verify
-from compiler.ops import OPS, gradient
+from compiler.ops import OPS, fused, gradient
 from dsl.diagnostic import DiagnosticError, render
 from dsl.source import Source
 from tests.compiler.strategies import programs
@@ -20,7 +20,11 @@ from tests.conftest import GOLDEN
 
 # What only passes make; tests/compiler/passes reads such programs back.
 MADE_BY_PASSES = {
-    *(kind for kind, operator in OPS.items() if operator.__module__ == gradient.__name__),
+    *(
+        k
+        for k, operator in OPS.items()
+        if operator.__module__ in (gradient.__name__, fused.__name__)
+    ),
     *(
         "swiglu",
         "gate",

@@ -48,9 +48,12 @@ SHOWN = {
     "differentiate": ("train", "outline", "SwiGLU_32"),
     "recompute": ("train", "differentiate", "MLA_backward"),
     "place_fp8": ("forward", "simplify", "DeepSeekMoE"),
+    "fuse_layout": ("train", "place_fp8", "MLA_backward"),
+    "fuse_casts": ("train", "fuse_layout", "SwiGLU_128_backward"),
 }
 # What a pass needs of the spec to do anything.
-NEEDS = {"place_fp8": ["precision.policy=fp8_blockwise"]}
+FP8 = ["precision.policy=fp8_blockwise"]
+NEEDS = {"place_fp8": FP8, "fuse_casts": [*FP8, "params.moe_intermediate_size=128"]}
 
 
 def description(*sets: str) -> Description:
@@ -134,7 +137,16 @@ VARIANTS = [
 
 @pytest.mark.parametrize("sets", VARIANTS)
 @pytest.mark.parametrize(
-    "skip", ["fuse_projections", "hoist", "fuse_experts", "fuse_gate", "fuse_pointwise", "absorb"]
+    "skip",
+    [
+        "fuse_projections",
+        "hoist",
+        "fuse_experts",
+        "fuse_gate",
+        "fuse_pointwise",
+        "absorb",
+        "fuse_layout",
+    ],
 )
 def test_with_and_without_a_pass_the_model_computes_the_same(
     skip: str, sets: tuple[str, ...], tmp_path: Path

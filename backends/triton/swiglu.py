@@ -1,0 +1,78 @@
+"""SwiGLU and its gradient, with the cast of either to FP8."""
+
+from __future__ import annotations
+
+from backends.render import render
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.quantize import BOTH_ROWS, BOTH_WARPS
+from backends.triton.target import Target
+from backends.triton.uses import Use, Uses, spans
+from compiler.ops.quantize import RUN
+
+KINDS = {
+    "swiglu": "F",
+    "swiglu_quantize": "fp8",
+    "swiglu_grad": "G",
+    "swiglu_grad_joined": "G",
+    "swiglu_grad_quantize": "fp8",
+}
+
+TILES, WARPS = 16, 4
+"""Tiles of 128 columns that a program takes, and its warps: 16 numbers a thread of each operand."""
+
+
+def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+    """`kernels/swiglu.py`, with the functions that occur."""
+    kinds = [kind for kind in KINDS if uses.of(kind)]
+    if not kinds:
+        return None
+    narrow = target.warp_size // 32
+    text = render(
+        "triton/swiglu.py.jinja",
+        target=target,
+        kinds=kinds,
+        casts=[kind for kind in kinds if kind.endswith("quantize")],
+        grads=[kind for kind in kinds if kind in ("swiglu_grad", "swiglu_grad_joined")],
+        tiles=TILES,
+        warps=WARPS // narrow,
+        both=True,
+        both_rows=BOTH_ROWS,
+        both_warps=BOTH_WARPS // narrow,
+    )
+    cases = {case.name: case for use in uses.of(*kinds) for case in _cases(use, uses)}
+    serves = {f"{KINDS[kind]}.{kind}": "bfloat16" for kind in kinds}
+    return KernelFile("swiglu", text, serves, tuple(cases.values()))
+
+
+def _cases(use: Use, uses: Uses) -> list[Case]:
+    """Forward for any number of tokens; gradients are taken in training alone."""
+    kind, size, backward = use.kind, use.size(0), "grad" in use.kind
+    ends = [v.type for v in use.op.operands if v.type.dtype == "i32"]
+    scale = use.op.attrs.get("scale")
+    cases = []
+    for rows in (uses.train_rows,) if backward else uses.rows:
+        # Gate and up lie behind one another, as one product makes them.
+        half = Tensor((rows, size), strides=(2 * size, 1))
+        given = [Tensor((rows, size)), half, half] if backward else [half, half]
+        given += [Tensor((ends[0].count(),), "int32", "ends", rows)] if ends else []
+        cases.append(
+            Case(
+                name=" ".join([f"{kind} n{size}", *([str(scale)] if scale else []), f"m{rows}"])
+                + (" experts" if ends else ""),
+                function=kind,
+                arguments=tuple(given),
+                keywords={"scale": scale} if scale else {},
+                bytes=nbytes(*given, *_results(kind, rows, size)),
+                access=128 if size % 16 == 0 else 8,
+                spans=spans([use]),
+            )
+        )
+    return cases
+
+
+def _results(kind: str, rows: int, size: int) -> list[Tensor]:
+    columns = 2 * size if "grad" in kind else size
+    if not kind.endswith("quantize"):
+        return [Tensor((rows, columns))]
+    q, s = Tensor((rows, columns), "float8_e4m3fn"), Tensor((rows, columns // RUN), "float32")
+    return [q, s] * (2 if "grad" in kind else 1)
