@@ -189,14 +189,8 @@ def attention_varlen(
     says: at least as many, and at most `longest`, which a kernel has to know. Zeros for tokens
     behind the last sequence.
     """
-    sequences = len(starts_q) - 1
-    of, left = [], []  # the sequence of each token, and how far its end is
-    for tokens, starts in ((len(q), starts_q), (len(k), starts_k)):
-        place = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
-        of.append(torch.bucketize(place, starts, right=True) - 1)
-        left.append(starts[(of[-1] + 1).clamp(max=sequences)] - place)
-    seen = (of[0].unsqueeze(1) == of[1]) & (left[0].unsqueeze(1) <= left[1])
-    width, none = v.shape[-1], (of[0] == sequences)[:, None, None]
+    seen, none = seen_keys(len(q), len(k), starts_q, starts_k)
+    width = v.shape[-1]
     wide_q, wide_k, wide_v = equally_wide(q[None], k[None], v[None])
     out = torch_f.scaled_dot_product_attention(
         wide_q,
@@ -206,7 +200,19 @@ def attention_varlen(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[0].transpose(0, 1)[..., :width].masked_fill(none, 0)
+    return out[0].transpose(0, 1)[..., :width].masked_fill(none[:, None, None], 0)
+
+
+def seen_keys(queries: int, keys: int, starts_q: Tensor, starts_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys a query of several sequences sees, [queries, keys], and which are in none."""
+    sequences = len(starts_q) - 1
+    of, left = [], []  # the sequence of each token, and how far its end is
+    for tokens, starts in ((queries, starts_q), (keys, starts_k)):
+        place = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
+        of.append(torch.bucketize(place, starts, right=True) - 1)
+        left.append(starts[(of[-1] + 1).clamp(max=sequences)] - place)
+    seen = (of[0].unsqueeze(1) == of[1]) & (left[0].unsqueeze(1) <= left[1])
+    return seen, of[0] == sequences
 
 
 def equally_wide(*parts: Tensor) -> tuple[Tensor, ...]:

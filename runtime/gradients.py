@@ -179,6 +179,46 @@ def _for_each_head(q: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.repeat_interleave(times, 2) if times > 1 else t for t in shared)
 
 
+def attention_varlen_saving(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention_varlen`, and the logarithm of each query's sum of exponentials [token, heads];
+    zeros for tokens behind the last sequence."""
+    seen, none = F.seen_keys(len(q), len(k), starts_q, starts_k)
+    times, levels = q.shape[1] // k.shape[1], []
+    for head in range(q.shape[1]):  # the scores of all heads at once may be too many
+        score = F.wide(q[:, head]) @ F.wide(k[:, head // times]).t() * scale
+        levels.append(score.masked_fill(~seen, -torch.inf).logsumexp(-1).masked_fill(none, 0))
+    o = F.attention_varlen(q, k, v, starts_q, starts_k, longest, scale)
+    return o, torch.stack(levels, -1)
+
+
+def attention_varlen_grad(
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, of sequences one behind another; zeros outside of all of them."""
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        out = F.attention_varlen(q, k, v, starts_q, starts_k, longest, scale)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), d)
+    return dq, dk, dv
+
+
 def _attention_grad_by_autograd(
     d: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,6 +56,11 @@ def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[
     if case["function"] == "attention_grad":
         _, q, k, v, _, _, scale = positional
         positional[4:6] = _saved(q, k, v, scale)
+    if case["function"] == "attention_varlen_grad":
+        from runtime import gradients
+
+        _, q, k, v, _, _, *sequences = positional
+        positional[4:6] = gradients.attention_varlen_saving(q, k, v, *sequences)
     return positional, named
 
 

@@ -131,6 +131,8 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     serves = {FUNCTIONS[kind]: "bfloat16" for kind in found}
     if "attention" in found:
         serves["F.attention_varlen"] = "bfloat16"
+    if grad:
+        serves["G.attention_varlen_saving"] = serves["G.attention_varlen_grad"] = "bfloat16"
     return KernelFile("attention", text, serves, tuple(_cases(found, uses)))
 
 
@@ -184,20 +186,26 @@ class Heads:
             choice="" if kind == "attention_grad" else question(self.dim, self.width),
         )
 
-    def packed(self, sequences: int, longest: int, lines: tuple[str, ...]) -> Case:
-        """Sequences of up to `longest` tokens, prompts that are read at once."""
+    def packed(self, kind: str, sizes: tuple[int, int], lines: tuple[str, ...]) -> Case:
+        """Sequences of `longest` tokens one behind another: prompts, or documents of a batch."""
+        sequences, longest = sizes
         tokens = sequences * longest
         q = Tensor((tokens, self.heads, self.dim))
         k = Tensor((tokens, self.kv_heads, self.dim))
         v = Tensor((tokens, self.kv_heads, self.width))
+        o = Tensor((tokens, self.heads, self.width))
+        lse = Tensor((tokens, self.heads), "float32")
         starts = Tensor((sequences + 1,), "int32", "starts", longest)
-        seen = sequences * longest * (longest + 1) // 2
+        seen, grad = sequences * longest * (longest + 1) // 2, kind == "attention_grad"
+        given = {"attention": (o,), "attention_saving": (o, lse), "attention_grad": (q, k, v)}[kind]
+        taken = (o, q, k, v, o, lse) if grad else (q, k, v)
+        function = kind.replace("attention", "attention_varlen")
         return Case(
-            name=f"attention_varlen h{self.heads} d{self.dim} b{sequences} k{longest}",
-            function="attention_varlen",
-            arguments=(q, k, v, starts, starts, longest, self.scale),
-            flops=2 * self.heads * seen * (self.dim + self.width),
-            bytes=nbytes(q, k, v, Tensor((tokens, self.heads, self.width))),
+            name=f"{function} h{self.heads} d{self.dim} b{sequences} k{longest}",
+            function=function,
+            arguments=(*taken, starts, starts, longest, self.scale),
+            flops=2 * self.heads * seen * _dot((3, 2) if grad else (1, 1), (self.dim, self.width)),
+            bytes=nbytes(*taken, *given),
             unit="bf16",
             spans=lines,
         )
@@ -224,6 +232,5 @@ def _cases(found: Mapping[str, Sequence[Use]], uses: Uses) -> Iterator[Case]:
         for heads in dict.fromkeys(map(_heads, those)):
             for size in sizes:
                 yield heads.case(kind, size, spans(those))
-            if kind == "attention":
-                yield heads.packed(4, max(1, rows // 4), spans(those))
-                yield heads.packed(3, 21, spans(those))
+            yield heads.packed(kind, (4, max(1, rows // 4)), spans(those))
+            yield heads.packed(kind, (3, 21), spans(those))

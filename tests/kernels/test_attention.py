@@ -17,7 +17,7 @@ from backends.triton.package import kernel_files, kernels_package
 from backends.triton.target import TARGETS
 from compiler.pipeline import compile
 from dsl.load import load
-from runtime import functional
+from runtime import functional, gradients
 from tests.kernels.conftest import ROOT, Kernels
 
 GQA = (
@@ -191,6 +191,47 @@ def test_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None
         assert close(reference[own[0]], expected, 8e-4, 2.01 / 128)
         assert difference(found[own[0]], expected) < 5e-6
     assert torch.equal(found, module.attention_varlen(*arguments))
+
+
+@pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
+def test_gradients_of_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None:
+    """Each sequence as alone, by kernel and by reference; zeros outside of all sequences."""
+    module = kernels("attention", heads.spec, target, heads.sets)
+    totals = [sum(lengths) for lengths in zip(*LENGTHS, strict=True)]
+    (q, _, _), (_, k, v) = (made(heads, 1, n + 3, n + 3, seed=n) for n in totals)
+    d = made(heads, 1, totals[0] + 3, totals[0] + 3, seed=1)[2]
+    d = d.repeat_interleave(heads.heads // heads.kv_heads, 2)
+    starts = [
+        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+        for lengths in zip(*LENGTHS, strict=True)
+    ]
+    sequences = (*starts, 200, heads.dim**-0.5)
+    o, lse = module.attention_varlen_saving(q[0], k[0], v[0], *sequences)
+    _, levels = gradients.attention_varlen_saving(q[0], k[0], v[0], *sequences)
+    assert close(lse, levels, 1e-6, 8.01 / 65536)
+    arguments = (d[0], q[0], k[0], v[0], o, lse, *sequences)
+    found = module.attention_varlen_grad(*arguments)
+    reference = gradients.attention_varlen_grad(*arguments)
+    outside = (totals[0], totals[1], totals[1])
+    for grad, true, leaf, end in zip(found, reference, (q, k, v), outside, strict=True):
+        assert grad.shape == true.shape == leaf[0].shape and grad.dtype == leaf.dtype
+        assert not grad[end:].any() and not true[end:].any()
+    for begin_q, begin_k, (queries, keys) in zip(
+        *(s[:-1].tolist() for s in starts), LENGTHS, strict=True
+    ):
+        of_q, of_k = slice(begin_q, begin_q + queries), slice(begin_k, begin_k + keys)
+        own = (d[:, of_q], q[:, of_q], k[:, of_k], v[:, of_k], o[None, of_q], lse[None, of_q])
+        leaves = [t.double().requires_grad_() for t in own[1:4]]
+        out = exact(leaves[0], leaves[1], leaves[2], sequences[-1])[0]
+        true = torch.autograd.grad(out, leaves, own[0].double())
+        given = exact_grad(*own, sequences[-1])
+        parts = zip((of_q, of_k, of_k), found, reference, true, given, strict=True)
+        for part, grad, plain, x, y in parts:
+            assert close(grad[part], x[0], 8e-4, 8.01 / 128)
+            assert close(plain[part], x[0], 8e-4, 8.01 / 128)
+            assert keys == 1 or difference(grad[part], y[0]) < 7e-6
+    again = module.attention_varlen_grad(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
 @pytest.mark.slow
