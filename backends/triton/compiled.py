@@ -37,24 +37,38 @@ def compile_kernels(
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
             (folder / Path(path).name).write_text(text, encoding="utf-8")
-        names = [f"{file.name}.py" for file in files]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            parts = pool.map(lambda name: _compile(folder, target, name, save is not None), names)
-            return [row for part in parts for row in part]
+        shares = _shares(files, os.cpu_count() or 1)
+        with ThreadPoolExecutor(len(shares) or 1) as pool:
+            parts = pool.map(lambda names: _compile(folder, target, names, bool(save)), shares)
+            rows = [row for part in parts for row in part]
+    order = [f"{file.name}.py" for file in files]
+    return sorted(rows, key=lambda row: order.index(row["file"]))
 
 
-def _compile(folder: Path, target: Target, name: str, save: bool) -> list[Row]:
+def _shares(files: Sequence[KernelFile], processes: int) -> list[list[str]]:
+    """Names of files for each process, with cases as evenly as they come: to start one, and to load
+    Triton and torch, takes as long as some ten kernels."""
+    shares: list[list[str]] = [[] for _ in range(min(processes, len(files)))]
+    cases = [0] * len(shares)
+    for file in sorted(files, key=lambda file: -len(file.cases)):
+        least = cases.index(min(cases))
+        shares[least].append(f"{file.name}.py")
+        cases[least] += len(file.cases)
+    return shares
+
+
+def _compile(folder: Path, target: Target, names: Sequence[str], save: bool) -> list[Row]:
     # Triton that interprets cannot compile; the caller may be a process that interprets.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "backends.triton.launches", str(folder), target.name, name]
+    command = [sys.executable, "-m", "backends.triton.launches", str(folder), target.name, *names]
     if save:
-        command.append(str(folder))
+        command.append("--save")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise CompilerFailed(f"{name}: {last[-1]}")
+        raise CompilerFailed(f"{', '.join(names)}: {last[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

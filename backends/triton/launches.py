@@ -1,6 +1,6 @@
 """Compiles what the launchers of a folder of kernels would launch, for a GPU that is not there.
 
-A program of its own (`python -m backends.triton.launches FOLDER TARGET FILE [SAVE]`), because
+A program of its own (`python -m backends.triton.launches FOLDER TARGET [--save] FILE..`), because
 Triton either compiles or interprets for the whole of a process. It calls each case of
 `kernels.json` with tensors that have no memory (torch's device `meta`), under a stand-in for the
 GPU's driver: Triton specialises the arguments as for a launch, compiles, and stops short of
@@ -25,13 +25,13 @@ from backends.triton.target import TARGETS, Target
 
 
 def main(arguments: list[str]) -> None:
-    folder, target, name, *save = arguments
-    record = json.loads((Path(folder) / "kernels.json").read_text(encoding="utf-8"))
-    for file in record["files"]:
-        if file["name"] == name:
-            path, kept = Path(folder) / name, Path(save[0]) if save else None
-            for row in compile_file(path, file["cases"], TARGETS[target], kept):
-                print(json.dumps(row), flush=True)
+    folder, target, *names = arguments
+    place = Path(folder)
+    record = json.loads((place / "kernels.json").read_text(encoding="utf-8"))
+    for file in (one for one in record["files"] if one["name"] in names):
+        save = place if "--save" in names else None
+        for row in compile_file(place / file["name"], file["cases"], TARGETS[target], save):
+            print(json.dumps(row), flush=True)
 
 
 Launch = dict[str, Any]

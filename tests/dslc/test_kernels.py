@@ -21,7 +21,7 @@ def test_the_table_and_what_is_saved(dslc: Run, tmp_path: Path) -> None:
     assert outcome.status == 0, outcome.err
     head, *rows = outcome.out.splitlines()
     assert head.split("  ")[0] == "kernel" and all(name in head for name in HEADINGS)
-    assert rows[0].startswith("rms_norm n24 m1 ") and "us (memory)" in rows[0]
+    assert rows[0].startswith("rms_norm n32 m1 ") and "us (memory)" in rows[0]
     kept = {path.name.split("-")[-1] for path in folder.iterdir()}
     assert {"norm.py", "rms_norm_kernel.ptx", "rms_norm_kernel.sass"} <= kept
 
