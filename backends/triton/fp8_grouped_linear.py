@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from backends.render import render
 from backends.triton.fp8_linear import parts_of
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, of_parts, once
 from backends.triton.target import Target
-from backends.triton.tiles import FP8_GROUPED, FP8_OUTER, RUN, Product, Steps, key, steps
-from backends.triton.uses import Use, Uses, spans
+from backends.triton.tiles import FP8_GROUPED, FP8_OUTER, RUN, Product, by_columns, key
+from backends.triton.uses import Use, Uses, kinds_of, spans
 
 KINDS = ("fp8_grouped_linear", "fp8_grouped_linear_input_grad", "fp8_grouped_linear_weight_grad")
 
@@ -19,18 +19,20 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     found = uses.of(*KINDS)
     if not found:
         return None
-    kinds = [kind for kind in KINDS if any(use.kind == kind for use in found)]
+    kinds, products = kinds_of(found, KINDS), _products(found)
     text = render(
         "triton/fp8_grouped_linear.py.jinja",
         target=target,
         kinds=kinds,
         products=kinds != ["fp8_grouped_linear_weight_grad"],
-        tiles=_tiles(found, uses, target),
+        tiles=by_columns(
+            "fp8_grouped_linear", FP8_GROUPED[target.name], products, target, uses.choices
+        ),
         outer=FP8_OUTER[target.name],
         block_k=2 * RUN if target.name == "sm_90" else RUN,
     )
     serves = {f"fp8.{kind.removeprefix('fp8_')}": "float8_e4m3fn" for kind in kinds}
-    return KernelFile("fp8_grouped_linear", text, serves, tuple(_cases(found, uses)))
+    return KernelFile("fp8_grouped_linear", text, serves, once(_cases(found, uses)))
 
 
 def slots_of_token(uses: Uses) -> int:
@@ -46,39 +48,23 @@ def _sizes(use: Use) -> tuple[int, int, int]:
     return use.size(3, 0), use.size(3, 1), use.size(3, 2)
 
 
-def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]:
-    """By columns of the product; where several widths have the same, the largest decides."""
-    widths: dict[int, tuple[int, int]] = {}
+def _products(found: Sequence[Use]) -> Iterator[Product]:
+    """One for each number of columns that a launch has: parts of a weight have launches of their
+    own."""
     for use in found:
-        if use.kind == "fp8_grouped_linear_weight_grad":
-            continue
-        experts, out, width = _sizes(use)
-        forward = use.kind == "fp8_grouped_linear"
-        inside = width if forward else out
-        for columns in (out, *parts_of(use)) if forward else (width,):
-            widths[columns] = max((inside, experts), widths.get(columns, (0, 0)))
-    return {
-        n: steps(
-            "fp8_grouped_linear",
-            FP8_GROUPED[target.name],
-            Product(0, n, width, 1, experts),
-            target,
-            uses.choices,
-        )
-        for n, (width, experts) in sorted(widths.items())
-    }
+        if use.kind != "fp8_grouped_linear_weight_grad":
+            (experts, out, width), forward = _sizes(use), use.kind == "fp8_grouped_linear"
+            for columns in (out, *parts_of(use)) if forward else (width,):
+                yield Product(0, columns, width if forward else out, 1, experts)
 
 
-def _cases(found: Sequence[Use], uses: Uses) -> list[Case]:
-    cases: dict[str, Case] = {}
+def _cases(found: Sequence[Use], uses: Uses) -> Iterator[Case]:
     for use in found:
         for rows in uses.rows if use.kind == "fp8_grouped_linear" else (uses.train_rows,):
-            case = _case(use, rows * slots_of_token(uses), found)
-            cases.setdefault(case.name, case)
-    return list(cases.values())
+            yield _case(use, rows * slots_of_token(uses))
 
 
-def _case(use: Use, slots: int, found: Sequence[Use]) -> Case:
+def _case(use: Use, slots: int) -> Case:
     experts, out, width = _sizes(use)
     ends = Tensor((experts,), "int32", "ends", slots)
     parts, function = parts_of(use), use.kind.removeprefix("fp8_")
@@ -95,14 +81,14 @@ def _case(use: Use, slots: int, found: Sequence[Use]) -> Case:
         columns = out if use.kind == "fp8_grouped_linear" else width
         given, made = (x, x_scale, ends, wq, ws), Tensor((slots, columns))
     return Case(
-        name=f"{function} {experts}x{out}x{width} m{slots}",
+        name=f"{function} {experts}x{out}x{width}{of_parts(parts)} m{slots}",
         function=function,
         arguments=given,
         keywords={"dtype": "bfloat16", **({"parts": parts} if parts else {})},
         flops=2 * slots * out * width,
         bytes=nbytes(*given, made),
         unit="fp8",
-        spans=spans([u for u in found if u.kind == use.kind and _sizes(u) == _sizes(use)]),
+        spans=spans([use]),
         choice=key("fp8_grouped_linear", columns, slots) if columns else "",
     )
 

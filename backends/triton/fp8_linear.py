@@ -22,13 +22,13 @@ for a tile of 128 x 128 by 8 warps, as compiled by Triton 3.7.1:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, of_parts, once
 from backends.triton.target import Target
-from backends.triton.tiles import FP8, FP8_OUTER, RUN, Product, Steps, key, steps
-from backends.triton.uses import Use, Uses, spans
+from backends.triton.tiles import FP8, FP8_OUTER, RUN, Product, by_columns, key
+from backends.triton.uses import Use, Uses, kinds_of, spans
 
 KINDS = ("fp8_linear", "fp8_linear_input_grad", "fp8_linear_weight_grad")
 
@@ -38,35 +38,28 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     found = uses.of(*KINDS)
     if not found:
         return None
-    kinds = [kind for kind in KINDS if any(use.kind == kind for use in found)]
+    kinds, products = kinds_of(found, KINDS), _products(found)
     text = render(
         "triton/fp8_linear.py.jinja",
         target=target,
         kinds=kinds,
         products=kinds != ["fp8_linear_weight_grad"],
-        tiles=_tiles(found, uses, target),
+        tiles=by_columns("fp8_linear", FP8[target.name], products, target, uses.choices),
         outer=FP8_OUTER[target.name],
         block_k=2 * RUN if target.name == "sm_90" else RUN,
     )
     serves = {f"fp8.{kind.removeprefix('fp8_')}": "float8_e4m3fn" for kind in kinds}
-    return KernelFile("fp8_linear", text, serves, tuple(_cases(found, uses)))
+    return KernelFile("fp8_linear", text, serves, once(_cases(found, uses)))
 
 
-def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]:
-    """By columns of the product; where several widths have the same, the largest decides."""
-    widths: dict[int, int] = {}
+def _products(found: Sequence[Use]) -> Iterator[Product]:
+    """One for each number of columns that a launch has: parts of a weight have launches of their
+    own."""
     for use in found:
-        if use.kind == "fp8_linear_weight_grad":
-            continue
-        out, width = use.size(2, -2), use.size(2)
-        forward = use.kind == "fp8_linear"
-        inside = width if forward else out
-        for columns in (out, *parts_of(use)) if forward else (width,):
-            widths[columns] = max(inside, widths.get(columns, 0))
-    return {
-        n: steps("fp8_linear", FP8[target.name], Product(0, n, width, 1), target, uses.choices)
-        for n, width in sorted(widths.items())
-    }
+        if use.kind != "fp8_linear_weight_grad":
+            out, width, forward = use.size(2, -2), use.size(2), use.kind == "fp8_linear"
+            for columns in (out, *parts_of(use)) if forward else (width,):
+                yield Product(0, columns, width if forward else out, 1)
 
 
 def parts_of(use: Use) -> tuple[int, ...]:
@@ -75,17 +68,14 @@ def parts_of(use: Use) -> tuple[int, ...]:
     return tuple(part for part in parts if isinstance(part, int))
 
 
-def _cases(found: Sequence[Use], uses: Uses) -> list[Case]:
-    cases: dict[str, Case] = {}
+def _cases(found: Sequence[Use], uses: Uses) -> Iterator[Case]:
     for use in found:
-        gradient = use.kind != "fp8_linear"
-        for rows in (uses.train_rows,) if gradient else uses.rows:
-            case = _outer(use, rows, found) if "weight" in use.kind else _product(use, rows, found)
-            cases.setdefault(case.name, case)
-    return list(cases.values())
+        case = _outer if "weight" in use.kind else _product
+        for rows in uses.rows if use.kind == "fp8_linear" else (uses.train_rows,):
+            yield case(use, rows)
 
 
-def _product(use: Use, rows: int, found: Sequence[Use]) -> Case:
+def _product(use: Use, rows: int) -> Case:
     out, width, (blocks, runs) = use.size(2, -2), use.size(2), (use.size(3, 0), use.size(3))
     x = Tensor((rows, use.size(0)), "float8_e4m3fn")
     x_scale = Tensor((rows, use.size(1)), "float32", fill="scale")
@@ -94,19 +84,19 @@ def _product(use: Use, rows: int, found: Sequence[Use]) -> Case:
     y = Tensor((rows, out if use.kind == "fp8_linear" else width))
     function, parts = use.kind.removeprefix("fp8_"), parts_of(use)
     return Case(
-        name=f"{function} {out}x{width} m{rows}",
+        name=f"{function} {out}x{width}{of_parts(parts)} m{rows}",
         function=function,
         arguments=(x, x_scale, w, w_scale),
         keywords={"dtype": "bfloat16", **({"parts": parts} if parts else {})},
         flops=2 * rows * out * width,
         bytes=nbytes(x, x_scale, w, w_scale, y),
         unit="fp8",
-        spans=_spans(use, found),
+        spans=spans([use]),
         choice=key("fp8_linear", y.shape[1], rows),
     )
 
 
-def _outer(use: Use, rows: int, found: Sequence[Use]) -> Case:
+def _outer(use: Use, rows: int) -> Case:
     out, width, tiles = use.size(0, -2), use.size(2, -2), -(-rows // RUN)
     operands = [
         made
@@ -124,14 +114,5 @@ def _outer(use: Use, rows: int, found: Sequence[Use]) -> Case:
         flops=2 * rows * out * width,
         bytes=nbytes(*operands, Tensor((out, width))),
         unit="fp8",
-        spans=_spans(use, found),
+        spans=spans([use]),
     )
-
-
-def _spans(use: Use, found: Sequence[Use]) -> tuple[str, ...]:
-    """Of all operators with operands of the same sizes."""
-
-    def sizes(other: Use) -> list[int | None]:
-        return [d.size for operand in other.op.operands for d in operand.type.dims]
-
-    return spans([u for u in found if u.kind == use.kind and sizes(u) == sizes(use)])

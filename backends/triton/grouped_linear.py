@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from backends.render import render
 from backends.triton.fp8_grouped_linear import slots_of_token
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
 from backends.triton.target import Target
-from backends.triton.tiles import BF16, BF16_OUTER, Product, Steps, key, steps
-from backends.triton.uses import Use, Uses, spans
+from backends.triton.tiles import BF16, BF16_OUTER, Product, by_columns, key
+from backends.triton.uses import Use, Uses, kinds_of, spans
 
 MODULES = {
     "grouped_linear": "F",
@@ -23,17 +23,17 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     found = [use for use in uses.of(*MODULES) if use.op.operands[0].type.dtype == "bf16"]
     if not found:
         return None
-    kinds = [kind for kind in MODULES if any(use.kind == kind for use in found)]
+    kinds, products = kinds_of(found, MODULES), _products(found)
     text = render(
         "triton/grouped_linear.py.jinja",
         target=target,
         kinds=kinds,
         products=kinds != ["grouped_linear_weight_grad"],
-        tiles=_tiles(found, uses, target),
+        tiles=by_columns("grouped_linear", BF16[target.name], products, target, uses.choices),
         outer=BF16_OUTER[target.name],
     )
     serves = {f"{MODULES[kind]}.{kind}": "bfloat16" for kind in kinds}
-    return KernelFile("grouped_linear", text, serves, tuple(_cases(found, uses)))
+    return KernelFile("grouped_linear", text, serves, once(_cases(found, uses)))
 
 
 def _sizes(use: Use) -> tuple[int, int, int]:
@@ -46,36 +46,21 @@ def _sizes(use: Use) -> tuple[int, int, int]:
     return use.size(1), out, width
 
 
-def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]:
-    """By columns of the product; where several widths have the same, the largest decides."""
-    widths: dict[int, tuple[int, int]] = {}
+def _products(found: Sequence[Use]) -> Iterator[Product]:
     for use in found:
         experts, out, width = _sizes(use)
         if use.kind != "grouped_linear_weight_grad":
             columns, inside = (out, width) if use.kind == "grouped_linear" else (width, out)
-            widths[columns] = max((inside, experts), widths.get(columns, (0, 0)))
-    return {
-        n: steps(
-            "grouped_linear",
-            BF16[target.name],
-            Product(0, n, width, 2, experts),
-            target,
-            uses.choices,
-        )
-        for n, (width, experts) in sorted(widths.items())
-    }
+            yield Product(0, columns, inside, 2, experts)
 
 
-def _cases(found: Sequence[Use], uses: Uses) -> list[Case]:
-    cases: dict[str, Case] = {}
+def _cases(found: Sequence[Use], uses: Uses) -> Iterator[Case]:
     for use in found:
         for rows in uses.rows if use.kind == "grouped_linear" else (uses.train_rows,):
-            case = _case(use, rows * slots_of_token(uses), found)
-            cases.setdefault(case.name, case)
-    return list(cases.values())
+            yield _case(use, rows * slots_of_token(uses))
 
 
-def _case(use: Use, slots: int, found: Sequence[Use]) -> Case:
+def _case(use: Use, slots: int) -> Case:
     experts, out, width = _sizes(use)
     ends, w = Tensor((experts,), "int32", "ends", slots), Tensor((experts, out, width))
     x, y = Tensor((slots, width)), Tensor((slots, out))
@@ -91,6 +76,6 @@ def _case(use: Use, slots: int, found: Sequence[Use]) -> Case:
         flops=2 * slots * out * width,
         bytes=nbytes(x, ends, w, y),
         unit="bf16",
-        spans=spans([u for u in found if u.kind == use.kind and _sizes(u) == _sizes(use)]),
+        spans=spans([use]),
         choice=key("grouped_linear", columns, slots) if columns else "",
     )

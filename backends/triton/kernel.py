@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Unit = Literal["fp8", "bf16", "memory"]
@@ -51,6 +51,18 @@ class Case:
     main: str = ""
 
 
+def once(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """Cases of the same name as one, which comes from where all of them do: blocks may ask for the
+    same sizes."""
+    known: dict[str, Case] = {}
+    for case in cases:
+        one = known.setdefault(case.name, case)
+        spans = tuple(dict.fromkeys((*one.spans, *case.spans)))
+        known[case.name] = replace(one, spans=spans)
+        assert known[case.name] == replace(case, spans=spans), f"two cases are called {case.name}"
+    return tuple(known.values())
+
+
 @dataclass(frozen=True)
 class KernelFile:
     """`kernels/NAME.py`: its text, and the functions that it replaces.
@@ -63,6 +75,11 @@ class KernelFile:
     text: str
     serves: Mapping[str, str]
     cases: tuple[Case, ...]
+
+
+def of_parts(parts: Sequence[int]) -> str:
+    """What the name of a case says of parts that runs or blocks begin anew in: ` of 96+96`."""
+    return f" of {'+'.join(map(str, parts))}" if parts else ""
 
 
 SIZES = {

@@ -6,13 +6,13 @@ summing decides ties, and at 256 columns it is no matter of time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
 from backends.triton.target import Target
-from backends.triton.tiles import BF16, Product, Steps, key, steps
-from backends.triton.uses import Use, Uses, spans
+from backends.triton.tiles import BF16, Product, by_columns, key
+from backends.triton.uses import Use, Uses, kinds_of, spans
 
 MODULES = {"linear": "F", "linear_input_grad": "G", "linear_weight_grad": "G"}
 
@@ -22,12 +22,11 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     found = [use for use in uses.of(*MODULES) if use.op.operands[0].type.dtype == "bf16"]
     if not found:
         return None
-    kinds = [kind for kind in MODULES if any(use.kind == kind for use in found)]
-    text = render(
-        "triton/linear.py.jinja", target=target, kinds=kinds, tiles=_tiles(found, uses, target)
-    )
+    kinds, products = kinds_of(found, MODULES), _products(found, uses)
+    tiles = by_columns("linear", BF16[target.name], products, target, uses.choices)
+    text = render("triton/linear.py.jinja", target=target, kinds=kinds, tiles=tiles)
     serves = {f"{MODULES[kind]}.{kind}": "bfloat16" for kind in kinds}
-    return KernelFile("linear", text, serves, tuple(_cases(found, uses)))
+    return KernelFile("linear", text, serves, once(_cases(found, uses)))
 
 
 def _sizes(use: Use) -> tuple[int, int]:
@@ -39,9 +38,7 @@ def _sizes(use: Use) -> tuple[int, int]:
     return (made, use.size(0)) if use.kind == "linear" else (use.size(0), made)
 
 
-def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]:
-    """By columns of the product; where several widths have the same, the largest decides."""
-    widths: dict[int, int] = {}
+def _products(found: Sequence[Use], uses: Uses) -> Iterator[Product]:
     for use in found:
         out, inside = _sizes(use)
         columns, width = {
@@ -49,23 +46,16 @@ def _tiles(found: Sequence[Use], uses: Uses, target: Target) -> dict[int, Steps]
             "linear_input_grad": (inside, out),
             "linear_weight_grad": (inside, uses.train_rows),
         }[use.kind]
-        widths[columns] = max(width, widths.get(columns, 0))
-    return {
-        n: steps("linear", BF16[target.name], Product(0, n, width, 2), target, uses.choices)
-        for n, width in sorted(widths.items())
-    }
+        yield Product(0, columns, width, 2)
 
 
-def _cases(found: Sequence[Use], uses: Uses) -> list[Case]:
-    cases: dict[str, Case] = {}
+def _cases(found: Sequence[Use], uses: Uses) -> Iterator[Case]:
     for use in found:
         for rows in uses.rows if use.kind == "linear" else (uses.train_rows,):
-            case = _case(use, rows, found)
-            cases.setdefault(case.name, case)
-    return list(cases.values())
+            yield _case(use, rows)
 
 
-def _case(use: Use, rows: int, found: Sequence[Use]) -> Case:
+def _case(use: Use, rows: int) -> Case:
     out, width = _sizes(use)
     x, w, y = Tensor((rows, width)), Tensor((out, width)), Tensor((rows, out))
     arguments, made, high = {
@@ -80,6 +70,6 @@ def _case(use: Use, rows: int, found: Sequence[Use]) -> Case:
         flops=2 * rows * out * width,
         bytes=nbytes(x, w, y),
         unit="bf16",
-        spans=spans([u for u in found if u.kind == use.kind and _sizes(u) == (out, width)]),
+        spans=spans([use]),
         choice=key("linear", made.shape[1], high),
     )

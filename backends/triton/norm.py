@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
 from backends.triton.target import Target
 from backends.triton.uses import Use, Uses, spans
 from compiler.ops.quantize import runs
@@ -47,9 +47,9 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         grads=_widths(grads, target),
         target=target,
     )
-    cases = {case.name: case for use in (*norms, *grads) for case in _cases(use, uses)}
+    cases = once(case for use in (*norms, *grads) for case in _cases(use, uses))
     serves = {f"{(FORWARD | BACKWARD)[kind]}.{kind}": "bfloat16" for kind in kinds}
-    return KernelFile("norm", text, serves, tuple(cases.values()))
+    return KernelFile("norm", text, serves, cases)
 
 
 def _widths(norms: Sequence[Use], target: Target) -> list[Rows]:

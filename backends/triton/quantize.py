@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, of_parts, once
 from backends.triton.target import Target
 from backends.triton.uses import Use, Uses, spans
 from compiler.graph.core import Attr
@@ -46,8 +46,8 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     )
     first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}
     serves = {f"fp8.{kind}": dtype for kind, dtype in first.items()}
-    cases = {case.name: case for use in uses.of(*kinds) for case in _cases(use, uses)}
-    return KernelFile("quantize", text, serves, tuple(cases.values()))
+    cases = once(case for use in uses.of(*kinds) for case in _cases(use, uses))
+    return KernelFile("quantize", text, serves, cases)
 
 
 def _cases(use: Use, uses: Uses) -> list[Case]:
@@ -66,7 +66,7 @@ def _cases(use: Use, uses: Uses) -> list[Case]:
         given += [Tensor((ends[0].count(),), "int32", "ends", rows)] if ends else []
         cases.append(
             Case(
-                name=f"{kind} n{size} {scale} m{rows}{' experts' if ends else ''}",
+                name=f"{kind} n{size}{of_parts(parts)} {scale} m{rows}{' experts' if ends else ''}",
                 function=kind,
                 arguments=tuple(given),
                 keywords=keywords,
@@ -85,7 +85,7 @@ def _weight_case(use: Use) -> Case:
     parts = _parts(parts_attr([w.type.dims[0].at({}) for w in use.weights]))
     weight, wide = Tensor(shape), Tensor(shape, "float8_e4m3fn")
     return Case(
-        name=f"quantize_weight {'x'.join(map(str, shape))} {scale}",
+        name=f"quantize_weight {'x'.join(map(str, shape))}{of_parts(parts)} {scale}",
         function="quantize_weight",
         arguments=(weight,),
         keywords={"scale": scale, **({"parts": parts} if parts else {})},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
 from backends.triton.target import Target
 from backends.triton.uses import Use, Uses, spans
 
@@ -21,9 +21,9 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         return None
     warps = WARPS // (target.warp_size // 32)
     text = render("triton/rope.py.jinja", kinds=kinds, heads=HEADS, warps=warps)
-    cases = {case.name: case for use in uses.of(*kinds) for case in _cases(use, uses)}
+    cases = once(case for use in uses.of(*kinds) for case in _cases(use, uses))
     serves = {f"{KINDS[kind]}.{kind}": "bfloat16" for kind in kinds}
-    return KernelFile("rope", text, serves, tuple(cases.values()))
+    return KernelFile("rope", text, serves, cases)
 
 
 def _cases(use: Use, uses: Uses) -> list[Case]:

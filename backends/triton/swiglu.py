@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
 from backends.triton.quantize import BOTH_ROWS, BOTH_WARPS
 from backends.triton.target import Target
 from backends.triton.uses import Use, Uses, spans
@@ -39,9 +39,9 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         both_rows=BOTH_ROWS,
         both_warps=BOTH_WARPS // narrow,
     )
-    cases = {case.name: case for use in uses.of(*kinds) for case in _cases(use, uses)}
+    cases = once(case for use in uses.of(*kinds) for case in _cases(use, uses))
     serves = {f"{KINDS[kind]}.{kind}": "bfloat16" for kind in kinds}
-    return KernelFile("swiglu", text, serves, tuple(cases.values()))
+    return KernelFile("swiglu", text, serves, cases)
 
 
 def _cases(use: Use, uses: Uses) -> list[Case]:

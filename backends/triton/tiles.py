@@ -7,7 +7,7 @@ cost is that of a model, and orders candidates; it foretells no time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from backends.triton.choices import Choices
@@ -121,6 +121,24 @@ def steps(
             found.pop()
         found.append((rows, tile))
     return (*found[:-1], (None, found[-1][1]))
+
+
+def by_columns(
+    name: str,
+    tiles: Sequence[Tile],
+    products: Iterable[Product],
+    target: Target,
+    choices: Choices,
+) -> dict[int, Steps]:
+    """`steps` by columns of the product; of several that have as many, the widest decides."""
+    widest: dict[int, Product] = {}
+    for product in products:
+        known = widest.setdefault(product.columns, product)
+        widest[product.columns] = max(known, product, key=lambda one: (one.width, one.experts))
+    return {
+        columns: steps(name, tiles, product, target, choices)
+        for columns, product in sorted(widest.items())
+    }
 
 
 def key(name: str, columns: int, rows: int) -> str:

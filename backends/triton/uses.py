@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.triton.choices import Choices
@@ -79,3 +79,9 @@ class Uses:
 def spans(uses: Sequence[Use]) -> tuple[str, ...]:
     """Where they come from, each line once."""
     return tuple(dict.fromkeys(use.span for use in uses if use.span))
+
+
+def kinds_of(uses: Sequence[Use], among: Iterable[str]) -> list[str]:
+    """Those of some kinds that occur, in their order."""
+    occur = {use.kind for use in uses}
+    return [kind for kind in among if kind in occur]
