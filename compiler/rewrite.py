@@ -51,6 +51,12 @@ class Place:
                 return True
         return self.op not in graph.ops or made not in graph.ops
 
+    def retire(self, op: Op, instead: Sequence[Value]) -> None:
+        """Takes another operator out, whose results are those of what was added."""
+        for old, new in zip(op.results, instead, strict=True):
+            self.builder.graph.replace_uses(old, new)
+        next(ops for ops in lists(self.builder.graph) if op in ops).remove(op)
+
     def add(
         self,
         kind: str,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,14 @@ def print_problems(problems: Iterable[Diagnostic]) -> None:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
+    """Columns as wide as what stands in them; `align` has `<` or `>` for each."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, align, widths, strict=True)
+        print("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
 
 
 def note(text: str) -> None:

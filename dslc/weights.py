@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import sys
 import time
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dslc.installed import require
 from dslc.options import Format
 
 if TYPE_CHECKING:
@@ -50,13 +50,8 @@ MAX_FILE = "5GB"
 
 def require_torch() -> None:
     """Raises `DiagnosticError` where weights cannot be read."""
-    from dsl.diagnostic import Diagnostic, DiagnosticError
-
-    missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
-    if missing:
-        message = f"converting weights needs {' and '.join(missing)}, not installed here"
-        help = f"`pip install {' '.join(missing)}`; a build needs neither"
-        raise DiagnosticError([Diagnostic("E605", message, help=help)])
+    by = "`pip install torch safetensors`"
+    require("converting weights", "torch", "safetensors", by=by)
 
 
 def converted(
@@ -70,7 +65,7 @@ def converted(
 ) -> None:
     """Converts weights and prints the audit. Raises `DiagnosticError`, OSError."""
     from backends.weights import convert
-    from dslc.report import print_json
+    from dslc.report import print_json, print_table
     from dslc.specs import shown
 
     gc.enable()  # dslc looks for no garbage, which is right for half a second only
@@ -86,20 +81,8 @@ def converted(
         print_json({"ok": True, "diagnostics": [], "folder": str(to), "tensors": said})
         return
     heads = ("tensors", "", "shape", "read", "written", "", "bytes")
-    print_table([heads, *rows])
+    print_table([heads, *rows], "<><<<<>")
     print(f"wrote {shown(to)}: every tensor and its hash are in {shown(to / 'audit.json')}")
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as what stands in them; numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numbers = {1, len(rows[0]) - 1}
-    for row in rows:
-        cells = (
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
 
 
 @dataclass

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .audit import AUDIT, Row, Table, known_hashes, lines, row
+from .files import sync
 from .recode import Form, Wanted, recode
 from .shards import DTYPES, INDEX, Problem, Shards
 from .sources import Source, Sources
@@ -133,9 +134,9 @@ def convert(
             for path in beside:
                 shutil.copyfile(path, partial / path.name)
             table = _write_audit(partial, work.records(), folder, form)
-            _sync(partial)
+            sync(partial)
             partial.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
             shutil.rmtree(target / RECORDS)
             (target / ASKED).unlink()
     return table
@@ -367,14 +368,6 @@ def _write(path: Path, texts: Iterable[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash_of(file: BinaryIO, place: Place) -> str:

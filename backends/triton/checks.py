@@ -60,7 +60,7 @@ def _uses_the_right_unit(row: Row, target: Target) -> Iterator[str]:
     wanted = MATRIX[target.name][unit]
     if not any(wanted in name for name in found["matrix"]):
         yield f"no {wanted}, but {', '.join(found['matrix']) or 'no matrix instruction'}"
-    if target.name == "sm_90" and "HMMA" in found["matrix"] and not case.get("mma_sync"):
+    if target.name == "sm_90" and "HMMA" in found["matrix"]:
         yield "it multiplies by mma.sync, at half of the speed of wgmma"
     if target.backend == "cuda" and row["stages"] < 2 and not found["bulk_copies"]:
         yield "nothing is loaded ahead"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from backends.triton.kernel import KernelFile
 from backends.triton.launches import Row
+from backends.triton.package import write
 from backends.triton.target import Target
 
 
@@ -34,9 +36,7 @@ def compile_kernels(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = save or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            (folder / Path(path).name).write_text(text, encoding="utf-8")
+        write(texts, folder)
         shares = _shares(files, os.cpu_count() or 1)
         with ThreadPoolExecutor(len(shares) or 1) as pool:
             parts = pool.map(lambda names: _compile(folder, target, names, bool(save)), shares)
@@ -111,7 +111,7 @@ def _line(row: Row, case: Mapping[str, Any], target: Target) -> list[str]:
         ", ".join(f"{n} {name}" for name, n in found["matrix"].items()),
         f"{found['load_bits']}/{found['store_bits']}" + (" bulk" if found["bulk_copies"] else ""),
         str(found["hot"]),
-        floor(case, target),
+        "{:,.1f} us ({})".format(*floor(case, target)),
     ]
 
 
@@ -122,10 +122,9 @@ def tile(constants: Mapping[str, Any]) -> str:
     return "x".join(map(str, sizes))
 
 
-def floor(case: Mapping[str, Any], target: Target) -> str:
-    """The time below which the target cannot do it, and what bounds it: not a measurement."""
-    flops, size = case.get("flops", 0), case.get("bytes", 0)
-    by_memory = size / target.bandwidth
-    by_unit = flops / target.flops[case["unit"]] if case["unit"] in target.flops else 0.0
-    bound = "memory" if by_memory >= by_unit else case["unit"]
-    return f"{max(by_memory, by_unit) * 1e6:,.1f} us ({bound})"
+def floor(case: Mapping[str, Any], target: Target) -> tuple[float, str]:
+    """Microseconds below which the target's published peaks do not let a case come, and what bounds
+    it: not a measurement."""
+    by_memory = 1e6 * case.get("bytes", 0) / target.bandwidth
+    by_unit = 1e6 * case.get("flops", 0) / target.flops.get(case["unit"], math.inf)
+    return max((by_memory, "memory"), (by_unit, case["unit"]), key=lambda bound: bound[0])

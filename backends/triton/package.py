@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from backends.render import render
 from backends.triton import (
@@ -83,6 +84,13 @@ def kernels_package(files: Sequence[KernelFile], target: Target) -> dict[str, st
     texts["kernels/__init__.py"] = render("triton/init.py.jinja", target=target, modules=modules)
     texts["kernels/kernels.json"] = _record(files, target)
     return texts
+
+
+def write(texts: Mapping[str, str], folder: Path) -> None:
+    """The files of `kernels_package` side by side in a folder, to be compiled or run from there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        (folder / Path(path).name).write_text(text, encoding="utf-8")
 
 
 def _served(files: Sequence[KernelFile], module: str) -> dict[str, tuple[str, list[str]]]:

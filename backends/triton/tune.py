@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import tempfile
@@ -16,7 +15,7 @@ from backends.triton.arguments import Case, arguments_of
 from backends.triton.choices import Choices
 from backends.triton.kernel import KernelFile
 from backends.triton.launches import load
-from backends.triton.package import kernel_files, kernels_package
+from backends.triton.package import kernel_files, kernels_package, write
 from backends.triton.target import Target
 from compiler.graph.core import Program
 from dsl.diagnostic import Diagnostic, DiagnosticError
@@ -63,8 +62,7 @@ def _times(
     """Microseconds by question: those of all cases that it decides."""
     sums: defaultdict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
-        for path, text in kernels_package(files, target).items():
-            Path(folder, Path(path).name).write_text(text, encoding="utf-8")
+        write(kernels_package(files, target), Path(folder))
         record = json.loads(Path(folder, "kernels.json").read_text(encoding="utf-8"))
         for file in record["files"]:
             cases = [case for case in file["cases"] if case.get("choice") in keys]
@@ -94,17 +92,13 @@ def on_gpu(call: Callable[[], Any]) -> float:
 
 def gpu_here() -> tuple[str, str]:
     """The GPU at hand as targets are called, and its own name."""
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("triton") is None:
-        return "", "no torch, or no triton"
     import torch
+
+    from runtime.dispatch import name_of
 
     if not torch.cuda.is_available():
         return "", "none"
-    if torch.version.hip:
-        arch = str(torch.cuda.get_device_properties(0).gcnArchName).split(":")[0]
-    else:
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
-    return arch, torch.cuda.get_device_name(0)
+    return name_of(0), torch.cuda.get_device_name(0)
 
 
 def text_of(choices: Mapping[str, str], target: Target, gpu: str) -> str:

@@ -23,8 +23,10 @@ from check import checked, reference_of  # noqa: E402
 from peers import peers_of  # noqa: E402
 
 from backends.triton.arguments import Case, arguments_of  # noqa: E402
+from backends.triton.compiled import floor  # noqa: E402
 from backends.triton.launches import load  # noqa: E402
 from backends.triton.package import kernel_files, kernels_package  # noqa: E402
+from backends.triton.package import write as put  # noqa: E402
 from backends.triton.target import TARGETS, Target  # noqa: E402
 from compiler.pipeline import compile  # noqa: E402
 from dslc.specs import read  # noqa: E402
@@ -65,14 +67,12 @@ def measured(
     """A row for each case of each file of kernels."""
     description = read(spec, None, None)
     files = kernel_files(compile(description).programs, description, target)
-    for path, text in kernels_package(files, target).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
-    record = json.loads((folder / "kernels/kernels.json").read_text(encoding="utf-8"))
+    put(kernels_package(files, target), folder)
+    record = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
     for file in record["files"]:
         if only and file["name"].removesuffix(".py") not in only:
             continue
-        module = load(folder / "kernels" / file["name"])
+        module = load(folder / file["name"])
         for case in file["cases"]:
             if match in case["name"]:
                 yield row_of(module, file, case, target)
@@ -92,20 +92,13 @@ def row_of(module: ModuleType, file: Case, case: Case, target: Target) -> dict[s
     except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
         row["check"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return row
-    row["floor_us"] = floor_us(case, target)
+    row["floor_us"], _ = floor(case, target)
     row["roofline"] = row["floor_us"] / row["us"]
     row["peers_us"] = {
         name: 1e3 * do_bench(run, return_mode="median")
         for name, run in peers_of(case["function"], arguments, keywords).items()
     }
     return row
-
-
-def floor_us(case: Case, target: Target) -> float:
-    """Microseconds that the published peaks of the target allow at the least."""
-    by_memory = case.get("bytes", 0) / target.bandwidth
-    by_unit = case.get("flops", 0) / target.flops.get(case["unit"], float("inf"))
-    return float(1e6 * max(by_memory, by_unit))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -64,9 +64,7 @@ def _both(at: Place) -> Sequence[Value] | Miss:
     at.matched.append(columns)
     scale = at.op.attrs["scale"]
     q, s, *tiles = at.add("quantize_both", columns.operands, names=names, scale=scale)
-    for old, new in zip(columns.results, tiles, strict=True):
-        at.builder.graph.replace_uses(old, new)
-    ops.remove(columns)
+    at.retire(columns, tiles)
     return [q, s]
 
 

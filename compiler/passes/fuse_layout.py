@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compiler.graph.core import Op, Program, Value, lists
+from compiler.graph.core import Op, Program, Value
 from compiler.ops.base import dims_attr
 from compiler.passes.base import Pass
 from compiler.passes.simplify import drop_unread
@@ -98,7 +98,7 @@ def _join_rotated_grad(at: Place) -> Sequence[Value] | None:
         names=[at.op.result.name, rotate.result.name],
         into=at.op.attrs["into"], shared=dims_attr(rotate.result.type.last),
     )  # fmt: skip
-    _replace(at, rotate, shared)
+    at.retire(rotate, [shared])
     return [both]
 
 
@@ -114,10 +114,3 @@ def _reader(at: Place, value: Value, kind: str) -> Op | None:
     """The operator that alone reads a value, if it is of this kind."""
     readers = [op for op in at.builder.graph.walk() if value in op.operands]
     return readers[0] if [op.kind for op in readers] == [kind] else None
-
-
-def _replace(at: Place, op: Op, instead: Value) -> None:
-    at.builder.graph.replace_uses(op.result, instead)
-    for ops in lists(at.builder.graph):
-        if op in ops:
-            ops.remove(op)

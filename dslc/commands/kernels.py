@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,11 +15,6 @@ from dslc.options import (
     TargetName,
     VariantOption,
 )
-
-if TYPE_CHECKING:
-    from backends.triton.launches import Row
-    from backends.triton.target import Target
-    from dsl.diagnostic import Diagnostic
 
 EXAMPLES = """
 \b
@@ -55,19 +48,18 @@ def run(
 ) -> None:
     """Compile the Triton kernels of a model and show registers, memory, instructions."""
     from backends.triton.checks import violations
-    from backends.triton.compiled import CompilerFailed, compile_kernels
+    from backends.triton.compiled import HEADINGS, CompilerFailed, compile_kernels, table
     from backends.triton.package import kernel_files, kernels_package
     from backends.triton.target import TARGETS
     from compiler.pipeline import compile
     from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dslc.installed import require_triton
     from dslc.passes import unknown
-    from dslc.report import print_json, reporting
+    from dslc.report import print_json, print_table, reporting
     from dslc.specs import read
 
     with reporting(as_json=format is Format.json):
-        missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise DiagnosticError([_not_installed(missing)])
+        require_triton("compiling kernels")
         description = read(spec, sets, variant)
         gpu = TARGETS[target]
         files = kernel_files(compile(description).programs, description, gpu)
@@ -89,30 +81,8 @@ def run(
         if format is Format.json:
             print_json({"ok": not broken, "target": gpu.name, "kernels": rows})
         else:
-            print_table(rows, gpu)
+            print_table([HEADINGS, *table(rows, gpu)], "<" * len(HEADINGS))
             for row, text in broken:
                 print(f"{row['file']}: {row['kernel']} ({row['cases'][0]['name']}): {text}")
         if broken:
             raise typer.Exit(1)
-
-
-def _not_installed(missing: Sequence[str]) -> Diagnostic:
-    from dsl.diagnostic import Diagnostic
-
-    return Diagnostic(
-        "E605",
-        f"compiling kernels needs {' and '.join(missing)}, not installed here",
-        help="`pip install torch==2.13.0`, then `pip install triton==3.7.1`; a build needs neither",
-    )
-
-
-def print_table(rows: Sequence[Row], target: Target) -> None:
-    """Columns as wide as what stands in them."""
-    from backends.triton.compiled import HEADINGS, table
-
-    lines = [list(HEADINGS), *table(rows, target)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    for line in lines:
-        print(
-            "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
-        )

@@ -33,10 +33,12 @@ def run(
     from backends.triton.target import TARGETS
     from compiler.pipeline import compile
     from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dslc.installed import require_triton
     from dslc.report import reporting
     from dslc.specs import read
 
     with reporting():
+        require_triton("measuring kernels")
         name, gpu = tune.gpu_here()
         if name not in TARGETS:
             why = f"measuring needs a GPU of {', '.join(TARGETS)}; here is {gpu}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ..files import sync
 from .settings import TrainError
 from .state import State
 
@@ -195,20 +195,12 @@ def _commit(beside: Path, place: Path) -> None:
     manifest = json.dumps({"sha256": dict(_hashes(beside))}, indent=2)
     (beside / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in (beside / MANIFEST, beside / VALUES, *(p for p in beside.rglob("*") if p.is_dir())):
-        _sync(path)
-    _sync(beside)
+        sync(path)
+    sync(beside)
     if place.exists():  # of an earlier attempt at the same step
         shutil.rmtree(place)
     beside.rename(place)
-    _sync(place.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(place.parent)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..files import replace_text
 from .settings import Settings
 from .trainer import Step
 
@@ -50,13 +51,6 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file that is old or new, whenever the process is killed."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from ..config import Config
+from ..files import replace_text
 from ..model import LanguageModel
 from .changes import changed, flat
 from .checkpoints import Checkpoints
 from .evaluation import evaluate
 from .interrupt import LOCK, stop_signals
-from .metrics import Metrics, Progress, progress_to_terminal, replace_text
+from .metrics import Metrics, Progress, progress_to_terminal
 from .prepare import check, prepared
 from .sequences import HeldOut, Sequences, split
 from .settings import Settings, TrainError

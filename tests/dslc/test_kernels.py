@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from backends.triton.compiled import HEADINGS
+from backends.triton.target import TARGETS
+from dslc.options import TargetName
 from tests.dslc.conftest import ROOT, Run
 
 TINY = str(ROOT / "specs/deepseek_v3_tiny.yaml")
@@ -38,6 +40,10 @@ def test_a_file_that_the_model_does_not_have(dslc: Run) -> None:
     outcome = dslc("kernels", TINY, "--target", "sm_90", "--file", "nomr")
     assert outcome.status == 1
     assert "E691" in outcome.err and "did you mean `norm`?" in outcome.err
+
+
+def test_the_targets_of_the_command_line_are_those_that_there_are() -> None:
+    assert [target.value for target in TargetName] == list(TARGETS)
 
 
 def test_a_target_that_there_is_not(dslc: Run) -> None:

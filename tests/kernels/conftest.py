@@ -11,13 +11,19 @@ import pytest
 
 from backends.triton.kernel import KernelFile
 from backends.triton.launches import load
-from backends.triton.package import kernel_files, kernels_package
+from backends.triton.package import FAMILIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
 from compiler.pipeline import compile
 from dsl.load import load as load_spec
 from tests.kernels.interpreter import repair
 
 ROOT = Path(__file__).parents[2]
+
+SPECS = ("deepseek_v3", "deepseek_v2_lite", "deepseek_v3_tiny")
+"""What kernels are compiled for."""
+
+FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]
+"""Every file that a build may have."""
 
 Kernels = Callable[..., ModuleType]
 

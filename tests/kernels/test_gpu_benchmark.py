@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from backends.triton.kernel import Case
-from backends.triton.package import FAMILIES
-from tests.kernels.conftest import ROOT, Kernels, files_of, package_of
+from tests.kernels.conftest import FILES, ROOT, Kernels, files_of, package_of
 
-FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]
 SMALL = 40_000
 """Numbers in the arguments of a case that is worth interpreting here."""
 
