@@ -7,7 +7,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .shards import BLOCK, INDEX, LoadError, Shards
-from .sources import Sources
+from .sources import Shape, Sources
 from .weights import published
 
 if TYPE_CHECKING:
@@ -70,13 +71,8 @@ def load(model: LanguageModel, folder: str | Path) -> LoadReport:
     """
     began = time.perf_counter()
     folder = Path(folder)
-    with Shards(folder) as shards:
-        if not shards.entries and shards.problems:
-            raise LoadError(folder, shards.problems)
-        shapes = [(part.name, part.shape) for part in published(model)]
-        sources = Sources(shards, shapes, model.aliases)
-        if sources.problems:
-            raise LoadError(folder, sources.problems)
+    shapes = {part.name: part.shape for part in published(model)}
+    with matched(folder, shapes, model.aliases) as (shards, sources):
         if model.device.type == "meta":
             model.to_empty(device="cpu")
         for part in published(model):
@@ -86,11 +82,25 @@ def load(model: LanguageModel, folder: str | Path) -> LoadReport:
             files=len({entry.file for entry in shards.entries.values()}),
             total=len(shards.entries),
             read=len(shapes),
-            dequantized=sum(sources.of[name].scale is not None for name, _ in shapes),
+            dequantized=sum(sources.of[name].scale is not None for name in shapes),
             aliased=len(sources.of) - len(shapes),
             bytes=sum(entry.bytes for entry in shards.entries.values()),
             seconds=time.perf_counter() - began,
         )
+
+
+@contextmanager
+def matched(
+    folder: Path, shapes: Mapping[str, Shape], copies: Mapping[str, str]
+) -> Iterator[tuple[Shards, Sources]]:
+    """The files of a folder, and where in them each tensor of a model is. Raises LoadError."""
+    with Shards(folder) as shards:
+        if not shards.entries and shards.problems:
+            raise LoadError(folder, shards.problems)
+        sources = Sources(shards, shapes, copies)
+        if sources.problems:
+            raise LoadError(folder, sources.problems)
+        yield shards, sources
 
 
 def save(model: LanguageModel, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

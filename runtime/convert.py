@@ -116,7 +116,7 @@ def convert(
             raise ConversionError(shards.problems)
         sources = Sources(
             shards,
-            [(one.name, one.shape) for one in wanted if not one.copy_of],
+            {one.name: one.shape for one in wanted if not one.copy_of},
             {one.name: one.copy_of for one in wanted if one.copy_of},
         )
         known, unread = known_hashes(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +33,18 @@ class Sources:
     """
 
     def __init__(
-        self, shards: Shards, shapes: Iterable[tuple[str, Shape]], copies: Mapping[str, str]
+        self, shards: Shards, shapes: Mapping[str, Shape], copies: Mapping[str, str]
     ) -> None:
         """`copies`: copy -> original, of which only the originals are among `shapes`."""
         self.shards = shards
         self.problems = list(shards.problems)
         self.of: dict[str, Source] = {}
         self._left = dict(shards.entries)
-        wanted = dict(shapes)
-        for name, shape in wanted.items():
+        for name, shape in shapes.items():
             self._take(name, shape)
         found = {copy: o for copy, o in copies.items() if copy in self._left}
         for copy, original in found.items():
-            self._take(copy, wanted[original])
+            self._take(copy, shapes[original])
         self._refuse_the_rest()
         for copy, original in found.items():
             self._compare(copy, original)

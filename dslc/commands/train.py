@@ -16,6 +16,7 @@ Examples:
   dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
   dslc train deepseek_v3_mini --out runs/mini        go on where it stopped
   dslc train my_model.yaml --data a.txt --data b.jsonl --tokenizer tokenizer.json --out runs/mine
+  dslc train my_model.yaml --weights published --data a.txt --out runs/tuned
   dslc train deepseek_v3_mini --set architecture.mtp.depth=0 --data a.txt --out runs/no_mtp
 
 \b
@@ -33,6 +34,10 @@ def run(
             metavar="FILE",
             help="Text, JSON lines with a `text` each, or a folder of tokens. Repeatable.",
         ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Begin with these weights: a folder of safetensors."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -68,6 +73,7 @@ def run(
 
     given = {
         "data": tuple(data) if data else None,
+        "weights": weights,
         "tokenizer": tokenizer,
         "held_out": held_out,
         "seed": seed,

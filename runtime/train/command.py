@@ -130,6 +130,8 @@ def parse(model: type[LanguageModel], arguments: Sequence[str] | None) -> Option
     add("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
     add("--data", type=Path, nargs="+", default=[], metavar="FILE",
         help="text, JSON lines with a `text` each, or a folder of tokens")  # fmt: skip
+    add("--weights", type=Path, metavar="DIR",
+        help="begin with these weights, a folder of safetensors (random ones)")  # fmt: skip
     add("--tokenizer", metavar="FILE",
         help="a tokenizer.json; by default tokens are bytes")  # fmt: skip
     add("--held-out", type=_share, metavar="SHARE",

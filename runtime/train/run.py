@@ -28,7 +28,7 @@ from .metrics import Metrics, Progress, progress_to_terminal
 from .prepare import check, prepared
 from .sequences import HeldOut, Sequences, split
 from .settings import Settings, TrainError
-from .state import State, restored, state
+from .state import State, begin_with, restored, state
 from .tokens import Tokens
 from .trainer import NotFinite, Trainer
 from .watch import Watch
@@ -42,6 +42,7 @@ class Options:
 
     out: Path
     data: tuple[Path, ...] = ()
+    weights: Path | None = None
     tokenizer: str | None = None
     held_out: float | None = None
     seed: int | None = None
@@ -51,7 +52,7 @@ class Options:
     eval_sequences: int = 64
 
 
-BEGIN: Mapping[str, Any] = {"tokenizer": "bytes", "held_out": 0.1, "seed": 0}
+BEGIN: Mapping[str, Any] = {"weights": None, "tokenizer": "bytes", "held_out": 0.1, "seed": 0}
 """What stays for the life of a run."""
 
 
@@ -72,11 +73,8 @@ class Run:
             self._same(record)
         elif _foreign(options.out, model.config.model):
             raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
-        given = {name: getattr(options, name) for name in BEGIN}
-        begun = {
-            **(record or BEGIN),
-            **{n: value for n, value in given.items() if value is not None},
-        }
+        asked = {name: value for name, value in _asked(options).items() if value is not None}
+        begun = {**BEGIN, **(record or {}), **asked}
         seed, length = begun["seed"], self.settings.sequence_length
         self.tokens = self._tokens(model.config, record, begun)
         trained, held_out = split(self.tokens.parts, begun["held_out"])
@@ -87,6 +85,8 @@ class Run:
         self.changes: list[str] = []
         if self.newest is not None:
             self._restore(self.newest)
+        elif begun["weights"]:
+            begin_with(self.trainer, Path(begun["weights"]))
         install(Path(inspect.getfile(model)).parent, options.out / model.config.model)
         content = {
             "model": model.config.model,
@@ -178,13 +178,13 @@ class Run:
 
     def _same(self, record: Mapping[str, Any]) -> None:
         """Raises TrainError if the run was begun with other options."""
-        asked = {name: getattr(self.options, name) for name in BEGIN}
-        asked["data"] = _paths(self.options.data) or None
+        asked = {**_asked(self.options), "data": _paths(self.options.data) or None}
         for name, value in asked.items():
-            if value is not None and record[name] != value:
+            before, option = record.get(name), f"--{name.replace('_', '-')}"
+            if value is not None and before != value:
+                begun = f"with {option} {before}" if before is not None else f"without {option}"
                 raise TrainError(
-                    f"{self.options.out} was begun with --{name.replace('_', '-')} {record[name]},"
-                    f" not {value}: choose another --out"
+                    f"{self.options.out} was begun {begun}, not {value}: choose another --out"
                 )
 
     def _tokens(
@@ -210,6 +210,15 @@ class Run:
         self.changes = changed(values["spec"], self.spec)
         views = state(self.trainer)
         restored(self.trainer, self.checkpoints.load(newest, views))
+
+
+def _asked(options: Options) -> dict[str, Any]:
+    """What is asked for of what stays (`BEGIN`); None for what is not named."""
+    weights = options.weights.resolve() if options.weights else None
+    return {
+        **{name: getattr(options, name) for name in BEGIN},
+        "weights": str(weights) if weights else None,
+    }
 
 
 def _paths(files: tuple[Path, ...]) -> list[str]:

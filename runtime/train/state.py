@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import matched
+from ..shards import LoadError
 from ..weights import published
+from .settings import TrainError
 from .trainer import Position, Trainer
 
 MODEL, OPTIMIZER, AVERAGE = "model", "optimizer", "ema"
@@ -46,6 +50,25 @@ def state(trainer: Trainer) -> State:
     if trainer.average is not None:
         tensors[AVERAGE] = trainer.average.state()
     return State(tensors, _values(trainer))
+
+
+def begin_with(trainer: Trainer, folder: Path) -> None:
+    """Takes weights and biases of a folder of safetensors; masters and average begin as they are.
+
+    Nothing is rounded on the way to a master. Raises TrainError, with nothing changed, for tensors
+    that are missing, left over, or of the wrong shape or type.
+    """
+    tensors = state(trainer).tensors
+    shapes = {name: tuple(view.shape) for name, view in tensors[MODEL].items()}
+    try:
+        with matched(folder, shapes, trainer.model.aliases) as (shards, sources):
+            for name, view in tensors[MODEL].items():
+                view.copy_(sources.of[name].read(shards))
+    except LoadError as error:
+        raise TrainError(str(error)) from None
+    trainer.optimizer.copy_masters()
+    for name, view in tensors.get(AVERAGE, {}).items():
+        view.copy_(tensors[MODEL][name])
 
 
 def _values(trainer: Trainer) -> dict[str, Any]:
