@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed import ProcessGroup, barrier
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..files import sync
+from .ranks import by_first
 from .settings import TrainError
 from .state import State
 
@@ -39,7 +40,8 @@ NAME = "step-{:08d}"
 class Checkpoints:
     """The checkpoints in a folder. `keep` newest stay; one write is under way at a time.
 
-    `group` is of all ranks, and used for nothing else: writing goes on while training does.
+    `group` is of all ranks, and used for nothing else: writing goes on while training does. Each
+    rank writes its share of the tensors, the first one all else.
     """
 
     def __init__(self, folder: Path, keep: int, group: ProcessGroup | None = None) -> None:
@@ -62,10 +64,15 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def check(self) -> None:
-        """Raises TrainError if a write has failed by now."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
+    def close(self) -> None:
+        """Until nothing is being written any more, whatever became of it. Nothing can follow."""
+        self._pool.shutdown()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a write has failed by now; `wait` says why."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, ascending."""
@@ -106,12 +113,8 @@ class Checkpoints:
             reader = HuggingFaceStorageReader(str(folder / name))
             try:
                 with _quiet():
-                    load(
-                        dict(tensors),
-                        storage_reader=reader,
-                        process_group=self.group,
-                        no_dist=self.group is None,
-                    )
+                    # Each rank has all tensors, and reads them by itself.
+                    load(dict(tensors), storage_reader=reader, no_dist=True)
             except CheckpointException as error:
                 reasons = {str(failure[0]) for failure in error.failures.values()}
                 raise TrainError(f"{folder / name} does not fit: {'; '.join(reasons)}") from None
@@ -122,26 +125,29 @@ class Checkpoints:
         place = self.place(state.values["steps"])
         beside = place.with_name(f".{place.name}.new")
         try:
-            if self._first:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob(".step-*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                beside.mkdir()
-            self._meet()
+            by_first(self.group, lambda: self._make(beside))
             for name, tensors in state.tensors.items():
                 self._write_tensors(beside / name, tensors)
-            self._meet()
+            by_first(self.group, lambda: self._finish(beside, place, state.values))
+        except OSError as error:  # the same on all ranks
             if self._first:
-                (beside / VALUES).write_text(json.dumps(state.values, indent=2), encoding="utf-8")
-                _commit(beside, place)
-                for step in self.steps()[: -self.keep]:
-                    shutil.rmtree(self.place(step))
-        except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(beside, ignore_errors=True)
             raise TrainError(
                 f"cannot write the checkpoint {place}: {error.strerror or error}; "
                 f"those before it are untouched"
             ) from None
+
+    def _make(self, beside: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        beside.mkdir()
+
+    def _finish(self, beside: Path, place: Path, values: Mapping[str, Any]) -> None:
+        (beside / VALUES).write_text(json.dumps(values, indent=2), encoding="utf-8")
+        _commit(beside, place)
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.place(step))
 
     def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=self.group is not None)
@@ -158,10 +164,6 @@ class Checkpoints:
                 if isinstance(failure[0], OSError):
                     raise failure[0] from None
             raise
-
-    def _meet(self) -> None:
-        if self.group is not None:
-            barrier(self.group)
 
 
 def damage(folder: Path) -> str | None:

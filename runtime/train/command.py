@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
 from .interrupt import alone
+from .ranks import by_first, joined
 from .run import Options, Run, read_record
 from .sequences import HeldOut, split
 from .settings import Settings, TrainError
@@ -37,12 +39,22 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
 
 
 def train(model: type[LanguageModel], options: Options) -> int:
-    """The same with options. Raises TrainError where it could not."""
-    try:
-        with alone(options.out):
-            stopped = Run(model, options).train()
-    except OSError as error:
-        raise TrainError(f"cannot write {options.out}: {error.strerror or error}") from None
+    """The same with options, of one process or of a rank that torchrun started.
+
+    Raises TrainError where it could not; of several ranks the first does, the others give 1.
+    """
+    with joined() as ranks:
+        try:
+            with ExitStack() as held:
+                by_first(ranks.agreeing, lambda: held.enter_context(alone(options.out)))
+                stopped = Run(model, options, ranks).train()
+        except (TrainError, OSError) as error:
+            if not ranks.first:
+                return 1
+            if isinstance(error, TrainError):
+                raise
+            reason = error.strerror or error
+            raise TrainError(f"cannot write {options.out}: {reason}") from None
     return 128 + stopped if stopped else 0
 
 

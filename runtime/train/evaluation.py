@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel
 from .sequences import HeldOut
@@ -31,28 +32,38 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, text: HeldOut, tokenizer: Tokenizer, batch: int, limit: int | None = None
+    model: LanguageModel,
+    text: HeldOut,
+    tokenizer: Tokenizer,
+    batch: int,
+    limit: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Losses on all sequences, or on `limit` of them that lie evenly in the text."""
+    """Losses on all sequences, or on `limit` of them that lie evenly in the text.
+
+    They are dealt out to the ranks of `group`, all of which get the result.
+    """
+    rank, ranks = (group.rank(), group.size()) if group else (0, 1)
     count = min(text.count, limit or text.count)
     chosen = [i * text.count // count for i in range(count)]
-    sums = torch.zeros(3)
-    agreed: list[Tensor] = []
-    labels: list[int] = []
-    for first in range(0, count, batch):
+    depth = model.config.architecture.mtp.depth
+    sums = torch.zeros(3 + 2 * depth, dtype=torch.float64, device=model.device)
+    for first in range(rank * batch, count, ranks * batch):
         tokens = torch.stack([text[i] for i in chosen[first : first + batch]]).to(model.device)
-        values = losses_of(model.loss(tokens[:, :-1], tokens[:, 1:])) * len(tokens) / count
-        sums = values if first == 0 else sums + values
-        labels += tokens[:, 1:].flatten().tolist()
-        if model.config.architecture.mtp.depth:
-            agreed.append(_agreement(model, tokens[:, :-1]) * len(tokens) / count)
-    _, loss, _, *mtp = sums.tolist()
+        values = losses_of(model.loss(tokens[:, :-1], tokens[:, 1:]))
+        if depth:
+            values = torch.cat([values, _agreement(model, tokens[:, :-1])])
+        sums += values * len(tokens) / count
+    if group is not None:
+        all_reduce(sums, group=group)
+    _, loss, _, *depths = sums.tolist()
+    labels = [token for i in chosen for token in text[i][1:].tolist()]
     size = len(tokenizer.decode(labels).encode())
     return Evaluation(
         loss=loss,
-        mtp=tuple(mtp),
+        mtp=tuple(depths[:depth]),
         bits_per_byte=loss * len(labels) / math.log(2) / max(size, 1),
-        acceptance=tuple(torch.stack(agreed).sum(0).tolist()) if agreed else (),
+        acceptance=tuple(depths[depth:]),
         tokens=len(labels),
     )
 

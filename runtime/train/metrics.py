@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -22,14 +23,18 @@ LOADS_EVERY = 10
 class Metrics:
     """One JSON object a line: of each step, of each evaluation (`held_out`), of each warning."""
 
-    def __init__(self, folder: Path, after: int) -> None:
-        """Goes on after step `after`; what an earlier process wrote of later ones is dropped."""
-        path = folder / FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= after]
-        replace_text(path, "".join(f"{line}\n" for line in kept))
+    def __init__(self, folder: Path | None, after: int) -> None:
+        """Goes on after step `after`; what an earlier process wrote of later ones is dropped.
+
+        Without a folder nothing is recorded: another rank does.
+        """
+        path = folder / FILE if folder else Path(os.devnull)
+        if folder:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= after]
+            replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _board(folder, after)
+        self._board = _board(folder, after) if folder else None
 
     def step(self, step: Step, seconds: float) -> None:
         content = asdict(step)
@@ -131,5 +136,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def progress_to_terminal(settings: Settings, tokens: int, steps: int) -> Progress:
-    return Progress(settings, tokens, steps, sys.stderr)
+def progress_to_terminal(settings: Settings, tokens: int, steps: int, silent: bool) -> Progress:
+    """`silent`: another rank tells it."""
+    out = Path(os.devnull).open("w", encoding="utf-8") if silent else sys.stderr  # noqa: SIM115
+    return Progress(settings, tokens, steps, out)

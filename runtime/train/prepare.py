@@ -13,23 +13,21 @@ from .tokenizer import open_tokenizer
 from .tokens import Tokens, is_tokens, write
 
 
-def prepared(
-    files: Sequence[Path], place: Path, config: Config, tokenizer: str, seed: int
-) -> Tokens:
-    """The tokens of one folder that holds some, or of texts, then written to `place`.
+def prepared(files: Sequence[Path], place: Path, config: Config, tokenizer: str, seed: int) -> Path:
+    """The folder of tokens that was given, or `place`, with those of the texts that were.
 
     Raises TrainError for files that cannot be read, and where there is none.
     """
     if not files:
         raise TrainError("give the text to train on: --data FILES")
     if len(files) == 1 and is_tokens(files[0]):
-        return Tokens(files[0])
+        return files[0]
     used = open_tokenizer(tokenizer)
     eos = config.sequence.eos_token_id
     texts = encode(documents(files), used, eos, FillInTheMiddle.of(config), seed)
     shutil.rmtree(place, ignore_errors=True)  # of a run that could not begin
     write(place, texts, used, config.params.vocab_size, made_with(config))
-    return Tokens(place)
+    return place
 
 
 def check(tokens: Tokens, config: Config) -> None:

@@ -26,6 +26,7 @@ from .evaluation import evaluate
 from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
 from .prepare import check, prepared
+from .ranks import Ranks, by_all, by_first, largest
 from .sequences import HeldOut, Sequences, split
 from .settings import Settings, TrainError
 from .state import State, begin_with, restored, state
@@ -59,67 +60,110 @@ BEGIN: Mapping[str, Any] = {"weights": None, "tokenizer": "bytes", "held_out": 0
 class Run:
     """A run that begins, or goes on where its newest checkpoint is."""
 
-    def __init__(self, model: type[LanguageModel], options: Options) -> None:
-        """Raises TrainError for whatever stands against it."""
-        self.options = options
+    def __init__(
+        self, model: type[LanguageModel], options: Options, ranks: Ranks | None = None
+    ) -> None:
+        """Every rank makes one, and they stay equal; the first alone writes.
+
+        Raises TrainError for whatever stands against it, on all ranks the same.
+        """
+        self.options, self.ranks = options, ranks or Ranks()
         self.settings = Settings.of(model.config)
         self.spec = {
             name: value for name, value in flat("", model.config) if not name.startswith("about")
         }
-        record = read_record(options.out)
-        self.checkpoints = Checkpoints(options.out / "checkpoints", options.keep)
-        self.newest = self.checkpoints.newest() if record else None
-        if record:
+        self.checkpoints = Checkpoints(
+            options.out / "checkpoints", options.keep, self.ranks.writing
+        )
+        agreeing = self.ranks.agreeing
+        self.record, self.newest = by_first(agreeing, lambda: self._begun(model.config))
+        self.changes: list[str] = []
+        by_all(agreeing, lambda: self._make(model))
+        by_first(agreeing, lambda: self._settle(model))
+
+    def _begun(self, config: Config) -> tuple[Mapping[str, Any], Path | None]:
+        """What run.json says or will say, and the newest checkpoint; makes tokens if needed."""
+        options, record = self.options, read_record(self.options.out)
+        if record is not None:
             self._same(record)
-        elif _foreign(options.out, model.config.model):
+            return {**BEGIN, **record}, self.checkpoints.newest()
+        if _foreign(options.out, config.model):
             raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
         asked = {name: value for name, value in _asked(options).items() if value is not None}
-        begun = {**BEGIN, **(record or {}), **asked}
-        seed, length = begun["seed"], self.settings.sequence_length
-        self.tokens = self._tokens(model.config, record, begun)
-        trained, held_out = split(self.tokens.parts, begun["held_out"])
-        torch.manual_seed(seed)
-        sequences = Sequences(trained, length, seed)
-        self.trainer = Trainer(model(seed=seed), self.settings, sequences)
+        begin = {**BEGIN, **asked}
+        place, tokenizer, seed = options.out / "data", begin["tokenizer"], begin["seed"]
+        folder = prepared(options.data, place, config, tokenizer, seed)
+        return {
+            "model": config.model,
+            "tokens": self._named(folder),
+            "tokens_key": Tokens(folder).header.key,
+            "data": _paths(options.data),
+            **begin,
+        }, None
+
+    def _make(self, model: type[LanguageModel]) -> None:
+        """All that a rank trains with."""
+        record, length = self.record, self.settings.sequence_length
+        self.tokens = Tokens(self.options.out / record["tokens"])
+        if self.tokens.header.key != record["tokens_key"]:
+            place = self.tokens.folder
+            raise TrainError(f"{place} holds other tokens than the run was begun with")
+        check(self.tokens, model.config)
+        trained, held_out = split(self.tokens.parts, record["held_out"])
+        torch.manual_seed(record["seed"])
+        sequences = Sequences(trained, length, record["seed"])
+        self.trainer = Trainer(
+            model(seed=record["seed"]), self.settings, sequences, self.ranks.training
+        )
         self.held_out = HeldOut(held_out, length)
-        self.changes: list[str] = []
         if self.newest is not None:
             self._restore(self.newest)
-        elif begun["weights"]:
-            begin_with(self.trainer, Path(begun["weights"]))
-        install(Path(inspect.getfile(model)).parent, options.out / model.config.model)
-        content = {
-            "model": model.config.model,
-            "tokens": record["tokens"] if record else self._named(self.tokens.folder),
-            "tokens_key": self.tokens.header.key,
-            "data": record["data"] if record else _paths(options.data),
-            **{name: begun[name] for name in BEGIN},
-        }
-        replace_text(options.out / RECORD, json.dumps(content, indent=2) + "\n")
+        elif record["weights"]:
+            begin_with(self.trainer, Path(record["weights"]))
+
+    def _settle(self, model: type[LanguageModel]) -> None:
+        """Nothing stands against the run: its folder becomes that of this model."""
+        name, out = model.config.model, self.options.out
+        install(Path(inspect.getfile(model)).parent, out / name)
+        replace_text(out / RECORD, json.dumps({**self.record, "model": name}, indent=2) + "\n")
 
     def train(self) -> int | None:
         """Trains to the end, or until it is told to stop; gives the signal that told it.
 
         Raises TrainError, with the last good state kept.
         """
-        trainer, options = self.trainer, self.options
-        metrics = Metrics(options.out, trainer.position.steps)
-        progress = progress_to_terminal(self.settings, trainer.tokens, trainer.position.steps)
+        trainer, steps, first = self.trainer, self.trainer.position.steps, self.ranks.first
+        metrics = Metrics(self.options.out if first else None, steps)
+        progress = progress_to_terminal(self.settings, trainer.tokens, steps, silent=not first)
         self._begin(progress)
         if trainer.ended:
             progress.say("training is complete")
             return None
         watch = Watch(trainer.model.config)
         try:
-            with stop_signals() as stopped:
-                while not trainer.ended and not stopped:
+            with stop_signals() as received:
+                while not self._stopped(received) and not trainer.ended:
                     self._step(metrics, progress, watch)
+                stopped = self._stopped(received)
                 self._save_now()
                 if not stopped:
                     self._evaluate(metrics, progress, None)
+                    stopped = self._stopped(received)
         finally:
             metrics.close()
-        return stopped[0] if stopped else None
+            self.checkpoints.close()
+        return stopped
+
+    def _stopped(self, received: list[int]) -> int | None:
+        """The signal that told any rank to stop.
+
+        Raises TrainError if a checkpoint could not be written by now.
+        """
+        signals, failed = received[0] if received else 0, int(self.checkpoints.failed)
+        signal, failed = largest(self.ranks.agreeing, signals, failed)
+        if failed:
+            self.checkpoints.wait()
+        return signal or None
 
     def _step(self, metrics: Metrics, progress: Progress, watch: Watch) -> None:
         begin = time.monotonic()
@@ -134,7 +178,6 @@ class Run:
         for text in watch.step(step):
             metrics.add({"step": step.number, "warning": text})
             progress.say(f"warning: step {step.number}: {text}")
-        self.checkpoints.check()
         if step.number % self.options.save_every == 0:
             self.checkpoints.save(self._state())
         if step.number % self.options.eval_every == 0 and not self.trainer.ended:
@@ -158,7 +201,7 @@ class Run:
             return
         batch = self.settings.micro_batch or 16
         model, tokenizer = self.trainer.model, self.tokens.tokenizer
-        found = evaluate(model, self.held_out, tokenizer, batch, limit)
+        found = evaluate(model, self.held_out, tokenizer, batch, limit, self.ranks.training)
         steps = self.trainer.position.steps
         metrics.add({"step": steps, "held_out": asdict(found)})
         progress.say(
@@ -168,11 +211,12 @@ class Run:
 
     def _state(self) -> State:
         now = state(self.trainer)
-        return State(now.tensors, {**now.values, "spec": self.spec})
+        return State(now.tensors, {**now.values, "ranks": self.ranks.count, "spec": self.spec})
 
     def _save_now(self) -> None:
         self.checkpoints.wait()
-        if self.trainer.position.steps not in self.checkpoints.steps():
+        steps = self.trainer.position.steps
+        if by_first(self.ranks.agreeing, lambda: steps not in self.checkpoints.steps()):
             self.checkpoints.save(self._state())
             self.checkpoints.wait()
 
@@ -187,20 +231,6 @@ class Run:
                     f"{self.options.out} was begun {begun}, not {value}: choose another --out"
                 )
 
-    def _tokens(
-        self, config: Config, record: Mapping[str, Any] | None, begun: Mapping[str, Any]
-    ) -> Tokens:
-        if record is None:
-            place = self.options.out / "data"
-            tokenizer, seed = begun["tokenizer"], begun["seed"]
-            tokens = prepared(self.options.data, place, config, tokenizer, seed)
-        else:
-            tokens = Tokens(self.options.out / record["tokens"])
-            if tokens.header.key != record["tokens_key"]:
-                raise TrainError(f"{tokens.folder} holds other tokens than the run was begun with")
-        check(tokens, config)
-        return tokens
-
     def _named(self, tokens: Path) -> str:
         """The folder of the tokens: relative if it is the run's own, which may be moved."""
         return tokens.name if tokens.parent == self.options.out else str(tokens.resolve())
@@ -208,6 +238,12 @@ class Run:
     def _restore(self, newest: Path) -> None:
         values = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         self.changes = changed(values["spec"], self.spec)
+        before, now = values.get("ranks", 1), self.ranks.count
+        if before != now:
+            # The same sequences in each step: only rounding differs.
+            self.changes.append(
+                f"{before} ranks before, {now} now: sums in another order, so not the same bits"
+            )
         views = state(self.trainer)
         restored(self.trainer, self.checkpoints.load(newest, views))
 

@@ -13,6 +13,7 @@ from ..model import LanguageModel, Loss
 from ..weights import published
 from .balance import Balance, Use
 from .optimizer import AdamW
+from .ranks import gathered
 from .sequences import Sequences
 from .settings import Settings, TrainError
 
@@ -138,7 +139,8 @@ class Trainer:
         names = self.optimizer.not_finite()
         self.optimizer.drop_gradients()
         self.balance.load = None
-        where = self._first_not_finite(batch)
+        found = gathered(self.group, self._first_not_finite(batch))
+        where = next((text for text in found if text is not None), None)
         if where is None and not math.isfinite(losses[0]):
             where = "the head's scores, or their loss: all layers are finite"
         elif where is None:

@@ -14,7 +14,7 @@ from tests.runtime.train.built import ROOT, built, part, trainer
 
 # Run once by each rank, with the folder of the package and a folder for both.
 RANK = """
-import sys, torch
+import resource, sys, torch
 from pathlib import Path
 import torch.distributed as dist
 root, package, folder, rank = sys.argv[1:5]
@@ -32,16 +32,26 @@ for _ in range(3):
 checkpoints = part(tiny_ranks, "checkpoints").Checkpoints(Path(folder) / "two", 1, writers)
 checkpoints.save(part(tiny_ranks, "state").state(one))
 checkpoints.wait()
-if rank == "0":
-    print(did.total, did.gradient_norm)
+print(did.total, did.gradient_norm)
 again = trainer(tiny_ranks, group=group, seed=9)
 views = part(tiny_ranks, "state").state(again)
 values = checkpoints.load(Path(folder) / "one" / "step-00000003", views)
 part(tiny_ranks, "state").restored(again, values)
-if rank == "0":
-    print(again.step().total)
-else:
-    again.step()
+print(again.step().total)
+
+# What only one of them sees, both tell.
+hook = again.model.model.layers[1].register_forward_hook(
+    lambda module, inputs, outputs: (outputs[0] * float("nan"), *outputs[1:])
+    if rank == "1" else outputs
+)
+for work in (again.step, lambda: (checkpoints.save(views), checkpoints.wait())):
+    try:
+        work()
+    except part(tiny_ranks, "settings").TrainError as error:
+        print(error)
+    hook.remove()
+    if rank == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 dist.destroy_process_group()
 """
 
@@ -63,7 +73,13 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
     ]
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    total, norm, fourth = map(float, outputs[0].split())
+    assert outputs[0] == outputs[1]
+    first, second, not_finite, full = outputs[0].splitlines()
+    assert "step 5: the loss is nan" in not_finite
+    assert "first not finite is what model.layers.1 (" in not_finite
+    assert "cannot write the checkpoint" in full and "File too large" in full
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["step-00000003"]
+    total, norm, fourth = map(float, [*first.split(), second])
     assert (total, norm) == pytest.approx((did.total, did.gradient_norm), rel=1e-4)
 
     alone = trainer(package, seed=8)
