@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from dsl.diagnostic import Diagnostic, DiagnosticError
 
 Record = dict[str, Any]
 SMOOTHING = 0.9
-FEW_LAYERS = 6
-"""With more, the worst and the mean of all layers are drawn instead of each."""
+FEW_LINES = 6
+"""With more layers of all runs, the worst and the mean of each run's are drawn instead."""
 CELLS = 12_000
 """Of all pictures of expert load together."""
 
@@ -23,7 +24,10 @@ def read_metrics(run: Path) -> list[Record]:
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         # The last line may be under way.
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        if not any("main" in record for record in records):
+            raise ValueError("no step is recorded yet")
+        return records
     except (OSError, ValueError) as error:
         message = f"{run} has no metrics to draw: {error}"
         help = "give the folder that `dslc train --out` wrote"
@@ -35,42 +39,57 @@ def charts(runs: Mapping[str, Sequence[Record]]) -> Iterator[Chart]:
     steps = {name: [r for r in records if "main" in r] for name, records in runs.items()}
     tests = {name: list(_tests(records)) for name, records in runs.items()}
     held_out = _lines(tests, _at("held_out", "loss"), " held out", dots=True)
-    smooth = (_smoothed(line) for line in _lines(steps, _at("main")))
-    yield Chart("Loss", "nats a token", (*smooth, *held_out))
+    smooth: Iterator[Line] = (_smoothed(line) for line in _lines(steps, _at("main")))
+    yield Chart("Loss", "nats a token", (*smooth, *held_out), log=True)
     depths = range(max((len(r["mtp"]) for one in steps.values() for r in one), default=0))
     mtp = [_lines(steps, _at("mtp", k), f" depth {k + 1}") for k in depths]
-    yield Chart("Loss of multi-token prediction", "nats", tuple(map(_smoothed, _flat(mtp))))
+    smooth = map(_smoothed, _flat(mtp))
+    yield Chart("Loss of multi-token prediction", "nats a token", tuple(smooth), log=True)
     accepted = [
         _lines(tests, _at("held_out", "acceptance", k), f" depth {k + 1}", dots=True)
         for k in depths
     ]
-    yield Chart("Acceptance of multi-token prediction", "share", tuple(_flat(accepted)))
-    yield Chart("Norm of gradients", "before clipping", tuple(_lines(steps, _at("gradient_norm"))))
-    yield Chart("MaxVio", "busiest expert over the mean, less 1", tuple(_max_vio(steps)))
+    yield Chart("Acceptance of multi-token prediction", "share of tokens", tuple(_flat(accepted)))
+    norms = tuple(_lines(steps, _at("gradient_norm")))
+    yield Chart("Norm of gradients", "before clipping", norms, log=True)
+    yield Chart("MaxVio", "busiest over mean, less 1", tuple(_max_vio(steps)))
     yield Chart("Learning rate", "", tuple(_lines(steps, _at("learning_rate"))))
 
 
 def heats(runs: Mapping[str, Sequence[Record]]) -> Iterator[Heat]:
-    """The load of the experts of each layer over time, 1 being their share."""
-    loads = {
-        (run, layer): [
-            (r["tokens"], use["load"])
-            for r in records
-            if "main" in r and "load" in (use := r["experts"].get(layer, {}))
-        ]
-        for run, records in runs.items()
-        for layer in next((r["experts"] for r in records if "main" in r), {})
-    }
-    experts = sum(len(found[0][1]) for found in loads.values() if found)
+    """The load of the experts of each layer over time, 1 being their share; layer by layer."""
+    loads: dict[tuple[str, str], list[tuple[int, list[int]]]] = {}
+    for layer in _layers(runs):
+        for run, records in runs.items():
+            found = [
+                (r["tokens"], use["load"])
+                for r in records
+                if "main" in r and "load" in (use := r["experts"].get(layer, {}))
+            ]
+            if found:
+                loads[run, layer] = found
+    experts = sum(len(found[0][1]) for found in loads.values())
     columns = max(10, CELLS // max(experts, 1))
     for (run, layer), found in loads.items():
         picked = found[:: max(1, -(-len(found) // min(columns, 80)))]
-        title = f"{run}: {layer}" if len(runs) > 1 else layer
+        title = f"{run}: {_short(layer)}" if len(runs) > 1 else _short(layer)
         shares = tuple(
             tuple(count * len(load) / max(sum(load), 1) for count in load) for _, load in picked
         )
-        if shares:
-            yield Heat(title, tuple(tokens for tokens, _ in picked), shares)
+        yield Heat(title, tuple(tokens for tokens, _ in picked), shares)
+
+
+def _layers(runs: Mapping[str, Sequence[Record]]) -> list[str]:
+    """The layers with experts of all runs, each once, in their order."""
+    first: list[Record] = [
+        next((r["experts"] for r in records if "main" in r), {}) for records in runs.values()
+    ]
+    return list(dict.fromkeys(name for experts in first for name in experts))
+
+
+def _short(layer: str) -> str:
+    """`model.layers.3.mlp` is `layer 3`."""
+    return re.sub(r"^model\.layers\.(\d+)\.mlp$", r"layer \1", layer)
 
 
 def _tests(records: Sequence[Record]) -> Iterator[Record]:
@@ -129,14 +148,13 @@ def _smoothed(line: Line) -> Line:
 
 
 def _max_vio(steps: Mapping[str, Sequence[Record]]) -> Iterator[Line]:
-    layers = sorted({name for one in steps.values() for r in one[:1] for name in r["experts"]})
-    if len(layers) <= FEW_LAYERS:
+    layers = _layers(steps)
+    if len(layers) * len(steps) <= FEW_LINES:
         for layer in layers:
-            short = layer.removeprefix("model.layers.").removesuffix(".mlp")
-            found = _lines(steps, _at("experts", layer, "max_vio"), f" layer {short}")
+            found = _lines(steps, _at("experts", layer, "max_vio"), f" {_short(layer)}")
             yield from map(_smoothed, found)
         return
-    choices: dict[str, Callable[[Sequence[float]], float]] = {" worst layer": max, " mean": _mean}
+    choices: dict[str, Callable[[Sequence[float]], float]] = {" mean": _mean, " worst layer": max}
     for suffix, choose in choices.items():
         found = _lines(steps, _over_layers(choose), suffix)
         yield from map(_smoothed, found)

@@ -14,6 +14,10 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
 POINTS = 400
 """Of a line; more would not be seen."""
 COLOURS = ("#1f5fa8", "#c2571a", "#2f7d3b", "#7a4fa3", "#a33a4a", "#4d7f8c")
+DASHES = ("", "5 3", "2 2", "8 3 2 3")
+"""Of the lines of one run in one chart, as `stroke-dasharray`."""
+WEAKEST, STRONGEST = "#1f5fa8", "#c2571a"
+"""Of an expert's load: a quarter of its share, four times its share."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Chart:
     title: str
     unit: str
     lines: tuple[Line, ...]
+    log: bool = False
+    """Equal ratios are equally far apart: a loss falls fast at first, and slowly for long."""
 
 
 @dataclass(frozen=True)
@@ -76,26 +82,50 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def style(chart: Chart, number: int) -> str:
+    """The dashes of a line: each line of one run has its own."""
+    line = chart.lines[number]
+    alike = sum(1 for other in chart.lines[:number] if other.run == line.run and not other.dots)
+    return DASHES[alike % len(DASHES)]
+
+
+def in_ratios(chart: Chart) -> bool:
+    """Whether the axis of values is logarithmic: some values have no logarithm."""
+    return chart.log and all(y > 0 for line in chart.lines for _, y in line.points)
+
+
+def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Round numbers from `low` to `high`, in as fine a scale as gives no more than `most`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for marks in (1, 1.5, 2, 3, 5), (1, 2, 5), (1,):
+        places = [mark * 10.0**power for power in powers for mark in marks]
+        found = [place for place in places if low <= place <= high]
+        if len(found) <= most:
+            break
+    return found if len(found) > 1 else ticks(low, high)
+
+
 def _drawn(chart: Chart) -> dict[str, object]:
     points = [point for line in chart.lines for point in line.points]
     right = max(x for x, _ in points) or 1
-    low, high = _range([y for _, y in points])
+    log = in_ratios(chart)
+    scale = math.log if log else float
+    low, high = _range([y for _, y in points], log)
     across = (WIDTH - LEFT - RIGHT) / right
-    up = (HEIGHT - TOP - BOTTOM) / (high - low)
+    up = (HEIGHT - TOP - BOTTOM) / (scale(high) - scale(low))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        inside = min(max(y, low), high)
-        return round(LEFT + x * across, 1), round(HEIGHT - BOTTOM - (inside - low) * up, 1)
+        inside = scale(min(max(y, low), high))
+        return round(LEFT + x * across, 1), round(HEIGHT - BOTTOM - (inside - scale(low)) * up, 1)
 
     lines = []
     for i, line in enumerate(chart.lines):
         places = [place(x, y) for x, y in _fewer(line.points)]
-        alike = sum(1 for other in chart.lines[:i] if other.run == line.run)
         lines.append(
             {
                 "name": line.name,
                 "colour": COLOURS[line.run % len(COLOURS)],
-                "dash": "" if line.dots else ("", "5 3", "2 2", "8 3 2 3")[alike % 4],
+                "dash": "" if line.dots else style(chart, i),
                 "dots": places if line.dots else [],
                 "path": "" if line.dots else " ".join(f"{x},{y}" for x, y in places),
                 "last": f"{line.points[-1][1]:.4g}",
@@ -106,13 +136,15 @@ def _drawn(chart: Chart) -> dict[str, object]:
         "unit": chart.unit,
         "lines": lines,
         "across": [Mark(place(x, low)[0], format_count(x)) for x in ticks(0, right)],
-        "up": [Mark(place(0, y)[1], f"{y:.4g}") for y in ticks(low, high)],
+        "up": [Mark(place(0, y)[1], f"{y:.4g}") for y in (log_ticks if log else ticks)(low, high)],
     }
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
     """Where an axis begins and ends: a few values far above all others do not count."""
     ordered = sorted(value for value in values if math.isfinite(value)) or [0.0]
+    if log:
+        return ordered[0] / 1.05, ordered[-1] * 1.05
     low, high = ordered[0], ordered[min(len(ordered) - 1, int(len(ordered) * 0.995))]
     margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
     return min(low, max(0.0, low - margin)), high + margin

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from backends.report.curves import ticks
+from backends.report.curves import COLOURS, Line, Mark, _drawn, in_ratios, log_ticks, ticks
 from dslc.curves import charts, heats
+from dslc.picture import CHART, DPI, HEAT, WIDTH
 from tests.dslc.conftest import Run
 
 
@@ -53,16 +57,23 @@ def test_every_run_is_in_every_chart() -> None:
     assert [line.name for line in drawn["MaxVio"].lines] == [
         "a layer 0", "b layer 0", "a layer 1", "b layer 1",
     ]  # fmt: skip
+    # The same layer of all runs stands side by side.
+    loads = heats({"a": metrics(30), "b": metrics(50)})
+    assert [h.title for h in loads] == ["a: layer 0", "b: layer 0", "a: layer 1", "b: layer 1"]
 
 
 def test_of_many_layers_the_worst_and_the_mean_are_drawn() -> None:
     drawn = {c.title: c for c in charts({"a": metrics(30, layers=9)})}
-    assert [line.name for line in drawn["MaxVio"].lines] == ["a worst layer", "a mean"]
+    assert [line.name for line in drawn["MaxVio"].lines] == ["a mean", "a worst layer"]
+    runs = {name: metrics(30, layers=2) for name in "abcd"}
+    drawn = {c.title: c for c in charts(runs)}
+    names = [line.name for line in drawn["MaxVio"].lines]
+    assert names == [f"{run}{what}" for what in (" mean", " worst layer") for run in "abcd"]
 
 
 def test_loads_are_shares() -> None:
     one, two = heats({"a": metrics(30)})
-    assert (one.title, two.title) == ("model.layers.0.mlp", "model.layers.1.mlp")
+    assert (one.title, two.title) == ("layer 0", "layer 1")
     assert one.tokens == (1000, 2000, 3000)
     assert one.shares[0] == (1.0, 1.0) and one.shares[2] == (1.5, 0.5)
 
@@ -104,16 +115,59 @@ def test_what_cannot_be_drawn(dslc: Run, tmp_path: Path) -> None:
     outcome = dslc("plot", tmp_path)
     assert outcome.status == 1
     assert "has no metrics to draw" in outcome.err
+    for name, text in (("empty", ""), ("begun", '{"step": 1, "warning": "w"}\n{"step": 2, "ma')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        outcome = dslc("plot", tmp_path / name)
+        assert outcome.status == 1 and "no step is recorded yet" in outcome.err
     assert dslc("plot", tmp_path, "-o", "x.gif").status == 2
 
 
-def test_a_picture_is_written_where_matplotlib_is_installed(dslc: Run, tmp_path: Path) -> None:
+def colours_of(path: Path) -> tuple[tuple[int, int], Counter[str]]:
+    """The size of a picture, and how often it has each colour."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        found = image.convert("RGB").getcolors(2**24)
+        return image.size, Counter({f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in found})
+
+
+def test_a_picture_shows_all_runs_and_the_load_of_their_experts(dslc: Run, tmp_path: Path) -> None:
     write(tmp_path / "a", metrics(30))
+    write(tmp_path / "b", metrics(50, 1.0))
+    outcome = dslc("plot", tmp_path / "a", tmp_path / "b", "-o", "two.png")
+    assert outcome.status == 0, outcome.err
+    size, found = colours_of(tmp_path / "two.png")
+    # Three rows of charts; one of each layer's load in both runs, and their title.
+    assert size == (round(WIDTH * DPI), round((3 * CHART + 2 * HEAT + 0.5) * DPI))
+    assert found[COLOURS[0]] > 500 and found[COLOURS[1]] > 500
+    # An even share is white; here expert 0 comes to have up to 1.67 times its own, in large cells.
+    assert found["#ffffff"] > 1000
+    cells = [c for c, n in found.items() if n > 3000 and c not in ("#ffffff", *COLOURS)]
+    assert len(cells) >= 6
+
+
+def test_a_picture_needs_matplotlib(
+    dslc: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", metrics(30))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     outcome = dslc("plot", tmp_path / "a", "-o", "page.png")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        assert outcome.status == 1
-        assert "a picture needs matplotlib" in outcome.err
-    else:
-        assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    assert outcome.status == 1
+    assert "a picture needs matplotlib" in outcome.err
+
+
+def test_losses_are_drawn_in_ratios() -> None:
+    (loss, *_) = charts({"a": metrics(100)})
+    assert in_ratios(loss)
+    drawn = _drawn(loss)
+    heights = {mark.text: mark.place for mark in cast(list[Mark], drawn["up"])}
+    assert heights["0.1"] - heights["0.2"] == pytest.approx(heights["0.5"] - heights["1"], abs=0.2)
+    # A value without a logarithm: the axis is linear.
+    assert not in_ratios(replace(loss, lines=(Line("a", 0, ((1, 0.0), (2, 1.0))),)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.3, 1.45), (1.2, 6.0), (0.2, 7.0), (1e-5, 50.0)])
+def test_ticks_of_ratios_are_few_and_inside(low: float, high: float) -> None:
+    found = log_ticks(low, high)
+    assert 2 <= len(found) <= 8 and all(low <= tick <= high + 1e-9 for tick in found)

@@ -61,3 +61,15 @@ def trainer(package: Any, group: Any = None, seed: int = 0) -> Any:
     text = torch.tensor(list(TEXT.read_bytes()[:20_000]), dtype=torch.uint8)
     sequences = part(package, "sequences").Sequences([text], settings.sequence_length, 0)
     return part(package, "trainer").Trainer(package.Model(seed=seed), settings, sequences, group)
+
+
+def curve(run: Path, name: str) -> dict[int, float]:
+    """What TensorBoard itself shows of a run: the value at each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: Any = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = events.Scalars(name)
+    values = {event.step: event.value for event in found}
+    assert len(values) == len(found), "a step is there twice"
+    return values

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from runtime.train.tokens import Tokens
-from tests.runtime.train.built import TEXT, built, part
+from tests.runtime.train.built import TEXT, built, curve, part
 
 Lines = list[dict[str, Any]]
 STEPS = 6
@@ -81,6 +81,20 @@ def test_a_run_holds_what_happened(package: Any, whole: Path) -> None:
         "step-00000004",
         "step-00000006",
     ]
+
+
+def test_tensorboard_shows_each_step_of_a_run_once(
+    package: Any, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
+    assert train(package, out) == 0  # makes the last two steps again
+    steps = [line for line in lines(out) if "main" in line]
+    for name in ("main", "gradient_norm", "tokens"):
+        assert curve(out, name) == pytest.approx({s["step"]: s[name] for s in steps})
+    tests = {s["step"]: s["held_out"]["acceptance"][0] for s in lines(out) if "held_out" in s}
+    assert curve(out, "held_out/acceptance/1") == pytest.approx(tests)
 
 
 def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from runtime.train.balance import use
 from runtime.train.metrics import FILE, Metrics
 from runtime.train.trainer import Step
 from runtime.train.watch import WINDOW, Watch
+from tests.runtime.train.built import curve
 
 LOSS = {"mtp_weight": Schedule((Phase(0.3, until=1000), Phase(0.0))), "balance_alpha": 1e-4}
 CONFIG = freeze({"train": {"loss": LOSS}})
@@ -69,9 +69,17 @@ def test_metrics_go_on_after_a_step(tmp_path: Path) -> None:
     assert loads == [1, 10]
 
 
-def test_metrics_are_there_for_tensorboard_where_it_is_installed(tmp_path: Path) -> None:
+def test_tensorboard_reads_what_was_recorded_and_not_what_was_dropped(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
-    metrics.step(step(1, [1, 2]), 0.5)
+    for n in range(1, 5):
+        metrics.step(step(n, [1, 3], mtp=n), 0.5)
+    metrics.add({"step": 4, "held_out": {"loss": 1.5, "acceptance": (0.75, 0.5)}})
     metrics.close()
-    installed = importlib.util.find_spec("tensorboard") is not None
-    assert bool(list(tmp_path.glob("tensorboard/events.*"))) == installed
+    metrics = Metrics(tmp_path, 2)  # goes on from an earlier checkpoint
+    metrics.step(step(3, [1, 1], mtp=30), 0.5)
+    metrics.add({"step": 3, "held_out": {"loss": 2.5, "acceptance": (0.25, 0.5)}})
+    metrics.close()
+    assert curve(tmp_path, "mtp/1") == {1: 1.0, 2: 2.0, 3: 30.0}
+    assert curve(tmp_path, "experts/layers.1.mlp/max_vio") == {1: 0.5, 2: 0.5, 3: 0.0}
+    assert curve(tmp_path, "held_out/loss") == {3: 2.5}
+    assert curve(tmp_path, "held_out/acceptance/1") == {3: 0.25}
