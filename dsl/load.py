@@ -111,6 +111,14 @@ def load(path: str | Path, *, sets: Sequence[str] = (), variant: str | None = No
                 library.add(item)
     if spec is not None and library.complete:
         problems.extend(_misused_blocks(spec, composed.root, library.blocks))
+    if spec is not None and spec.train.document_mask and spec.sequence.eos_token_id is None:
+        problems.error(
+            "E309",
+            "nothing ends a document: `train.document_mask` needs `sequence.eos_token_id`",
+            yaml.nearest_node(composed.root, ("train", "document_mask")).span,
+            "documents are told apart by the token at their end",
+            help="add `eos_token_id: ..` under `sequence`",
+        )
     cluster, cluster_sources = _cluster(composed.root, problems)
     problems.raise_if_any()
     assert spec is not None

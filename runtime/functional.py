@@ -155,22 +155,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     if queries > keys:
         raise ValueError(f"attention got {queries} queries but only {keys} keys")
-    v_width = v.shape[-1]
-    q, k, v = equally_wide(q, k, v)
-    mask = None
+    seen = None
     if 1 < queries < keys:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-        mask = ones.tril(keys - queries)
+        seen = ones.tril(keys - queries)
+    return attend(q, k, v, seen, scale, causal=1 < queries == keys)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, causal: bool = False
+) -> Tensor:
+    """Softmax attention to the keys `seen`, bool, of a shape that meets [batch, heads, query, key].
+
+    Without `seen` to all keys, or, if `causal`, to those that do not come later.
+    """
+    width = v.shape[-1]
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = equally_wide(q, k, v)
     out = torch_f.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=1 < queries == keys,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=seen, is_causal=causal, scale=scale, enable_gqa=grouped
     )
-    return out.transpose(1, 2)[..., :v_width]
+    return out.transpose(1, 2)[..., :width]
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float) -> Tensor:
+    """`attention` of as many queries as keys within documents that `position` tells apart."""
+    return attend(q, k, v, seen_in_documents(position), scale)
+
+
+def seen_in_documents(position: Tensor) -> Tensor:
+    """Which keys a query sees, bool [batch, 1, query, key]: earlier ones of its document.
+
+    `position` [batch, seq] counts on within a document and begins anew with the next one: tokens of
+    one document, and no others, are equally far from where their position would be 0.
+    """
+    start = torch.arange(position.shape[1], device=position.device) - position
+    return (start.unsqueeze(2) == start.unsqueeze(1)).tril().unsqueeze(1)
 
 
 def attention_varlen(
@@ -190,17 +210,8 @@ def attention_varlen(
     behind the last sequence.
     """
     seen, none = seen_keys(len(q), len(k), starts_q, starts_k)
-    width = v.shape[-1]
-    wide_q, wide_k, wide_v = equally_wide(q[None], k[None], v[None])
-    out = torch_f.scaled_dot_product_attention(
-        wide_q,
-        wide_k,
-        wide_v,
-        attn_mask=seen,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)[..., :width].masked_fill(none[:, None, None], 0)
+    out = attend(q[None], k[None], v[None], seen, scale)[0]
+    return out.masked_fill(none[:, None, None], 0)
 
 
 def seen_keys(queries: int, keys: int, starts_q: Tensor, starts_k: Tensor) -> tuple[Tensor, Tensor]:

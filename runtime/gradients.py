@@ -112,34 +112,89 @@ def attention_saving(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     The latter is [batch, query, heads]. Where torch's kernel does not give it (other devices than
     the CPU, no tokens), it is zeros that nobody reads: `attention_grad` does without.
     """
-    if not _has_flash(q):
-        lse = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
-        return F.attention(q, k, v, scale), lse
-    padded = F.equally_wide(q, *_for_each_head(q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *padded, 0.0, True, scale=scale
-    )
-    return out.transpose(1, 2)[..., : v.shape[-1]], lse.transpose(1, 2)
+    return _attend_saving(q, k, v, None, scale)
 
 
 def attention_grad(
     d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, from what `attention_saving` gave; the scores are made once more."""
+    return _attend_grad(d, q, k, v, o, lse, None, scale)
+
+
+def document_attention_saving(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`document_attention`, and what `attention_saving` gives besides."""
+    return _attend_saving(q, k, v, F.seen_in_documents(position), scale)
+
+
+def document_attention_grad(
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, from what `document_attention_saving` gave."""
+    return _attend_grad(d, q, k, v, o, lse, F.seen_in_documents(position), scale)
+
+
+def _attend_saving(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Of as many queries as keys, to the keys `seen`; to all that do not come later without."""
     if not _has_flash(q):
-        return _attention_grad_by_autograd(d, q, k, v, scale)
+        lse = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
+        return F.attend(q, k, v, seen, scale, causal=seen is None), lse
+    padded = F.equally_wide(q, *_for_each_head(q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *padded, 0.0, seen is None, attn_mask=_bias(seen, q.dtype), scale=scale
+    )
+    return out.transpose(1, 2)[..., : v.shape[-1]], lse.transpose(1, 2)
+
+
+def _attend_grad(
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    seen: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_flash(q):
+        return _attend_grad_by_autograd(d, q, k, v, seen, scale)
     if q.dtype is torch.bfloat16 and q.shape[1] <= SHORT:
         keys, values = _for_each_head(q, k, v)
-        dq, dk, dv = _attention_grad_by_products(d, q, keys, values, o, lse, scale)
+        dq, dk, dv = _attend_grad_by_products(d, q, keys, values, o, lse, seen, scale)
         return dq, *(g.unflatten(2, (k.shape[2], -1)).sum(3) for g in (dk, dv))
     wide = F.equally_wide(q, *_for_each_head(q, k, v))
     padded_d, padded_o = F.equally_wide(d, o, wide[0].transpose(1, 2))[:2]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        padded_d, *wide, padded_o, lse.transpose(1, 2), 0.0, True, scale=scale
+        padded_d,
+        *wide,
+        padded_o,
+        lse.transpose(1, 2),
+        0.0,
+        seen is None,
+        attn_mask=_bias(seen, q.dtype),
+        scale=scale,
     )
     dq, dk, dv = (g.transpose(1, 2) for g in grads)
     dk, dv = (g.unflatten(2, (k.shape[2], -1)).sum(3) for g in (dk, dv))
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _bias(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What torch's CPU kernel adds to scores: 0, or -inf for keys that are not seen."""
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 SHORT = 256
@@ -148,15 +203,23 @@ take about half of the time of torch's kernel, whose products are small (8 heads
 against 57); for 1024, half of whose products are left out, 1.7 times."""
 
 
-def _attention_grad_by_products(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+def _attend_grad_by_products(
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    seen: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P the probabilities: dV = P^T d, dS = P (d V^T - sum(d o)), dQ = dS K, dK = dS^T Q."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for b in range(len(q)):
         qh, kh, vh, dh, oh = (t[b].transpose(0, 1) for t in (q, k, v, d, o))
         score = F.wide(torch.bmm(qh, kh.transpose(1, 2)))
-        p = score.mul_(scale).sub_(lse[b].t().unsqueeze(-1)).exp_().tril_()
+        p = score.mul_(scale).sub_(lse[b].t().unsqueeze(-1)).exp_()
+        p = p.tril_() if seen is None else p.masked_fill_(~seen[b], 0)
         share = (F.wide(dh) * oh).sum(-1, keepdim=True)
         ds = F.wide(torch.bmm(dh, vh.transpose(1, 2))).sub_(share).mul_(p).mul_(scale).to(q.dtype)
         found = (
@@ -219,12 +282,12 @@ def attention_varlen_grad(
     return dq, dk, dv
 
 
-def _attention_grad_by_autograd(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+def _attend_grad_by_autograd(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = F.attention(leaves[0], leaves[1], leaves[2], scale)
+        out = F.attend(leaves[0], leaves[1], leaves[2], seen, scale, causal=seen is None)
         dq, dk, dv = torch.autograd.grad(out, leaves, d)
     return dq, dk, dv
 

@@ -58,7 +58,8 @@ def _row_by_row(x: Tensor, ends: Tensor, weight: Tensor, out: Tensor) -> None:
     place = torch.arange(len(x), dtype=ends.dtype, device=ends.device)
     expert_of = torch.searchsorted(ends, place, right=True).tolist()
     matrices = weight.transpose(-1, -2)
-    for row, expert, result in zip(x.split(1), expert_of, out.split(1), strict=True):
+    # Not strict: no rows at all are split into one part.
+    for expert, row, result in zip(expert_of, x.split(1), out.split(1), strict=False):
         torch.mm(row, matrices[expert], out=result)
 
 

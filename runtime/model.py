@@ -92,7 +92,8 @@ class LanguageModel(Block, ABC):
     ) -> Loss:
         """The loss of int64 tokens [batch, seq]; labels[:, i] is the token after tokens[:, i].
 
-        Labels of -100 count nowhere. `position` [batch, seq] defaults to 0, 1, 2, ...;
+        Labels of -100 count nowhere. `position` [batch, seq] defaults to 0, 1, 2, ..., and begins
+        anew with each document where the spec has a mask between them (`train.document_mask`).
         `tokens_seen` is what schedules by tokens go by.
         """
 

@@ -67,6 +67,7 @@ def _training(train: Train, parallel: Parallel | None) -> dict[str, Any]:
         "micro_batch": micro_batch,
         "steps": train.steps,
         "tokens": train.tokens,
+        "document_mask": train.document_mask,
         "fim": train.fim.model_dump() if train.fim else None,
         "ema": train.ema,
     }

@@ -254,6 +254,7 @@ STATEMENTS: Mapping[str, Emit] = {
     "rotate_last": call_f("rotate_last"),
     "join_rotated": call_f("join_rotated"),
     "attention": call_f("attention", "scale"),
+    "document_attention": call_f("document_attention", "scale"),
     "cache_append": _cache_append,
     "topk_groups": _gate,
     "gate": _gate,

@@ -94,6 +94,8 @@ GRADIENTS: Mapping[str, Emit] = {
     "softmax_grad": _call_g("softmax_grad"),
     "attention_saving": _call_g("attention_saving", "scale"),
     "attention_grad": _call_g("attention_grad", "scale"),
+    "document_attention_saving": _call_g("document_attention_saving", "scale"),
+    "document_attention_grad": _call_g("document_attention_grad", "scale"),
     "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
     "gate_grad": _call_g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _call_g("permute_grad"),

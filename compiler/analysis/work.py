@@ -53,13 +53,14 @@ _BY_KIND = {
     "add_rms_norm": Work.NORMS,
     "rms_norm_quantize": Work.NORMS,
     "attention": Work.ATTENTION_CORE,
+    "document_attention": Work.ATTENTION_CORE,
     "latent_attention": Work.ATTENTION_CORE,
     "grouped_linear": Work.ROUTED_EXPERTS,
     "fp8_grouped_linear": Work.ROUTED_EXPERTS,
 }
 
 # Operators that make a block one of attention, that choose experts, that make it one of experts.
-ATTENTION = ("attention", "latent_attention")
+ATTENTION = ("attention", "document_attention", "latent_attention")
 CHOICE = ("topk_groups", "gate", "gate_saving")
 EXPERTS = ("experts", "permute", "permute_quantized")
 

@@ -50,6 +50,7 @@ _STYLES = {
     "rms_norm": "product",
     "add_rms_norm": "product",
     "attention": "attention",
+    "document_attention": "attention",
     "rotate": "attention",
     "rope_table": "attention",
     "cache_entry": "attention",

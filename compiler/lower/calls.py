@@ -125,7 +125,7 @@ class Calls(Expressions):
             except Stop:
                 bad = True
         missing = [n for n in form.required if n not in keywords]
-        short = form.tensors is not None and len(spans) < len(form.tensors)
+        short = len(spans) < sum(not name.endswith("?") for name in form.tensors or ())
         if not bad and (missing or short or (form.dims and not dims)):
             what = (
                 ", ".join(f"`{n} = ..`" for n in missing)

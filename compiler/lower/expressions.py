@@ -47,6 +47,9 @@ class Expressions(Scope):
                 node.function.value not in FUNCTIONS and node.function.value != "count"
             ):
                 return self.call(node, names)
+            case ast.Conditional() if self._holds_tensor(node):
+                chosen = node.then if self.flag(node.condition) else node.otherwise
+                return self.value(chosen, names)
             case ast.Path():
                 self.error(
                     "E217",
@@ -122,6 +125,8 @@ class Expressions(Scope):
                 return self._holds_tensor(node.left) or self._holds_tensor(node.right)
             case ast.Unary():
                 return self._holds_tensor(node.operand)
+            case ast.Conditional():
+                return self._holds_tensor(node.then) or self._holds_tensor(node.otherwise)
             case ast.Call():
                 return node.function.value not in FUNCTIONS and node.function.value != "count"
             case _:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.graph.core import Value
 from compiler.graph.types import Dim
-from compiler.ops.base import TypeMismatch, dims_attr
+from compiler.ops.attention import DocumentAttention
+from compiler.ops.base import Site, TypeMismatch, dims_attr
 
 if TYPE_CHECKING:
     from compiler.lower.bind import BlockRef
@@ -49,7 +50,11 @@ Make = Callable[["Calls", Given], list[Value]]
 
 @dataclass(frozen=True)
 class Form:
-    """One function of the block language. `tensors` None takes any number; `dims` follow them."""
+    """One function of the block language.
+
+    `tensors` None takes any number, and a name that ends in "?" may be left out; `dims` follow
+    them.
+    """
 
     about: str
     tensors: tuple[str, ...] | None
@@ -120,7 +125,19 @@ def _rope_table(frame: Calls, given: Given) -> list[Value]:
 
 
 def _attention(frame: Calls, given: Given) -> list[Value]:
-    return frame.op("attention", given.tensors, scale=float(given.keywords["scale"]))
+    """`position` counts where the spec has a mask between documents, and is checked anywhere."""
+    scale = float(given.keywords["scale"])
+    told = len(given.tensors) == len(DocumentAttention.operands)
+    if told:
+        DocumentAttention.infer(Site(tuple(v.type for v in given.tensors)))
+    if not frame.low.description.spec.train.document_mask:
+        return frame.op("attention", given.tensors[:3], scale=scale)
+    if not told:
+        raise TypeMismatch(
+            "train.document_mask is true, and this attention has no positions to tell documents by",
+            help="give it the positions of its tokens: `attention(q, k, v, position, scale = ..)`",
+        )
+    return frame.op("document_attention", given.tensors, scale=scale)
 
 
 def _topk_groups(frame: Calls, given: Given) -> list[Value]:
@@ -267,7 +284,10 @@ FORMS: dict[str, Form] = {
     "rotate": Form("rotary embedding of pairs (2i, 2i+1)", ("x", "cos", "sin"), _simple("rotate")),
     "cache": Form("marks what a decoder has to remember", None, _cache),
     "attention": Form(
-        "causal softmax(scale q k^T) v", ("q", "k", "v"), _attention, {"scale": Kind.NUMBER}
+        "causal softmax(scale q k^T) v, within documents if the spec has `train.document_mask`",
+        ("q", "k", "v", "position?"),
+        _attention,
+        {"scale": Kind.NUMBER},
     ),
     "topk_groups": Form(
         "the k best experts of the best groups, and their weights",

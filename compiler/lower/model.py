@@ -25,7 +25,7 @@ from compiler.lower.graph_names import graph_names
 from compiler.lower.names import name_problems
 from compiler.lower.precision import set_precision
 from compiler.lower.scope import Stop, TooLarge
-from compiler.lower.settings import silent_losses, unused_blocks, unused_params
+from compiler.lower.settings import silent_losses, unknown_mask, unused_blocks, unused_params
 from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.diagnostic import Diagnostics
@@ -89,6 +89,7 @@ class Lowering:
         # Something may be unused because of another mistake.
         if not self.problems:
             self.problems.extend(unused_blocks(self.description))
+            self.problems.extend(unknown_mask(self.description))
         if not self.problems:
             self.problems.extend(unused_params(self.description, self.binder.used))
 
@@ -148,7 +149,9 @@ class Lowering:
         else:
             slots["mtp"] = ()
         ref = self._use(architecture.block, {}, at("architecture", "block"))
-        return self.binder.bind(ref, {}, slots)
+        mask = Const(self.description.spec.train.document_mask, at("train", "document_mask"))
+        asked = any(p.name.value == "document_mask" for p in ref.block.params)
+        return self.binder.bind(ref, {"document_mask": mask} if asked else {}, slots)
 
     def _use(self, use: BlockUse, slots: Mapping[str, BlockUse], span: Span) -> BlockRef:
         arguments = {n: Const(v.value, _written(use, n, v.span)) for n, v in use.arguments.items()}

@@ -71,6 +71,23 @@ def unused_blocks(description: Description) -> Iterator[Diagnostic]:
             )
 
 
+def unknown_mask(description: Description) -> Iterator[Diagnostic]:
+    """A mask between documents where MTP modules get positions that do not know of it."""
+    architecture = description.spec.architecture
+    root = description.blocks[architecture.block.name]
+    known = any(param.name.value == "document_mask" for param in root.params)
+    if description.spec.train.document_mask and architecture.mtp.depth and not known:
+        yield Diagnostic(
+            "E416",
+            f"{root.name.value} does not tell its MTP modules where documents end",
+            description.span("train", "document_mask"),
+            "asks for a mask between documents",
+            (Label(root.name.span, "the outermost block"),),
+            "declare `params document_mask = false` there; if it is true, give a module the"
+            " positions of the tokens whose states it takes, as specs/blocks/causal_lm.dsl does",
+        )
+
+
 def _names(span: Span) -> list[str]:
     """Names that the expression at `span` reads; quoted text reads none."""
     if not span.text or span.text.startswith(("'", '"', "|", ">")):

@@ -99,13 +99,13 @@ class Attention(Operator):
 
     kind = "attention"
     saving: ClassVar[tuple[str, ...]] = ("attention_saving", "lse")
-    operands = ("q", "k", "v")
+    operands: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     attrs: ClassVar = {"scale": float}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        q, k, v = site.types
-        for i, x in enumerate(site.types):
+        q, k, v = site.types[:3]
+        for i, x in enumerate((q, k, v)):
             need_float(cls.kind, x, i)
             if len(x.dims) != QK_RANK:
                 raise TypeMismatch(f"attention needs [batch, seq, heads, dim], got {x.words}", i)
@@ -126,7 +126,7 @@ class Attention(Operator):
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        q, k, v = site.types
+        q, k, v = site.types[:3]
         dim = (q.last.size or 0) + (v.last.size or 0)
         pairs = q.dims[1].at(sizes) * k.dims[1].at(sizes)
         # Over one stretch of tokens a query sees half of the keys; a decoder's sees all.
@@ -143,6 +143,38 @@ class Attention(Operator):
             "attention_grad", [d[0], *op.operands, *op.results],
             names=[f"d_{v.name}" for v in op.operands], scale=op.attrs["scale"],
         )  # fmt: skip
+
+
+class DocumentAttention(Attention):
+    """`attention` of whole sequences, in which a query sees keys of its own document only.
+
+    position [batch, seq] counts on within a document and begins anew with the next one.
+    """
+
+    kind = "document_attention"
+    saving: ClassVar[tuple[str, ...]] = ("document_attention_saving", "lse")
+    operands = ("q", "k", "v", "position")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        q, k, _, position = site.types
+        found = super().infer(site)
+        if k.dims[:2] != q.dims[:2]:
+            raise TypeMismatch(f"a key for each query is needed: {q.words}, {k.words}", 1)
+        if position != Type("i64", q.dims[:2]):
+            raise TypeMismatch(f"a position for each query is needed, got {position.words}", 3)
+        return found
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        """As that of `attention`; positions have none."""
+        if d[0] is None:
+            return [None, None, None, None]
+        found = at.add(
+            "document_attention_grad", [d[0], *op.operands, *op.results],
+            names=[f"d_{v.name}" for v in op.operands[:3]], scale=op.attrs["scale"],
+        )  # fmt: skip
+        return [*found, None]
 
 
 class LatentAttention(Operator):

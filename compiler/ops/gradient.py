@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from compiler.graph.types import Dim, Type
-from compiler.ops.attention import Attention
+from compiler.ops.attention import Attention, DocumentAttention
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
 from compiler.ops.moe import Gate
 
@@ -192,7 +192,7 @@ class AttentionGrad(Operator):
     """Gradients of q, k and v, from what `attention_saving` gave; scores are made once more."""
 
     kind = "attention_grad"
-    operands = ("d", "q", "k", "v", "o", "lse")
+    operands: ClassVar[tuple[str, ...]] = ("d", "q", "k", "v", "o", "lse")
     attrs: ClassVar = {"scale": float}
 
     @classmethod
@@ -206,6 +206,25 @@ class AttentionGrad(Operator):
         dim = 3 * (q.last.size or 0) + 2 * (v.last.size or 0)
         pairs = q.dims[1].at(sizes) * k.dims[1].at(sizes) // 2
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
+
+
+class DocumentAttentionSaving(DocumentAttention):
+    """`document_attention`, and what `attention_saving` gives besides."""
+
+    kind = "document_attention_saving"
+    saving = ()
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (o,) = super().infer(site)
+        return (o, Type("f32", o.dims[:-1]))
+
+
+class DocumentAttentionGrad(AttentionGrad):
+    """Gradients of q, k and v, from what `document_attention_saving` gave."""
+
+    kind = "document_attention_grad"
+    operands = ("d", "q", "k", "v", "position", "o", "lse")
 
 
 class TopkGroupsGrad(Operator):

@@ -43,6 +43,8 @@ def _insert(program: Program, description: Description) -> Sequence[Miss]:
                 assert isinstance(names, tuple)
                 for name, value in zip(names, op.operands, strict=True):
                     graph.caches[str(name)] = Cache(value.type)
+            if op.kind == "document_attention":  # a decoder continues one document
+                op.kind, op.operands = "attention", op.operands[:3]
         _retype(graph, program)
     _only_last(program)
     return ()

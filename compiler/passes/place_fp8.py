@@ -23,7 +23,10 @@ from dsl.load import Description
 # What leaves numbers as they are, or works within each head.
 LAYOUT = ("flatten", "unflatten", "split", "concat", "head_linear")
 # Whose results are tiled once more for the weight gradient, or travel to experts.
-POWERS_OF_TWO = ("attention", "attention_saving", "latent_attention", "permute", "unpermute_grad")
+POWERS_OF_TWO = (
+    "attention", "attention_saving", "document_attention", "document_attention_saving",
+    "latent_attention", "permute", "unpermute_grad",
+)  # fmt: skip
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:

@@ -14,6 +14,7 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
+from compiler.ops.attention import Attention
 from compiler.ops.moe import Experts
 from compiler.ops.quantize import CASTS
 from compiler.passes.recompute import VIEWS
@@ -135,7 +136,7 @@ def _format(value: Value, op: Op | None, graph: Graph) -> tuple[int, int]:
         routed = value.type.dims[0].name in ("slot", "token") and "unpermute" not in readers
         if routed and any(w.fp8 for name, w in graph.weights.items() if "*" in name):
             return FP8_BYTES
-        attended = op is not None and op.kind in ("attention", "attention_saving")
+        attended = op is not None and issubclass(OPS[op.kind], Attention)
         if attended and any(w.fp8 for w in graph.weights.values()):
             return E5M6_BYTES
     return BYTES[value.type.dtype], 1

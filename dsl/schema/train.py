@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from dsl import yaml
 from dsl.schema.base import Section
-from dsl.schema.values import EXPRESSION, Number, choice
+from dsl.schema.values import EXPRESSION, Flag, Number, choice
 
 Shape = Literal["linear", "cosine"]
 
@@ -204,6 +204,11 @@ class Train(Section):
     )
     tokens: Annotated[int | None, Number("tokens", 1)] = Field(
         None, description="Tokens after which it ends; of both, what comes first"
+    )
+    document_mask: Flag = Field(
+        False,
+        description="true: attention does not reach over the end of a document, "
+        "`sequence.eos_token_id`; false: it does, as in DeepSeek-V3 (report, 4.1)",
     )
     fim: FillInTheMiddle | None = Field(None, description="Fill in the middle")
     ema: Annotated[float | None, Number("ema", 0, whole=False, maximum=1)] = Field(

@@ -40,6 +40,7 @@ from dsl.syntax import KEYWORDS
 Loc = tuple[int | str, ...]
 
 EXPRESSION = "An expression over parameters, or a number with a unit: 18 * hidden_size // 7, 4K"
+CONDITION = "true or false, or a condition over parameters: hidden_size > 4K"
 MAX_NAME = 64
 
 
@@ -165,6 +166,15 @@ def choice(*known: str) -> BeforeValidator:
     return BeforeValidator(validate)
 
 
+def _flag(node: object, info: ValidationInfo[Scope]) -> bool:
+    scalar = _scalar(node, "true or false")
+    value = info.context.evaluate(_expression(scalar)).value
+    if not isinstance(value, bool):
+        message = f"true or false is needed here, not {describe(value)}"
+        refuse(Diagnostic("E302", message, scalar.span, "expected true or false"))
+    return value
+
+
 def _text(node: object) -> str:
     scalar = _scalar(node, "text")
     if not scalar.value.strip():
@@ -263,6 +273,11 @@ def _argument_name(argument: ast.Argument, given: Mapping[str, Value]) -> str:
     return name.value
 
 
+Flag = Annotated[
+    bool,
+    BeforeValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "string", "description": CONDITION}]}),
+]
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string"})]
 ModelName = Annotated[
     str,

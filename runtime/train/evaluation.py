@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel
-from .sequences import HeldOut
+from .sequences import HeldOut, positions
 from .tokenizer import Tokenizer
-from .trainer import losses_of
+from .trainer import loss_of, losses_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluate(
     sums = torch.zeros(3 + 2 * depth, dtype=torch.float64, device=model.device)
     for first in range(rank * batch, count, ranks * batch):
         tokens = torch.stack([text[i] for i in chosen[first : first + batch]]).to(model.device)
-        values = losses_of(model.loss(tokens[:, :-1], tokens[:, 1:]))
+        values = losses_of(loss_of(model, tokens))
         if depth:
             values = torch.cat([values, _agreement(model, tokens[:, :-1])])
         sums += values * len(tokens) / count
@@ -70,7 +70,7 @@ def evaluate(
 
 def _agreement(model: LanguageModel, tokens: Tensor) -> Tensor:
     """[depths]: depth k at position i and the main model at i + k predict the same token."""
-    output = model(tokens)
+    output = model(tokens, positions(tokens, model.config))
     best = output.logits.argmax(-1)
     return torch.stack(
         [

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..config import Config
 from .order import drawn, permuted
 from .settings import TrainError
 
@@ -17,9 +18,8 @@ class Sequences:
     """Sequences of `length` tokens and the one after them, endlessly.
 
     Documents are packed: sequences are cut from each part (1-dim, of tokens) without regard to
-    where a document ends, and nothing keeps attention from reaching over it, as in DeepSeek-V3
-    (report, section 4.1). In an epoch no token is trained on twice; each epoch cuts elsewhere, and
-    takes the sequences in another order.
+    where a document ends, as in DeepSeek-V3 (report, section 4.1). In an epoch no token is trained
+    on twice; each epoch cuts elsewhere, and takes the sequences in another order.
     """
 
     def __init__(self, parts: Sequence[Tensor], length: int, seed: int) -> None:
@@ -63,6 +63,19 @@ class HeldOut:
         number = bisect_right(self._ends, index)
         start = (index - (self._ends[number - 1] if number else 0)) * self.length
         return self.parts[number][start : start + self.length + 1].to(torch.int64)
+
+
+def positions(tokens: Tensor, config: Config) -> Tensor | None:
+    """Where each of tokens [batch, seq] stands in its document: from 0 anew behind each end.
+
+    None, which is 0, 1, 2, .. for a whole sequence, for models without a mask between documents.
+    """
+    if not config.train.document_mask:
+        return None
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    ended[:, 1:] = tokens[:, :-1] == config.sequence.eos_token_id
+    return place - place.where(ended, 0).cummax(1).values
 
 
 def split(parts: Sequence[Tensor], held_out: float) -> tuple[list[Tensor], list[Tensor]]:

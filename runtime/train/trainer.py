@@ -14,7 +14,7 @@ from ..weights import published
 from .balance import Balance, Use
 from .optimizer import AdamW
 from .ranks import gathered
-from .sequences import Sequences
+from .sequences import Sequences, positions
 from .settings import Settings, TrainError
 
 
@@ -118,7 +118,7 @@ class Trainer:
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.model.device)
         for tokens in self._micro_batches(batch):
-            loss = self.model.loss(tokens[:, :-1], tokens[:, 1:], tokens_seen=tokens_seen)
+            loss = loss_of(self.model, tokens, tokens_seen)
             share = len(tokens) / batch
             (loss.total * share).backward()
             self.optimizer.collect()
@@ -171,11 +171,17 @@ class Trainer:
         ]
         try:
             for tokens in self._micro_batches(batch):
-                self.model.loss(tokens[:, :-1], tokens[:, 1:], tokens_seen=self.tokens)
+                loss_of(self.model, tokens, self.tokens)
         finally:
             for hook in hooks:
                 hook.remove()
         return found[0] if found else None
+
+
+def loss_of(model: LanguageModel, tokens: Tensor, tokens_seen: int = 0) -> Loss:
+    """The loss of packed sequences and the token after each, int64 [batch, seq + 1]."""
+    inputs = tokens[:, :-1]
+    return model.loss(inputs, tokens[:, 1:], positions(inputs, model.config), tokens_seen)
 
 
 def losses_of(loss: Loss) -> Tensor:

@@ -4,7 +4,7 @@ block CausalLM(tokens: i64[batch, seq], labels: i64[batch, seq], position: i64[b
   labels[i] is the token that follows tokens[i]; -100 is left out of the loss.
   """
   params vocab_size, hidden_size, rms_norm_eps = 1e-6
-  params tie_word_embeddings = false
+  params tie_word_embeddings = false, document_mask = false    # the mask is that of `train`
   params mtp_hidden_state = "after_norm"                       # which state of the main model goes to the first module
   slots layers, mtp
 
@@ -23,7 +23,7 @@ block CausalLM(tokens: i64[batch, seq], labels: i64[batch, seq], position: i64[b
   for module, depth in mtp:
     h = drop_last(h, along = seq, count = 1)
     later_tokens = drop_first(tokens, along = seq, count = depth)
-    later_position = drop_first(position, along = seq, count = depth)
+    later_position = drop_last(position, along = seq, count = depth) if document_mask else drop_first(position, along = seq, count = depth)
     embedded = embedding(later_tokens, rows = vocab_size, to = hidden_size, name = model.embed_tokens)
     h, normed = module(h, embedded, later_position, name = model.layers.{num_hidden_layers + depth - 1})
     later_logits = linear(normed, to = vocab_size, name = model.embed_tokens if tie_word_embeddings else lm_head)  # eq. 23

@@ -16,6 +16,6 @@ block MHA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   k = rotate(k, cos, sin)
   k, v = cache(k, v)
 
-  o = attention(q, k, v, scale = head_dim ** -0.5)
+  o = attention(q, k, v, position, scale = head_dim ** -0.5)
   o = flatten(o, num_attention_heads, head_dim)
   return linear(o, to = hidden_size, name = o_proj)

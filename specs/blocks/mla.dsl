@@ -44,6 +44,6 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   q = concat(q_nope, q_rope, into = qk_head_dim)                                                 # eq. 9
   k_rope = broadcast(k_rope, num_attention_heads)                                                # one head for all
   k = concat(k_nope, k_rope, into = qk_head_dim)                                                 # eq. 4
-  o = attention(q, k, v, scale = softmax_scale)                                                  # eq. 10
+  o = attention(q, k, v, position, scale = softmax_scale)                                        # eq. 10
   o = flatten(o, num_attention_heads, v_head_dim)
   return linear(o, to = hidden_size, name = o_proj)                                              # eq. 11

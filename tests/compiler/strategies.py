@@ -212,6 +212,9 @@ def _attention(m: Maker) -> None:
     k = m.pick(lambda t: t.dtype == "bf16" and [d.size for d in t.dims] == [None, None, 2, 6])
     if q and k and q.type.last == k.type.last:
         m.add("attention", q, k, k, scale=m.draw(numbers))
+        position = m.pick(lambda t: t == Type("i64", q.type.dims[:2]))
+        if position and q.type.dims[:2] == k.type.dims[:2]:
+            m.add("document_attention", q, k, k, position, scale=m.draw(numbers))
 
 
 def _latent_attention(m: Maker) -> None:

@@ -14,6 +14,7 @@ from compiler.analysis import summary
 from compiler.graph.core import Program
 from compiler.graph.equal import equal
 from compiler.pipeline import PIPELINES, Compiled, chosen, compile
+from dsl.diagnostic import DiagnosticError
 from dsl.load import Description, load
 from tests.compiler.passes.test_passes import GQA
 
@@ -89,3 +90,25 @@ def builtin_compile(source: str) -> None:
     import builtins
 
     builtins.compile(source, "model.py", "exec")
+
+
+@pytest.mark.parametrize("program", PIPELINES)
+def test_a_mask_between_documents_is_where_whole_sequences_are(program: str) -> None:
+    path = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
+    masked = kinds(compile(load(path, sets=["train.document_mask=true"])).programs[program])
+    plain = kinds(compile(TINY).programs[program])
+    if program in ("prefill", "decode"):
+        assert masked == plain
+    else:
+        assert not any("attention" in kind and "document" not in kind for kind in masked)
+        assert masked.keys() - plain.keys() == {
+            kind.replace("attention", "document_attention") for kind in plain if "attention" in kind
+        }
+
+
+def test_only_train_asks_for_a_mask() -> None:
+    """The outermost block's parameter of that name is the spec's key, and nothing else."""
+    path = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
+    with pytest.raises(DiagnosticError) as raised:
+        compile(load(path, sets=["params.document_mask=true"]))
+    assert [d.code for d in raised.value.diagnostics] == ["E407"]

@@ -225,6 +225,8 @@ def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
     if "anyOf" not in schema:
         return "text"
     number = schema["anyOf"][0]
+    if number["type"] == "boolean":
+        return "true or false"
     word = "whole number" if number["type"] == "integer" else "number"
     if "maximum" in number:
         return f"{word}, {number['minimum']} to {number['maximum']}"

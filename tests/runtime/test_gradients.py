@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime import functional as F
 from runtime import gradients as G
 
 
@@ -35,3 +36,32 @@ def test_gradients_of_attention(tokens: int, dtype: torch.dtype, tolerance: floa
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype and one.shape == other.shape
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("tokens", [17, G.SHORT + 1])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 1e-2), (torch.float32, 1e-5), (torch.float64, 1e-9)],
+)
+def test_documents_attend_as_each_alone(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Results, log-sum-exp and gradients; tolerances as above."""
+    q, k, v = random(2, tokens, 4, 24), random(2, tokens, 2, 24, seed=1), random(2, tokens, 2, 16)
+    d = random(2, tokens, 4, 16, seed=3)
+    parts = [t.to(dtype) for t in (q, k, v, d)]
+    ends = [[5, 6, tokens], [1, 12, tokens]]
+    position = torch.empty(2, tokens, dtype=torch.int64)
+    alone: list[list[Tensor]] = []
+    with torch.no_grad():
+        for row, cuts in enumerate(ends):
+            for start, end in zip([0, *cuts], cuts, strict=False):
+                position[row, start:end] = torch.arange(end - start)
+                q, k, v, d = (t[row : row + 1, start:end] for t in parts)
+                saved = G.attention_saving(q, k, v, 0.3)
+                alone.append([*saved, *G.attention_grad(d, q, k, v, *saved, 0.3)])
+        q, k, v, d = parts
+        saved = G.document_attention_saving(q, k, v, position, 0.3)
+        found = [*saved, *G.document_attention_grad(d, q, k, v, position, *saved, 0.3)]
+        assert torch.equal(F.document_attention(q, k, v, position, 0.3), saved[0])
+    for i, one in enumerate(found):
+        expected = torch.cat([document[i] for document in alone], 1).view(one.shape)
+        assert (one - expected).norm() <= tolerance * expected.norm()

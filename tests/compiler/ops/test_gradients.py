@@ -138,6 +138,17 @@ def _attention(d: Draw) -> Example:
     return Example("attention", operands, attrs={"scale": d.choice(0.5, 1.5)})
 
 
+def _document_attention(d: Draw) -> Example:
+    """Documents of random lengths, the first one cut anywhere."""
+    plain = _attention(d)
+    position = torch.zeros(d.batch, d.seq, dtype=torch.int64)
+    for row in position:
+        for i in range(d.seq):
+            row[i] = 0 if d.choice(True, False, False) else row[i - 1] + 1 if i else d.size()
+    operands = [*plain.operands, (Type("i64", (BATCH, SEQ)), position)]
+    return Example("document_attention", operands, attrs=plain.attrs)
+
+
 def _topk_groups(d: Draw) -> Example:
     groups, each = d.size(1, 4), d.size(2, 4)
     experts = Dim("experts", groups * each)
@@ -291,6 +302,7 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "softmax": _of_one("softmax"),
     "rotate": _rotate,
     "attention": _attention,
+    "document_attention": _document_attention,
     "topk_groups": _topk_groups,
     "gate": _gate("gate"),
     "gate_saving": _gate("gate_saving"),
@@ -317,11 +329,14 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
 }
 
 
+SAVING = ("attention_saving", "document_attention_saving")
+
+
 def test_every_derivative_is_tested() -> None:
     derived = {kind for kind, operator in OPS.items() if "grad" in _declared(operator)}
-    # A constant has no operands, and what an operator saves is a matter of that operator; those
+    # A constant has no operands, and what attention saves is a matter of that operator; those
     # that need several ranks are in tests/compiler/passes/test_partition.py.
-    assert set(EXAMPLES) == derived - {"constant", "attention_saving", "dispatch", "combine"}
+    assert set(EXAMPLES) == derived - {"constant", *SAVING, "dispatch", "combine"}
 
 
 def _declared(operator: type[Operator]) -> set[str]:

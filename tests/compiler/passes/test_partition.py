@@ -212,6 +212,11 @@ def test_all_ranks_together_compute_what_one_does(mesh: str, name: str) -> None:
     check_same(of, layout(MESHES[mesh], of), name)
 
 
+def test_a_mask_between_documents_is_that_of_each_ranks_sequences() -> None:
+    of = description("train.document_mask=true")
+    check_same(of, layout(MESHES["2 stages x 2 replicas x 2 experts"], of))
+
+
 def test_gradients_of_weights_may_wait() -> None:
     of = description("architecture.mtp.depth=1")
     where = replace(layout(MESHES["2 stages x 2 replicas x 2 experts"], of), schedule="zero_bubble")
