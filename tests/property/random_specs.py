@@ -63,6 +63,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         "mtp": {"depth": depth, "attention": draw(ATTENTION), "feed_forward": draw(FEED_FORWARD)},
         "policy": draw(st.sampled_from(["fp32", "bf16"])),
         "alpha": draw(st.sampled_from(["1e-3", "0"])),
+        "mask": draw(st.booleans()),
     }
 
 
@@ -93,9 +94,11 @@ architecture:
   layers:
 {layers}
   mtp: {json.dumps(spec["mtp"])}
-sequence: {{max_position_embeddings: 64}}
+sequence: {{max_position_embeddings: 64, eos_token_id: 1}}
 precision: {{policy: {spec["policy"]}}}
-train: {{loss: {{balance_alpha: {spec["alpha"]}, mtp_weight: 0.3}}}}
+train:
+  document_mask: {json.dumps(spec["mask"])}
+  loss: {{balance_alpha: {spec["alpha"]}, mtp_weight: 0.3}}
 """
 
 
