@@ -61,6 +61,9 @@ def run(
     eval_every: Annotated[
         int | None, typer.Option(min=1, metavar="STEPS", help="Between evaluations [500].")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N [a GPU if there is one].")
+    ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
@@ -82,6 +85,7 @@ def run(
         "save_every": save_every,
         "keep": keep,
         "eval_every": eval_every,
+        "device": device,
     }
     with tempfile.TemporaryDirectory() as folder:
         with reporting():

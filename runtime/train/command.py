@@ -152,6 +152,7 @@ def parse(model: type[LanguageModel], arguments: Sequence[str] | None) -> Option
     add("--save-every", type=_count, default=default.save_every, metavar="STEPS",
         help="from one checkpoint to the next (500)")  # fmt: skip
     add("--keep", type=_count, default=default.keep, metavar="N", help="newest checkpoints (2)")
+    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
     add("--eval-every", type=_count, default=default.eval_every, metavar="STEPS",
         help="from one evaluation to the next (500)")  # fmt: skip
     add("--eval-sequences", type=_count, default=default.eval_sequences, metavar="N",

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch.cuda import is_available
 from torch.distributed import (
     ProcessGroup,
     ReduceOp,
@@ -70,7 +71,8 @@ def joined() -> Iterator[Ranks]:
         raise TrainError(f"WORLD_SIZE is set, but the ranks do not meet: {error}") from None
     try:
         yield Ranks(
-            training=new_group(backend="gloo"),
+            # Of these, the device of a tensor decides.
+            training=new_group(backend="cpu:gloo,cuda:nccl" if is_available() else "gloo"),
             agreeing=group.WORLD,
             writing=new_group(backend="gloo", timeout=PATIENCE),
         )
@@ -92,11 +94,10 @@ def by_first(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
         return work()
     outcome: list[Any] = [_attempt(work) if ranks.rank() == 0 else None]
     broadcast_object_list(outcome, group=ranks, group_src=0)
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    result: T = value
-    return result
+    value: Any
+    value, failure = outcome[0]
+    _raise(failure)
+    return value  # type: ignore[no-any-return]
 
 
 def by_all(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
@@ -106,12 +107,10 @@ def by_all(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
     """
     if ranks is None:
         return work()
-    value, error = _attempt(work)
-    errors = [found for found in gathered(ranks, error) if found is not None]
-    if errors:
-        raise errors[0]
-    result: Any = value
-    return result  # type: ignore[no-any-return]
+    value: Any
+    value, failure = _attempt(work)
+    _raise(*gathered(ranks, failure))
+    return value  # type: ignore[no-any-return]
 
 
 def gathered(ranks: ProcessGroup | None, value: T) -> list[T]:
@@ -132,8 +131,24 @@ def largest(ranks: ProcessGroup | None, *values: int) -> list[int]:
     return found.tolist()
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+Failure = tuple[type[Exception], tuple[Any, ...]]
+"""An error as its type and arguments.
+
+An error itself holds its traceback, and so the frames of all functions above: the groups would live
+until Python ends, and their threads, which cannot end then, abort the process now and again.
+"""
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
     try:
         return work(), None
     except (TrainError, OSError) as error:
-        return None, error
+        return None, (type(error), error.args)
+
+
+def _raise(*failures: Failure | None) -> None:
+    """Raises the first failure, if there is one."""
+    for failure in failures:
+        if failure is not None:
+            kind, arguments = failure
+            raise kind(*arguments)

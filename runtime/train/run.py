@@ -22,6 +22,7 @@ from ..files import replace_text
 from ..model import LanguageModel
 from .changes import changed, flat
 from .checkpoints import Checkpoints
+from .device import chosen
 from .evaluation import evaluate
 from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
@@ -49,6 +50,7 @@ class Options:
     seed: int | None = None
     save_every: int = 500
     keep: int = 2
+    device: str | None = None
     eval_every: int = 500
     eval_sequences: int = 64
 
@@ -76,6 +78,7 @@ class Run:
             options.out / "checkpoints", options.keep, self.ranks.writing
         )
         agreeing = self.ranks.agreeing
+        self.device = by_all(agreeing, lambda: chosen(options.device))
         self.record, self.newest = by_first(agreeing, lambda: self._begun(model.config))
         self.changes: list[str] = []
         by_all(agreeing, lambda: self._make(model))
@@ -111,10 +114,9 @@ class Run:
         check(self.tokens, model.config)
         trained, held_out = split(self.tokens.parts, record["held_out"])
         torch.manual_seed(record["seed"])
+        first = model(self.device, seed=record["seed"])
         sequences = Sequences(trained, length, record["seed"])
-        self.trainer = Trainer(
-            model(seed=record["seed"]), self.settings, sequences, self.ranks.training
-        )
+        self.trainer = Trainer(first, self.settings, sequences, self.ranks.training)
         self.held_out = HeldOut(held_out, length)
         if self.newest is not None:
             self._restore(self.newest)
@@ -190,10 +192,11 @@ class Run:
         if self.newest is not None:
             progress.say(f"going on from {self.newest}, {trainer.tokens:,} tokens")
         parameters = sum(p.numel() for p in trainer.model.parameters())
+        by = f" by {self.ranks.count} ranks" if self.ranks.count > 1 else ""
         progress.say(
             f"{trainer.model.config.model}: {parameters:,} parameters, "
             f"{trainer.sequences.count:,} sequences of {self.settings.sequence_length} tokens an "
-            f"epoch, {self.held_out.count:,} held out"
+            f"epoch, {self.held_out.count:,} held out; on {self.device.type}{by}"
         )
 
     def _evaluate(self, metrics: Metrics, progress: Progress, limit: int | None) -> None:
@@ -211,7 +214,8 @@ class Run:
 
     def _state(self) -> State:
         now = state(self.trainer)
-        return State(now.tensors, {**now.values, "ranks": self.ranks.count, "spec": self.spec})
+        here = {"ranks": self.ranks.count, "device": self.device.type, "spec": self.spec}
+        return State(now.tensors, {**now.values, **here})
 
     def _save_now(self) -> None:
         self.checkpoints.wait()
@@ -238,11 +242,16 @@ class Run:
     def _restore(self, newest: Path) -> None:
         values = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         self.changes = changed(values["spec"], self.spec)
-        before, now = values.get("ranks", 1), self.ranks.count
-        if before != now:
-            # The same sequences in each step: only rounding differs.
+        # Each step has the same sequences all the same: only rounding differs.
+        ranks, device = values.get("ranks", 1), values.get("device", "cpu")
+        if ranks != self.ranks.count:
             self.changes.append(
-                f"{before} ranks before, {now} now: sums in another order, so not the same bits"
+                f"{ranks} ranks before, {self.ranks.count} now: sums in another order, so not the "
+                f"same bits"
+            )
+        if device != self.device.type:
+            self.changes.append(
+                f"on {device} before, on {self.device.type} now: other sums, so not the same bits"
             )
         views = state(self.trainer)
         restored(self.trainer, self.checkpoints.load(newest, views))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import matched
 from ..shards import LoadError
 from ..weights import published
+from .device import random_state, set_random_state
 from .settings import TrainError
 from .trainer import Position, Trainer
 
@@ -78,12 +78,12 @@ def _values(trainer: Trainer) -> dict[str, Any]:
         "sequences": position.sequences,
         "tokens": trainer.tokens,
         # Nothing in a model draws numbers today; a block that does goes on as it would have.
-        "random": bytes(torch.get_rng_state().tolist()).hex(),
+        **random_state(trainer.model.device),
     }
 
 
 def restored(trainer: Trainer, values: Mapping[str, Any]) -> None:
     """Takes up the numbers of a state whose tensors were written to the views of `state`."""
     trainer.position = Position(values["steps"], values["sequences"])
-    torch.set_rng_state(torch.tensor(list(bytes.fromhex(values["random"])), dtype=torch.uint8))
+    set_random_state(trainer.model.device, values)
     trainer.optimizer.copy_masters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -120,9 +121,10 @@ def flat(line: dict[str, Any]) -> dict[str, float]:
 
 
 def names(run: Path) -> set[str]:
-    """What a run holds; a rank has its own files of tensors, without an index."""
+    """What a run holds. Files of tensors are called by ranks, those of TensorBoard by the time."""
+    named = re.compile("safetensors|tfevents|__pycache__")
     paths = (str(path.relative_to(run)) for path in run.rglob("*"))
-    return {path for path in paths if "safetensors" not in path and "__pycache__" not in path}
+    return {path for path in paths if not named.search(path)}
 
 
 def test_ranks_that_are_killed_or_stopped_go_on_bit_for_bit(
