@@ -111,14 +111,8 @@ def load(path: str | Path, *, sets: Sequence[str] = (), variant: str | None = No
                 library.add(item)
     if spec is not None and library.complete:
         problems.extend(_misused_blocks(spec, composed.root, library.blocks))
-    if spec is not None and spec.train.document_mask and spec.sequence.eos_token_id is None:
-        problems.error(
-            "E309",
-            "nothing ends a document: `train.document_mask` needs `sequence.eos_token_id`",
-            yaml.nearest_node(composed.root, ("train", "document_mask")).span,
-            "documents are told apart by the token at their end",
-            help="add `eos_token_id: ..` under `sequence`",
-        )
+    if spec is not None:
+        problems.extend(_disagreements(spec, composed.root))
     cluster, cluster_sources = _cluster(composed.root, problems)
     problems.raise_if_any()
     assert spec is not None
@@ -233,6 +227,41 @@ def _unknown_block(use: BlockUse, at: Span, blocks: Mapping[str, ast.Block]) -> 
         help = f"add `{files[use.name.lower()]}` to `blocks`"
     label = "no listed file defines it"
     return Diagnostic("E306", f"unknown block `{use.name}`", span, label, help=help)
+
+
+def _disagreements(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
+    """Values of one section that do not go with those of another."""
+    if spec.train.document_mask and spec.sequence.eos_token_id is None:
+        message = "nothing ends a document: `train.document_mask` needs `sequence.eos_token_id`"
+        span = yaml.nearest_node(root, ("train", "document_mask")).span
+        label = "documents are told apart by the token at their end"
+        help = "add `eos_token_id: ..` under `sequence`"
+        yield Diagnostic("E309", message, span, label, help=help)
+    yield from _two_sizes(spec, root)
+
+
+def _two_sizes(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
+    """Sizes that `train` and `parallel` both give, and give differently.
+
+    A batch that changes on the way is none: `parallel` says for which of its sizes to plan.
+    """
+    if spec.parallel is None:
+        return
+    for name in ("sequence_length", "batch", "micro_batch"):
+        if name not in spec.train.model_fields_set & spec.parallel.model_fields_set:
+            continue
+        trained, planned = getattr(spec.train, name), getattr(spec.parallel, name)
+        if isinstance(trained, Schedule):
+            if len(trained.root) > 1:
+                continue
+            trained = trained.value_at(0)
+        if trained != planned:
+            message = f"`train.{name}` is {trained:,.12g}, but `parallel.{name}` is {planned:,}"
+            here, there = (yaml.nearest_node(root, (s, name)).span for s in ("parallel", "train"))
+            yield Diagnostic(
+                "E318", message, here, "what is planned", (Label(there, "what is trained"),),
+                "keep one of the two: what `train` leaves out is as in `parallel`",
+            )  # fmt: skip
 
 
 def _leaves(path: Loc, value: object) -> Iterator[tuple[Loc, str]]:

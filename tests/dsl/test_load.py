@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,3 +168,21 @@ def test_a_damaged_spec_is_loaded_or_explained(
         assert error.diagnostics
         assert all(d.message and d.code for d in error.diagnostics)
         render(error.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("train", "parallel"),
+    [
+        ("batch: [{until: 1M, start: 2, value: 4}, {value: 4}]", "batch: 16"),
+        ("sequence_length: 64, batch: 16.0, micro_batch: 4", "batch: 16"),
+        ("batch: 16, micro_batch: 2", "batch: 16, micro_batch: 2"),
+    ],
+)
+def test_train_and_parallel_may_both_say_the_same(
+    train: str, parallel: str, tmp_path: Path
+) -> None:
+    text = (ERRORS / "valid.yaml").read_text()
+    text = re.sub(r"(?m)^train:.*\n(  .*\n)*", "", text)
+    sizes = f"cluster: h800_2048, sequence_length: 64, {parallel}"
+    (tmp_path / "a.yaml").write_text(f"{text}\ntrain: {{{train}}}\nparallel: {{{sizes}}}\n")
+    load(tmp_path / "a.yaml")
