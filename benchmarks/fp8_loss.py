@@ -21,7 +21,7 @@ from dslc.trained import using_run
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data" / "tinyshakespeare.txt"
-PICTURE = ROOT / "docs" / "fp8_loss.svg"
+PICTURE = ROOT / "docs" / "fp8_loss.png"
 STEPS = 2000
 TOKENS = STEPS * 12 * 256
 SMOOTHING = 0.9  # of the report's figure 10
@@ -96,9 +96,7 @@ def draw(
 ) -> None:
     import matplotlib
 
-    matplotlib.use("svg")
-    # The same figures give the same bytes.
-    matplotlib.rcParams.update({"svg.hashsalt": "dslc", "font.size": 9})
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     above: Any
@@ -117,7 +115,7 @@ def draw(
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None})
+    figure.savefig(PICTURE, dpi=120)
 
 
 if __name__ == "__main__":
