@@ -29,7 +29,8 @@ def read_metrics(run: Path) -> list[Record]:
             raise ValueError("no step is recorded yet")
         return records
     except (OSError, ValueError) as error:
-        message = f"{run} has no metrics to draw: {error}"
+        reason = error.strerror if isinstance(error, OSError) else error
+        message = f"{run} has no metrics to draw: {reason}"
         help = "give the folder that `dslc train --out` wrote"
         raise DiagnosticError([Diagnostic("E601", message, help=help)]) from None
 

@@ -16,12 +16,18 @@ from .tokens import Tokens, is_tokens, write
 def prepared(files: Sequence[Path], place: Path, config: Config, tokenizer: str, seed: int) -> Path:
     """The folder of tokens that was given, or `place`, with those of the texts that were.
 
-    Raises TrainError for files that cannot be read, and where there is none.
+    Raises TrainError for files that cannot be read, where there is none, and for tokens among
+    others.
     """
     if not files:
         raise TrainError("give the text to train on: --data FILES")
     if len(files) == 1 and is_tokens(files[0]):
         return files[0]
+    if folders := [file for file in files if is_tokens(file)]:
+        raise TrainError(
+            f"{folders[0]} holds tokens, which cannot be joined with others: give it alone, or all "
+            f"of the text"
+        )
     used = open_tokenizer(tokenizer)
     eos = config.sequence.eos_token_id
     texts = encode(documents(files), used, eos, FillInTheMiddle.of(config), seed)
@@ -35,7 +41,8 @@ def check(tokens: Tokens, config: Config) -> None:
     if tokens.header.settings != made_with(config):
         raise TrainError(
             f"{tokens.folder} was made with {tokens.header.settings}, the spec asks for "
-            f"{made_with(config)}: make the tokens anew"
+            f"{made_with(config)}: make the tokens anew, as a run that begins with --data TEXT "
+            f"does in its folder data"
         )
     known, size = tokens.tokenizer.vocab_size, config.params.vocab_size
     if known > size:

@@ -88,3 +88,6 @@ def test_a_learned_tokenizer_serves_a_run(dslc: Run, run: Path, tmp_path: Path) 
     outcome = dslc(*train(tmp_path / "other", "--data", str(tmp_path / "b")))
     assert outcome.status == 1
     assert "make the tokens anew" in outcome.err
+    outcome = dslc(*train(tmp_path / "other", "--data", str(text), "--data", str(tokens)))
+    assert outcome.status == 1
+    assert f"{tokens} holds tokens, which cannot be joined with others" in outcome.err
