@@ -275,11 +275,10 @@ def attention_varlen_grad(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, of sequences one behind another; zeros outside of all of them."""
-    with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        out = F.attention_varlen(q, k, v, starts_q, starts_k, longest, scale)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), d)
-    return dq, dk, dv
+    seen, none = F.seen_keys(len(q), len(k), starts_q, starts_k)
+    d = d.masked_fill(none[:, None, None], 0)
+    dq, dk, dv = _attend_grad_by_autograd(d[None], q[None], k[None], v[None], seen, scale)
+    return dq[0], dk[0], dv[0]
 
 
 def _attend_grad_by_autograd(

@@ -14,17 +14,25 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("tokens", [17, G.SHORT + 1])
-@pytest.mark.parametrize(
+def attended(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v, with two heads of keys for four of queries, and a gradient of the result."""
+    q, k, v = random(2, tokens, 4, 24), random(2, tokens, 2, 24, seed=1), random(2, tokens, 2, 16)
+    return [t.to(dtype) for t in (q, k, v, random(2, tokens, 4, 16, seed=3))]
+
+
+LENGTHS = pytest.mark.parametrize("tokens", [17, G.SHORT + 1])
+TOLERANCES = pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # bfloat16 keeps 8 bits, and probabilities are rounded to it before they are multiplied.
     [(torch.bfloat16, 1e-2), (torch.float32, 1e-5), (torch.float64, 1e-9)],
 )
+
+
+@LENGTHS
+@TOLERANCES
 def test_gradients_of_attention(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
-    """With two heads of keys for four of queries, against autograd in float64."""
-    q, k, v = random(2, tokens, 4, 24), random(2, tokens, 2, 24, seed=1), random(2, tokens, 2, 16)
-    d = random(2, tokens, 4, 16, seed=3)
-    q, k, v, d = (t.to(dtype) for t in (q, k, v, d))
+    """Against autograd in float64."""
+    q, k, v, d = attended(tokens, dtype)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     score = torch.einsum("bihd,bjhd->bhij", exact[0], exact[1].repeat_interleave(2, 2)) * 0.3
     score = score.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
@@ -38,16 +46,11 @@ def test_gradients_of_attention(tokens: int, dtype: torch.dtype, tolerance: floa
         assert (one.double() - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.parametrize("tokens", [17, G.SHORT + 1])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.bfloat16, 1e-2), (torch.float32, 1e-5), (torch.float64, 1e-9)],
-)
+@LENGTHS
+@TOLERANCES
 def test_documents_attend_as_each_alone(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Results, log-sum-exp and gradients; tolerances as above."""
-    q, k, v = random(2, tokens, 4, 24), random(2, tokens, 2, 24, seed=1), random(2, tokens, 2, 16)
-    d = random(2, tokens, 4, 16, seed=3)
-    parts = [t.to(dtype) for t in (q, k, v, d)]
+    """Results, log-sum-exp and gradients."""
+    parts = attended(tokens, dtype)
     ends = [[5, 6, tokens], [1, 12, tokens]]
     position = torch.empty(2, tokens, dtype=torch.int64)
     alone: list[list[Tensor]] = []

@@ -31,6 +31,9 @@ SETTINGS = {
     "train.steps": "6",
 }
 
+EOS = 32  # the space: words are documents
+MASK = {"train__document_mask": "true", "sequence__eos_token_id": str(EOS)}
+
 
 def built(folder: Path, name: str, only: dict[str, str] | None = None, **changes: str) -> Any:
     """The package `name`, built in `folder` with other values: `train__steps="3"`."""

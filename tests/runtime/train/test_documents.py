@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from runtime.config import Config
 from runtime.train.sequences import positions
-from tests.runtime.train.built import built, part, trainer
+from tests.runtime.train.built import EOS, MASK, built, part, trainer
 
-EOS = 32  # the space: words are documents
 MASKED = Config({"train": {"document_mask": True}, "sequence": {"eos_token_id": EOS}})
 
 
@@ -37,12 +35,7 @@ def test_without_a_mask_a_model_counts_by_itself() -> None:
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return package(tmp_path_factory.mktemp("masked"), "tiny_masked")
-
-
-def package(folder: Path, name: str, **changes: str) -> Any:
-    changes |= {"train__document_mask": "true", "sequence__eos_token_id": str(EOS)}
-    return built(folder, name, **changes)
+    return built(tmp_path_factory.mktemp("masked"), "tiny_masked", **MASK)
 
 
 def text(one: Any, count: int) -> Tensor:
@@ -64,14 +57,6 @@ def test_a_step_is_that_of_the_masked_loss(masked: Any) -> None:
     assert did.mtp == pytest.approx([t.item() for t in losses[0].mtp], rel=1e-6)
     assert did.gradient_norm == pytest.approx(float(norm), rel=1e-4)
     assert did.main != pytest.approx(losses[1].main.item(), rel=1e-6)  # as without the mask
-
-
-def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
-    whole = trainer(package(tmp_path, "tiny_masked_whole", train__micro_batch="6"))
-    parts = trainer(package(tmp_path, "tiny_masked_parts", train__micro_batch="4"))
-    a, b = whole.step(), parts.step()
-    assert (a.main, a.total, a.balance) == pytest.approx((b.main, b.total, b.balance), rel=1e-6)
-    assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-5)
 
 
 def test_an_evaluation_masks_too(masked: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.train.balance import use
-from tests.runtime.train.built import built, part, published, trainer
+from tests.runtime.train.built import MASK, built, part, published, trainer
 
 
 def batch(one: Any, first: int, count: int) -> Tensor:
@@ -93,9 +93,12 @@ def test_a_bias_never_has_a_gradient(package: Any) -> None:
     assert not any("bias" in weight.name for weight in one.optimizer.weights)
 
 
-def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
-    whole = trainer(built(tmp_path, "tiny_whole", train__micro_batch="6"))
-    parts = trainer(built(tmp_path, "tiny_parts", train__micro_batch="4"))
+@pytest.mark.parametrize(("name", "changes"), [("tiny", {}), ("tiny_masked", MASK)])
+def test_micro_batches_add_up_to_the_batch(
+    name: str, changes: dict[str, str], tmp_path: Path
+) -> None:
+    whole = trainer(built(tmp_path, f"{name}_whole", train__micro_batch="6", **changes))
+    parts = trainer(built(tmp_path, f"{name}_parts", train__micro_batch="4", **changes))
     a, b = whole.step(), parts.step()
     assert (a.main, a.total, a.balance) == pytest.approx((b.main, b.total, b.balance), rel=1e-6)
     assert a.mtp == pytest.approx(b.mtp, rel=1e-6)
