@@ -1,66 +1,26 @@
-"""Fixtures of every test: golden files, and property tests that run the same way each time."""
+"""Fixtures of every test: golden files, commands; property tests run the same way each time."""
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from dslc.cli import main
+from tests.support.command import Outcome, Run
+from tests.support.golden import Golden, GoldenFiles
+
 # Triton interprets or compiles, for the whole of a process: tests interpret kernels, on the CPU,
 # and compile them in processes of their own. It must be said before anything imports Triton.
 os.environ["TRITON_INTERPRET"] = "1"
 
-GOLDEN = Path(__file__).parent / "golden"
-Golden = Callable[[str, str], None]
 
 # A red build must be red again on the next run: examples follow from the test, not from chance.
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
 settings.load_profile("default")
-
-
-class GoldenFiles:
-    """What the run compared, so that a golden file that no test reads any more is noticed."""
-
-    def __init__(self, update: bool) -> None:
-        self.update = update
-        self.used: set[Path] = set()
-        self.changes: list[str] = []
-
-    def compare(self, relative_path: str, text: str) -> None:
-        path = GOLDEN / relative_path
-        self.used.add(path)
-        expected = path.read_bytes().decode() if path.exists() else None
-        if expected == text:
-            return
-        difference = "".join(
-            difflib.unified_diff(
-                (expected or "").splitlines(keepends=True),
-                text.splitlines(keepends=True),
-                f"golden/{relative_path}",
-                "this run",
-            )
-        )
-        if not self.update:
-            state = "differs" if expected is not None else "does not exist yet"
-            pytest.fail(
-                f"golden/{relative_path} {state}; if the new text is right, run "
-                f"`pytest --update-golden`\n{difference or '(an empty text)'}",
-                pytrace=False,
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
-        self.changes.append(difference)
-
-    def unused(self) -> list[str]:
-        """Golden files that nothing read. `name.yaml` is the input of `name.txt`: same stem."""
-        known = {path.with_suffix("") for path in self.used}
-        files = [path for path in sorted(GOLDEN.rglob("*")) if path.is_file()]
-        return [str(f.relative_to(GOLDEN)) for f in files if f.with_suffix("") not in known]
 
 
 FILES = pytest.StashKey[GoldenFiles]()
@@ -70,6 +30,25 @@ FILES = pytest.StashKey[GoldenFiles]()
 def golden(request: pytest.FixtureRequest) -> Golden:
     """`golden(relative_path, text)` compares `text` with tests/golden/<relative_path>."""
     return request.config.stash[FILES].compare
+
+
+@pytest.fixture
+def dslc(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """`dslc("check", spec)` runs in an empty folder; its status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DSLC_DEBUG", raising=False)
+
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["dslc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return Outcome(int(stop.value.code or 0), printed.out, printed.err)
+
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

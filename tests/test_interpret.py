@@ -16,8 +16,7 @@ from compiler.ops import OPS
 from compiler.pipeline import PIPELINES, after
 from dsl.load import load
 from tests.interpret import RUN, State, random_inputs, random_weights, run
-
-TINY = Path(__file__).parents[1] / "specs" / "deepseek_v3_tiny.yaml"
+from tests.support.places import TINY
 
 
 @pytest.fixture(scope="module")

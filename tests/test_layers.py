@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-# Data flows one way: a folder imports only what stands before it. `specs` is data.
-MAY_IMPORT = {
-    "dsl": {"dsl", "specs"},
-    "compiler": {"dsl", "compiler"},
-    # `runtime` is located there, to be copied into builds; importing it runs nothing (see below).
-    "backends": {"dsl", "compiler", "backends", "runtime"},
-    "dslc": {"dsl", "compiler", "backends", "runtime", "specs", "dslc"},
-    "runtime": set[str](),
-    "specs": {"specs"},
-}
-# Libraries beside the standard one.
-LIBRARIES = {
-    "dsl": {"lark", "pydantic", "pydantic_core", "ruamel"},
-    "compiler": {"lark", "networkx"},
-    # torch and triton only inside the functions of the program that compiles kernels.
-    "backends": {"jinja2", "torch", "triton"},
-    "dslc": {"typer", "matplotlib"},
-    "runtime": {"torch", "safetensors", "tokenizers"},
-    "specs": set[str](),
-}
+from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, sources
+from tests.support.places import ROOT
+
 # Building V3 must start and end before importing any of these would have.
 HEAVY = ("torch", "triton", "numpy", "networkx", "sympy", "transformers", "pandas", "scipy")
-
-
-def sources(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
-def imports(path: Path) -> list[tuple[int, int, str]]:
-    """(line, level, module) of every import in a file, also those inside functions."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, 0, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found.append((node.lineno, node.level, node.module or ""))
-    return found
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -103,3 +68,18 @@ def test_no_module_of_the_compile_path_loads_a_heavy_library() -> None:
     loaded = loaded_by(every_module("dsl", "compiler", "backends", "specs", "dslc"))
     assert "typer" in loaded and "dslc" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_tests_import_only_what_they_share() -> None:
+    """Helpers are in tests/support, the interpreter of graphs in tests/interpret."""
+    modules = [path for path in sources("tests") if path.stem.startswith(("test_", "conftest"))]
+    shared = ("tests.support.", "tests.interpret")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in modules
+        for line, level, module in imports(path)
+        if level or (module.split(".")[0] == "tests" and not module.startswith(shared))
+    ]
+    assert modules and not wrong
+    shared_tests = [path for path in modules if path.parent.name in ("support", "interpret")]
+    assert not shared_tests

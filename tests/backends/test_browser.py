@@ -10,10 +10,10 @@ import pytest
 from backends.report.steps import render_steps
 from compiler.pipeline import PIPELINES, compile
 from dsl.load import load
-from tests.backends.browser import CHROMIUM, Browser
-from tests.backends.test_report import report
+from tests.support.browser import CHROMIUM, Browser
+from tests.support.pages import report
+from tests.support.places import SPECS
 
-SPECS = Path(__file__).parents[2] / "specs"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 

@@ -14,9 +14,7 @@ import pytest
 from backends.build import MANIFEST, build
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+from tests.support.places import ROOT, TINY
 
 
 def contents(folder: Path) -> dict[str, bytes]:

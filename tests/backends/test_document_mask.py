@@ -22,8 +22,8 @@ from torch import Tensor
 
 from backends.build import build
 from dsl.load import load
+from tests.support.places import TINY
 
-TINY = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
 DEPTH = 2
 VOCAB = 512
 COMMON = f"vocab_size: {VOCAB}, hidden_size: 32, num_attention_heads: 4, intermediate_size: 48"

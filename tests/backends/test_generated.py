@@ -13,10 +13,8 @@ from backends.build import package
 from compiler.analysis import summary
 from compiler.pipeline import compile
 from dsl.load import load
-from tests.conftest import Golden
-
-ROOT = Path(__file__).parents[2]
-SPECS = ROOT / "specs"
+from tests.support.golden import Golden
+from tests.support.places import SPECS
 
 SMALL = [
     "params={vocab_size: 32, hidden_size: 8, num_attention_heads: 2, num_key_value_heads: 1, "

@@ -19,8 +19,8 @@ from backends.build import build
 from compiler.pipeline import after
 from dsl.load import load
 from tests.interpret import random_weights, run
+from tests.support.places import TINY
 
-TINY = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
 TOKENS = torch.randint(512, (2, 12), generator=torch.manual_seed(0))
 
 

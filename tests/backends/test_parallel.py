@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backends.build import build
 from dsl.load import load
+from tests.support.places import TINY
 
-TINY = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
 RANKS = 2
 STEPS = 2
 TOKENS = torch.randint(512, (2 * RANKS, 12), generator=torch.manual_seed(0))

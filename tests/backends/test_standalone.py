@@ -11,8 +11,7 @@ import pytest
 
 from backends.build import build
 from dsl.load import load
-
-ROOT = Path(__file__).parents[2]
+from tests.support.places import ROOT
 
 ALONE = """
 import sys

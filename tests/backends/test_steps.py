@@ -11,9 +11,8 @@ import pytest
 from backends.report.steps import render_steps
 from compiler.pipeline import PIPELINES, Compiled, compile
 from dsl.load import Description, load
-from tests.backends.test_report import Page
-
-SPECS = Path(__file__).parents[2] / "specs"
+from tests.support.pages import Page
+from tests.support.places import SPECS
 
 
 @cache

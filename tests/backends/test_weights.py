@@ -17,9 +17,9 @@ from backends.build import build
 from backends.weights import checkpoint_in, convert
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-from tests.oracle.conftest import import_package
+from tests.support.oracle import import_package
+from tests.support.places import TINY
 
-TINY = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
 TOKENS = torch.randint(512, (2, 24), generator=torch.manual_seed(0))
 
 

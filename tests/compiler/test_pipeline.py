@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +15,10 @@ from compiler.graph.equal import equal
 from compiler.pipeline import PIPELINES, Compiled, chosen, compile
 from dsl.diagnostic import DiagnosticError
 from dsl.load import Description, load
-from tests.compiler.passes.test_passes import GQA
+from tests.support.models import GQA
+from tests.support.places import TINY
 
-TINY = load(Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml")
+DESCRIPTION = load(TINY)
 PASSES = {one.name: one for passes in PIPELINES.values() for one in passes}
 OPTIONAL = [name for name, one in PASSES.items() if not one.essential]
 
@@ -29,7 +29,7 @@ def kinds(program: Program) -> Counter[str]:
 
 @pytest.mark.parametrize("program", PIPELINES)
 def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
-    before, *steps = compile(TINY).steps_of(program)
+    before, *steps = compile(DESCRIPTION).steps_of(program)
     assert [before.name, *(s.name for s in steps)] == [
         "lower",
         *(p.name for p in PIPELINES[program]),
@@ -46,7 +46,7 @@ def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
 
 
 def test_a_step_says_it_in_words() -> None:
-    steps = {s.name: s for s in compile(TINY).steps_of("decode")}
+    steps = {s.name: s for s in compile(DESCRIPTION).steps_of("decode")}
     assert steps["absorb"].told == "attention -1, head_linear +2, latent_attention +1"
     assert steps["select_outputs"].told == "same operators"
     nothing = {s.name: s for s in compile(gqa()).steps_of("decode")}
@@ -54,7 +54,7 @@ def test_a_step_says_it_in_words() -> None:
 
 
 def gqa() -> Description:
-    return load(Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml", sets=GQA)
+    return load(TINY, sets=GQA)
 
 
 def test_why_a_rule_did_not_apply_is_kept_also_where_nothing_changed() -> None:
@@ -81,8 +81,8 @@ def test_until_and_skip_leave_out_what_is_not_essential() -> None:
 def test_a_package_can_be_written_without_any_optional_passes(
     skip: set[str], until: str | None
 ) -> None:
-    compiled: Compiled = compile(TINY, skip=skip, until=until)
-    files = package(TINY, compiled, summary(compiled.lowered, compiled.programs["decode"]))
+    compiled: Compiled = compile(DESCRIPTION, skip=skip, until=until)
+    files = package(DESCRIPTION, compiled, summary(compiled.lowered, compiled.programs["decode"]))
     builtin_compile(files["model.py"].decode())
 
 
@@ -94,9 +94,9 @@ def builtin_compile(source: str) -> None:
 
 @pytest.mark.parametrize("program", PIPELINES)
 def test_a_mask_between_documents_is_where_whole_sequences_are(program: str) -> None:
-    path = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
+    path = TINY
     masked = kinds(compile(load(path, sets=["train.document_mask=true"])).programs[program])
-    plain = kinds(compile(TINY).programs[program])
+    plain = kinds(compile(DESCRIPTION).programs[program])
     if program in ("prefill", "decode"):
         assert masked == plain
     else:
@@ -108,7 +108,7 @@ def test_a_mask_between_documents_is_where_whole_sequences_are(program: str) -> 
 
 def test_only_train_asks_for_a_mask() -> None:
     """The outermost block's parameter of that name is the spec's key, and nothing else."""
-    path = Path(__file__).parents[2] / "specs" / "deepseek_v3_tiny.yaml"
+    path = TINY
     with pytest.raises(DiagnosticError) as raised:
         compile(load(path, sets=["params.document_mask=true"]))
     assert [d.code for d in raised.value.diagnostics] == ["E407"]

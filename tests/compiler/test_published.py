@@ -14,8 +14,8 @@ from backends.read import read_build
 from compiler.lower import lower
 from compiler.published import published
 from dsl.load import load
+from tests.support.places import SPECS
 
-SPECS = Path(__file__).parents[2] / "specs"
 DTYPES = {"f32": "torch.float32", "bf16": "torch.bfloat16"}
 
 

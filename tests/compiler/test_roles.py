@@ -14,9 +14,8 @@ from compiler.plan.layout import Layout, Mesh, Stage, units
 from compiler.roles import roles
 from dsl.load import Description, load
 from dsl.source import Source
+from tests.support.places import TINY
 
-SPECS = Path(__file__).parents[2] / "specs"
-TINY = SPECS / "deepseek_v3_tiny.yaml"
 DEEP = (
     "architecture.layers=[{repeat: 4, attention: MLA, feed_forward: SwiGLU(intermediate_size=32)}, "
     "{repeat: 7, attention: MLA, feed_forward: DeepSeekMoE}]"

@@ -20,9 +20,9 @@ from compiler.graph.layout import GAP, Box, arrange
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
 from dsl.load import load
-from tests.conftest import Golden
+from tests.support.golden import Golden
+from tests.support.places import SPECS
 
-SPECS = Path(__file__).parent.parent.parent / "specs"
 X = Type("bf16", (Dim("batch"), Dim("seq"), Dim("hidden_size", 8)))
 HOSTILE = [
     "</text><script>alert(1)</script>",

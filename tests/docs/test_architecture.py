@@ -9,11 +9,11 @@ from backends.build import build
 from backends.triton.target import TARGETS
 from compiler.pipeline import PIPELINES
 from dsl.load import load
-from tests.docs.conftest import ROOT, sections, tables
-from tests.test_layers import LIBRARIES, MAY_IMPORT, imports, sources
+from tests.support.documents import sections, tables
+from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, sources
+from tests.support.places import ROOT, TINY
 
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
 
 
 def test_the_table_of_folders_is_the_rule_that_is_tested() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from backends.triton.package import FAMILIES
-from tests.docs.conftest import ROOT, sections, tables
+from tests.support.documents import sections, tables
+from tests.support.places import ROOT
 
 TEXT = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 

@@ -29,12 +29,12 @@ from dsl.schema import VARIANT_KEYS, BlockUse, Phase, Schedule, Spec, json_schem
 from dsl.source import Source
 from dsl.syntax import KEYWORDS
 from dsl.units import UNITS, parse_quantity
-from tests.docs.conftest import ROOT, Example, Row, examples, sections, tables
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.documents import Example, Row, examples, sections, tables
+from tests.support.places import ROOT, TINY
 
 TEXT = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
 EXAMPLES = examples(TEXT)
-TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
 CHECKER = doctest.OutputChecker()
 
 

@@ -8,8 +8,9 @@ from compiler.plan.memory import Kind
 from compiler.plan.traffic import PURPOSES
 from dsl.schema import Cluster
 from dslc.specs import shipped
-from tests.docs.conftest import ROOT, examples, sections, tables
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.documents import examples, sections, tables
+from tests.support.places import ROOT
 
 TEXT = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
 

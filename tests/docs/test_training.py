@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.conftest import ROOT, sections
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.documents import sections
+from tests.support.places import ROOT
 
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 from backends.weights import BESIDE, FP8
-from tests.docs.conftest import ROOT, dslc, examples, sections
-from tests.dslc.conftest import Run
-from tests.runtime.train.built import TEXT, built, part
-
-__all__ = ["dslc"]
+from tests.support.command import Run
+from tests.support.documents import examples, sections
+from tests.support.places import ROOT, TEXT
+from tests.support.trained import built, part
 
 TEXT_OF_IT = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
 

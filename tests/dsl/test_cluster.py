@@ -9,9 +9,9 @@ import pytest
 
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-from specs import CLUSTERS, SPECS
+from specs import CLUSTERS
+from tests.support.places import TINY
 
-TINY = SPECS / "deepseek_v3_tiny.yaml"
 SHIPPED = sorted(CLUSTERS.glob("*.yaml"))
 
 

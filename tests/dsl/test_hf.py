@@ -15,7 +15,7 @@ from dsl.hf import hf_config, read_config, spec_from_hf
 from dsl.load import Description, load
 from dsl.schema import MTP, LayerGroup
 from dsl.source import Source
-from tests.conftest import Golden
+from tests.support.golden import Golden
 
 YARN = {
     "beta_fast": 32,

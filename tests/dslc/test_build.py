@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from dslc.specs import shipped
-from tests.dslc.conftest import ROOT, Run
+from tests.support.command import Run
+from tests.support.places import ROOT
 
 TINY = shipped()["deepseek_v3_tiny"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dslc.specs import shipped
-from tests.dslc.conftest import Run
+from tests.support.command import Run
 
 SPECS = ("deepseek_v3", "deepseek_v3_mini", "deepseek_v3_tiny", "deepseek_v2_lite")
 

@@ -12,7 +12,8 @@ import time
 import pytest
 
 from backends import VERSION
-from tests.dslc.conftest import ROOT, Run
+from tests.support.command import Run
+from tests.support.places import ROOT
 
 COMMANDS = (
     "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",

@@ -6,9 +6,10 @@ import re
 
 from dslc.commands.explain import catalog
 from dslc.commands.passes import about
-from tests.compiler.passes.test_passes import GQA
-from tests.conftest import Golden
-from tests.dslc.conftest import ROOT, Run
+from tests.support.command import Run
+from tests.support.golden import Golden
+from tests.support.models import GQA
+from tests.support.places import ROOT
 
 
 def test_the_catalog_and_the_source_name_the_same_codes() -> None:

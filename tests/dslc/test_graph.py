@@ -13,7 +13,7 @@ from compiler.graph.text import parse_program
 from compiler.pipeline import PIPELINES
 from dsl.source import Source
 from dslc.specs import shipped
-from tests.dslc.conftest import Run
+from tests.support.command import Run
 
 TINY = shipped()["deepseek_v3_tiny"]
 V3 = shipped()["deepseek_v3"]

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from dsl.load import load
-from tests.dslc.conftest import ROOT, Run
+from tests.support.command import Run
+from tests.support.places import ROOT
 
 V3 = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 256,

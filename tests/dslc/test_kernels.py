@@ -10,7 +10,8 @@ import pytest
 from backends.triton.compiled import HEADINGS
 from backends.triton.target import TARGETS
 from dslc.options import TargetName
-from tests.dslc.conftest import ROOT, Run
+from tests.support.command import Run
+from tests.support.places import ROOT
 
 TINY = str(ROOT / "specs/deepseek_v3_tiny.yaml")
 

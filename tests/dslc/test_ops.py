@@ -6,7 +6,7 @@ import json
 
 from compiler.lower.forms import FORMS
 from compiler.ops import OPS
-from tests.dslc.conftest import Run
+from tests.support.command import Run
 
 
 def test_every_function_and_operator_has_one_line_that_says_something(dslc: Run) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from compiler.pipeline import PIPELINES
 from dslc.specs import shipped
-from tests.conftest import Golden
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.golden import Golden
 
 TINY = shipped()["deepseek_v3_tiny"]
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from dslc.specs import shipped
-from tests.conftest import Golden
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.golden import Golden
 
 V3, TINY = shipped()["deepseek_v3"], shipped()["deepseek_v3_tiny"]
 PARALLEL = "parallel={cluster: cpu_2x2, pipeline: 2, expert: 2, batch: 8, sequence_length: 64}"

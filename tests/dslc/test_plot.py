@@ -16,7 +16,7 @@ import pytest
 from backends.report.curves import COLOURS, Line, Mark, _drawn, in_ratios, log_ticks, ticks
 from dslc.curves import charts, heats
 from dslc.picture import CHART, DPI, HEAT, WIDTH
-from tests.dslc.conftest import Run
+from tests.support.command import Run
 
 
 def metrics(

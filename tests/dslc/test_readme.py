@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dslc.conftest import ROOT, Run
+from tests.support.command import Run
+from tests.support.places import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)

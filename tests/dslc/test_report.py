@@ -11,7 +11,7 @@ import pytest
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.source import Source
 from dslc import report
-from tests.dslc.conftest import Run
+from tests.support.command import Run
 
 PLAIN = """\
 error[E303]: depth below 0: -1

@@ -7,8 +7,8 @@ import re
 
 from dslc.commands.show import table
 from dslc.specs import shipped
-from tests.conftest import Golden
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.golden import Golden
 
 V3, TINY = shipped()["deepseek_v3"], shipped()["deepseek_v3_tiny"]
 

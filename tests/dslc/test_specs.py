@@ -8,7 +8,7 @@ import pytest
 
 from dsl.diagnostic import DiagnosticError
 from dslc.specs import find, shipped
-from tests.dslc.conftest import Run
+from tests.support.command import Run
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.dslc.conftest import Run
+from tests.support.command import Run
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 SETS = [
     "params.hidden_size=32",
     "architecture.layers.1.repeat=1",

@@ -23,8 +23,9 @@ from dsl.hf import hf_config
 from dsl.load import load
 from dslc.weights import Watched, progress_line
 from runtime.convert import Progress
-from tests.dslc.conftest import ROOT, Run
-from tests.runtime.train.built import TEXT, built, part
+from tests.support.command import Run
+from tests.support.places import ROOT, TEXT
+from tests.support.trained import built, part
 
 
 def trained(folder: Path, name: str, **changes: str) -> Path:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from backends.triton.kernel import KernelFile
 from backends.triton.launches import load
-from backends.triton.package import FAMILIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
-from compiler.pipeline import compile
-from dsl.load import load as load_spec
-from tests.kernels.interpreter import repair
-
-ROOT = Path(__file__).parents[2]
-
-SPECS = ("deepseek_v3", "deepseek_v2_lite", "deepseek_v3_tiny")
-"""What kernels are compiled for."""
-
-FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]
-"""Every file that a build may have."""
-
-Kernels = Callable[..., ModuleType]
-
-
-@cache
-def files_of(spec: str, target: str, sets: tuple[str, ...] = ()) -> tuple[KernelFile, ...]:
-    """The kernel files of a spec, as its build for a target has them."""
-    description = load_spec(ROOT / f"specs/{spec}.yaml", sets=sets)
-    return tuple(kernel_files(compile(description).programs, description, TARGETS[target]))
+from tests.support.interpreter import repair
+from tests.support.kernels import Kernels, files_of
 
 
 @pytest.fixture(params=TARGETS)
@@ -57,8 +36,3 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
         return module(file, spec, target, tuple(sets))
 
     return get
-
-
-def package_of(spec: str, target: str, sets: tuple[str, ...] = ()) -> dict[str, str]:
-    """Texts of the folder `kernels/` of a build."""
-    return kernels_package(files_of(spec, target, sets), TARGETS[target])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime import optimizer
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 V3: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 

@@ -18,7 +18,8 @@ from backends.triton.target import TARGETS
 from compiler.pipeline import compile
 from dsl.load import load
 from runtime import functional, gradients
-from tests.kernels.conftest import ROOT, Kernels
+from tests.support.kernels import Kernels, close, difference
+from tests.support.places import ROOT
 
 GQA = (
     "blocks=[causal_lm, decoder, gqa, swiglu]",
@@ -45,19 +46,6 @@ V3 = Heads("deepseek_v3", 2, 2, 192, 128)
 TINY = Heads("deepseek_v3_tiny", 4, 4, 24, 16)
 # Two heads of queries share one of keys; 40 is neither a power of two nor a sum of two.
 SHARED = Heads("deepseek_v3_tiny", 4, 2, 40, 40, GQA)
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """FlashMLA's measure: 1 - 2 <x, y> / (|x|^2 + |y|^2), in float64."""
-    x, y = found.double().flatten(), expected.double().flatten()
-    total = float(x @ x + y @ y)
-    return 1 - 2 * float(x @ y) / total if total else 0.0
-
-
-def close(found: Tensor, expected: Tensor, absolute: float, relative: float) -> bool:
-    """Each number within one of both bounds, none of them NaN."""
-    error = (found.double() - expected.double()).abs()
-    return bool(((error <= absolute) | (error <= relative * expected.double().abs())).all())
 
 
 def made(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime import functional as F
 from runtime import gradients as G
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 # A model, its experts, and k. 160 and 64 experts are no multiple of 256, one is no power of two.
 GATES = {"deepseek_v3": (256, 8), "deepseek_v2_236b": (160, 6), "deepseek_v2_lite": (64, 6)}

@@ -18,8 +18,9 @@ from backends.triton.kernel import KernelFile
 from backends.triton.launches import Row
 from backends.triton.target import TARGETS
 from dsl.load import load
-from tests.conftest import Golden
-from tests.kernels.conftest import FILES, ROOT, SPECS, Kernels, files_of, package_of
+from tests.support.golden import Golden
+from tests.support.kernels import FILES, SPECS, Kernels, files_of, package_of
+from tests.support.places import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
 from backends.triton.tiles import FP8_GROUPED
 from runtime import fp8
-from tests.kernels.conftest import Kernels
-from tests.kernels.test_fp8_linear import agree, as_written, normal, poisoned
+from tests.support.kernels import COUNTS, Kernels, agree, as_written, ends_of, normal, poisoned
 
-COUNTS = [
-    (0, 3, 0, 0, 17, 1, 0),  # idle experts at both ends and between
-    (130, 0, 255, 1),  # tiles that are not full, tiles of tokens that are just full, or not
-    (0, 0, 0),
-    (5,),
-]
 OUT, WIDTH = 192, 328  # neither is a multiple of 128
 
 
@@ -29,10 +21,6 @@ def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> Mo
     monkeypatch.setattr(found, "TILES", {n: found.TILES[7168] for n in (OUT, WIDTH, 96, 288)})
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     return found
-
-
-def ends_of(counts: tuple[int, ...]) -> Tensor:
-    return torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
 @pytest.mark.parametrize("counts", COUNTS)

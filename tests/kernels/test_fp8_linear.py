@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from backends.render import render
 from backends.triton.compiled import compile_kernels
@@ -19,7 +17,7 @@ from backends.triton.package import kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tiles import BF16, FP8, Tile
 from runtime import fp8
-from tests.kernels.conftest import Kernels, files_of
+from tests.support.kernels import Kernels, agree, as_written, files_of, normal, poisoned
 
 SHAPES = [
     (1, 512, 256),
@@ -39,28 +37,6 @@ def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> Mo
     monkeypatch.setattr(found, "TILES", {n: found.TILES[7168] for n in sizes})
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     return found
-
-
-def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def new(*arguments: Any, **keywords: Any) -> Tensor:
-        made = empty(*arguments, **keywords)
-        return made.fill_(0x7F) if made.dtype is torch.uint8 else made.fill_(torch.nan)
-
-    return new
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def agree(found: Tensor, expected: Tensor) -> None:
-    """Products are exact; what differs is how sums of float32 and two scales are rounded."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    x, y = found.double(), expected.double()
-    assert x.isfinite().all()
-    size = (x.square() + y.square()).sum()
-    assert size == 0 or 1 - 2 * (x * y).sum() / size < 1e-12
-    assert (x - y).abs().max() <= 1e-6 * y.abs().max() if len(x) else True
 
 
 @pytest.mark.parametrize(("rows", "out", "width"), SHAPES)
@@ -153,12 +129,6 @@ def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
     for tile in FP8[name]:
         monkeypatch.setattr(module, "TILES", {320: [(None, as_written(module, tile))]})
         agree(module.linear(*x, *w, dtype=torch.float32), expected)
-
-
-def as_written(module: ModuleType, tile: Tile) -> Any:
-    rows, columns, warps, stages, *_, registers = astuple(tile)
-    values = (rows, columns, warps, stages, registers)
-    return module.Tile(*values[: len(module.Tile._fields)])
 
 
 PEERS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime import functional as F
 from runtime import gradients as G
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 V3: dict[str, Any] = {"scoring": "sigmoid", "n_group": 8, "topk_group": 4, "k": 8}
 V3 |= {"group_score": "top2_sum", "normalize": True, "scale": 2.5}

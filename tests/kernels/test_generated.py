@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from backends.triton.target import TARGETS
-from tests.conftest import Golden
-from tests.kernels.conftest import FILES, ROOT, SPECS, files_of, package_of
+from tests.support.golden import Golden
+from tests.support.kernels import FILES, SPECS, files_of, package_of
+from tests.support.places import ROOT
 
 
 def test_text(golden: Golden) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from backends.triton.kernel import Case
-from tests.kernels.conftest import FILES, ROOT, Kernels, files_of, package_of
+from tests.support.kernels import FILES, Kernels, files_of, package_of
+from tests.support.places import ROOT
 
 SMALL = 40_000
 """Numbers in the arguments of a case that is worth interpreting here."""

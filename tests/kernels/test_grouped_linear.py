@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from backends.triton.tiles import BF16
-from tests.kernels.conftest import Kernels
-from tests.kernels.test_fp8_grouped_linear import COUNTS, ends_of
-from tests.kernels.test_linear import agree, normal
+from tests.support.kernels import COUNTS, Kernels, ends_of, is_product, normal_bf16
 
 OUT, WIDTH = 192, 104  # not a multiple of what a turn of the loop takes
 
@@ -27,35 +25,35 @@ def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> Mo
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_grouped_linear(module: ModuleType, counts: tuple[int, ...]) -> None:
-    x, w = normal(sum(counts), WIDTH), normal(len(counts), OUT, WIDTH, seed=1)
+    x, w = normal_bf16(sum(counts), WIDTH), normal_bf16(len(counts), OUT, WIDTH, seed=1)
     y = module.grouped_linear(x, ends_of(counts), w)
     assert y.shape == (sum(counts), OUT)
     for rows, made, matrix in zip(x.split(counts), y.split(counts), w, strict=True):
-        agree(made, rows, matrix.t())
+        is_product(made, rows, matrix.t())
     assert torch.equal(y, module.grouped_linear(x, ends_of(counts), w))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_input_grad(module: ModuleType, counts: tuple[int, ...]) -> None:
-    dy, w = normal(sum(counts), OUT), normal(len(counts), OUT, WIDTH, seed=1)
+    dy, w = normal_bf16(sum(counts), OUT), normal_bf16(len(counts), OUT, WIDTH, seed=1)
     dx = module.grouped_linear_input_grad(dy, ends_of(counts), w)
     assert dx.shape == (sum(counts), WIDTH)
     for rows, made, matrix in zip(dy.split(counts), dx.split(counts), w, strict=True):
-        agree(made, rows, matrix)
+        is_product(made, rows, matrix)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_weight_grad(module: ModuleType, counts: tuple[int, ...]) -> None:
-    dy, x = normal(sum(counts), OUT), normal(sum(counts), WIDTH, seed=1)
+    dy, x = normal_bf16(sum(counts), OUT), normal_bf16(sum(counts), WIDTH, seed=1)
     dw = module.grouped_linear_weight_grad(dy, x, ends_of(counts))
     assert dw.shape == (len(counts), OUT, WIDTH)
     for made, a, b in zip(dw, dy.split(counts), x.split(counts), strict=True):
-        agree(made, a.t(), b)
+        is_product(made, a.t(), b)
 
 
 def test_slots_of_other_experts_do_not_leak(module: ModuleType) -> None:
-    counts, dy, x = (4, 3, 0), normal(7, OUT), normal(7, WIDTH, seed=1)
-    w = normal(3, OUT, WIDTH, seed=2)
+    counts, dy, x = (4, 3, 0), normal_bf16(7, OUT), normal_bf16(7, WIDTH, seed=1)
+    w = normal_bf16(3, OUT, WIDTH, seed=2)
     x[4], w[2] = torch.nan, torch.inf
     y = module.grouped_linear(x, ends_of(counts), w)
     assert y.isfinite().all(1).tolist() == [True] * 4 + [False] + [True] * 2
@@ -67,10 +65,10 @@ def test_slots_of_other_experts_do_not_leak(module: ModuleType) -> None:
 @pytest.mark.parametrize("name", BF16)
 def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, counts = kernels("grouped_linear", "deepseek_v2_lite", name), (70, 0, 30)
-    x, w = normal(100, 200), normal(3, 320, 200)
+    x, w = normal_bf16(100, 200), normal_bf16(3, 320, 200)
     for tile in BF16[name]:
         made = module.Tile(tile.rows, tile.columns, tile.step, tile.warps, tile.stages)
         monkeypatch.setattr(module, "TILES", {320: [(None, made)]})
         y = module.grouped_linear(x, ends_of(counts), w).split(counts)
         for rows, found, matrix in zip(x.split(counts), y, w, strict=True):
-            agree(found, rows, matrix.t())
+            is_product(found, rows, matrix.t())

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.kernels.interpreter import repair
+from tests.support.interpreter import repair
 
 repair()
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime import functional
-from tests.kernels.conftest import Kernels
-from tests.kernels.test_attention import close, difference
+from tests.support.kernels import Kernels, close, difference
 
 GARBAGE = 2147480000
 """What stands in a table beyond the pages of a sequence."""

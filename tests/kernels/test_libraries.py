@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime import fp8, functional
-from tests.kernels.conftest import Kernels, files_of
+from tests.support.kernels import Kernels, files_of
 
 ASKED = ("kernels={products: deep_gemm, attention: flash_mla}",)
 

@@ -6,10 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
 from backends.triton.tiles import BF16
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels, is_product, normal_bf16
 
 SHAPES = [(1, 512, 256), (7, 3648, 96), (128, 192, 320), (300, 96, 72), (0, 128, 64), (33, 64, 24)]
 
@@ -25,40 +24,28 @@ def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> Mo
     return found
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def agree(found: Tensor, a: Tensor, b: Tensor) -> None:
-    """found is `a b`, rounded once to bfloat16; sums of float32 are off by a little of the sum of
-    magnitudes."""
-    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    assert found.shape == exact.shape and found.dtype == torch.bfloat16
-    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * size).all()
-
-
 @pytest.mark.parametrize(("rows", "out", "width"), SHAPES)
 def test_linear(module: ModuleType, rows: int, out: int, width: int) -> None:
-    x, w = normal(rows, width), normal(out, width, seed=1)
+    x, w = normal_bf16(rows, width), normal_bf16(out, width, seed=1)
     y = module.linear(x, w)
-    agree(y, x, w.t())
+    is_product(y, x, w.t())
     assert torch.equal(y, module.linear(x, w))
 
 
 @pytest.mark.parametrize(("rows", "out", "width"), SHAPES)
 def test_input_grad(module: ModuleType, rows: int, out: int, width: int) -> None:
-    dy, w = normal(rows, out), normal(out, width, seed=1)
-    agree(module.linear_input_grad(dy, w), dy, w)
+    dy, w = normal_bf16(rows, out), normal_bf16(out, width, seed=1)
+    is_product(module.linear_input_grad(dy, w), dy, w)
 
 
 @pytest.mark.parametrize(("rows", "out", "width"), SHAPES)
 def test_weight_grad(module: ModuleType, rows: int, out: int, width: int) -> None:
-    dy, x = normal(rows, out), normal(rows, width, seed=1)
-    agree(module.linear_weight_grad(dy, x), dy.t(), x)
+    dy, x = normal_bf16(rows, out), normal_bf16(rows, width, seed=1)
+    is_product(module.linear_weight_grad(dy, x), dy.t(), x)
 
 
 def test_batches_keep_their_shape(module: ModuleType) -> None:
-    x, w = normal(2, 3, 256), normal(512, 256, seed=1)
+    x, w = normal_bf16(2, 3, 256), normal_bf16(512, 256, seed=1)
     assert module.linear(x, w).shape == (2, 3, 512)
     assert module.linear_input_grad(module.linear(x, w), w).shape == x.shape
     assert module.linear_weight_grad(module.linear(x, w), x).shape == w.shape
@@ -66,25 +53,25 @@ def test_batches_keep_their_shape(module: ModuleType) -> None:
 
 def test_what_lies_beside_is_not_read(module: ModuleType) -> None:
     """Rows of a wider tensor, with NaN beyond the last row and column."""
-    x, w = normal(5, 200), normal(96, 200, seed=1)
+    x, w = normal_bf16(5, 200), normal_bf16(96, 200, seed=1)
     wide = torch.full((8, 264), torch.nan, dtype=torch.bfloat16)
     wide[:5, :200] = x
-    agree(module.linear(wide[:5, :200], w), x, w.t())
+    is_product(module.linear(wide[:5, :200], w), x, w.t())
 
 
 def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
     module, stride = kernels("linear", "deepseek_v2_lite"), 2**30
     memory = torch.empty(2 * stride + 64, dtype=torch.bfloat16)  # pages not touched are free
-    x, w = memory.as_strided((3, 64), (stride, 1)), normal(2048, 64)
-    x.copy_(normal(3, 64, seed=1))
-    agree(module.linear(x, w), x, w.t())
+    x, w = memory.as_strided((3, 64), (stride, 1)), normal_bf16(2048, 64)
+    x.copy_(normal_bf16(3, 64, seed=1))
+    is_product(module.linear(x, w), x, w.t())
 
 
 @pytest.mark.parametrize("name", BF16)
 def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = kernels("linear", "deepseek_v2_lite", name)
-    x, w = normal(70, 200), normal(320, 200)
+    x, w = normal_bf16(70, 200), normal_bf16(320, 200)
     for tile in BF16[name]:
         made = module.Tile(tile.rows, tile.columns, tile.step, tile.warps, tile.stages)
         monkeypatch.setattr(module, "TILES", {320: [(None, made)]})
-        agree(module.linear(x, w), x, w.t())
+        is_product(module.linear(x, w), x, w.t())

@@ -15,8 +15,8 @@ from torch import Tensor
 from backends.build import build
 from backends.triton.target import TARGETS
 from dsl.load import load
-from tests.kernels.conftest import ROOT
-from tests.kernels.interpreter import repair
+from tests.support.interpreter import repair
+from tests.support.places import ROOT
 
 SPECS = {
     "tiny_bf16": ["precision.policy=bf16"],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime import fp8, functional, gradients
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 SIZES = [(0, 512), (1, 7168), (5, 7168), (17, 512), (3, 1536)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 BF16 = ("precision.policy=bf16",)
 

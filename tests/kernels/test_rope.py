@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime import functional, gradients
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 SHAPES = [(1, 1), (2, 3), (2, 0)]
 HEADS = [(128, 128, 64, 128), (3, 20, 12, 36)]  # heads, own, turned, value

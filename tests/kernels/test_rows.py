@@ -13,7 +13,7 @@ from backends.triton.kernel import Case, KernelFile
 from backends.triton.package import kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tiles import BUCKETS
-from tests.kernels.conftest import files_of
+from tests.support.kernels import files_of
 
 FILES = [
     ("deepseek_v3", "fp8_linear"),

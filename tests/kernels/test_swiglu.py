@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime import fp8, functional, gradients
-from tests.kernels.conftest import Kernels
+from tests.support.kernels import Kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 

@@ -17,10 +17,8 @@ from backends.triton.target import TARGETS
 from compiler.pipeline import compile
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-from tests.dslc.conftest import Run, dslc
-from tests.kernels.conftest import ROOT
-
-__all__ = ["dslc"]
+from tests.support.command import Run
+from tests.support.places import ROOT
 
 TINY = load(ROOT / "specs/deepseek_v3_tiny.yaml", sets=["precision.policy=fp8_blockwise"])
 PROGRAMS = compile(TINY).programs

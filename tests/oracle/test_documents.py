@@ -10,8 +10,7 @@ from torch import Tensor
 
 from backends.build import build
 from dsl.load import load
-from tests.oracle.conftest import Pair, import_package
-from tests.oracle.test_parity import GRADIENTS, LOGITS, relative_rms
+from tests.support.oracle import GRADIENTS, LOGITS, Pair, import_package, relative_rms
 
 LENGTHS = ((9, 1, 22), (3, 17, 12))
 

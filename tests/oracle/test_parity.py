@@ -6,19 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from tests.oracle.conftest import Pair
-
-LOGITS, GRADIENTS = 1e-5, 1e-4
-
-
-def relative_rms(ours: Tensor, theirs: Tensor) -> float:
-    """RMS of the difference over the RMS of the reference; both zero is no difference."""
-    difference, scale = (ours - theirs).norm().item(), theirs.norm().item()
-    return difference / scale if scale else difference
+from tests.support.oracle import GRADIENTS, LOGITS, Pair, relative_rms
 
 
 def test_weights_have_the_published_names(pair: Pair) -> None:

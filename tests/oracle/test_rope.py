@@ -20,7 +20,7 @@ from dsl.diagnostic import DiagnosticError
 from dsl.hf import hf_config, read_config, spec_from_hf
 from dsl.load import load
 from dsl.source import Source
-from tests.oracle.configs import V3, YARN
+from tests.support.configs import V3, YARN
 
 MSCALES = (None, 0.0, 0.5, 1.0)
 

@@ -13,11 +13,11 @@ from backends.build import build
 from dsl.hf import read_config, spec_from_hf
 from dsl.load import load
 from dsl.source import Source
-from tests.oracle.configs import YARN, Case
-from tests.oracle.conftest import import_package
-from tests.oracle.reference import Reference
+from tests.support.configs import YARN, Case
+from tests.support.oracle import import_package
+from tests.support.places import TEXT
+from tests.support.reference import Reference
 
-TEXT = Path(__file__).parents[2] / "data" / "tinyshakespeare.txt"
 CASE = Case("training", {"aux_loss_alpha": 0.0, "rope_scaling": YARN})
 STEPS, BATCH, LENGTH, RATE = 20, 6, 32, 1e-3
 SETS = [

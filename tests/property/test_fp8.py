@@ -21,8 +21,8 @@ from runtime import fp8
 from tests.interpret import RUN
 from tests.interpret.frame import Frame
 from tests.interpret.operators import Run
-from tests.property.random_specs import accepted, few, fitted, specs
-from tests.property.test_passes import Case
+from tests.support.cases import Case
+from tests.support.random_specs import accepted, few, fitted, specs
 
 
 @pytest.mark.parametrize("name", [n for n, passes in PIPELINES.items() if PLACE_FP8 in passes])

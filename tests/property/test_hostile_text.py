@@ -18,9 +18,7 @@ from compiler.analysis import summary
 from compiler.pipeline import compile
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
+from tests.support.places import TINY
 
 USE = "SwiGLU(intermediate_size=hidden_size * 3)"  # of the first layer
 STEPS = "steps.html"  # the page of `dslc graph --html`, which is no file of a build

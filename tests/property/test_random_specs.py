@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 
 from backends.build import build
 from dsl.load import Description
-from tests.property.random_specs import accepted, few, fitted, specs
-from tests.property.test_passes import Case, close
+from tests.support.cases import Case, close
+from tests.support.random_specs import accepted, few, fitted, specs
 
 COUNTER = itertools.count()
 

@@ -13,7 +13,7 @@ from backends.report.steps import render_steps
 from compiler.pipeline import compile
 from dsl.load import Description
 from dslc.difference import Side, difference
-from tests.property.random_specs import accepted, fitted, specs
+from tests.support.random_specs import accepted, fitted, specs
 
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from runtime.checkpoint import save
 from runtime.shards import LoadError
-from tests.runtime.tiny import Model
+from tests.support.tiny import Model
 
 State = dict[str, Tensor]
 HEAD = "lm_head.weight"

@@ -22,7 +22,7 @@ from runtime.audit import AUDIT
 from runtime.convert import ConversionError, Progress, TargetError, convert
 from runtime.recode import Form, Wanted
 from runtime.weights import first_values
-from tests.dslc.conftest import ROOT
+from tests.support.places import ROOT
 
 E4M3 = torch.float8_e4m3fn
 State = dict[str, Tensor]

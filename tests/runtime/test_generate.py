@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime.cache import Cache
 from runtime.generate import _sample
-from tests.runtime.tiny import CONFIG, Model
+from tests.support.tiny import CONFIG, Model
 
 
 @pytest.fixture(scope="module")

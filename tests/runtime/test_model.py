@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from runtime.weights import published
-from tests.runtime.tiny import Model
+from tests.support.tiny import Model
 
 
 @pytest.fixture(scope="module")

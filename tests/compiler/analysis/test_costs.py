@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,8 @@ from compiler.analysis import Summary, summary, total
 from compiler.analysis.costs import Costs
 from compiler.pipeline import Compiled, compile
 from dsl.load import load
+from tests.support.places import SPECS
 
-SPECS = Path(__file__).parents[3] / "specs"
 TOKENS = 4096
 SIZES = {"batch": 1, "seq": TOKENS, "context": TOKENS}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,10 +12,10 @@ from compiler.graph.types import RUNTIME_DIMS, Type
 from compiler.pipeline import after
 from dsl.load import load
 from dsl.source import Source
-from tests.compiler.strategies import programs
-from tests.conftest import Golden
+from tests.support.golden import Golden
+from tests.support.places import TINY
+from tests.support.strategies import programs
 
-TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
 # More of everything than a type may lack.
 SIZES = dict.fromkeys(RUNTIME_DIMS, 64)
 

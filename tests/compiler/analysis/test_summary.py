@@ -23,8 +23,7 @@ from compiler.ops import Site
 from compiler.pipeline import compile
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-
-SPECS = Path(__file__).parent.parent.parent.parent / "specs"
+from tests.support.places import SPECS
 
 
 @cache

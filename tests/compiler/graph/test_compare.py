@@ -11,7 +11,7 @@ from compiler.graph.compare import Comparison, Mark, compare, compare_graphs, li
 from compiler.graph.core import Program, copy_program
 from compiler.graph.text import parse_program
 from dsl.source import Source
-from tests.compiler.strategies import programs
+from tests.support.strategies import programs
 
 
 def program(*graphs: str) -> Program:

@@ -17,9 +17,9 @@ from compiler.lower import lower
 from dsl.load import load
 from dsl.source import Source
 from specs import SPECS
-from tests.conftest import GOLDEN, Golden
+from tests.support.golden import Golden
+from tests.support.places import GOLDEN, TINY
 
-TINY = SPECS / "deepseek_v3_tiny.yaml"
 MODELS = ["deepseek_v2_236b", "deepseek_v2_lite", "deepseek_v3", "deepseek_v3_tiny"]
 
 

@@ -15,8 +15,8 @@ from compiler.graph.verify import verify
 from compiler.ops import OPS, fused, gradient
 from dsl.diagnostic import DiagnosticError, render
 from dsl.source import Source
-from tests.compiler.strategies import programs
-from tests.conftest import GOLDEN
+from tests.support.places import GOLDEN
+from tests.support.strategies import programs
 
 # What only passes make; tests/compiler/passes reads such programs back.
 MADE_BY_PASSES = {

@@ -12,7 +12,8 @@ from compiler.lower import lower
 from dsl.diagnostic import Diagnostic, DiagnosticError, render
 from dsl.load import load
 from dslc.commands.explain import catalog
-from tests.conftest import GOLDEN, Golden
+from tests.support.golden import Golden
+from tests.support.places import GOLDEN
 
 FOLDER = GOLDEN / "lower_errors"
 CASES = sorted({path.stem for path in FOLDER.glob("*.*") if path.suffix in (".yaml", ".dsl")})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from compiler.graph.core import BACKWARD, Program
 from compiler.pipeline import PIPELINES, compile
 from dsl.load import load
 from tests.interpret import State, random_inputs, random_weights, run
+from tests.support.places import TINY
 
-TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
 # Every block that is shipped, once.
 SETS = (
     "blocks=[causal_lm, decoder, mla, gqa, mha, swiglu, deepseek_moe, softmax_moe, mtp]",

@@ -13,8 +13,8 @@ from compiler.passes.fuse_casts import _both, _made_and_cast
 from compiler.pipeline import PIPELINES, after
 from compiler.rewrite import rewrite
 from dsl.load import load
-from tests.compiler.passes.test_passes import TINY
-from tests.compiler.passes.test_place_fp8 import results
+from tests.support.models import results
+from tests.support.places import TINY
 
 # Halves of whole runs, so that gradients of gate and up are cast where they are made.
 SETS = ["precision.policy=fp8_blockwise", "params.moe_intermediate_size=128"]

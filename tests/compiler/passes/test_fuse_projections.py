@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from backends.torch.declare import folded, joined_names
@@ -14,9 +12,8 @@ from compiler.passes.fuse_projections import FUSE_PROJECTIONS
 from compiler.pipeline import after, compile
 from dsl.load import Description, load
 from dsl.source import Source
+from tests.support.places import TINY
 
-SPECS = Path(__file__).parents[3] / "specs"
-TINY = SPECS / "deepseek_v3_tiny.yaml"
 GQA = [
     "blocks=[causal_lm, decoder, gqa, swiglu]",
     "params={vocab_size: 32, hidden_size: 8, num_attention_heads: 2, "

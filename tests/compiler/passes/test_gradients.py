@@ -16,7 +16,8 @@ from compiler.passes.recompute import VIEWS
 from compiler.pipeline import after
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
-from tests.compiler.passes.test_passes import ROOT, VARIANTS, description, model
+from tests.support.models import VARIANTS, description, model
+from tests.support.places import ROOT
 
 
 def derived(*sets: str) -> Program:

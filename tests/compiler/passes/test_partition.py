@@ -3,159 +3,39 @@ than they may. Ranks run in lockstep in the interpreter (`tests/interpret/comm.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from compiler.graph.build import site_of
-from compiler.graph.core import Graph, Op, Program, Value, copy_program
+from compiler.graph.core import Graph, Op, Program, copy_program
 from compiler.graph.text import parse_program, print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
-from compiler.lower import lower
 from compiler.ops import OPS
 from compiler.ops.comm import Dispatch
 from compiler.passes.cut_stages import connect_stages, cut_stages
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.partition import partition
-from compiler.pipeline import PIPELINES, after, before_cut, rank_passes
-from compiler.pipeline import run as run_passes
+from compiler.pipeline import PIPELINES, after
 from compiler.plan.layout import Layout, Mesh, Stage, units
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
 from dsl.source import Source
-from tests.conftest import Golden
 from tests.interpret import State, random_inputs, random_weights, run
-from tests.interpret.comm import Rank, World
+from tests.interpret.comm import World
 from tests.interpret.operators import LEARNING_RATE
+from tests.support.golden import Golden
+from tests.support.places import TINY
+from tests.support.ranks import MESHES, gradients, layout, named, rank_programs, run_ranks, uncut
 
-TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
 LAST = PIPELINES["train"][-1].name
 
 
 def description(*sets: str) -> Description:
     return load(TINY, sets=sets)
-
-
-def uncut(of: Description) -> Program:
-    """The train program where the passes of ranks begin to differ."""
-    return before_cut("train", lower(of), of)
-
-
-def layout(mesh: Mesh, of: Description, *cuts: int) -> Layout:
-    """Stages that end before the units in `cuts`; without any, as even as it goes."""
-    found = units(uncut(of).main)
-    n = mesh.pipeline
-    cuts = cuts or tuple(len(found) * i // n for i in range(1, n))
-    ends = [0, *cuts, len(found)]
-    stages = tuple(Stage(i, found[ends[i] : ends[i + 1]]) for i in range(n))
-    return Layout(mesh, "1f1b", stages, 1, 1, 1)
-
-
-def rank_programs(of: Description, where: Layout, name: str = "train") -> list[Program]:
-    """The program of each stage."""
-    lowered = lower(of)
-    programs = []
-    for stage in where.stages:
-        passes = rank_passes(name, where, stage.index)
-        *_, step = run_passes(name, lowered, passes, of)
-        programs.append(step.program)
-    return programs
-
-
-def share(value: Value, tensor: Tensor, rank: Rank) -> Tensor:
-    """What one rank has of an argument: its own sequences."""
-    mesh = rank.world.mesh
-    spread = any(dim.axes for dim in value.type.dims)
-    here = rank.place.replica * mesh.expert + rank.place.expert
-    return tensor.chunk(mesh.data)[here] if spread else tensor
-
-
-def run_ranks(
-    programs: list[Program],
-    mesh: Mesh,
-    inputs: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    graph: str | None = None,
-    dtype: torch.dtype | None = torch.float64,
-    ends: Sequence[Program | None] = (),
-) -> tuple[World, dict[str, Tensor]]:
-    """The results of all ranks as one: summed where they are terms of a sum, joined elsewhere."""
-    world = World(mesh)
-    ends = ends or [None] * len(programs)
-
-    def one(rank: Rank) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        program, state = programs[rank.place.pipeline], State()
-        called = program.graphs[graph or program.root]
-        own = {v.name: share(v, inputs[v.name], rank) for v in called.args}
-        results = run(program, own, weights, graph=graph, rank=rank, state=state, dtype=dtype)
-        grads, renewed = gradients(program, weights, state, rank), dict(weights)
-        end = ends[rank.place.pipeline]
-        if end is not None:
-            run(end, {}, renewed, rank=rank, state=state, dtype=dtype)
-        return results, grads, {n: w for n, w in renewed.items() if w is not weights[n]}
-
-    outcomes = world.run(one)
-    whole: dict[str, Tensor] = {}
-    for _, grads, renewed in outcomes:
-        for name, weight in renewed.items():
-            # Whoever holds a weight has the same new values.
-            assert torch.equal(whole.setdefault(f"new {name}", weight), weight), name
-        for name, grad in grads.items():
-            key = f"gradient of {name}"
-            whole[key] = whole[key] + grad if key in whole else grad
-    for stage, program in enumerate(programs):
-        group = world.ranks[stage * mesh.data].group(BOTH)
-        called = program.graphs[graph or program.root]
-        join(called, [outcomes[rank][0] for rank in group], whole)
-    return world, whole
-
-
-def join(graph: Graph, found: Sequence[Sequence[Tensor]], whole: dict[str, Tensor]) -> None:
-    """Adds to `whole` what the ranks of a stage found."""
-    for (name, value), parts in zip(named(graph).items(), zip(*found, strict=True), strict=True):
-        if value.type.partial:
-            part = torch.stack(parts).sum(0)
-        else:
-            part = torch.cat(parts) if value.type.axes else parts[0]
-            assert value.type.axes or all(torch.equal(p, part) for p in parts)
-        if name in whole:
-            stacked = name.startswith("load")
-            part = torch.cat([whole[name], part]) if stacked else whole[name] + part
-        whole[name] = part
-
-
-BOTH = ("replica", "expert")
-
-
-def gradients(
-    program: Program, weights: Mapping[str, Tensor], state: State, rank: Rank | None = None
-) -> dict[str, Tensor]:
-    """What the backward graph accumulates for the gradient 1 of the loss; none without one."""
-    if program.backward:
-        backward = program.graphs[program.backward]
-        seeds = {v.name: torch.ones((), dtype=torch.float64) for v in backward.args}
-        for graph in filter(None, (backward.name, program.weights)):
-            run(program, seeds, weights, graph=graph, rank=rank, state=state,
-                dtype=torch.float64)  # fmt: skip
-    return state.grads
-
-
-def named(graph: Graph) -> dict[str, Value]:
-    """Results by name; those of the same name are told apart by how they are shaped."""
-    found: dict[str, Value] = {}
-    for name, value in zip(graph.result_names, graph.results, strict=True):
-        stacked = any(dim.name == "layer" for dim in value.type.dims)
-        key = f"{name}_of_layers" if stacked else name
-        while key in found:
-            key += "'"
-        found[key] = value
-    return found
 
 
 def end_of(of: Description, where: Layout, stage: int, program: Program) -> Program:
@@ -165,16 +45,6 @@ def end_of(of: Description, where: Layout, stage: int, program: Program) -> Prog
     text = print_program(end)
     assert print_program(parse_program(Source("step.graph", text))) == text
     return end
-
-
-MESHES = {
-    "2 nodes x 2 ranks": Mesh(1, 1, 4, 2),
-    "2 replicas": Mesh(1, 2, 2, 2),
-    "replicas only": Mesh(1, 2, 1, 2),
-    "4 nodes": Mesh(1, 1, 4, 1),
-    "3 stages": Mesh(3, 1, 1, 1),
-    "2 stages x 2 replicas x 2 experts": Mesh(2, 2, 2, 2),
-}
 
 
 def check_same(of: Description, where: Layout, name: str = "train") -> World:

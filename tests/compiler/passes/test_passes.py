@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from backends.build import build
 from compiler.graph.core import Graph, Op, Program, copy_program
 from compiler.graph.equal import first_difference
 from compiler.graph.text import parse_program, print_graph, print_program
@@ -23,13 +18,9 @@ from compiler.passes.fuse_gate import FUSE_GATE
 from compiler.passes.simplify import SIMPLIFY
 from compiler.pipeline import PIPELINES, after
 from compiler.rewrite import rewrite
-from dsl.load import Description, load
 from dsl.source import Source
-from tests.conftest import Golden
-
-ROOT = Path(__file__).parents[3]
-TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
-COUNTER = itertools.count()
+from tests.support.golden import Golden
+from tests.support.models import GQA, VARIANTS, description, model, published
 
 # Where a pass shows best: program, the pass before it, the block.
 SHOWN = {
@@ -54,10 +45,6 @@ SHOWN = {
 # What a pass needs of the spec to do anything.
 FP8 = ["precision.policy=fp8_blockwise"]
 NEEDS = {"place_fp8": FP8, "fuse_casts": [*FP8, "params.moe_intermediate_size=128"]}
-
-
-def description(*sets: str) -> Description:
-    return load(TINY, sets=sets)
 
 
 def test_every_pass_is_shown() -> None:
@@ -105,36 +92,6 @@ def texts_of(program: Program) -> list[str]:
     return [print_graph(graph) for graph in program.graphs.values()]
 
 
-def model(folder: Path, *sets: str, skip: tuple[str, ...] = ()) -> Any:
-    """The built model of the tiny spec in float64, so that only real differences count."""
-    name = f"passes_{next(COUNTER)}"
-    build(description(*sets), folder / name, skip=skip)
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module(name).Model(dtype=torch.float64, seed=5)
-    finally:
-        sys.path.remove(str(folder))
-
-
-def published(model: Any) -> Any:
-    """Its tensors by published name, by the `runtime.weights` of its own package."""
-    package = type(model).__module__.split(".", 1)[0]
-    return importlib.import_module(f"{package}.runtime.weights").published(model)
-
-
-VARIANTS = [
-    (),
-    (
-        "params.q_lora_rank=0",
-        "params.n_shared_experts=0",
-        "params.n_group=1",
-        "params.topk_group=1",
-    ),
-    ("params.v_head_dim=12", "params.qk_nope_head_dim=20", "params.moe_intermediate_size=10"),
-    ("params.num_attention_heads=3", "params.norm_topk_prob=false", "architecture.mtp.depth=0"),
-]
-
-
 @pytest.mark.parametrize("sets", VARIANTS)
 @pytest.mark.parametrize(
     "skip",
@@ -168,15 +125,6 @@ def test_with_and_without_a_pass_the_model_computes_the_same(
         assert torch.allclose(grad, grads[1][name], rtol=1e-9, atol=1e-12), name
     kept = {one: one.generate(tokens[:, :5], 12, eos_token_id=None) for one in (full, without)}
     assert torch.equal(kept[full], kept[without])
-
-
-GQA = [
-    "blocks=[causal_lm, decoder, gqa, swiglu]",
-    "params={vocab_size: 32, hidden_size: 8, num_attention_heads: 2, "
-    "num_key_value_heads: 1, head_dim: 4, intermediate_size: 8}",
-    "architecture={layers: [{repeat: 1, attention: GQA, feed_forward: SwiGLU}]}",
-    "train={}",
-]
 
 
 def test_a_rule_says_why_it_leaves_an_operator() -> None:

@@ -22,14 +22,14 @@ from compiler.pipeline import PIPELINES, after
 from compiler.pipeline import run as run_passes
 from dsl.load import Description, load
 from runtime import fp8
-from tests.compiler.passes.test_partition import MESHES, layout, rank_programs, run_ranks
-from tests.compiler.passes.test_partition import named as named_results
-from tests.conftest import Golden
-from tests.interpret import RUN, State, random_inputs, random_weights, run
+from tests.interpret import RUN, random_inputs, random_weights, run
 from tests.interpret.frame import Frame
+from tests.support.golden import Golden
+from tests.support.models import results
+from tests.support.places import SPECS, TINY
+from tests.support.ranks import MESHES, layout, rank_programs, run_ranks
+from tests.support.ranks import named as named_results
 
-SPECS = Path(__file__).parents[3] / "specs"
-TINY = SPECS / "deepseek_v3_tiny.yaml"
 FP8 = "precision.policy=fp8_blockwise"
 
 
@@ -242,17 +242,6 @@ PRODUCTS = {
     "grouped_linear_weight_grad": weight_grad,
 }
 PLAIN = {kind: RUN[kind] for kind in PRODUCTS}
-
-
-def results(program: Program) -> list[Tensor]:
-    """Those of the outermost block, and the gradients of all weights."""
-    inputs, weights, state = random_inputs(program), random_weights(program), State()
-    found = run(program, inputs, weights, state=state)
-    if program.backward:
-        seed = {v.name: torch.ones(()) for v in program.graphs[program.backward].args}
-        run(program, seed, weights, graph=program.backward, state=state)
-        found += [state.grads[name] for name in sorted(state.grads)]
-    return found
 
 
 OVERRIDES = ["o_proj", "kv_a_proj_with_mqa", "experts", "experts.*.gate_proj", "down_proj", "head",

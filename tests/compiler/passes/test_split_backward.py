@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,10 +13,10 @@ from compiler.pipeline import PIPELINES, after
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
 from dsl.source import Source
-from tests.conftest import Golden
 from tests.interpret import State, random_inputs, random_weights, run
+from tests.support.golden import Golden
+from tests.support.places import TINY
 
-TINY = Path(__file__).parents[3] / "specs" / "deepseek_v3_tiny.yaml"
 SETS = [
     (),
     ("architecture.mtp.depth=0",),

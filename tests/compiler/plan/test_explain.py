@@ -11,8 +11,8 @@ from compiler.plan.search import changes, neighbours, that_fit, why_not
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
 from dslc.specs import shipped
-from tests.compiler.plan.planners import planner
-from tests.conftest import Golden
+from tests.support.golden import Golden
+from tests.support.planners import planner
 
 V3_WITH = "cluster: h800_2048, sequence_length: 4096"
 CANNOT = {

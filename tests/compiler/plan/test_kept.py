@@ -10,7 +10,7 @@ from compiler.plan.layout import units
 from compiler.plan.make import planner_of
 from dsl.load import load
 from dslc.specs import shipped
-from tests.compiler.plan.planners import planner
+from tests.support.planners import planner
 
 TOKENS = 4096
 SIZES = {"batch": 1, "seq": TOKENS, "context": TOKENS}

@@ -19,7 +19,7 @@ from compiler.plan.traffic import holders
 from dsl.load import load
 from dsl.schema import Cluster, Parallel
 from dslc.specs import shipped
-from tests.compiler.plan.planners import planner
+from tests.support.planners import planner
 
 # As published: numerics of the model, and of its two routed projections on the way.
 V3_PARAMETERS, V3_MTP = 671_026_419_200, 11_610_068_224

@@ -12,7 +12,7 @@ from torch.distributed.pipelining import schedules as of_torch
 
 from compiler.plan.schedule import SCHEDULES, Action, Schedule, schedule, with_transfers
 from compiler.plan.simulate import Costs, problems, simulate, under_way
-from tests.conftest import Golden
+from tests.support.golden import Golden
 
 COSTS = [Costs(), Costs(1, 1, 0.5), Costs(2, 3, 1), Costs(1.13, 1.99, 0.48)]
 

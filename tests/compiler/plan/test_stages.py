@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compiler.plan.layout import Unit
 from compiler.plan.stages import cut
-from tests.compiler.plan.planners import planner
+from tests.support.planners import planner
 
 
 def cuts(count: int, stages: int) -> Iterator[list[tuple[int, int]]]:

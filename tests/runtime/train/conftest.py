@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.train.built import built
+from tests.support.trained import built
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 
 from runtime.train.device import chosen, random_state, set_random_state
 from runtime.train.settings import TrainError
-from tests.runtime.train.built import part
+from tests.support.trained import part
 
 current: list[int] = []
 

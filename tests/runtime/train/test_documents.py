@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.config import Config
 from runtime.train.sequences import positions
-from tests.runtime.train.built import EOS, MASK, built, part, trainer
+from tests.support.trained import EOS, MASK, built, part, trainer
 
 MASKED = Config({"train": {"document_mask": True}, "sequence": {"eos_token_id": EOS}})
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.train.built import ROOT, built, part, trainer
+from tests.support.places import ROOT
+from tests.support.trained import built, part, trainer
 
 # Run once by each rank, with the folder of the package and a folder for both.
 RANK = """
@@ -21,7 +22,7 @@ root, package, folder, rank = sys.argv[1:5]
 sys.path[:0] = [root, package]
 import tiny_ranks
 import tiny_ranks.runtime.train.command
-from tests.runtime.train.built import part, trainer
+from tests.support.trained import part, trainer
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", f"file://{folder}/store", rank=int(rank), world_size=2)

@@ -17,13 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from runtime.train.tokens import Tokens
-from tests.runtime.train.built import TEXT, built, curve, part
-
-Lines = list[dict[str, Any]]
-STEPS = 6
+from tests.support.places import TEXT
+from tests.support.trained import STEPS, built, content, curve, lines, part
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +34,6 @@ def train(package: Any, out: Path, *arguments: str | Path) -> int:
     words = ["--out", str(out), "--save-every", "2", *map(str, arguments)]
     status: int = part(package, "command").main(package.Model, words)
     return status
-
-
-def lines(out: Path) -> Lines:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def content(out: Path, step: int = STEPS) -> dict[str, Any]:
-    """What a checkpoint says: its numbers, and the bytes of each tensor."""
-    folder = out / "checkpoints" / f"step-{step:08d}"
-    found: dict[str, Any] = {"state": json.loads((folder / "state.json").read_text())}
-    for file in folder.rglob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            key = f"{file.parent.name}/{name}"
-            found[key] = (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
-    assert len(found) > 100
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.train.built import TEXT, built, part
-from tests.runtime.train.test_run import content, lines
+from tests.support.places import TEXT
+from tests.support.trained import built, content, lines, part
 
 pytestmark = pytest.mark.slow
 STEPS = 16

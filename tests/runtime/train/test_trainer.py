@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.train.balance import use
-from tests.runtime.train.built import MASK, built, part, published, trainer
+from tests.support.trained import MASK, built, part, published, trainer
 
 
 def batch(one: Any, first: int, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from runtime.train.balance import use
 from runtime.train.metrics import FILE, Metrics
 from runtime.train.trainer import Step
 from runtime.train.watch import WINDOW, Watch
-from tests.runtime.train.built import curve
+from tests.support.trained import curve
 
 LOSS = {"mtp_weight": Schedule((Phase(0.3, until=1000), Phase(0.0))), "balance_alpha": 1e-4}
 CONFIG = freeze({"train": {"loss": LOSS}})

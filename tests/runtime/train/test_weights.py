@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.runtime.train.built import TEXT, built, part, published, trainer
+from tests.support.places import TEXT
+from tests.support.trained import built, part, published, trainer
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from backends.build import build
 from dsl.load import load
+from tests.support.places import TEXT, TINY
 
-ROOT = Path(__file__).parents[3]
-TINY = ROOT / "specs" / "deepseek_v3_tiny.yaml"
-TEXT = ROOT / "data" / "tinyshakespeare.txt"
 SETTINGS = {
     "params.hidden_size": "32",
     "params.moe_intermediate_size": "16",
@@ -76,3 +76,25 @@ def curve(run: Path, name: str) -> dict[int, float]:
     values = {event.step: event.value for event in found}
     assert len(values) == len(found), "a step is there twice"
     return values
+
+
+Lines = list[dict[str, Any]]
+
+
+STEPS = 6
+
+
+def lines(out: Path) -> Lines:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(out: Path, step: int = STEPS) -> dict[str, Any]:
+    """What a checkpoint says: its numbers, and the bytes of each tensor."""
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    found: dict[str, Any] = {"state": json.loads((folder / "state.json").read_text())}
+    for file in folder.rglob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            key = f"{file.parent.name}/{name}"
+            found[key] = (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+    assert len(found) > 100
+    return found

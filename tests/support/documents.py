@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from tests.dslc.conftest import dslc
-
-__all__ = ["ROOT", "Example", "dslc", "examples", "sections", "tables"]
-
-ROOT = Path(__file__).parent.parent.parent
 Row = tuple[str, ...]
 
 

@@ -1,0 +1,46 @@
+"""What each folder may import, and what it does import."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.support.places import ROOT
+
+# Data flows one way: a folder imports only what stands before it. `specs` is data.
+MAY_IMPORT = {
+    "dsl": {"dsl", "specs"},
+    "compiler": {"dsl", "compiler"},
+    # `runtime` is located there, to be copied into builds; importing it runs nothing (see below).
+    "backends": {"dsl", "compiler", "backends", "runtime"},
+    "dslc": {"dsl", "compiler", "backends", "runtime", "specs", "dslc"},
+    "runtime": set[str](),
+    "specs": {"specs"},
+}
+
+
+# Libraries beside the standard one.
+LIBRARIES = {
+    "dsl": {"lark", "pydantic", "pydantic_core", "ruamel"},
+    "compiler": {"lark", "networkx"},
+    # torch and triton only inside the functions of the program that compiles kernels.
+    "backends": {"jinja2", "torch", "triton"},
+    "dslc": {"typer", "matplotlib"},
+    "runtime": {"torch", "safetensors", "tokenizers"},
+    "specs": set[str](),
+}
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[int, int, str]]:
+    """(line, level, module) of every import in a file, also those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, 0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.lineno, node.level, node.module or ""))
+    return found
