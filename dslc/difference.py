@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiler.analysis import Summary, summary, total
-from compiler.analysis.kept import kept_bytes_per_token
+from compiler.analysis.saved import saved_bytes_per_token
 from compiler.graph.compare import Line, Mark, compare
 from compiler.graph.core import Program
 from dsl.diagnostic import Diagnostic, DiagnosticError
@@ -142,7 +142,7 @@ def _summed(side: Side) -> dict[str, int]:
         "decoding FLOPs a token": total(numbers.decoding_flops),
         "cache bytes a token": numbers.cache_bytes,
         # Of activations, from the forward to the backward pass.
-        **({"kept bytes a token": int(kept_bytes_per_token(train))} if train.backward else {}),
+        **({"kept bytes a token": int(saved_bytes_per_token(train))} if train.backward else {}),
     }
 
 

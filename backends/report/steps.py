@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from backends.report.html import environment
 from compiler.analysis.costs import Cost, Costs
 from compiler.graph.compare import Comparison, Line, Mark, compare
-from compiler.graph.core import BACKWARD, WEIGHTS, Op, Program
+from compiler.graph.core import Op, Program
 from compiler.graph.svg import short_name
 from compiler.graph.text import print_attributes, print_op
 from compiler.pipeline import Compiled, Step
@@ -233,5 +233,7 @@ def _callers_first(blocks: Sequence[Comparison], program: Program) -> Iterator[C
     """The outermost block first, and those that are gone last."""
     here = [block for block in blocks if block.name in program.graphs]
     # The gradients behind what they are of.
-    yield from sorted(reversed(here), key=lambda block: block.name.endswith((BACKWARD, WEIGHTS)))
+    yield from sorted(
+        reversed(here), key=lambda block: program.forward_of(block.name) != block.name
+    )
     yield from (block for block in blocks if block.name not in program.graphs)

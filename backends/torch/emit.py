@@ -90,7 +90,7 @@ class Emitter:
 
     def remark(self, op: Op) -> None:
         """Puts the place of `op` in the block beside the next line, where it stands for one."""
-        self._comment = "" if op.kind in ("keep", "kept", "accumulate_grad") else margin(op)
+        self._comment = "" if op.kind in ("save", "saved", "accumulate_grad") else margin(op)
 
     # ---- pieces of expressions ---------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from backends.render import render
@@ -12,7 +12,7 @@ from backends.torch.emit import Emitter, Part
 from backends.torch.layout import WIDTH, Call, lay_out
 from backends.torch.names import class_name, identifier
 from backends.torch.statements import STATEMENTS
-from compiler.graph.core import BACKWARD, Attr, Graph, Program
+from compiler.graph.core import Graph, Program
 from compiler.graph.equal import equal_graphs
 from compiler.graph.types import Type
 from compiler.pipeline import Compiled
@@ -130,11 +130,11 @@ class _Emission:
     def _versions(self, block: str) -> Iterator[Graph]:
         """The graph of a block in each program, and its parts and their gradients."""
         for program in self.compiled.programs.values():
-            yield from (g for g in program.graphs.values() if self._owner(g.name) == block)
+            yield from (g for g in program.graphs.values() if self._owner(program, g.name) == block)
 
-    def _owner(self, graph: str) -> str:
+    def _owner(self, program: Program, graph: str) -> str:
         """The block whose weights a graph uses: what is no block is a part of the outermost one."""
-        block = graph.removesuffix(BACKWARD)
+        block = program.forward_of(graph)
         return block if block in self._blocks() else self.compiled.lowered.root
 
     def _called(self) -> list[str]:
@@ -147,8 +147,8 @@ class _Emission:
     def _choose_derived(self) -> None:
         """Methods in training, where a backward pass was derived: what is kept is passed along."""
         for name in self.train.graphs:
-            backward = self.train.graphs[name].ops[0].kind == "kept"
-            forward = name.removesuffix(BACKWARD) if backward else name
+            forward = self.train.forward_of(name)
+            backward = forward != name
             self.trailing["train"][name] = ["kept", "grads"] if backward else ["kept"]
             if forward in self._blocks():
                 self.methods["train"][name] = "backward" if backward else "loss"
@@ -181,22 +181,20 @@ class _Emission:
         units = None
         if program == "train" and self.train.backward and graph is self.train.main:
             units = {n: self._part(n) for n in self._called() if n not in self._blocks()}
-        joined = self.joined[self._owner(graph.name)]
+        joined = self.joined[self._owner(self.compiled.programs[program], graph.name)]
         return Emitter(
             graph, STATEMENTS, self.methods[program], self.trailing[program], joined, units
         )
 
     def _part(self, name: str) -> Part:
-        joined = self.joined[self._owner(name)]
+        joined = self.joined[self._owner(self.train, name)]
         weights = dict.fromkeys(stored_name(w, joined) for w in self.train.graphs[name].weights)
         return Part(tuple(weights), self._gradients(name))
 
     def _gradients(self, name: str) -> str:
         """The text of the `Gradients` of a graph."""
-        backward = self.train.backward_of(name)
-        assert backward is not None
-        kept = backward.ops[0].attrs
-        return f"Gradients({_numbers(kept['results'])}, {_numbers(kept['arguments'])})"
+        derivative = self.train.derivatives[name]
+        return f"Gradients({_numbers(derivative.results)}, {_numbers(derivative.arguments)})"
 
     def block(self, graph: Graph) -> Block:
         methods, versions = [], []
@@ -309,8 +307,7 @@ WEIGHTS = {
 }
 
 
-def _numbers(value: Attr) -> str:
-    assert isinstance(value, tuple)
+def _numbers(value: Sequence[int]) -> str:
     return f"({', '.join(map(str, value))}{',' if len(value) == 1 else ''})"
 
 

@@ -14,13 +14,13 @@ def _call_g(name: str, *attrs: str) -> Emit:
     return call_f(name, *attrs, module="G")
 
 
-def _keep(e: Emitter, op: Op) -> None:
+def _save(e: Emitter, op: Op) -> None:
     if e.units is not None:  # autograd takes care of what is between the units
         return
     e.line(f"kept.keep(self, {e.operands(op)})")
 
 
-def _kept(e: Emitter, op: Op) -> None:
+def _saved(e: Emitter, op: Op) -> None:
     if not op.results:
         return
     targets = [e.names.give(v, op) for v in op.results]
@@ -74,8 +74,8 @@ GRADIENTS: Mapping[str, Emit] = {
     "fp8_linear_weight_grad": call_fp8("linear_weight_grad"),
     "fp8_grouped_linear_input_grad": call_fp8("grouped_linear_input_grad"),
     "fp8_grouped_linear_weight_grad": call_fp8("grouped_linear_weight_grad"),
-    "keep": _keep,
-    "kept": _kept,
+    "save": _save,
+    "saved": _saved,
     "accumulate_grad": _accumulate_grad,
     "linear_input_grad": _linear_input_grad,
     "linear_weight_grad": _call_g("linear_weight_grad"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import site_of
-from compiler.graph.core import BACKWARD, REPEATS, WEIGHTS, Graph, Op, Program, sizes_inside
+from compiler.graph.core import REPEATS, Graph, Op, Program, sizes_inside
 from compiler.ops import OPS
 from compiler.ops.moe import Experts
 
@@ -74,18 +74,18 @@ class Costs:
                 callee = self._program.graphs[str(op.attrs["callee"])]
                 flops += self.flops(callee, sizes_inside(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
-            if op.kind == "kept":
-                for keeper in _keepers(graph.name):
-                    sizes = known_sizes(self._program.graphs[keeper], self._program, sizes)
+            if op.kind == "saved":
+                sizes = self._sizes_of_saved(graph, sizes)
             costs[op] = Cost(flops, sum(v.type.bytes(sizes) for v in op.results))
             total += flops
         return total
 
-
-def _keepers(name: str) -> list[str]:
-    """The graphs that make what a backward graph begins with."""
-    block = name.removesuffix(BACKWARD).removesuffix(WEIGHTS)
-    return [block, f"{block}{BACKWARD}"] if name.endswith(WEIGHTS) else [block]
+    def _sizes_of_saved(self, graph: Graph, sizes: Sizes) -> Sizes:
+        """With those that the graphs bring about whose values a graph of gradients reads."""
+        saver = self._program.saver_of(graph.name)
+        if saver is None:
+            return sizes
+        return known_sizes(saver, self._program, self._sizes_of_saved(saver, sizes))
 
 
 def known_sizes(graph: Graph, program: Program, sizes: Sizes) -> dict[str, int]:

@@ -113,8 +113,7 @@ class _Walk:
 
     def run(self) -> None:
         self._ops(self.graph.ops)
-        kept = [v for op in self.graph.ops if op.kind == "keep" for v in op.operands]
-        for value in (*self.graph.results, *kept):
+        for value in (*self.graph.results, *self.graph.saved):
             self._read(value, len(self.order) - 1)
 
     def _ops(self, ops: Sequence[Op]) -> None:

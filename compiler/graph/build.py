@@ -32,17 +32,9 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
     regions = tuple(
         (tuple(v.type for v in r.args), tuple(v.type for v in r.yielded)) for r in op.regions
     )
-    kept = _kept(op, graph) if op.kind == "kept" else ()
-    return Site(tuple(v.type for v in op.operands), tuple(weights), op.attrs, regions, callee, kept)
-
-
-def _kept(op: Op, graph: Graph) -> tuple[Type, ...]:
-    entries = op.attrs["entries"]
-    assert isinstance(entries, tuple)
-    for name in entries:
-        if name not in graph.kept:
-            raise TypeMismatch(f"nothing is declared as kept @{name}")
-    return tuple(graph.kept[str(name)] for name in entries)
+    saved = tuple(v.type for v in op.results) if op.kind == "saved" else ()
+    operands = tuple(v.type for v in op.operands)
+    return Site(operands, tuple(weights), op.attrs, regions, callee, saved)
 
 
 def infer(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> tuple[Type, ...]:

@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 
 from compiler.graph.core import Graph, Op, Program
-from compiler.graph.text import print_attributes, print_op, print_weight
+from compiler.graph.text import print_attributes, print_derivative, print_op, print_weight
 
 # Operators that say where something ends, not what is computed.
 ENDS = ("yield", "return")
@@ -65,22 +65,41 @@ class Comparison:
 def compare(before: Program, after: Program) -> list[Comparison]:
     """Every block of both programs, callees first; those that are gone come last."""
     pairs = _aligned(before.graphs, after.graphs)
-    found = [compare_graphs(a, b) for a, b in pairs]
+    found = [_compared(a, b, _lines(a, before), _lines(b, after)) for a, b in pairs]
     return _with_moves(found)
 
 
 def compare_graphs(before: Graph | None, after: Graph | None) -> Comparison:
     """One block before and after; None where there is none."""
+    old, new = (list(lines_of(graph)) if graph else [] for graph in (before, after))
+    return _compared(before, after, old, new)
+
+
+def _compared(
+    before: Graph | None, after: Graph | None, old: list[Line], new: list[Line]
+) -> Comparison:
+    """Graphs with their lines."""
     if before is None and after is not None:
-        lines = tuple(replace(line, mark=Mark.ADDED) for line in lines_of(after))
-        return Comparison(after.name, Mark.ADDED, lines, None, after)
+        added = tuple(replace(line, mark=Mark.ADDED) for line in new)
+        return Comparison(after.name, Mark.ADDED, added, None, after)
     assert before is not None
     if after is None:
-        lines = tuple(replace(line, mark=Mark.REMOVED) for line in lines_of(before))
-        return Comparison(before.name, Mark.REMOVED, lines, before, None)
-    lines = tuple(_merged(list(lines_of(before)), list(lines_of(after))))
+        removed = tuple(replace(line, mark=Mark.REMOVED) for line in old)
+        return Comparison(before.name, Mark.REMOVED, removed, before, None)
+    lines = tuple(_merged(old, new))
     mark = Mark.CHANGED if any(line.mark is not Mark.SAME for line in lines) else Mark.SAME
     return Comparison(after.name, mark, lines, before, after)
+
+
+def _lines(graph: Graph | None, program: Program) -> list[Line]:
+    """Those of a graph, behind the signature the graphs of its gradients."""
+    if graph is None:
+        return []
+    signature, *lines = lines_of(graph)
+    derivative = program.derivatives.get(graph.name)
+    if derivative:
+        lines.insert(0, Line("derivative", f"derivative {print_derivative(derivative)}"))
+    return [signature, *lines]
 
 
 def lines_of(graph: Graph) -> Iterator[Line]:
@@ -95,8 +114,6 @@ def lines_of(graph: Graph) -> Iterator[Line]:
         yield Line(f"@{name}", f"weight {print_weight(name, weight)}")
     for name, cache in graph.caches.items():
         yield Line(f"cache @{name}", f"cache @{name} : {cache.type}")
-    for name, type in graph.kept.items():
-        yield Line(f"keeps @{name}", f"keeps @{name} : {type}")
     yield from _op_lines(graph.ops, "", Counter())
 
 

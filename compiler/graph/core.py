@@ -15,12 +15,6 @@ from dsl.source import Span
 
 # Operators that run their region once for each layer of a range.
 REPEATS = ("repeat", "repeat_backward")
-# The gradients of a graph are a graph of this name behind its own.
-BACKWARD = "_backward"
-# That of the gradients of its weights, where they are apart.
-WEIGHTS = "_weights"
-# That of what happens to its weights at the end of a training step.
-STEP = "_step"
 
 Attr = int | float | bool | str | tuple["Attr", ...]
 
@@ -100,8 +94,6 @@ class Graph:
     ops: list[Op] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
-    # What a forward graph keeps for its backward graph, declared in both.
-    kept: dict[str, Type] = field(default_factory=dict)
     # Those beyond what the block declares were collected from blocks inside.
     result_names: tuple[str, ...] = ()
     about: str = ""
@@ -110,6 +102,11 @@ class Graph:
     @property
     def results(self) -> list[Value]:
         return self.ops[-1].operands
+
+    @property
+    def saved(self) -> list[Value]:
+        """What the graph saves for the graph of its gradients: the operands of its `save`."""
+        return next((op.operands for op in self.ops if op.kind == "save"), [])
 
     def walk(self) -> Iterator[Op]:
         """Every operator, those of regions after the operator that holds them."""
@@ -133,37 +130,77 @@ class Graph:
         return counts
 
 
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """The graphs of the gradients of a forward graph, and what corresponds in their interfaces.
+
+    `backward` takes the gradients of the forward graph's `results`, then the values of its
+    arguments `lifted`, and gives the gradients of its `arguments`, all by number. It computes those
+    of the weights, too, unless a graph `weights` does, later: one without arguments and results.
+
+    Each begins with `saved`, whose results are the operands of the `save` of the graph before it:
+    `backward` reads what the forward graph saves, `weights` what `backward` saves.
+    """
+
+    backward: str
+    weights: str = ""
+    results: tuple[int, ...] = ()
+    lifted: tuple[int, ...] = ()
+    arguments: tuple[int, ...] = ()
+
+
 @dataclass(eq=False)
 class Program:
     """Graphs by name; `root` is the one that a user calls. `aliases` are copies in checkpoints.
 
-    `backward` is the graph that gives the gradients of the root, where a program has one.
+    `derivatives` says by forward graph which graphs give its gradients. `steps`, of a program that
+    ends a training step, says by forward graph which graph updates its weights.
     """
 
     name: str
     root: str
     graphs: dict[str, Graph] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    backward: str = ""
+    derivatives: dict[str, Derivative] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
 
     @property
     def main(self) -> Graph:
         return self.graphs[self.root]
 
     @property
-    def roots(self) -> tuple[str, ...]:
-        """The graphs that nobody in the program calls."""
-        return tuple(name for name in (self.root, self.backward, self.weights) if name)
+    def backward(self) -> str:
+        """The graph of the gradients of the root, where a program has one."""
+        return self.derivatives[self.root].backward if self.root in self.derivatives else ""
 
     @property
     def weights(self) -> str:
-        """The graph of the gradients of weights, where it is apart from `backward`."""
-        name = self.root + WEIGHTS
-        return name if self.backward and name in self.graphs else ""
+        """The graph of the gradients of weights, where it is separate from `backward`."""
+        return self.derivatives[self.root].weights if self.root in self.derivatives else ""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The graphs that no graph of the program calls."""
+        return tuple(name for name in (self.root, self.backward, self.weights) if name)
 
     def backward_of(self, name: str) -> Graph | None:
         """The graph of the gradients of a graph, where it has been derived."""
-        return self.graphs.get(name + BACKWARD)
+        derivative = self.derivatives.get(name)
+        return self.graphs[derivative.backward] if derivative else None
+
+    def forward_of(self, name: str) -> str:
+        """The forward graph that a graph gives gradients of; of any other graph itself."""
+        found = (f for f, d in self.derivatives.items() if name in (d.backward, d.weights))
+        return next(found, name)
+
+    def saver_of(self, name: str) -> Graph | None:
+        """The graph that saves what a graph of gradients reads; None for any other graph."""
+        for forward, derivative in self.derivatives.items():
+            if name == derivative.backward:
+                return self.graphs[forward]
+            if name == derivative.weights:
+                return self.graphs[derivative.backward]
+        return None
 
 
 def walk(ops: Sequence[Op]) -> Iterator[Op]:
@@ -236,7 +273,14 @@ def substitute(type: Type, bound: Mapping[str, Dim]) -> Type:
 def copy_program(program: Program) -> Program:
     """A program that shares nothing with the first one but types, attributes and spans."""
     graphs = {name: _copy_graph(graph) for name, graph in program.graphs.items()}
-    return Program(program.name, program.root, graphs, dict(program.aliases), program.backward)
+    return Program(
+        program.name,
+        program.root,
+        graphs,
+        dict(program.aliases),
+        dict(program.derivatives),
+        dict(program.steps),
+    )
 
 
 def _copy_graph(graph: Graph) -> Graph:
@@ -265,7 +309,6 @@ def _copy_graph(graph: Graph) -> Graph:
         ops(graph.ops),
         dict(graph.weights),
         dict(graph.caches),
-        dict(graph.kept),
         graph.result_names,
         graph.about,
         graph.span,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
 from compiler.graph.core import Graph, Op, Program, Value
-from compiler.graph.text import print_op, print_weight
+from compiler.graph.text import link_lines, print_op, print_weight
 
 # A place, what is told of it, and how it is there. Two programs are equal when all facts are.
 Fact = tuple[str, str, object]
@@ -35,8 +35,7 @@ def _program(program: Program) -> Iterator[Fact]:
     place = "program"
     yield place, "name is", program.name
     yield place, "root is", program.root
-    yield place, "backward is", program.backward
-    yield from _list(place, "alias", (f"@{a} = @{b}" for a, b in program.aliases.items()))
+    yield from _list(place, "line", link_lines(program))
     yield from _list(place, "graph", (f"@{name}" for name in program.graphs))
     for name, graph in program.graphs.items():
         yield from _graph(f"graph @{name}", graph)
@@ -49,7 +48,6 @@ def _graph(place: str, graph: Graph) -> Iterator[Fact]:
     yield from _list(place, "result", graph.result_names)
     yield from _list(place, "weight", (print_weight(n, w) for n, w in graph.weights.items()))
     yield from _list(place, "cache", (f"@{n} : {c.type}" for n, c in graph.caches.items()))
-    yield from _list(place, "kept", (f"@{n} : {t}" for n, t in graph.kept.items()))
     yield from _ops(place, graph.ops)
 
 

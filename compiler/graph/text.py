@@ -19,7 +19,7 @@ from typing import Any
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
-from compiler.graph.core import Attr, Cache, Graph, Op, Program, Region, Value, Weight
+from compiler.graph.core import Attr, Cache, Derivative, Graph, Op, Program, Region, Value, Weight
 from compiler.graph.types import BYTES, Type, parse_type
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
 from dsl.source import Source, Span
@@ -30,17 +30,32 @@ WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*([.*+][A-Za-z0-9_*]+)*")
 RESERVED: dict[str, Attr] = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
 # What a weight may say besides its type, and what it is when nothing is said.
 WEIGHT: dict[str, Any] = {f.name: f.default for f in fields(Weight) if f.name != "type"}
+# What a derivative may say besides its graphs.
+CORRESPONDING = ("results", "lifted", "arguments")
 
 
 def print_program(program: Program, locs: bool = False) -> str:
     """All of a program. `locs` adds the source places. `parse_program` reads it back."""
     head = f"program @{program.name} root @{program.root}"
-    if program.backward:
-        head += f" backward @{program.backward}"
-    if program.aliases:
-        pairs = (f"{INDENT}alias @{a} = @{b}\n" for a, b in program.aliases.items())
-        head += f" {{\n{''.join(pairs)}}}"
+    links = "".join(f"{INDENT}{line}\n" for line in link_lines(program))
+    head += f" {{\n{links}}}" if links else ""
     return "\n\n".join([head, *(print_graph(g, locs)[:-1] for g in program.graphs.values())]) + "\n"
+
+
+def link_lines(program: Program) -> Iterator[str]:
+    """What a program says of its graphs and weights together, a line each."""
+    for copy, original in program.aliases.items():
+        yield f"alias @{copy} = @{original}"
+    for forward, derivative in program.derivatives.items():
+        yield f"derivative @{forward} = {print_derivative(derivative)}"
+    for forward, step in program.steps.items():
+        yield f"step @{forward} = @{step}"
+
+
+def print_derivative(derivative: Derivative) -> str:
+    graphs = ", ".join(f"@{name}" for name in (derivative.backward, derivative.weights) if name)
+    numbers = {key: getattr(derivative, key) for key in CORRESPONDING if getattr(derivative, key)}
+    return f"{graphs}{print_attributes(numbers)}"
 
 
 def print_graph(graph: Graph, locs: bool = False) -> str:
@@ -61,8 +76,6 @@ def graph_lines(graph: Graph, locs: bool = False) -> Iterator[tuple[Op | None, s
         yield None, f"{INDENT}weight {print_weight(name, weight)}"
     for name, remembered in graph.caches.items():
         yield None, f"{INDENT}cache @{name} : {remembered.type}"
-    for name, type in graph.kept.items():
-        yield None, f"{INDENT}keeps @{name} : {type}"
     yield from _op_lines(graph.ops, INDENT, locs)
     yield None, "}"
 
@@ -231,14 +244,33 @@ class _Reader:
         self.files: dict[str, _File] = {}
 
     def program(self, tree: Syntax) -> Program:
-        name, root, backward, aliases, *graphs = tree.children
-        program = Program(name[1:], root[1:], backward=backward[1:] if backward else "")
-        for copy, original in (a.children for a in aliases.children) if aliases else ():
-            self._put(program.aliases, copy, original[1:])
+        name, root, links, *graphs = tree.children
+        program = Program(name[1:], root[1:])
+        for node in links.children if links else ():
+            of, other, *rest = node.children
+            if node.data == "alias":
+                self._put(program.aliases, of, other[1:])
+            elif node.data == "derivative":
+                self._put(program.derivatives, of, self._derivative(other, *rest))
+            else:
+                self._put(program.steps, of, other[1:])
         for node in graphs:
             graph = self._graph(node)
             self._put(program.graphs, node.children[1], graph)
         return program
+
+    def _derivative(self, backward: Token, weights: Token | None, node: Syntax) -> Derivative:
+        numbers = self._attributes(node, 0)
+        for attribute in node.children if node else ():
+            key = attribute.children[0]
+            value = numbers[key]
+            if key not in CORRESPONDING or not (
+                isinstance(value, tuple) and all(type(i) is int for i in value)
+            ):
+                message = f"a derivative has no such {key}"
+                self._problem("E507", message, key, "as in <results=(0, 2)>")
+                return Derivative(backward[1:])
+        return Derivative(backward[1:], weights[1:] if weights else "", **numbers)  # type: ignore[arg-type]
 
     def _graph(self, tree: Syntax) -> Graph:
         about, name, arguments, results, loc, declarations, operators = tree.children
@@ -250,10 +282,8 @@ class _Reader:
             symbol, type, *rest = node.children
             if node.data == "weight":
                 self._put(graph.weights, symbol, self._weight(self._type(type), rest[0]))
-            elif node.data == "cache":
-                self._put(graph.caches, symbol, Cache(self._type(type)))
             else:
-                self._put(graph.kept, symbol, self._type(type))
+                self._put(graph.caches, symbol, Cache(self._type(type)))
         graph.ops = self._operators(operators, scope, 0)
         self._results(graph, name, results.children if results else [])
         return graph

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from compiler.graph.build import infer
-from compiler.graph.core import BACKWARD, REPEATS, WEIGHTS, Graph, Op, Program, Value, Weight
+from compiler.graph.core import REPEATS, Derivative, Graph, Op, Program, Value, Weight
 from compiler.graph.names import Name, clashes, is_weight, names_of
 from compiler.graph.rules import (
     IDENTIFIER,
@@ -25,7 +26,7 @@ from compiler.graph.rules import (
     no_end,
     number,
 )
-from compiler.graph.text import graph_lines, print_op
+from compiler.graph.text import graph_lines, print_derivative, print_op
 from compiler.graph.types import BYTES, Type
 from compiler.ops import OPS, TypeMismatch
 from compiler.ops.base import dims_of
@@ -82,7 +83,6 @@ class _Check:
         self.types: set[Type] = set()
         self.used: set[str] = set()
         self.cached: set[str] = set()
-        self.keeps: set[tuple[str, str]] = set()
 
     def run(self, key: str) -> None:
         self._try(self._head, key)
@@ -161,9 +161,6 @@ class _Check:
         for name in self.graph.caches:
             if name not in self.cached:
                 raise Broken("E518", f"cache @{name} is never written", "remove it")
-        for name in self.graph.kept:
-            if not {("keep", name), ("kept", name)} & self.keeps:
-                raise Broken("E518", f"kept @{name} is never written or read", "remove it")
 
     # ---- operators --------------------------------------------------------------------------
 
@@ -254,8 +251,8 @@ class _Check:
                 self._call(op, scope)
             case "cache_entry" | "cache_append":
                 self._remembered(op, scope)
-            case "keep" | "kept":
-                self._kept(op, scope)
+            case "save" | "saved":
+                self._saved(op, scope)
 
     def _call(self, op: Op, scope: _Scope) -> None:
         callee, under = str(op.attrs["callee"]), str(op.attrs["scope"])
@@ -288,19 +285,13 @@ class _Check:
                 if kept is None or kept.type != value.type:
                     raise Broken("E518", f"there is no cache @{name} of {value.type}")
 
-    def _kept(self, op: Op, scope: _Scope) -> None:
-        names = op.attrs["entries"]
-        assert isinstance(names, tuple)
-        values = op.operands if op.kind == "keep" else op.results
+    def _saved(self, op: Op, scope: _Scope) -> None:
         if not scope.outermost:
-            raise Broken("E518", "stands in a region; what is kept belongs to a block")
-        if len(names) != len(values):
-            raise Broken("E518", f"has {len(names)} names for {len(values)} values")
-        for name, value in zip(names, values, strict=True):
-            again = (op.kind, name) in self.keeps
-            if again or self.graph.kept.get(str(name)) != value.type:
-                raise Broken("E518", f"nothing of {value.type} is declared as kept @{name}")
-            self.keeps.add((op.kind, str(name)))
+            raise Broken("E518", "stands in a region; what is saved belongs to a block")
+        if op.kind == "saved" and op is not self.graph.ops[0]:
+            raise Broken("E518", "does not stand first in its graph")
+        if next(o for o in self.graph.ops if o.kind == op.kind) is not op:
+            raise Broken("E518", "is the second of its graph", "make them one")
 
     def _regions(self, op: Op, scope: _Scope) -> bool:
         """Checks what is inside; whether it is sound."""
@@ -364,7 +355,14 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
         known = ", ".join(program.graphs)
         message = f"program @{program.name} has no graph @{program.root} to begin with"
         return [Diagnostic("E510", message, help=f"it has {known or 'none'}")]
-    problems = list(_backward(program))
+    problems = [
+        *_derivatives(program),
+        *(
+            Diagnostic("E516", f"step @{forward} = @{step}: there is no graph @{step}")
+            for forward, step in program.steps.items()
+            if step not in program.graphs
+        ),
+    ]
     for copy, original in program.aliases.items():
         alias = f"alias @{copy} = @{original}"
         if not is_weight(original, program.root, names):
@@ -375,26 +373,56 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
     return problems
 
 
-def _backward(program: Program) -> Iterator[Diagnostic]:
-    """What a backward graph reads is what its forward graph keeps."""
-    if program.backward and program.backward not in program.graphs:
-        yield Diagnostic("E510", f"program @{program.name} has no graph @{program.backward}")
+def _derivatives(program: Program) -> Iterator[Diagnostic]:
+    """The graphs of gradients fit the graphs that they are of, and read what those save."""
+    saving: set[str] = set()
+    reading: set[str] = set()
+    for name, derivative in program.derivatives.items():
+        what = f"derivative @{name} = {print_derivative(derivative)}"
+        graphs = [g for g in (name, derivative.backward, derivative.weights) if g]
+        missing = [g for g in graphs if g not in program.graphs]
+        if missing:
+            yield Diagnostic("E516", f"{what}: there is no graph @{missing[0]}")
+            continue
+        saving.update(graphs[:-1])
+        reading.update(graphs[1:])
+        for reason in _unfit(derivative, *(program.graphs[g] for g in graphs)):
+            yield Diagnostic("E518", f"{what}: {reason}", program.graphs[name].span)
     for name, graph in program.graphs.items():
-        backward = program.backward_of(name)
-        # Gradients of weights that are apart read what those of inputs keep.
-        weights = program.graphs.get(name.removesuffix(BACKWARD) + WEIGHTS)
-        reader = backward or (weights if name.endswith(BACKWARD) else None)
-        if reader is not None and _entries(reader, "kept") != _entries(graph, "keep"):
-            message = f"@{reader.name} reads what @{name} does not keep, or not as it keeps it"
-            yield Diagnostic("E518", message, graph.span)
+        if graph.saved and name not in saving:
+            yield Diagnostic("E518", f"graph @{name} saves what no graph reads", graph.span)
+        if graph.ops[0].kind == "saved" and name not in reading:
+            yield Diagnostic("E518", f"graph @{name} reads what no graph saves", graph.span)
 
 
-def _entries(graph: Graph, kind: str) -> dict[str, Type | None]:
-    """What a graph keeps, or reads of what was kept."""
-    names = [n for op in graph.ops if op.kind == kind for n in _names(op)]
-    return {name: graph.kept.get(name) for name in names}
+def _unfit(
+    derivative: Derivative, forward: Graph, backward: Graph, *weights: Graph
+) -> Iterator[str]:
+    """Where the interfaces of the graphs of a derivative do not correspond."""
+    try:
+        seeds = [forward.results[i].type.whole for i in derivative.results]
+        lifted = [forward.args[i].type for i in derivative.lifted]
+        gradients = [forward.args[i].type.whole for i in derivative.arguments]
+    except IndexError:
+        yield f"@{forward.name} has no argument or result of such a number"
+        return
+    sides = [
+        ("takes", [*seeds, *lifted], [v.type for v in backward.args]),
+        ("gives", gradients, [v.type.whole for v in backward.results]),
+    ]
+    for verb, expected, found in sides:
+        if expected != found:
+            yield f"@{backward.name} {verb} ({_listed(found)}), not ({_listed(expected)})"
+    for graph in weights:
+        if graph.args or graph.results:
+            yield f"@{graph.name} takes or gives something"
+    for saver, reader in pairwise((forward, backward, *weights)):
+        saved = [v.type for v in saver.saved]
+        read = [v.type for v in reader.ops[0].results] if reader.ops[0].kind == "saved" else []
+        if saved != read:
+            reads = f"@{reader.name} reads ({_listed(read)})"
+            yield f"{reads}, and @{saver.name} saves ({_listed(saved)})"
 
 
-def _names(op: Op) -> list[str]:
-    names = op.attrs.get("entries")
-    return list(map(str, names)) if isinstance(names, tuple) else []
+def _listed(types: Sequence[Type]) -> str:
+    return ", ".join(map(str, types))

@@ -43,7 +43,6 @@ def _graph(graph: Graph) -> dict[str, Any]:
             for name, w in graph.weights.items()
         ],
         "caches": [{"name": name, "type": _type(c.type)} for name, c in graph.caches.items()],
-        "kept": [{"name": name, "type": _type(type)} for name, type in graph.kept.items()],
         "ops": [_op(op) for op in graph.ops],
     }
 

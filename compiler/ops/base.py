@@ -39,7 +39,7 @@ class Site:
     """The place where an operator stands, as its rules see it.
 
     `regions` and `callee` give the types of arguments and results of what is inside or called,
-    `kept` those of the entries that a backward graph reads.
+    `saved` those of the values that a graph of gradients reads.
     """
 
     types: tuple[Type, ...]
@@ -47,7 +47,7 @@ class Site:
     attrs: Mapping[str, Attr] = field(default_factory=dict)
     regions: tuple[Signature, ...] = ()
     callee: Signature | None = None
-    kept: tuple[Type, ...] = ()
+    saved: tuple[Type, ...] = ()
 
     def number(self, name: str) -> int:
         value = self.attrs[name]

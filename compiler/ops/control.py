@@ -89,35 +89,32 @@ class RepeatBackward(Operator):
         return carried
 
 
-class Keep(Operator):
-    """Keeps values of the forward graph for its backward graph, under the names in `entries`."""
+class Save(Operator):
+    """Saves values for the graph of gradients that follows, in order; stands once, outermost."""
 
-    kind = "keep"
+    kind = "save"
     sums = "own"
     variadic = True
     pure = False
-    attrs: ClassVar = {"entries": tuple}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         return ()
 
 
-class Kept(Operator):
-    """What the forward graph kept; the first operator of every backward graph.
+class Saved(Operator):
+    """What the graph before saved, in order; the first operator of every graph of gradients.
 
-    The graph takes gradients of the forward graph's `results` and gives those of its `arguments`,
-    both by number.
+    `Program.derivatives` says which graph that is; the verifier holds the types of both together.
     """
 
-    kind = "kept"
+    kind = "saved"
     sums = "own"
     pure = False
-    attrs: ClassVar = {"entries": tuple, "results": tuple, "arguments": tuple}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        return site.kept
+        return site.saved
 
 
 class AccumulateGrad(Operator):

@@ -10,6 +10,7 @@ terms of it. DeepSeek-V3 report, section 3.2.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Graph, Op, Program, Value, walk
@@ -196,15 +197,13 @@ def connect_stages(layout: Layout, stage: int) -> Pass:
         received, sent = crossing(main)
         if program.backward:
             # Gradients of what was sent come back, and those of what was received go there.
-            backward = program.graphs[program.backward]
-            first = backward.ops[0]
-            seeds = first.attrs["results"]
-            assert isinstance(seeds, tuple)
+            derivative, backward = program.derivatives[main.name], program.graphs[program.backward]
+            seeds = derivative.results
             _receive(backward, [n for n, i in enumerate(seeds) if i in sent], stage + 1, 1)
             _send(backward, range(len(backward.results)), stage - 1)
             kept = [i for i in range(len(main.results)) if i not in sent]
             results = tuple(n for n, i in enumerate(kept) if i in seeds)
-            first.attrs |= {"results": results, "arguments": ()}
+            program.derivatives[main.name] = replace(derivative, results=results, arguments=())
         _receive(main, received, stage - 1, 0)
         _send(main, sent, stage + 1)
         return ()

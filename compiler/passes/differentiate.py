@@ -1,20 +1,20 @@
 """The backward pass as graphs: for every graph G of a program, one that gives its gradients.
 
-`G_backward` reads what G keeps, takes the gradients of G's real results and gives those of its real
+It reads what G saves, takes the gradients of G's real results and gives those of its real
 arguments; gradients of weights are accumulated on the way, by operators that nothing else needs, so
 that they can be done later. Each operator says its own derivative (`Operator.grad`); this file runs
-through a graph backwards and adds up. Everything that is needed is kept; `recompute` thinks better.
+through a graph backwards and adds up. Everything that is needed is saved; `recompute` drops some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from compiler.graph.build import Builder
 from compiler.graph.core import (
-    BACKWARD,
     REPEATS,
     Attr,
+    Derivative,
     Graph,
     Op,
     Program,
@@ -31,11 +31,15 @@ from compiler.rewrite import Miss
 from dsl.load import Description
 from dsl.source import Span
 
+# By convention the graph of gradients is called so, behind the name of its forward graph.
+SUFFIX = "_backward"
+
 Gradients = dict[Value, Value]
-Moves = dict[str, set[int]]
+# By graph, the arguments or results that require a gradient, by number.
+RequiresGrad = dict[str, set[int]]
 
 
-class Underivable(Exception):
+class NotDifferentiable(Exception):
     """An operator whose derivative is not known, at this place."""
 
     def __init__(self, reason: str, op: Op) -> None:
@@ -44,7 +48,7 @@ class Underivable(Exception):
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
-    if program.backward or not _minimised(program.main):
+    if program.backward or not _loss_outputs(program.main):
         return ()
     between = [op for op in program.main.ops[:-1] if op.kind not in CALLS]
     if between:
@@ -52,9 +56,9 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
     made = copy_program(program)
     try:
         _Derivation(made).run()
-    except Underivable as error:
+    except NotDifferentiable as error:
         return (error.miss,)
-    program.graphs, program.backward = made.graphs, made.backward
+    program.graphs, program.derivatives = made.graphs, made.derivatives
     return ()
 
 
@@ -72,19 +76,22 @@ class _Derivation:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.moves = _moving_results(program)
-        self.wanted = _wanted_arguments(program, self.moves)
+        self.results = _results_requiring_grad(program)
+        self.arguments = _arguments_requiring_grad(program, self.results)
         self.made: dict[str, Graph] = {}
 
     def run(self) -> None:
         """Adds the backward graphs, each behind the graphs that it calls; or changes nothing."""
-        forward = list(self.program.graphs.values())
+        program = self.program
+        forward = list(program.graphs.values())
         for graph in forward:
-            self.made[graph.name] = _Backward(self, graph).derive()
+            made = _Backward(self, graph)
+            program.derivatives[graph.name] = made.derive()
+            self.made[graph.name] = made.backward
         for graph in forward:
-            _keep(graph, self.made[graph.name])
-        self.program.graphs |= {g.name: g for g in self.made.values()}
-        self.program.backward = self.program.root + BACKWARD
+            values = {v.name: v for v in in_order(graph)}
+            save(graph, [values[v.name] for v in self.made[graph.name].ops[0].results])
+        program.graphs |= {g.name: g for g in self.made.values()}
 
 
 class _Backward:
@@ -94,7 +101,7 @@ class _Backward:
         self.derivation = derivation
         self.forward = graph
         self.backward = Graph(
-            graph.name + BACKWARD,
+            graph.name + SUFFIX,
             about=f"The gradients of {graph.name}.",
             span=graph.span,
         )
@@ -104,7 +111,8 @@ class _Backward:
         self.builder = Builder(self.backward, callees)
         # Values of the forward graph are read under their own names.
         self.builder.names |= Builder(graph, {}).names
-        self.active = _active(graph, derivation.wanted[graph.name], derivation.moves)
+        arguments = derivation.arguments[graph.name]
+        self.requires_grad = _requires_grad(graph, arguments, derivation.results)
         self.spans: tuple[Span, ...] = ()
 
     # ---- what derivatives of operators ask for (`Adjoint`) --------------------------------------
@@ -126,19 +134,20 @@ class _Backward:
         return self.forward.weights[symbol].type
 
     def wants(self, value: Value) -> bool:
-        return value in self.active
+        return value in self.requires_grad
 
     def trains(self, symbols: Sequence[str]) -> bool:
         return any(self.forward.weights[s].trainable for s in symbols)
 
     # ---- the graph ------------------------------------------------------------------------------
 
-    def derive(self) -> Graph:
+    def derive(self) -> Derivative:
+        """Fills in `backward`; what corresponds between it and the forward graph."""
         graph = self.forward
-        seeds = _seeds(graph, self.active)
+        seeds = _seeds(graph, self.requires_grad)
         if graph.name == self.derivation.program.root:
-            # What is minimised; other results of the outermost block are for people.
-            seeds = [i for i in seeds if i in _minimised(graph)]
+            # Other results of the outermost block are reported, not minimized.
+            seeds = [i for i in seeds if i in _loss_outputs(graph)]
         given: Gradients = {}
         for i in seeds:
             result = graph.results[i]
@@ -147,19 +156,18 @@ class _Backward:
             given[result] = seed
         gradients = dict(given)
         self._reverse(graph.ops[:-1], gradients)
-        wanted = [
-            i for i in self.derivation.wanted[graph.name] if graph.args[i].type.dtype in FLOATS
-        ]
+        arguments = sorted(self.derivation.arguments[graph.name])
+        wanted = [i for i in arguments if graph.args[i].type.dtype in FLOATS]
         outputs = [self._or_zeros(gradients.get(graph.args[i]), graph.args[i]) for i in wanted]
         # A gradient that is passed through has to be a value of its own for whoever reads it twice.
         ends = graph.ops[-1].spans
         self.backward.ops.append(Op("return", outputs, spans=ends))
         self.backward.result_names = tuple(graph.args[i].name for i in wanted)
         _drop_dead(self.backward)
-        self._read_kept(seeds, wanted)
+        self._read_saved()
         used = {s for op in self.backward.walk() for s in op.symbols}
         self.backward.weights = {n: w for n, w in graph.weights.items() if n in used}
-        return self.backward
+        return Derivative(self.backward.name, results=tuple(seeds), arguments=tuple(wanted))
 
     def _reverse(self, ops: Sequence[Op], gradients: Gradients) -> None:
         """Runs backwards through operators; `gradients` of values grow on the way."""
@@ -183,7 +191,7 @@ class _Backward:
         try:
             found = OPS[op.kind].grad(self, op, d)
         except NotImplementedError:
-            raise Underivable(f"{op.kind} has no derivative", op) from None
+            raise NotDifferentiable(f"{op.kind} has no derivative", op) from None
         for value, gradient in zip(op.operands, found, strict=True):
             if gradient is not None and self.wants(value):
                 self._accumulate(gradients, value, gradient)
@@ -203,35 +211,30 @@ class _Backward:
 
     def _call(self, op: Op, d: Sequence[Value | None], gradients: Gradients) -> None:
         callee = str(op.attrs["callee"])
-        backward = self.derivation.made[callee]
-        kept = backward.ops[0]
-        results, arguments = kept.attrs["results"], kept.attrs["arguments"]
-        assert isinstance(results, tuple) and isinstance(arguments, tuple)
+        derivative = self.derivation.program.derivatives[callee]
         forward = self.derivation.program.graphs[callee]
         operands = []
-        for i in results:
-            assert isinstance(i, int)
+        for i in derivative.results:
             # Several results may be one value of the callee: their gradients add up.
             same = [j for j, v in enumerate(forward.results) if v is forward.results[i]]
             parts = [x for x in (d[j] for j in same) if x is not None]
-            total = parts[0] if parts else self._or_zeros(None, _alike(op.results[i], d))
+            total = parts[0] if parts else self._or_zeros(None, _like(op.results[i], d))
             for part in parts[1:]:
                 (total,) = self.add("add", [total, part], names=[f"d_{op.results[i].name}"])
             operands.append(total)
         scope = op.attrs["scope"]
-        names = [f"d_{op.operands[i].name}" for i in arguments if isinstance(i, int)]
-        found = self.add("call", operands, names=names, callee=backward.name, scope=scope)
-        for i, gradient in zip(arguments, found, strict=True):
-            assert isinstance(i, int)
+        names = [f"d_{op.operands[i].name}" for i in derivative.arguments]
+        found = self.add("call", operands, names=names, callee=derivative.backward, scope=scope)
+        for i, gradient in zip(derivative.arguments, found, strict=True):
             if self.wants(op.operands[i]):
                 self._accumulate(gradients, op.operands[i], gradient)
 
     def _repeat(self, op: Op, d: Sequence[Value | None], gradients: Gradients) -> None:
         """Layers from the last to the first, the gradients of what is carried carried back."""
         if op.kind == "repeat_backward":
-            raise Underivable("a gradient is not differentiated again", op)
+            raise NotDifferentiable("a gradient is not differentiated again", op)
         (region,) = op.regions
-        carried = [i for i, v in enumerate(op.operands) if v in self.active]
+        carried = [i for i, v in enumerate(op.operands) if v in self.requires_grad]
         count = len(op.operands)
         stacked = [i for i in range(count, len(op.results)) if d[i] is not None]
         inside: Gradients = {}
@@ -241,7 +244,7 @@ class _Backward:
             arg = self.builder.value(f"d_{yielded.name}", yielded.type.whole)
             region_args.append(arg)
             if yielded in inside:
-                raise Underivable(f"{yielded} is carried twice", op)
+                raise NotDifferentiable(f"{yielded} is carried twice", op)
             inside[yielded] = arg
         outer, self.builder.ops = self.builder.ops, []
         made = set(region.args) | {v for inner in region.ops for v in inner.results}
@@ -270,12 +273,12 @@ class _Backward:
     ) -> None:
         """What a loop holds besides calls has nowhere to be kept, layer by layer."""
         if any(v in made for inner in ops for v in inner.operands):
-            raise Underivable("equations between the layers have no derivative in a loop", op)
-        outside = [v for v in inside if v not in made and v in self.active]
+            raise NotDifferentiable("equations between the layers have no derivative in a loop", op)
+        outside = [v for v in inside if v not in made and v in self.requires_grad]
         if outside:
-            raise Underivable(f"layers read {outside[0]} from outside of their loop", op)
+            raise NotDifferentiable(f"layers read {outside[0]} from outside of their loop", op)
 
-    def _read_kept(self, seeds: Sequence[int], wanted: Sequence[int]) -> None:
+    def _read_saved(self) -> None:
         """The first operator: what the backward graph reads of the forward graph."""
         own = {*self.backward.args, *(v for op in self.backward.walk() for v in op.results)}
         own |= {v for op in self.backward.walk() for r in op.regions for v in r.args}
@@ -284,15 +287,8 @@ class _Backward:
         copies = {v: Value(v.name, v.type) for v in needed}
         for old, new in copies.items():
             self.backward.replace_uses(old, new)
-        entries = tuple(v.name for v in needed)
-        self.backward.kept = {v.name: v.type for v in needed}
-        first = Op(
-            "kept",
-            attrs={"entries": entries, "results": tuple(seeds), "arguments": tuple(wanted)},
-            results=list(copies.values()),
-            spans=(self.forward.span,) if self.forward.span else self.forward.ops[-1].spans,
-        )
-        self.backward.ops.insert(0, first)
+        spans = (self.forward.span,) if self.forward.span else self.forward.ops[-1].spans
+        self.backward.ops.insert(0, Op("saved", results=list(copies.values()), spans=spans))
 
 
 def in_order(graph: Graph) -> list[Value]:
@@ -300,7 +296,7 @@ def in_order(graph: Graph) -> list[Value]:
     return [*graph.args, *(v for op in graph.ops for v in op.results)]
 
 
-def _alike(value: Value, gradients: Sequence[Value | None]) -> Value:
+def _like(value: Value, gradients: Sequence[Value | None]) -> Value:
     """Something of the type of a value: a gradient, so that the value need not be kept for it."""
     return next((d for d in gradients if d is not None and d.type == value.type), value)
 
@@ -323,19 +319,15 @@ def _replace(op: Op, saving: Sequence[str], graph: Graph, program: Program) -> N
     op.results = [*op.results, *results[len(op.results) :]]
 
 
-def _keep(graph: Graph, backward: Graph) -> None:
-    """The last operator of a forward graph but one: it keeps what the backward graph reads."""
-    if not backward.kept:
-        return
-    values = {v.name: v for op in graph.ops for v in op.results} | {v.name: v for v in graph.args}
-    graph.kept = dict(backward.kept)
-    entries = tuple(backward.kept)
-    op = Op("keep", [values[n] for n in entries], attrs={"entries": entries})
-    op.spans = graph.ops[-1].spans or ((graph.span,) if graph.span else ())
-    graph.ops.insert(len(graph.ops) - 1, op)
+def save(graph: Graph, values: Sequence[Value]) -> None:
+    """Lets the last operator of a graph but one save `values`, and nothing else."""
+    graph.ops = [op for op in graph.ops if op.kind != "save"]
+    if values:
+        spans = graph.ops[-1].spans or ((graph.span,) if graph.span else ())
+        graph.ops.insert(len(graph.ops) - 1, Op("save", list(values), spans=spans))
 
 
-def _minimised(main: Graph) -> list[int]:
+def _loss_outputs(main: Graph) -> list[int]:
     """The results of the outermost block that have a gradient, by number.
 
     What is minimised, and in a stage of a pipeline the states that the next one reads.
@@ -344,67 +336,67 @@ def _minimised(main: Graph) -> list[int]:
     return [i for i, name in enumerate(main.result_names) if name == "total" or i in sent]
 
 
-def _seeds(graph: Graph, active: set[Value]) -> list[int]:
+def _seeds(graph: Graph, requires_grad: set[Value]) -> list[int]:
     """The results that have a gradient, by number; of equal ones the first."""
     seen: set[Value] = set()
     found = []
     for i, value in enumerate(graph.results):
-        if value in active and value not in seen:
+        if value in requires_grad and value not in seen:
             found.append(i)
             seen.add(value)
     return found
 
 
-def _active(graph: Graph, wanted: Sequence[int], moves: Moves) -> set[Value]:
-    """Values that change with a weight or with a wanted argument."""
-    active = {graph.args[i] for i in wanted}
+def _requires_grad(graph: Graph, arguments: Iterable[int], callees: RequiresGrad) -> set[Value]:
+    """Values that depend on a weight or on one of `arguments`; `callees` says so of results."""
+    found = {graph.args[i] for i in arguments}
 
     def results(op: Op) -> list[Value]:
         if op.kind == "call":
-            callee = moves[str(op.attrs["callee"])]
+            callee = callees[str(op.attrs["callee"])]
             return [v for i, v in enumerate(op.results) if i in callee]
         if op.kind == "repeat":
             carried = len(op.operands)
             stacked = zip(op.results[carried:], op.regions[0].yielded[carried:], strict=True)
-            return [*op.results[:carried], *(v for v, inner in stacked if inner in active)]
-        reads = any(v in active for v in op.operands)
-        trains = any(graph.weights[s].trainable for s in op.symbols)
-        return op.results if (reads or trains) and OPS[op.kind].differentiable else []
+            return [*op.results[:carried], *(v for v, inner in stacked if inner in found)]
+        reads = any(v in found for v in op.operands)
+        trainable = any(graph.weights[s].trainable for s in op.symbols)
+        return op.results if (reads or trainable) and OPS[op.kind].differentiable else []
 
     def visit(ops: Sequence[Op]) -> None:
         for op in ops:
             if op.kind == "repeat":
                 region = op.regions[0]
-                active.update(v for v in region.args if v.type.dtype in FLOATS)
+                found.update(v for v in region.args if v.type.dtype in FLOATS)
                 visit(region.ops)
-            active.update(v for v in results(op) if v.type.dtype in FLOATS)
+            found.update(v for v in results(op) if v.type.dtype in FLOATS)
 
     visit(graph.ops)
-    return active
+    return found
 
 
-def _moving_results(program: Program) -> Moves:
-    """For each graph the results that change with its weights or real arguments, by number."""
-    moves: Moves = {}
+def _results_requiring_grad(program: Program) -> RequiresGrad:
+    """For each graph the results that depend on its weights or real arguments."""
+    found: RequiresGrad = {}
     for name, graph in program.graphs.items():  # callees stand before callers
         real = [i for i, v in enumerate(graph.args) if v.type.dtype in FLOATS]
-        active = _active(graph, real, moves)
-        moves[name] = {i for i, v in enumerate(graph.results) if v in active}
-    return moves
+        values = _requires_grad(graph, real, found)
+        found[name] = {i for i, v in enumerate(graph.results) if v in values}
+    return found
 
 
-def _wanted_arguments(program: Program, moves: Moves) -> dict[str, list[int]]:
-    """For each graph the arguments that change with a weight in some call of it."""
-    wanted: dict[str, set[int]] = {name: set() for name in program.graphs}
+def _arguments_requiring_grad(program: Program, results: RequiresGrad) -> RequiresGrad:
+    """For each graph the arguments that depend on a weight in some call of it."""
+    found: RequiresGrad = {name: set() for name in program.graphs}
     # In a stage of a pipeline the states that the one before it gave.
-    wanted[program.root] = set(crossing(program.main)[0])
+    found[program.root] = set(crossing(program.main)[0])
     for name, graph in reversed(program.graphs.items()):  # callers stand behind their callees
-        active = _active(graph, sorted(wanted[name]), moves)
+        values = _requires_grad(graph, found[name], results)
         for op in graph.walk():
             if op.kind == "call":
-                moved = {i for i, v in enumerate(op.operands) if v in active}
-                wanted[str(op.attrs["callee"])] |= moved
-    return {name: sorted(indices) for name, indices in wanted.items()}
+                callee = found[str(op.attrs["callee"])]
+                callee |= {i for i, v in enumerate(op.operands) if v in values}
+    return found
 
 
 def _drop_dead(graph: Graph) -> None:

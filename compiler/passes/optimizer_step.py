@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from compiler.graph.build import Builder
-from compiler.graph.core import BACKWARD, STEP, WEIGHTS, Graph, Op, Program, Region, Weight
+from compiler.graph.core import Graph, Op, Program, Region, Weight
 from compiler.graph.types import Dim
 from compiler.ops.base import dims_attr
 from compiler.passes.partition import group_attrs
 from compiler.plan.layout import Layout, Mesh, units
 
+# By convention the graph that ends a step is called so, behind the name of its forward graph.
+SUFFIX = "_step"
 # What results are called, after the weight.
 NAMES = {
     "gradient": "d_{}",
@@ -46,16 +48,18 @@ def step_program(
     program: Program, layout: Layout, stage: int, shared: Mapping[str, tuple[int, ...]]
 ) -> Program:
     """The program that ends a training step on the ranks whose forward program is given."""
-    made = Program(program.name, program.root + STEP)
+    made = Program(program.name, program.root + SUFFIX)
     for name, graph in program.graphs.items():
-        if name.endswith((BACKWARD, WEIGHTS)):
+        if program.forward_of(name) != name:
             continue
         step = _Step(graph, program, made, layout, stage, shared).graph
         if len(step.ops) > 1 or name == program.root:
             made.graphs[step.name] = step
-    # Parts of a block that share its weights have been looked after by the block.
+            made.steps[name] = step.name
+    # The block updates the weights of its parts, which share its scope.
     used = {made.root, *(c for graph in made.graphs.values() for c in graph.calls())}
     made.graphs = {name: graph for name, graph in made.graphs.items() if name in used}
+    made.steps = {name: step for name, step in made.steps.items() if step in used}
     return made
 
 
@@ -74,7 +78,7 @@ class _Step:
         self.layout, self.stage, self.shared = layout, stage, shared
         self.forward, self.program, self.made = graph, program, made
         about = f"The end of a training step for the weights of {graph.name}."
-        self.graph = Graph(graph.name + STEP, about=about, span=graph.span)
+        self.graph = Graph(graph.name + SUFFIX, about=about, span=graph.span)
         self.builder = Builder(self.graph, made.graphs)
         for name, weight in self._weights(graph).items():
             if weight.trainable:
@@ -133,8 +137,8 @@ class _Step:
         found: list[Op] = []
         for op in ops:
             if op.kind == "call" and op.attrs["scope"]:
-                callee = f"{op.attrs['callee']}{STEP}"
-                if callee in self.made.graphs:
+                callee = self.made.steps.get(str(op.attrs["callee"]))
+                if callee:
                     attrs = {"callee": callee, "scope": op.attrs["scope"]}
                     found.append(Op("call", attrs=attrs, spans=op.spans))
             elif op.kind == "repeat":

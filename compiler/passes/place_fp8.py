@@ -3,8 +3,8 @@
 All three products of a linear layer take quantized operands and their scales: the forward pass, the
 gradient of its input and the gradient of its weight. Then equal casts are made once, for all their
 users, and casts move: before the sorting by expert, so that tokens travel in FP8, and from the
-backward graph to the forward graph, so that what is kept is kept in FP8. See docs/precision.md for
-which scales are powers of two, and why.
+backward graph to the forward graph, so that it is saved in FP8. See docs/precision.md for which
+scales are powers of two, and why.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder
-from compiler.graph.core import BACKWARD, Attr, Graph, Op, Program, Value, Weight, lists
+from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight, lists
 from compiler.ops.base import dims_attr
 from compiler.ops.quantize import parts_attr
 from compiler.passes.base import Pass
+from compiler.passes.differentiate import save
 from compiler.passes.simplify import share_equal
 from compiler.rewrite import Miss, Place, rewrite
 from dsl.load import Description
@@ -43,7 +44,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
     }
     misses = [miss for kind, rule in rules.items() for miss in rewrite(program, kind, rule)]
     _share(program)
-    _keep_quantized(program)
+    _save_quantized(program)
     rewrite(program, "permute", _permute_quantized)
     rewrite(program, "dispatch", _dispatch_quantized)
     _share(program)
@@ -119,14 +120,15 @@ class _Products:
         if weight.fp8 != "recipe":
             return weight.fp8
         source = _source(at.producers, x)
-        if source is not None and source[0].kind == "kept":
-            source = self.kept_source(at.builder.graph, *source)
+        if source is not None and source[0].kind == "saved":
+            source = self.saved_source(at.builder.graph, *source)
         return "ue8m0" if source and source[0].kind in POWERS_OF_TWO else "fp32"
 
-    def kept_source(self, backward: Graph, kept: Op, value: Value) -> tuple[Op, Value] | None:
+    def saved_source(self, backward: Graph, saved: Op, value: Value) -> tuple[Op, Value] | None:
         """Where in the forward graph a value comes from that the backward graph reads."""
-        forward = self.program.graphs[backward.name.removesuffix(BACKWARD)]
-        x = _keep_of(forward).operands[kept.results.index(value)]
+        forward = self.program.saver_of(backward.name)
+        assert forward is not None
+        x = forward.saved[saved.results.index(value)]
         return _source({v: op for op in forward.walk() for v in op.results}, x)
 
 
@@ -188,26 +190,21 @@ def _share(program: Program) -> None:
         share_equal(graph)
 
 
-def _keep_quantized(program: Program) -> None:
-    """What a backward graph only quantizes is quantized by its forward graph, and kept so."""
+def _save_quantized(program: Program) -> None:
+    """What a backward graph only quantizes is quantized by its forward graph, and saved so."""
     for forward in program.graphs.values():
         backward = program.backward_of(forward.name)
-        if backward is None or not forward.kept:
+        if backward is None:
             continue
-        keep, kept = _keep_of(forward), backward.ops[0]
-        for value in list(kept.results):
+        read = backward.ops[0].results
+        for value in list(read):
             readers = [op for op in backward.walk() if value in op.operands]
             if [op.kind for op in readers] == ["quantize"]:
-                at, (cast,) = kept.results.index(value), readers
-                own = _quantized(keep.operands[at], cast, forward, program)
-                keep.operands[at : at + 1] = own
-                kept.results[at : at + 1] = cast.results
+                at, (cast,) = read.index(value), readers
+                before, x, behind = forward.saved[:at], forward.saved[at], forward.saved[at + 1 :]
+                save(forward, [*before, *_quantized(x, cast, forward, program), *behind])
+                read[at : at + 1] = cast.results
                 backward.ops.remove(cast)
-                entries = list(forward.kept)
-                entries[at : at + 1] = [v.name for v in own]
-                keep.attrs["entries"] = kept.attrs["entries"] = tuple(entries)
-                forward.kept = {e: v.type for e, v in zip(entries, keep.operands, strict=True)}
-                backward.kept = dict(forward.kept)
 
 
 def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[Value]:
@@ -220,13 +217,9 @@ def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[V
     scale, parts = cast.attrs["scale"], cast.attrs["parts"]
     names = _names(x)
     made = builder.add("quantize", [x], names=names, spans=cast.spans, scale=scale, parts=parts)
-    at = graph.ops.index(_keep_of(graph))
+    at = next(i for i, op in enumerate(graph.ops) if op.kind == "save")
     graph.ops[at:at] = builder.ops
     return made
-
-
-def _keep_of(graph: Graph) -> Op:
-    return next(op for op in graph.ops if op.kind == "keep")
 
 
 def _permute_quantized(at: Place) -> Sequence[Value] | Miss:

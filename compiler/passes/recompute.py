@@ -1,31 +1,31 @@
-"""What the backward pass computes again instead of keeping it, by bytes saved for each FLOP.
+"""What the backward pass recomputes instead of saving it, by bytes freed for each FLOP.
 
-1. Views are never kept beside what they show, and what a caller has is not kept by the callee.
-2. Norms and pointwise functions are computed again: no matrix product, hence almost free.
+1. Views are never saved beside their base, and what a caller has is not saved by the callee.
+2. Norms and pointwise functions are recomputed: no matrix product, hence almost free.
 3. So are products that widen: q_b_proj and kv_b_proj of MLA, and down_proj of fine-grained experts,
-   save several times the bytes for each FLOP that a product with the hidden state would
+   free several times the bytes for each FLOP that a product with the hidden state would
    (DeepSeek-V3 report, section 3.2.3; of the experts it says nothing).
 
 With `train.kept_bytes_per_token` in the spec there is a budget instead of the third rule: the best
-ratio goes first, until what is kept for one token fits. Whatever is computed again is computed by
-the same operators from the same values, so that gradients have the same bits.
+ratio goes first, until what is saved for one token fits. Recomputation runs the same operators on
+the same values, so that gradients have the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from compiler.analysis.costs import Costs
-from compiler.analysis.kept import SEQUENCE, sizes_of, token_bytes
+from compiler.analysis.saved import SEQUENCE, sizes_of, token_bytes
 from compiler.graph.build import site_of
 from compiler.graph.core import REPEATS, Graph, Op, Program, Value
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
 from compiler.passes.base import Pass
-from compiler.passes.differentiate import in_order
+from compiler.passes.differentiate import in_order, save
 from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -36,7 +36,7 @@ POINTWISE = (
     "sub", "mul", "div", "scale", "cast",
 )  # fmt: skip
 PRODUCTS = ("linear", "grouped_linear")
-# A product is computed again if it saves this many times the bytes for each FLOP that one with the
+# A product is recomputed if it frees this many times the bytes for each FLOP that one with the
 # hidden state would. For V3: kv_b_proj 14, q_b_proj 4.7, down_proj of an expert 3.5.
 WIDENING = 3
 
@@ -44,12 +44,12 @@ WIDENING = 3
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     if not program.backward:
         return ()
-    pairs = {pair.backward.name: pair for pair in _pairs(program)}
-    for pair in pairs.values():  # callees stand before callers, which they hand arguments to
-        _settle(pair, pairs, program)
+    pairs = {pair.forward.name: pair for pair in _pairs(program)}
+    for pair in pairs.values():  # callees stand before callers, which provide lifted arguments
+        _apply_default_rules(pair, pairs, program)
     _choose(list(pairs.values()), program, description)
     for pair in pairs.values():
-        _settle(pair, pairs, program)
+        _apply_default_rules(pair, pairs, program)
     for pair in pairs.values():
         pair.write()
     return ()
@@ -57,39 +57,43 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
 
 RECOMPUTE = Pass(
     "recompute",
-    "compute again what is cheap to compute, instead of keeping it",
+    "recompute what is cheap to compute, instead of saving it",
     _run,
-    requires="differentiate: everything that is needed is kept",
-    ensures="no view is kept; the budget of the spec holds",
+    requires="differentiate: everything that is needed is saved",
+    ensures="no view is saved; the budget of the spec holds",
 )
 
 
 @dataclass
 class _Pair:
-    """A graph and its gradients. `kept` maps names of forward values to what stands for them."""
+    """A graph and its gradients.
+
+    `saved` and `made` map names of forward values to those values in the backward graph that are
+    read from what was saved and that are recomputed or lifted.
+    """
 
     forward: Graph
     backward: Graph
     sizes: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        self.producers = {v.name: op for op in _apart(self.forward.ops) for v in op.results}
+        self.producers = {v.name: op for op in _decompose(self.forward.ops) for v in op.results}
         self.values = {v.name: v for op in self.forward.ops for v in op.results}
         self.values |= {v.name: v for v in self.forward.args}
         self.head = self.backward.ops[0]
-        self.kept: dict[str, Value] = {v.name: v for v in self.head.results}
+        self.saved: dict[str, Value] = {v.name: v for v in self.head.results}
         self.made: dict[str, Value] = {}
         self.clones: dict[Value, Op] = {}
         self.taken = {v.name for op in self.backward.ops for v in op.results}
         self.taken |= {v.name for v in self.backward.args}
 
     def local(self, value: Value) -> Value:
-        """What stands for a forward value in the backward graph; if nothing does, it is kept."""
+        """What stands for a forward value in the backward graph; if nothing does, it is saved."""
         if value.name in self.made:
             return self.made[value.name]
-        if value.name not in self.kept:
-            self.kept[value.name] = Value(self.unique(value.name), value.type)
-        return self.kept[value.name]
+        if value.name not in self.saved:
+            self.saved[value.name] = Value(self.unique(value.name), value.type)
+        return self.saved[value.name]
 
     def unique(self, name: str) -> str:
         base, n = name, 2
@@ -98,31 +102,31 @@ class _Pair:
         self.taken.add(name)
         return name
 
-    def again(self, kinds: Sequence[str], *, only_if_saved: bool = False) -> None:
-        """Recomputes whatever is kept and made by an operator of these kinds."""
+    def recompute_kinds(self, kinds: Sequence[str], *, only_if_freed: bool = False) -> None:
+        """Recomputes every saved value that an operator of these kinds made."""
         changed = True
         while changed:
             changed = False
-            for name in list(self.kept):
+            for name in list(self.saved):
                 op = self.producers.get(name)
-                if op is None or op.kind not in kinds or name not in self.kept:
+                if op is None or op.kind not in kinds or name not in self.saved:
                     continue
-                if only_if_saved and self.saved(op) <= 0:
+                if only_if_freed and self.bytes_freed(op) <= 0:
                     continue
                 self.recompute(op)
                 changed = True
 
-    def saved(self, op: Op) -> Fraction:
-        """Bytes for one token that need not be kept when `op` and what leads from it run again."""
+    def bytes_freed(self, op: Op) -> Fraction:
+        """Bytes for one token that need not be saved when `op` and its followers are recomputed."""
         new = dict.fromkeys(s for v in op.operands for s in self._sources(v))
-        freed = [v for n, v in self.kept.items() if self._follows(self.values[n], op)]
+        freed = [v for n, v in self.saved.items() if self._follows(self.values[n], op)]
         return self._bytes(freed) - self._bytes(new)
 
     def _bytes(self, values: Iterable[Value]) -> Fraction:
         return sum((token_bytes(v.type, self.sizes) for v in values), Fraction(0))
 
     def _follows(self, value: Value, op: Op) -> bool:
-        """Whether a kept value is made of the results of `op` alone, by views and pointwise."""
+        """Whether a saved value is made of the results of `op` alone, by views and pointwise."""
         made_by = self.producers.get(value.name)
         if made_by is op:
             return True
@@ -132,8 +136,8 @@ class _Pair:
         return bool(sources) and sources <= set(op.results)
 
     def _sources(self, value: Value) -> Iterator[Value]:
-        """What has to be kept so that views and pointwise functions can make a value again."""
-        if value.name in self.kept or value.name in self.made:
+        """What has to be saved so that views and pointwise functions can recompute a value."""
+        if value.name in self.saved or value.name in self.made:
             return
         op = self.producers.get(value.name)
         if op is None or op.kind not in (*VIEWS, *POINTWISE):
@@ -143,15 +147,15 @@ class _Pair:
             yield from self._sources(operand)
 
     def flops(self, op: Op, program: Program) -> int:
-        """Of running `op` again, for one token."""
+        """Of recomputing `op`, for one token."""
         site = site_of(op, self.forward, program.graphs)
         return max(1, OPS[op.kind].flops(site, self.sizes) // SEQUENCE)
 
     def recompute(self, op: Op) -> None:
-        """Runs a forward operator again; `write` finds the place for it."""
+        """Recomputes a forward operator; `write` finds the place for it."""
         copies = []
         for result in op.results:
-            old = self.kept.pop(result.name, None)
+            old = self.saved.pop(result.name, None)
             new = Value(old.name if old else self.unique(result.name), result.type)
             self.made[result.name] = new
             copies.append(new)
@@ -165,18 +169,18 @@ class _Pair:
         self.backward.weights |= {s: self.forward.weights[s] for s in op.symbols}
 
     def recompute_from(self, op: Op) -> None:
-        """Runs `op` again, and whatever leads from it to values that are kept."""
-        follow = [n for n in self.kept if self._follows(self.values[n], op)]
+        """Recomputes `op`, and what leads from it to saved values."""
+        follow = [n for n in self.saved if self._follows(self.values[n], op)]
         while follow:
             made_by = self.producers[follow.pop()]
-            before = set(self.kept)
+            before = set(self.saved)
             self.recompute(made_by)
             if made_by is not op:
-                follow += [n for n in self.kept if n not in before and self.producers.get(n)]
+                follow += [n for n in self.saved if n not in before and self.producers.get(n)]
                 follow = [n for n in follow if self._follows(self.values[n], op)]
 
     def _place(self) -> None:
-        """Every operator that runs again stands right before the first one that reads it."""
+        """Every recomputed operator stands right before the first one that reads it."""
         placed: list[Op] = []
         done: set[int] = set()
 
@@ -193,22 +197,13 @@ class _Pair:
         self.backward.ops = placed
 
     def write(self) -> None:
-        """Lets the two graphs say what is kept in the end."""
+        """Lets the two graphs say what is saved in the end."""
         self._place()
         read = {v for op in self.backward.ops for v in op.operands}
-        names = [v.name for v in in_order(self.forward) if v.name in self.kept]
-        self.kept = {name: self.kept[name] for name in names if self.kept[name] in read}
-        entries = tuple(self.kept)
-        types = {name: value.type for name, value in self.kept.items()}
-        self.forward.kept, self.backward.kept = types, dict(types)
-        self.head.results = list(self.kept.values())
-        self.head.attrs["entries"] = entries
-        keep = next((op for op in self.forward.ops if op.kind == "keep"), None)
-        if keep is not None and not entries:
-            self.forward.ops.remove(keep)
-        elif keep is not None:
-            keep.operands = [self.values[name] for name in entries]
-            keep.attrs["entries"] = entries
+        names = [v.name for v in in_order(self.forward) if v.name in self.saved]
+        self.saved = {name: self.saved[name] for name in names if self.saved[name] in read}
+        self.head.results = list(self.saved.values())
+        save(self.forward, [self.values[name] for name in self.saved])
 
 
 def _pairs(program: Program) -> Iterator[_Pair]:
@@ -218,8 +213,8 @@ def _pairs(program: Program) -> Iterator[_Pair]:
             yield _Pair(graph, backward, sizes_of(graph, program))
 
 
-def _apart(ops: Sequence[Op]) -> Iterator[Op]:
-    """Operators one by one: the norm of a sum that is kept needs nothing but the sum."""
+def _decompose(ops: Sequence[Op]) -> Iterator[Op]:
+    """Operators one by one: the norm of a saved sum needs nothing but the sum."""
     for op in ops:
         if op.kind == "add_rms_norm":
             total, normed = op.results
@@ -229,28 +224,31 @@ def _apart(ops: Sequence[Op]) -> Iterator[Op]:
             yield op
 
 
-def _settle(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
+def _apply_default_rules(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
     """The first two rules, for one graph."""
-    pair.again(VIEWS)
-    pair.again(POINTWISE, only_if_saved=True)
-    _lift(pair, pairs, program)
+    pair.recompute_kinds(VIEWS)
+    pair.recompute_kinds(POINTWISE, only_if_freed=True)
+    _lift_arguments(pair, pairs, program)
 
 
-def _lift(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
-    """Arguments that are kept come from the callers instead, which have them anyway.
+def _lift_arguments(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
+    """Arguments that are saved come from the callers instead, which have them anyway.
 
     Not for what the outermost block calls: autograd hands those nothing but gradients.
     """
     name = pair.forward.name
-    lifted = [i for i, v in enumerate(pair.forward.args) if v.name in pair.kept]
+    lifted = [i for i, v in enumerate(pair.forward.args) if v.name in pair.saved]
     if not lifted or name in program.main.calls():
         return
     for i in lifted:
         argument = pair.forward.args[i].name
-        pair.made[argument] = pair.kept.pop(argument)
+        pair.made[argument] = pair.saved.pop(argument)
         pair.backward.args.append(pair.made[argument])
+    derivative = program.derivatives[name]
+    numbers = (*derivative.lifted, *lifted)
+    program.derivatives[name] = replace(derivative, lifted=numbers)
     for caller, op in _calls(pair.backward.name, program):
-        around = pairs[caller.name]
+        around = pairs[program.forward_of(caller.name)]
         same = next(
             o
             for o in around.forward.walk()
@@ -267,24 +265,24 @@ def _calls(callee: str, program: Program) -> Iterator[tuple[Graph, Op]]:
 
 
 def _choose(pairs: Sequence[_Pair], program: Program, description: Description) -> None:
-    """Products that run again: those that widen, or as many as the budget asks for."""
+    """Products that are recomputed: those that widen, or as many as the budget asks for."""
     times = Costs(program).runs()
     budget = description.spec.train.kept_bytes_per_token
-    least = WIDENING * _usual(program) if budget is None else Fraction(0)
+    least = WIDENING * _baseline_ratio(program) if budget is None else Fraction(0)
 
     def total() -> Fraction:
         return sum(
             (
                 times[pair.forward.name] * token_bytes(v.type, pair.sizes)
                 for pair in pairs
-                for v in pair.kept.values()
+                for v in pair.saved.values()
             ),
             Fraction(0),
         )
 
     while budget is None or total() > budget:
         found = [
-            (pair.saved(op) / pair.flops(op, program), -i, pair, op)
+            (pair.bytes_freed(op) / pair.flops(op, program), -i, pair, op)
             for i, (pair, op) in enumerate(_products(pairs))
         ]
         found = [f for f in found if f[0] > least]
@@ -292,8 +290,8 @@ def _choose(pairs: Sequence[_Pair], program: Program, description: Description) 
             break
         _, _, pair, op = max(found, key=lambda f: f[:2])
         pair.recompute_from(op)
-        pair.again(VIEWS)
-        pair.again(POINTWISE, only_if_saved=True)
+        pair.recompute_kinds(VIEWS)
+        pair.recompute_kinds(POINTWISE, only_if_freed=True)
     if budget is not None and total() > budget:
         raise DiagnosticError([_over(math.ceil(total()), budget, description)])
 
@@ -305,7 +303,7 @@ def _products(pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, Op]]:
                 yield pair, op
 
 
-def _usual(program: Program) -> Fraction:
+def _baseline_ratio(program: Program) -> Fraction:
     """Bytes saved for each FLOP by a product with what layers hand on."""
     for op in program.main.ops:
         if op.kind in REPEATS:
@@ -317,8 +315,8 @@ def _usual(program: Program) -> Fraction:
 def _over(total: int, budget: int, description: Description) -> Diagnostic:
     return Diagnostic(
         "E420",
-        f"{total:,} bytes have to be kept for one token, more than the {budget:,} allowed",
+        f"{total:,} bytes have to be saved for one token, more than the {budget:,} allowed",
         description.span("train", "kept_bytes_per_token"),
         "the budget",
-        help=f"raise it to at least {total:,}: inputs of layers and experts cannot be made again",
+        help=f"raise it to at least {total:,}: inputs of layers and experts cannot be recomputed",
     )

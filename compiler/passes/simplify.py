@@ -175,7 +175,7 @@ def _drop_results(graph: Graph, program: Program) -> bool:
 
 def _is_tied(graph: Graph, program: Program) -> bool:
     """Whether a graph and its gradients speak of one another's arguments by number."""
-    return graph.ops[0].kind == "kept" or program.backward_of(graph.name) is not None
+    return graph.name in program.derivatives or program.saver_of(graph.name) is not None
 
 
 def _drop_args(graph: Graph, program: Program) -> bool:

@@ -1,28 +1,31 @@
 """The backward pass in two: gradients of inputs, for which others wait, and those of weights.
 
-`G_backward` keeps what leads to the gradients of G's arguments; `G_weights` computes the rest, at
-any later time. What the one makes and the other reads is kept, as between forward and backward.
+The backward graph of a graph G keeps what leads to the gradients of G's arguments; the graph of the
+weights computes the rest, at any later time. It reads what the backward graph saves for it.
 Schedules without bubbles need that: DeepSeek-V3 report, section 3.2.1; arXiv 2401.10241.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from compiler.graph.core import BACKWARD, WEIGHTS, Attr, Graph, Op, Program, Region, Value, Weight
+from compiler.graph.core import Graph, Op, Program, Region, Value, Weight
 from compiler.passes.base import Pass
+from compiler.passes.differentiate import save
 from compiler.rewrite import Miss
 from dsl.load import Description
 
+# By convention the graph of gradients of weights is called so, behind its forward graph's name.
+SUFFIX = "_weights"
 CALLS = ("call", "repeat_backward")
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     if not program.backward or program.weights:
         return ()
-    for name in list(program.graphs):
-        if name.endswith(BACKWARD) and program.graphs[name].ops[0].kind == "kept":
-            _split(program, program.graphs[name])
+    for name in list(program.derivatives):  # callees stand before callers
+        _split(program, name)
     return ()
 
 
@@ -36,20 +39,18 @@ SPLIT_BACKWARD = Pass(
 )
 
 
-def _split(program: Program, backward: Graph) -> None:
-    """Leaves the gradients of inputs in `backward`, and adds a graph of what is left."""
+def _split(program: Program, forward: str) -> None:
+    """Leaves the gradients of inputs in the backward graph, and adds a graph of what is left."""
+    derivative = program.derivatives[forward]
+    backward = program.graphs[derivative.backward]
     needed = _needed(backward)
     first = [op for op in backward.ops[:-1] if op in needed]
     rest = [op for op in backward.ops[:-1] if op not in needed]
-    name = backward.name.removesuffix(BACKWARD) + WEIGHTS
-    weights = Graph(
-        name,
-        about=f"The gradients of the weights of {backward.name.removesuffix(BACKWARD)}.",
-        span=backward.span,
-    )
+    about = f"The gradients of the weights of {forward}."
+    weights = Graph(forward + SUFFIX, about=about, span=backward.span)
     made = {v for op in rest for v in op.results}
-    crossing = list(dict.fromkeys(v for op in rest for v in op.operands if v not in made))
-    copies = {v: Value(v.name, v.type) for v in crossing}
+    saved = list(dict.fromkeys(v for op in rest for v in op.operands if v not in made))
+    copies = {v: Value(v.name, v.type) for v in saved}
     for op in backward.ops[:-1]:
         if op in rest:
             op.operands = [copies.get(v, v) for v in op.operands]
@@ -59,23 +60,19 @@ def _split(program: Program, backward: Graph) -> None:
     if not weights.ops:
         return
     span = backward.ops[0].spans
-    entries = tuple(v.name for v in crossing)
-    kept = {v.name: v.type for v in crossing}
-    keep = [Op("keep", crossing, attrs={"entries": entries}, spans=span)] if crossing else []
-    backward.ops[:-1] = [*first, *keep]
-    backward.kept |= kept
-    weights.kept = kept
-    attrs: dict[str, Attr] = {"entries": entries, "results": (), "arguments": ()}
-    head = Op("kept", attrs=attrs, results=list(copies.values()), spans=span)
+    backward.ops = [*first, backward.ops[-1]]
+    save(backward, saved)
+    head = Op("saved", results=list(copies.values()), spans=span)
     weights.ops = [head, *weights.ops, Op("return", spans=span)]
     weights.weights = _used(weights, backward)
     backward.weights = _used(backward, backward)
-    program.graphs[name] = weights
+    program.graphs[weights.name] = weights
+    program.derivatives[forward] = replace(derivative, weights=weights.name)
 
 
 def _needed(backward: Graph) -> set[Op]:
     """Calls, and the operators that they and the results of a graph need."""
-    needed = {op for op in backward.ops if op.kind in ("kept", "return", *CALLS)}
+    needed = {op for op in backward.ops if op.kind in ("saved", "return", *CALLS)}
     wanted = {v for op in needed for v in op.operands}
     for op in reversed(backward.ops):
         if op in needed or wanted & set(op.results):
@@ -87,8 +84,8 @@ def _needed(backward: Graph) -> set[Op]:
 def _call(op: Op, ops: list[Op], program: Program) -> None:
     """The weights' part of what is called, if it has one; layers of a loop from last to first."""
     if op.kind == "call":
-        callee = str(op.attrs["callee"]).removesuffix(BACKWARD) + WEIGHTS
-        if callee in program.graphs:
+        callee = program.derivatives[program.forward_of(str(op.attrs["callee"]))].weights
+        if callee:
             scope = op.attrs["scope"]
             ops.append(Op("call", attrs={"callee": callee, "scope": scope}, spans=op.spans))
         return

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from compiler.graph.types import BYTES
-from compiler.plan.kept import Activations
 from compiler.plan.layout import Layout, Unit
 from compiler.plan.placement import Placed
+from compiler.plan.saved import Activations
 from dsl.source import Span
 
 # Sums over micro-batches are kept in FP32 (report, section 3.3.2).
@@ -72,16 +72,16 @@ class RankMemory:
 def rank_memory(
     layout: Layout,
     placed: Sequence[Placed],
-    kept: Mapping[range, Activations],
+    saved: Mapping[range, Activations],
     pipeline: int,
 ) -> RankMemory:
-    """The memory of the ranks at `pipeline`; `kept` is by the operators of a unit."""
+    """The memory of the ranks at `pipeline`; `saved` is by the operators of a unit."""
     own = [one for one in placed if pipeline in one.pipelines]
     uses = [use for one in own for use in _weight_uses(one, layout.zero)]
     for stage in layout.stages_of(pipeline):
-        uses += _activation_uses(layout, stage, kept)
+        uses += _activation_uses(layout, stage, saved)
     held = [unit for s in layout.stages_of(pipeline) for unit in layout.stages[s].units]
-    uses.append(_working_use(held, kept))
+    uses.append(_working_use(held, saved))
     parameters = sum(one.on_rank for one in own)
     return RankMemory(pipeline, parameters, tuple(use for use in uses if use.bytes))
 
@@ -104,14 +104,14 @@ def _weight_uses(one: Placed, zero: int) -> Iterator[Use]:
 
 
 def _activation_uses(
-    layout: Layout, stage: int, kept: Mapping[range, Activations]
+    layout: Layout, stage: int, saved: Mapping[range, Activations]
 ) -> Iterator[Use]:
     times = layout.in_flight(stage)
     units: dict[range, list[Unit]] = {}
     for unit in layout.stages[stage].units:
         units.setdefault(unit.ops, []).append(unit)
     for ops, equal in units.items():
-        for one in kept[ops].kept:
+        for one in saved[ops].saved:
             name = f"%{one.name} of {one.block}, {_counted(equal)} x {times} micro-batches"
             size = len(equal) * times * one.bytes
             yield Use(Kind.ACTIVATIONS, name, size, equal[0].layer, one.span)
@@ -124,8 +124,8 @@ def _counted(equal: Sequence[Unit]) -> str:
     return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
 
 
-def _working_use(units: Sequence[Unit], kept: Mapping[range, Activations]) -> Use:
-    unit = max(units, key=lambda one: kept[one.ops].working.bytes)
-    largest = kept[unit.ops].working
+def _working_use(units: Sequence[Unit], saved: Mapping[range, Activations]) -> Use:
+    unit = max(units, key=lambda one: saved[one.ops].working.bytes)
+    largest = saved[unit.ops].working
     name = f"{largest.name} of {largest.block}"
     return Use(Kind.WORKING, name, largest.bytes, unit.layer, largest.span)

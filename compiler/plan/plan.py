@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from compiler.analysis.summary import TRAINING_PASSES
 from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
-from compiler.plan.kept import Activations, activations
 from compiler.plan.layout import Layout, Mesh, Unit, units
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
+from compiler.plan.saved import Activations, activations
 from compiler.plan.schedule import schedule
 from compiler.plan.simulate import Costs, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
@@ -102,14 +102,14 @@ class _Costs:
     """Of one micro-batch, by the operators of a unit."""
 
     flops: Mapping[range, Flops]
-    kept: Mapping[range, Activations]
+    saved: Mapping[range, Activations]
 
 
 class Planner:
     """Makes plans of one model on one cluster, for any layout that can be.
 
     `program` is what training computes, as the equations say it: before operators are fused;
-    `train` is the finished program, which says what is kept for the gradients.
+    `train` is the finished program, which says what is saved for the gradients.
     """
 
     def __init__(self, program: Program, train: Program, cluster: Cluster, longest: int) -> None:
@@ -151,7 +151,7 @@ class Planner:
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
         ranks = tuple(
             Rank(
-                rank_memory(layout, placed, costs.kept, at),
+                rank_memory(layout, placed, costs.saved, at),
                 _step_flops(layout, costs.flops, at),
                 sent(layout, placed, around, boundary, tokens, at),
             )

@@ -8,10 +8,10 @@ from fractions import Fraction
 
 from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
-from compiler.plan.kept import FP8_BYTES, TILE
 from compiler.plan.layout import Layout, Unit
 from compiler.plan.memory import GRADIENT_BYTES
 from compiler.plan.placement import Placed
+from compiler.plan.saved import FP8_BYTES, TILE
 
 # Why ranks send, in the order in which tables list it.
 PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")

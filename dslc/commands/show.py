@@ -173,14 +173,14 @@ def totals(facts: Summary) -> Iterator[Row]:
 
 def kept(compiled: Compiled) -> list[Row]:
     """What each block keeps for the backward pass, and what it computes again instead."""
-    from compiler.analysis.kept import kept_blocks
+    from compiler.analysis.saved import saved_blocks
 
     train = compiled.programs["train"]
     if not train.backward:
         return []
     rows: list[Row] = [("kept for the backward pass", "times", "bytes a token", "computed again")]
-    for one in kept_blocks(train):
-        again = ", ".join(f"{kind} {n}" for kind, n in one.again.items())
+    for one in saved_blocks(train):
+        again = ", ".join(f"{kind} {n}" for kind, n in one.recomputed.items())
         rows.append((one.block, str(one.runs), f"{one.bytes:,}", again))
     numbers = kept_json(compiled)
     unless = f"{numbers['all']:,} if nothing were computed again"
@@ -189,11 +189,11 @@ def kept(compiled: Compiled) -> list[Row]:
 
 def kept_json(compiled: Compiled) -> dict[str, int]:
     """Bytes for one token: those that are kept, and all that the backward pass needs."""
-    from compiler.analysis.kept import kept_bytes_per_token
+    from compiler.analysis.saved import saved_bytes_per_token
 
     steps = {step.name: step.program for step in compiled.steps_of("train")}
     programs = {"kept": compiled.programs["train"], "all": steps.get("differentiate")}
-    return {n: round(kept_bytes_per_token(p)) for n, p in programs.items() if p and p.backward}
+    return {n: round(saved_bytes_per_token(p)) for n, p in programs.items() if p and p.backward}
 
 
 def table(rows: Iterable[Row], align: str) -> list[str]:

@@ -25,10 +25,10 @@ DTYPES = {
 
 @dataclass
 class State:
-    """What operators with an effect read and write, by full name: scope and name in the graph."""
+    """What operators with an effect read and write, by full name: scope, graph and entry."""
 
     cache: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
 
 

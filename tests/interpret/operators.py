@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compiler.graph.core import BACKWARD, WEIGHTS, Attr, Op
+from compiler.graph.core import Attr, Op
 from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
@@ -214,28 +214,24 @@ def _last_entry(f: Frame, op: Op, x: Tensor) -> Tensor:
 # ---- effects ---------------------------------------------------------------------------------
 
 
-def _entries(f: Frame, op: Op) -> list[str]:
-    """Full names of what an operator remembers or reads; a backward graph reads its forward's."""
-    names = op.attrs["entries"]
-    assert isinstance(names, tuple)
-    graph = f.graph.name.removesuffix(BACKWARD).removesuffix(WEIGHTS)
-    return [f"{f.prefix}{graph}:{name}" for name in names]
-
-
 def _cache_append(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
-    cache = f.state.cache
-    for name, new in zip(_entries(f, op), x, strict=True):
-        cache[name] = torch.cat([cache[name], new], 1) if name in cache else new
-    return [cache[name] for name in _entries(f, op)]
+    cache, names = f.state.cache, op.attrs["entries"]
+    assert isinstance(names, tuple)
+    keys = [f"{f.prefix}{f.graph.name}:{name}" for name in names]
+    for key, new in zip(keys, x, strict=True):
+        cache[key] = torch.cat([cache[key], new], 1) if key in cache else new
+    return [cache[key] for key in keys]
 
 
-def _keep(f: Frame, op: Op, *x: Tensor) -> Sequence[Tensor]:
-    f.state.kept.update(zip(_entries(f, op), x, strict=True))
+def _save(f: Frame, op: Op, *x: Tensor) -> Sequence[Tensor]:
+    f.state.saved[f"{f.prefix}{f.graph.name}"] = x
     return []
 
 
-def _kept(f: Frame, op: Op) -> list[Tensor]:
-    return [f.state.kept[name] for name in _entries(f, op)]
+def _saved(f: Frame, op: Op) -> Sequence[Tensor]:
+    saver = f.program.saver_of(f.graph.name)
+    assert saver is not None
+    return f.state.saved[f"{f.prefix}{saver.name}"] if op.results else []
 
 
 def _accumulate_grad(f: Frame, op: Op, grad: Tensor) -> Sequence[Tensor]:
@@ -335,8 +331,8 @@ RUN: dict[str, Run] = {
     "latent_attention": _f("latent_attention", "scale"),
     "cache_entry": lambda f, op, *x: x,
     "cache_append": _cache_append,
-    "keep": _keep,
-    "kept": _kept,
+    "save": _save,
+    "saved": _saved,
     "accumulate_grad": _accumulate_grad,
     "topk_groups": _gate,
     "gate": _gate,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.graph.compare import Comparison, Mark, compare, compare_graphs, lines_of
-from compiler.graph.core import Program, copy_program
+from compiler.graph.core import Derivative, Program, copy_program
 from compiler.graph.text import parse_program
 from dsl.source import Source
 from tests.support.strategies import programs
@@ -106,6 +106,13 @@ def test_blocks_that_differ_in_their_numbers_are_the_same_block() -> None:
     inner, main = compare(a, b)
     assert (inner.name, inner.mark, marks(main)) == ("Inner_34", Mark.SAME, {"%y": "changed"})
     assert inner.before is not None and inner.before.name == "Inner_12"
+
+
+def test_the_graphs_of_gradients_belong_to_a_block() -> None:
+    a, b = (program(graph("return(%x)")) for _ in range(2))
+    b.derivatives["Main"] = Derivative("Main_backward", results=(0,))
+    assert marks(compare(a, b)[0]) == {"derivative": "added"}
+    assert marks(compare(b, a)[0]) == {"derivative": "removed"}
 
 
 def test_blocks_come_and_go() -> None:

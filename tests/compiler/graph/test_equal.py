@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from compiler.graph.core import Cache, Op, Program, copy_program
+from compiler.graph.core import Cache, Derivative, Op, Program, copy_program
 from compiler.graph.equal import equal, equal_graphs, first_difference
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
@@ -61,6 +61,14 @@ def order_of_weights(p: Program) -> None:
     p.main.weights["model.norm.weight"] = p.main.weights.pop("model.norm.weight")
 
 
+def derivative(p: Program) -> None:
+    p.derivatives["MLA"] = Derivative("MLA_backward", results=(0,), arguments=(0,))
+
+
+def step(p: Program) -> None:
+    p.steps["MLA"] = "MLA_step"
+
+
 def new_cache(p: Program) -> None:
     p.main.caches["h"] = Cache(Type("bf16", (Dim("batch"),)))
 
@@ -106,8 +114,11 @@ def region_less(p: Program) -> None:
 CHANGES: dict[Callable[[Program], None], str] = {
     program_name: "program: name is deepseek_v3_tiny in the first, other in the second",
     root: "program: root is CausalLM in the first, MLA in the second",
-    alias: "program: alias 4 is @model.layers.4.shared_head.head.weight = @lm_head.weight in the "
-    "first, missing in the second",
+    alias: "program: line 4 is alias @model.layers.4.shared_head.head.weight = @lm_head.weight in "
+    "the first, missing in the second",
+    derivative: "program: line 5 is missing in the first, derivative @MLA = @MLA_backward "
+    "<results=(0), arguments=(0)> in the second",
+    step: "program: line 5 is missing in the first, step @MLA = @MLA_step in the second",
     order_of_graphs: "program: graph 1 is @MLA in the first, @SwiGLU_192 in the second",
     graph_name: "graph @CausalLM: name is CausalLM in the first, Other in the second",
     argument_type: "graph @CausalLM: argument 1 is %tokens: i64[batch, seq] in the first, %tokens: "

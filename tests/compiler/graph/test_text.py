@@ -7,7 +7,7 @@ import math
 import pytest
 from lark import Token
 
-from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
+from compiler.graph.core import Attr, Derivative, Graph, Op, Program, Value, Weight
 from compiler.graph.text import MAX_NESTING, grammar, parse_program, print_graph, print_program
 from compiler.graph.types import Dim, Type, parse_type
 from compiler.ops import OPS
@@ -46,6 +46,32 @@ def test_a_small_program_reads_back() -> None:
     assert (op.kind, op.operands, op.result.type) == ("silu", program.main.args, Type("f32"))
     assert end.operands == [op.result]
     assert print_program(program) == SMALL.replace("root @G\n", "root @G\n\n")
+
+
+DERIVED = """program @p root @G {
+  alias @a = @b
+  derivative @G = @H
+  derivative @F = @I, @W <results=(0, 2), lifted=(1), arguments=(0)>
+  step @G = @S
+}
+"""
+
+
+def test_what_a_program_says_of_its_graphs_reads_back() -> None:
+    program = parsed(DERIVED)
+    assert program.aliases == {"a": "b"} and program.steps == {"G": "S"}
+    assert program.derivatives == {
+        "G": Derivative("H"),
+        "F": Derivative("I", "W", results=(0, 2), lifted=(1,), arguments=(0,)),
+    }
+    assert print_program(program) == DERIVED
+    assert program.forward_of("W") == "F" and program.forward_of("S") == "S"
+
+
+@pytest.mark.parametrize("numbers", ["<results=0>", "<results=(0, true)>", "<others=(0)>"])
+def test_a_derivative_says_nothing_else(numbers: str) -> None:
+    (problem,) = problems(f"program @p root @G {{ derivative @G = @H {numbers} }}\n")
+    assert "E507" in problem and "a derivative has no such" in problem
 
 
 @pytest.mark.parametrize(

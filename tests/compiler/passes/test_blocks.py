@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiler.graph.core import BACKWARD, Program
+from compiler.graph.core import Program
 from compiler.pipeline import PIPELINES, compile
 from dsl.load import load
 from tests.interpret import State, random_inputs, random_weights, run
@@ -51,7 +51,8 @@ def test_every_block_is_tested() -> None:
 def test_gradients_of_a_block(name: str) -> None:
     """Within 1e-5 of the largest, where the truth is computed in float64."""
     program, unfused = train(plain=False), train(plain=True)
-    graph, backward = program.graphs[name], program.graphs[name + BACKWARD]
+    graph, backward = program.graphs[name], program.backward_of(name)
+    assert backward is not None
     assert [v.name for v in graph.args] == [v.name for v in unfused.graphs[name].args]
     inputs = random_inputs(unfused, graph=name)
     weights = random_weights(unfused, graph=name)

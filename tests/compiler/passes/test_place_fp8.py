@@ -175,17 +175,16 @@ def test_experts_in_training(golden: Golden) -> None:
     golden("passes/place_fp8_experts.graph", "\n".join(texts))
 
 
-def test_what_the_backward_pass_only_quantizes_is_kept_in_fp8() -> None:
+def test_what_the_backward_pass_only_quantizes_is_saved_in_fp8() -> None:
     graphs = placed("train").graphs
     moe, backward = graphs["DeepSeekMoE"], graphs["DeepSeekMoE_backward"]
-    assert {n: str(t.dtype) for n, t in moe.kept.items() if n.startswith("rows")} == {
+    assert {v.name: v.type.dtype for v in moe.saved if v.name.startswith("rows")} == {
         "rows_q": "f8e4m3",
         "rows_s": "f32",
     }
-    assert moe.kept == backward.kept
+    assert [v.name for v in moe.saved] == [v.name for v in backward.ops[0].results]
     (sorted_by_expert,) = named(moe, "permute_quantized")
-    (keep,) = named(moe, "keep")
-    assert set(sorted_by_expert.results[:2]) <= set(keep.operands)
+    assert set(sorted_by_expert.results[:2]) <= set(moe.saved)
 
 
 def test_scales_of_gradients() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from compiler.pipeline import compile
-from compiler.plan.kept import activations
 from compiler.plan.layout import units
 from compiler.plan.make import planner_of
+from compiler.plan.saved import activations
 from dsl.load import load
 from dslc.specs import shipped
 from tests.support.planners import planner

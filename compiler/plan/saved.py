@@ -1,8 +1,8 @@
-"""What the backward pass needs of the forward pass: the activations that are kept.
+"""What the backward pass needs of the forward pass: the saved activations.
 
-Which values these are, the graphs of the training program declare (`kept`); the passes
-`differentiate` and `recompute` decide. Where their products are FP8, they are kept in the formats
-of the DeepSeek-V3 report, sections 3.2.3 and 3.3.3.
+Which values these are, the operators `save` of the training program say; the passes `differentiate`
+and `recompute` decide. Where their products are FP8, they are saved in the formats of the
+DeepSeek-V3 report, sections 3.2.3 and 3.3.3.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedValue:
     """A value that stays until its backward pass: `bytes` for one micro-batch.
 
     `span` is the equation that made it; `block` the graph that holds it.
@@ -45,21 +45,21 @@ class Kept:
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one unit and one micro-batch: what is kept, and the largest block while it runs."""
+    """Of one unit and one micro-batch: what is saved, and the largest block while it runs."""
 
-    kept: tuple[Kept, ...]
-    working: Kept
+    saved: tuple[SavedValue, ...]
+    working: SavedValue
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self.kept)
+        return sum(one.bytes for one in self.saved)
 
 
 def activations(program: Program, unit: Unit, sizes: Sizes) -> Activations:
     """What the backward pass of a unit needs, for a micro-batch of the given run-time sizes.
 
     `program` is the training program with its gradients. Where they were left out (`--skip`),
-    everything that is computed counts as kept.
+    everything that is computed counts as saved.
     """
     walk = _Walk(program)
     main = program.main
@@ -67,7 +67,7 @@ def activations(program: Program, unit: Unit, sizes: Sizes) -> Activations:
         op = main.ops[i]
         inside = [op] if unit.layer is None else op.regions[0].ops
         walk.block(main, inside, dict(sizes))
-    return Activations(tuple(one for one in walk.kept if one.bytes), walk.largest)
+    return Activations(tuple(one for one in walk.saved if one.bytes), walk.largest)
 
 
 class _Walk:
@@ -75,29 +75,28 @@ class _Walk:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self.kept: list[Kept] = []
-        self.largest = Kept("", "", 0, None)
+        self.saved: list[SavedValue] = []
+        self.largest = SavedValue("", "", 0, None)
 
     def block(self, graph: Graph, ops: Sequence[Op], sizes: dict[str, int], times: int = 1) -> None:
-        """Adds what `ops`, all or some of a graph, keep when they run `times` times."""
+        """Adds what `ops`, all or some of a graph, save when they run `times` times."""
         made: dict[str, tuple[Value, Op]] = {}
         size = self._visit(graph, ops, sizes, times, made)
         # While a block runs backward, its values are there and as many gradients.
         if 2 * size > self.largest.bytes:
-            self.largest = Kept("values and gradients", graph.name, 2 * size, graph.span)
+            self.largest = SavedValue("values and gradients", graph.name, 2 * size, graph.span)
         if not self._program.backward:
             named = [(n, v) for n, (v, op) in made.items() if op.kind not in (*VIEWS, "call")]
         elif graph is self._program.main:
             named = []  # parts of the outermost block are graphs of their own
         else:
-            arguments = {v.name: v for v in graph.args}
-            named = [(n, made[n][0] if n in made else arguments[n]) for n in graph.kept]
+            named = [(v.name, v) for v in graph.saved]
         for name, value in named:
             op = made[name][1] if name in made else None
             span = op.spans[0] if op and op.spans else graph.span
             per, of = _format(value, op, graph)
             count = times * value.type.count(sizes)
-            self.kept.append(Kept(name, graph.name, -(-count * per // of), span))
+            self.saved.append(SavedValue(name, graph.name, -(-count * per // of), span))
 
     def _visit(
         self,
@@ -130,7 +129,7 @@ class _Walk:
 
 
 def _format(value: Value, op: Op | None, graph: Graph) -> tuple[int, int]:
-    """Bytes of a number of elements of a kept value that `op` made."""
+    """Bytes of a number of elements of a saved value that `op` made."""
     if value.type.dtype == "bf16":
         readers = {o.kind for o in graph.walk() if value in o.operands}
         routed = value.type.dims[0].name in ("slot", "token") and "unpermute" not in readers

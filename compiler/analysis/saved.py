@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, in bytes for one token."""
+"""What the forward pass saves for the backward pass, in bytes for one token."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ def token_bytes(type: Type, sizes: Mapping[str, int]) -> Fraction:
     return Fraction(type.bytes(sizes), SEQUENCE)
 
 
-def kept_bytes_per_token(program: Program) -> Fraction:
-    """What all graphs of a program keep for one token."""
+def saved_bytes_per_token(program: Program) -> Fraction:
+    """What all graphs of a program save for one token."""
     runs = Costs(program).runs()
     return sum(
         (
-            runs[name] * token_bytes(type, sizes_of(graph, program))
+            runs[name] * token_bytes(value.type, sizes_of(graph, program))
             for name, graph in program.graphs.items()
-            if program.backward_of(name)
-            for type in graph.kept.values()
+            if name in program.derivatives
+            for value in graph.saved
         ),
         Fraction(0),
     )
 
 
-# Operators that derivatives are never made of: in a backward graph they run a second time.
-_AGAIN = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "silu", "swiglu", "swiglu_quantize",
+# Operators that derivatives are never made of: in a backward graph they are recomputed.
+_RECOMPUTED = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "silu", "swiglu", "swiglu_quantize",
           "sigmoid", "softmax", "linear", "grouped_linear", "fp8_linear",
           "fp8_grouped_linear")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class KeptBlock:
-    """What one block keeps for its backward pass: bytes of one token in each of `runs` runs.
+class SavedBlock:
+    """What one block saves for its backward pass: bytes of one token in each of `runs` runs.
 
-    `again` says how often operators of each kind run a second time instead.
+    `recomputed` says how many operators of each kind run a second time instead.
     """
 
     block: str
     runs: int
     bytes: int
-    again: Mapping[str, int]
+    recomputed: Mapping[str, int]
 
 
-def kept_blocks(program: Program) -> list[KeptBlock]:
-    """Every graph of a program that has a backward graph and keeps something for each token."""
+def saved_blocks(program: Program) -> list[SavedBlock]:
+    """Every graph of a program that has a backward graph and saves something for each token."""
     runs = Costs(program).runs()
     found = []
     for name, graph in program.graphs.items():
@@ -68,8 +68,9 @@ def kept_blocks(program: Program) -> list[KeptBlock]:
         if backward is None:
             continue
         sizes = sizes_of(graph, program)
-        total = sum((token_bytes(type, sizes) for type in graph.kept.values()), Fraction(0))
+        total = sum((token_bytes(v.type, sizes) for v in graph.saved), Fraction(0))
         if total:
-            again = Counter(op.kind for op in backward.walk() if op.kind in _AGAIN)
-            found.append(KeptBlock(name, runs[name], round(total), dict(sorted(again.items()))))
+            recomputed = Counter(op.kind for op in backward.walk() if op.kind in _RECOMPUTED)
+            counts = dict(sorted(recomputed.items()))
+            found.append(SavedBlock(name, runs[name], round(total), counts))
     return found
