@@ -32,7 +32,8 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-golden: $(READY)  ## rewrite the golden files; read the diff before committing it
+golden: $(READY)  ## rewrite the golden files and the tables of the grammar; read the diff
+	$(BIN)/python -m dsl.grammar
 	$(BIN)/pytest -q --update-golden
 
 replay: $(READY)  ## build every spec here and at BASE, and compare the bytes

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from lark import Lark, Token, Transformer, v_args
+from lark import Token, Transformer, v_args
 from lark.exceptions import LarkError, VisitError
-from lark.indenter import Indenter
 from lark.tree import Meta
 
 from dsl import ast
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
+from dsl.grammar import grammar
 from dsl.source import Source, Span
 from dsl.syntax import syntax_error
 from dsl.units import parse_quantity
@@ -22,29 +20,6 @@ from dsl.units import parse_quantity
 # Deep nesting is refused before a recursive walk over the tree could exhaust Python's stack.
 MAX_NESTING = 60
 MAX_EXPRESSION = 2_000
-
-
-class _Indentation(Indenter):
-    NL_type = "_NEWLINE"
-    OPEN_PAREN_types = ["LPAR", "LSQB", "LBRACE"]  # noqa: RUF012
-    CLOSE_PAREN_types = ["RPAR", "RSQB", "RBRACE"]  # noqa: RUF012
-    INDENT_type = "_INDENT"
-    DEDENT_type = "_DEDENT"
-    tab_len = 8
-
-
-@cache
-def grammar(*, strict: bool = False) -> Lark:
-    """The parser. `strict` also reports ambiguities of the grammar; a test builds it so."""
-    return Lark(
-        Path(__file__).with_name("block.lark").read_text(encoding="utf-8"),
-        parser="lalr",
-        start=["block", "expression_only"],
-        postlex=_Indentation(),
-        propagate_positions=True,
-        maybe_placeholders=True,
-        strict=strict,
-    )
 
 
 def parse_expression(source: Source, start: int, end: int) -> ast.Expr:
