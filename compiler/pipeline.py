@@ -106,21 +106,25 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
 }
 
 
-def before_cut(program: str, lowered: Program, description: Description) -> Program:
-    """A program where those of single ranks begin to differ from it."""
+def shared_passes(program: str) -> tuple[Pass, ...]:
+    """The passes of a program that all ranks have in common; `rank_passes` follow."""
     passes = PIPELINES[program]
-    *_, step = run(program, lowered, passes[: passes.index(SIMPLIFY) + 1], description)
-    return step.program
+    return passes[: passes.index(SIMPLIFY) + 1]
 
 
 def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
-    """The passes of the program of those ranks that hold a pipeline stage."""
-    passes = PIPELINES[program]
-    at = passes.index(SIMPLIFY) + 1
+    """What follows `shared_passes` for those ranks that hold a pipeline stage."""
     cut = (cut_stages(layout, stage), partition(layout))
+    rest = PIPELINES[program][len(shared_passes(program)) :]
     # Only 1F1B computes both kinds of gradients at once.
     split = () if layout.schedule == "1f1b" else (SPLIT_BACKWARD,)
-    return (*passes[:at], *cut, *passes[at:], *split, connect_stages(layout, stage))
+    return (*cut, *rest, *split, connect_stages(layout, stage))
+
+
+def before_cut(program: str, lowered: Program, description: Description) -> Program:
+    """A program where those of single ranks begin to differ from it."""
+    *_, step = run(program, lowered, shared_passes(program), description)
+    return step.program
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def roles(description: Description, lowered: Program, layout: Layout) -> Iterato
         alike.setdefault(_shape(stage, layout), []).append(stage)
     for stages in alike.values():
         passes = rank_passes("train", layout, stages[0].index)
-        *_, step = run("train", lowered, passes, description)
+        *_, step = run("train", uncut, passes, description)
         end = step_program(step.program, layout, stages[0].index, shared)
         verify(end)
         yield Role(tuple(stages), step.program, end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from compiler.pipeline import Compiled, chosen, compile, rank_passes, run
+from compiler.pipeline import Compiled, chosen, compile, rank_passes, run, shared_passes
 from compiler.plan.make import make_plan
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -31,7 +31,8 @@ def compiled_for(
     if plan is None or not 0 <= stage < count:
         help = f"its stages are 0 to {count - 1}" if plan else "its spec has no section `parallel`"
         raise DiagnosticError([Diagnostic("E691", f"the model has no stage {stage}", help=help)])
-    passes = chosen(rank_passes(program, plan.layout, stage), skip, until)
+    every = (*shared_passes(program), *rank_passes(program, plan.layout, stage))
+    passes = chosen(every, skip, until)
     name = f"{program}_stage_{stage}"
     steps = list(run(name, compiled.lowered, passes, description))
     programs = {**compiled.programs, name: steps[-1].program}

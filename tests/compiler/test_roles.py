@@ -33,8 +33,8 @@ def test_programs_of_all_stages_follow_from_those_of_their_roles() -> None:
     """Units: the embedding, layers 0 to 3, layers 4 to 10, head and MTP modules."""
     of = load(TINY, sets=[DEEP])
     where = layout(of, [2, 3, 4, 5, 7, 9, 11, 12])
-    lowered = lower(of)
-    found = list(roles(of, lowered, where))
+    shared = before_cut("train", lower(of), of)
+    found = list(roles(of, lower(of), where))
     assert [r.name for r in found] == ["00", "01-03", "04", "05-06", "07", "08"]
     for role in found:
         verify(role.program)
@@ -42,7 +42,7 @@ def test_programs_of_all_stages_follow_from_those_of_their_roles() -> None:
         assert print_program(text) == print_program(role.program)
         for stage in role.stages:
             passes = rank_passes("train", where, stage.index)
-            *_, step = run("train", lowered, passes, of)
+            *_, step = run("train", shared, passes, of)
             assert print_program(role.of(stage)) == print_program(step.program), stage.index
 
 

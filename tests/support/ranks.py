@@ -34,11 +34,11 @@ def layout(mesh: Mesh, of: Description, *cuts: int) -> Layout:
 
 def rank_programs(of: Description, where: Layout, name: str = "train") -> list[Program]:
     """The program of each stage."""
-    lowered = lower(of)
+    shared = before_cut(name, lower(of), of)
     programs = []
     for stage in where.stages:
         passes = rank_passes(name, where, stage.index)
-        *_, step = run_passes(name, lowered, passes, of)
+        *_, step = run_passes(name, shared, passes, of)
         programs.append(step.program)
     return programs
 
