@@ -14,7 +14,7 @@ from compiler.lower import lower
 from compiler.passes.absorb import ABSORB
 from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
-from compiler.passes.cut_stages import connect_stages, cut_stages
+from compiler.passes.cut_stages import cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_casts import FUSE_CASTS
 from compiler.passes.fuse_experts import FUSE_EXPERTS
@@ -118,7 +118,7 @@ def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
     rest = PIPELINES[program][len(shared_passes(program)) :]
     # Only 1F1B computes both kinds of gradients at once.
     split = () if layout.schedule == "1f1b" else (SPLIT_BACKWARD,)
-    return (*cut, *rest, *split, connect_stages(layout, stage))
+    return (*cut, *rest, *split)
 
 
 def before_cut(program: str, lowered: Program, description: Description) -> Program:

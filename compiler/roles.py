@@ -1,7 +1,7 @@
 """The programs of a layout: one for each role, which is what some pipeline stages have in common.
 
-Stages with equally many layers of the same kind run the same program. They differ in the number of
-their first layer and in that of their neighbours, by as much as they stand apart.
+Stages with equally many layers of the same kind run the same program; they differ in the number of
+their first layer only.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Role:
         first, program = self.stages[0], copy_program(self.program)
         for graph in program.graphs.values():
             for op in graph.walk():
-                if op.kind in ("send", "recv"):
-                    op.attrs["stage"] = number(op, "stage") + stage.index - first.index
-                elif op.kind in ("repeat", "repeat_backward"):
+                if op.kind in ("repeat", "repeat_backward"):
                     op.attrs["start"] = number(op, "start") + stage.layers[0] - first.layers[0]
         return program
 

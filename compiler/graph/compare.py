@@ -14,7 +14,13 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 
 from compiler.graph.core import Graph, Op, Program
-from compiler.graph.text import print_attributes, print_derivative, print_op, print_weight
+from compiler.graph.text import (
+    print_attributes,
+    print_boundary,
+    print_derivative,
+    print_op,
+    print_weight,
+)
 
 # Operators that say where something ends, not what is computed.
 ENDS = ("yield", "return")
@@ -92,14 +98,16 @@ def _compared(
 
 
 def _lines(graph: Graph | None, program: Program) -> list[Line]:
-    """Those of a graph, behind the signature the graphs of its gradients."""
+    """Those of a graph, behind the signature what the program says of it."""
     if graph is None:
         return []
     signature, *lines = lines_of(graph)
     derivative = program.derivatives.get(graph.name)
-    if derivative:
-        lines.insert(0, Line("derivative", f"derivative {print_derivative(derivative)}"))
-    return [signature, *lines]
+    said = {
+        "derivative": print_derivative(derivative) if derivative else "",
+        "boundary": print_boundary(program.boundary) if graph.name == program.root else "",
+    }
+    return [signature, *(Line(key, f"{key} {text}") for key, text in said.items() if text), *lines]
 
 
 def lines_of(graph: Graph) -> Iterator[Line]:

@@ -149,12 +149,28 @@ class Derivative:
     arguments: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """What crosses the boundaries of a pipeline stage, by the names that its root gives them.
+
+    `received` are arguments, the results `sent` of the previous stage in the same order. Gradients
+    go the other way: those of `sent` come from the next stage, those of `received` go back.
+    """
+
+    received: tuple[str, ...] = ()
+    sent: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.received or self.sent)
+
+
 @dataclass(eq=False)
 class Program:
     """Graphs by name; `root` is the one that a user calls. `aliases` are copies in checkpoints.
 
-    `derivatives` says by forward graph which graphs give its gradients. `steps`, of a program that
-    ends a training step, says by forward graph which graph updates its weights.
+    `derivatives` says by forward graph which graphs give its gradients; `boundary`, of a pipeline
+    stage, what it exchanges with its neighbours. `steps`, of a program that ends a training step,
+    says by forward graph which graph updates its weights.
     """
 
     name: str
@@ -162,6 +178,7 @@ class Program:
     graphs: dict[str, Graph] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     derivatives: dict[str, Derivative] = field(default_factory=dict)
+    boundary: Boundary = Boundary()
     steps: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -182,6 +199,19 @@ class Program:
     def roots(self) -> tuple[str, ...]:
         """The graphs that no graph of the program calls."""
         return tuple(name for name in (self.root, self.backward, self.weights) if name)
+
+    @property
+    def backward_boundary(self) -> Boundary:
+        """What `backward` receives from the next stage and sends to the previous one."""
+        if not self.backward:
+            return Boundary()
+        derivative, backward = self.derivatives[self.root], self.graphs[self.backward]
+        seeds = zip(derivative.results, backward.args, strict=False)
+        given = zip(derivative.arguments, backward.result_names, strict=True)
+        return Boundary(
+            tuple(v.name for i, v in seeds if self.main.result_names[i] in self.boundary.sent),
+            tuple(name for i, name in given if self.main.args[i].name in self.boundary.received),
+        )
 
     def backward_of(self, name: str) -> Graph | None:
         """The graph of the gradients of a graph, where it has been derived."""
@@ -279,6 +309,7 @@ def copy_program(program: Program) -> Program:
         graphs,
         dict(program.aliases),
         dict(program.derivatives),
+        program.boundary,
         dict(program.steps),
     )
 

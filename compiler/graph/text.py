@@ -19,7 +19,18 @@ from typing import Any
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
-from compiler.graph.core import Attr, Cache, Derivative, Graph, Op, Program, Region, Value, Weight
+from compiler.graph.core import (
+    Attr,
+    Boundary,
+    Cache,
+    Derivative,
+    Graph,
+    Op,
+    Program,
+    Region,
+    Value,
+    Weight,
+)
 from compiler.graph.types import BYTES, Type, parse_type
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
 from dsl.source import Source, Span
@@ -32,6 +43,8 @@ RESERVED: dict[str, Attr] = {"true": True, "false": False, "inf": math.inf, "nan
 WEIGHT: dict[str, Any] = {f.name: f.default for f in fields(Weight) if f.name != "type"}
 # What a derivative may say besides its graphs.
 CORRESPONDING = ("results", "lifted", "arguments")
+# What a stage boundary says.
+CROSSING = ("received", "sent")
 
 
 def print_program(program: Program, locs: bool = False) -> str:
@@ -48,14 +61,24 @@ def link_lines(program: Program) -> Iterator[str]:
         yield f"alias @{copy} = @{original}"
     for forward, derivative in program.derivatives.items():
         yield f"derivative @{forward} = {print_derivative(derivative)}"
+    if program.boundary:
+        yield f"boundary {print_boundary(program.boundary)}"
     for forward, step in program.steps.items():
         yield f"step @{forward} = @{step}"
 
 
 def print_derivative(derivative: Derivative) -> str:
     graphs = ", ".join(f"@{name}" for name in (derivative.backward, derivative.weights) if name)
-    numbers = {key: getattr(derivative, key) for key in CORRESPONDING if getattr(derivative, key)}
-    return f"{graphs}{print_attributes(numbers)}"
+    return f"{graphs}{_print_fields(derivative, CORRESPONDING)}"
+
+
+def print_boundary(boundary: Boundary) -> str:
+    return _print_fields(boundary, CROSSING).strip()
+
+
+def _print_fields(record: Derivative | Boundary, keys: Sequence[str]) -> str:
+    values = {key: getattr(record, key) for key in keys}
+    return print_attributes({key: value for key, value in values.items() if value})
 
 
 def print_graph(graph: Graph, locs: bool = False) -> str:
@@ -247,6 +270,10 @@ class _Reader:
         name, root, links, *graphs = tree.children
         program = Program(name[1:], root[1:])
         for node in links.children if links else ():
+            if node.data == "boundary":
+                received = self._tuples(node.children[0], CROSSING, str, "as in <sent=(h)>")
+                program.boundary = Boundary(**received)
+                continue
             of, other, *rest = node.children
             if node.data == "alias":
                 self._put(program.aliases, of, other[1:])
@@ -260,17 +287,22 @@ class _Reader:
         return program
 
     def _derivative(self, backward: Token, weights: Token | None, node: Syntax) -> Derivative:
-        numbers = self._attributes(node, 0)
+        numbers = self._tuples(node, CORRESPONDING, int, "as in <results=(0, 2)>")
+        return Derivative(backward[1:], weights[1:] if weights else "", **numbers)
+
+    def _tuples(
+        self, node: Syntax, keys: Sequence[str], item: type, help: str
+    ) -> dict[str, tuple[Any, ...]]:
+        """Attributes that are tuples, of names or of numbers; no others."""
+        found = self._attributes(node, 0)
         for attribute in node.children if node else ():
             key = attribute.children[0]
-            value = numbers[key]
-            if key not in CORRESPONDING or not (
-                isinstance(value, tuple) and all(type(i) is int for i in value)
-            ):
-                message = f"a derivative has no such {key}"
-                self._problem("E507", message, key, "as in <results=(0, 2)>")
-                return Derivative(backward[1:])
-        return Derivative(backward[1:], weights[1:] if weights else "", **numbers)  # type: ignore[arg-type]
+            value = found[key]
+            fits = isinstance(value, tuple) and all(type(one) is item for one in value)
+            if key not in keys or not fits:
+                self._problem("E507", f"there is no such {key} here", key, help)
+                del found[key]
+        return found  # type: ignore[return-value]
 
     def _graph(self, tree: Syntax) -> Graph:
         about, name, arguments, results, loc, declarations, operators = tree.children

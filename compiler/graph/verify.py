@@ -7,12 +7,12 @@ text of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from compiler.graph.build import infer
-from compiler.graph.core import REPEATS, Derivative, Graph, Op, Program, Value, Weight
+from compiler.graph.core import REPEATS, Graph, Op, Program, Value, Weight
+from compiler.graph.interfaces import interface_problems
 from compiler.graph.names import Name, clashes, is_weight, names_of
 from compiler.graph.rules import (
     IDENTIFIER,
@@ -26,7 +26,7 @@ from compiler.graph.rules import (
     no_end,
     number,
 )
-from compiler.graph.text import graph_lines, print_derivative, print_op
+from compiler.graph.text import graph_lines, print_op
 from compiler.graph.types import BYTES, Type
 from compiler.ops import OPS, TypeMismatch
 from compiler.ops.base import dims_of
@@ -355,14 +355,7 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
         known = ", ".join(program.graphs)
         message = f"program @{program.name} has no graph @{program.root} to begin with"
         return [Diagnostic("E510", message, help=f"it has {known or 'none'}")]
-    problems = [
-        *_derivatives(program),
-        *(
-            Diagnostic("E516", f"step @{forward} = @{step}: there is no graph @{step}")
-            for forward, step in program.steps.items()
-            if step not in program.graphs
-        ),
-    ]
+    problems = interface_problems(program)
     for copy, original in program.aliases.items():
         alias = f"alias @{copy} = @{original}"
         if not is_weight(original, program.root, names):
@@ -371,58 +364,3 @@ def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diag
             message = f"{alias}: @{copy} is a weight of its own, or no name"
             problems.append(Diagnostic("E517", message))
     return problems
-
-
-def _derivatives(program: Program) -> Iterator[Diagnostic]:
-    """The graphs of gradients fit the graphs that they are of, and read what those save."""
-    saving: set[str] = set()
-    reading: set[str] = set()
-    for name, derivative in program.derivatives.items():
-        what = f"derivative @{name} = {print_derivative(derivative)}"
-        graphs = [g for g in (name, derivative.backward, derivative.weights) if g]
-        missing = [g for g in graphs if g not in program.graphs]
-        if missing:
-            yield Diagnostic("E516", f"{what}: there is no graph @{missing[0]}")
-            continue
-        saving.update(graphs[:-1])
-        reading.update(graphs[1:])
-        for reason in _unfit(derivative, *(program.graphs[g] for g in graphs)):
-            yield Diagnostic("E518", f"{what}: {reason}", program.graphs[name].span)
-    for name, graph in program.graphs.items():
-        if graph.saved and name not in saving:
-            yield Diagnostic("E518", f"graph @{name} saves what no graph reads", graph.span)
-        if graph.ops[0].kind == "saved" and name not in reading:
-            yield Diagnostic("E518", f"graph @{name} reads what no graph saves", graph.span)
-
-
-def _unfit(
-    derivative: Derivative, forward: Graph, backward: Graph, *weights: Graph
-) -> Iterator[str]:
-    """Where the interfaces of the graphs of a derivative do not correspond."""
-    try:
-        seeds = [forward.results[i].type.whole for i in derivative.results]
-        lifted = [forward.args[i].type for i in derivative.lifted]
-        gradients = [forward.args[i].type.whole for i in derivative.arguments]
-    except IndexError:
-        yield f"@{forward.name} has no argument or result of such a number"
-        return
-    sides = [
-        ("takes", [*seeds, *lifted], [v.type for v in backward.args]),
-        ("gives", gradients, [v.type.whole for v in backward.results]),
-    ]
-    for verb, expected, found in sides:
-        if expected != found:
-            yield f"@{backward.name} {verb} ({_listed(found)}), not ({_listed(expected)})"
-    for graph in weights:
-        if graph.args or graph.results:
-            yield f"@{graph.name} takes or gives something"
-    for saver, reader in pairwise((forward, backward, *weights)):
-        saved = [v.type for v in saver.saved]
-        read = [v.type for v in reader.ops[0].results] if reader.ops[0].kind == "saved" else []
-        if saved != read:
-            reads = f"@{reader.name} reads ({_listed(read)})"
-            yield f"{reads}, and @{saver.name} saves ({_listed(saved)})"
-
-
-def _listed(types: Sequence[Type]) -> str:
-    return ", ".join(map(str, types))

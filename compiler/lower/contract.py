@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from compiler.graph.core import Graph, Op, Value, walk
+from compiler.graph.core import Op, Value, walk
 from compiler.graph.types import Dim, Type
 from dsl import ast
 from dsl.diagnostic import Diagnostic
@@ -32,12 +32,6 @@ OUTPUTS = {
 }
 _REQUIRED = ("logits", "main", "balance", "total")
 _LOGITS_RANK = 3
-
-
-def crossing(main: Graph) -> tuple[list[int], list[int]]:
-    """Arguments and results, by number, that are none of a model's: states between its stages."""
-    received = [i for i, v in enumerate(main.args) if v.name not in ARGUMENTS]
-    return received, [i for i, name in enumerate(main.result_names) if name not in OUTPUTS]
 
 
 def argument_problems(block: ast.Block, types: Sequence[Type]) -> Iterator[Diagnostic]:

@@ -143,11 +143,11 @@ class Combine(_Exchange):
 
 
 class Send(Operator):
-    """x to the rank of the same place in another pipeline stage."""
+    """x to the data rank of the same place at another pipeline rank, `pipeline`."""
 
     kind = "send"
     operands = ("x",)
-    attrs: ClassVar = {"stage": int}
+    attrs: ClassVar = {"pipeline": int}
     sums = "own"
     pure = False
 
@@ -157,15 +157,15 @@ class Send(Operator):
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
-        # Pipeline stages have nodes of their own.
+        # Pipeline ranks have nodes of their own.
         return Moved(across=site.types[0].bytes(sizes))
 
 
 class Recv(Operator):
-    """What the rank of the same place in another pipeline stage sends."""
+    """What the data rank of the same place at another pipeline rank, `pipeline`, sends."""
 
     kind = "recv"
-    attrs: ClassVar = {"stage": int, "type": str}
+    attrs: ClassVar = {"pipeline": int, "type": str}
     sums = "own"
     pure = False
 

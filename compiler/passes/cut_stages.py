@@ -1,23 +1,22 @@
 """The program of one pipeline stage: its layers, and what passes between it and its neighbours.
 
 The outermost graph is cut between layers. What crosses a cut (the states `h`) becomes a result of
-the stage before it and an argument of the one behind, until `connect_stages` makes `send` and
-`recv` of them. What depends on the arguments alone, as the rotary table, each stage computes
-itself. A sum over all layers, as the balance loss, is a sum over the stages: each holds its own
-terms of it. DeepSeek-V3 report, section 3.2.1.
+the previous stage and an argument of the next one; `Program.boundary` lists it, and a schedule
+(`compiler/plan/schedule.py`) says when and between which ranks it is sent. What depends on the
+arguments alone, as the rotary table, each stage computes itself. A sum over all layers, as the
+balance loss, is a sum over the stages: each holds its own terms of it. DeepSeek-V3 report, section
+3.2.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Graph, Op, Program, Value, walk
+from compiler.graph.core import Boundary, Op, Program, Value, walk
 from compiler.graph.names import is_weight, names_of
 from compiler.graph.rules import number
 from compiler.graph.types import Dim
-from compiler.lower.contract import crossing
 from compiler.ops import OPS
 from compiler.passes.base import Pass
 from compiler.passes.simplify import SIMPLIFY
@@ -25,7 +24,6 @@ from compiler.plan.layout import Layout, units
 from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
-from dsl.source import Span
 
 # Operators that give a stage its own terms of a sum over stages, from its own terms of another.
 TERMWISE = ("sum", "cast", "scale", "add", "mul", "div")
@@ -51,7 +49,7 @@ def cut_stages(layout: Layout, stage: int) -> Pass:
         "the layers of one pipeline stage",
         run,
         requires="simplify; layers as a repeat of the outermost block",
-        ensures="states that cross a cut are arguments and results of the outermost block",
+        ensures="states that cross a cut are arguments and results, and the boundary lists them",
         essential=True,
     )
 
@@ -151,6 +149,9 @@ class _Cut:
             if v in here and v not in last and v not in entering
         ]
         sent = [(v.name, here[v]) for v in leaving]
+        self.program.boundary = Boundary(
+            tuple(v.name for v in received), tuple(name for name, _ in sent)
+        )
         main.args += received
         main.result_names = tuple(name for name, _ in [*results, *sent])
         end.operands = [v for _, v in [*results, *sent]]
@@ -187,56 +188,3 @@ class _Cut:
 def _read(op: Op, here: dict[Value, Value]) -> None:
     for inner in walk([op]):
         inner.operands = [here.get(v, v) for v in inner.operands]
-
-
-def connect_stages(layout: Layout, stage: int) -> Pass:
-    """Makes `recv` and `send` of what crosses a cut."""
-
-    def run(program: Program, description: Description) -> Sequence[Miss]:
-        main = program.main
-        received, sent = crossing(main)
-        if program.backward:
-            # Gradients of what was sent come back, and those of what was received go there.
-            derivative, backward = program.derivatives[main.name], program.graphs[program.backward]
-            seeds = derivative.results
-            _receive(backward, [n for n, i in enumerate(seeds) if i in sent], stage + 1, 1)
-            _send(backward, range(len(backward.results)), stage - 1)
-            kept = [i for i in range(len(main.results)) if i not in sent]
-            results = tuple(n for n, i in enumerate(kept) if i in seeds)
-            program.derivatives[main.name] = replace(derivative, results=results, arguments=())
-        _receive(main, received, stage - 1, 0)
-        _send(main, sent, stage + 1)
-        return ()
-
-    return Pass(
-        "connect_stages",
-        "what crosses a cut is received and sent",
-        run,
-        ensures="arguments and results of a stage are those of the model",
-        essential=True,
-    )
-
-
-def _receive(graph: Graph, which: Sequence[int], stage: int, at: int) -> None:
-    """`recv` at a place of a graph, instead of arguments."""
-    values = [graph.args[i] for i in which]
-    graph.ops[at:at] = [
-        Op("recv", attrs={"stage": stage, "type": str(v.type)}, results=[v], spans=_spans(graph))
-        for v in values
-    ]
-    graph.args = [v for v in graph.args if v not in values]
-
-
-def _send(graph: Graph, which: Sequence[int], stage: int) -> None:
-    """`send` before the end of a graph, instead of results."""
-    values = [graph.results[i] for i in which]
-    graph.ops[-1:-1] = [
-        Op("send", [v], attrs={"stage": stage}, spans=_spans(graph)) for v in values
-    ]
-    kept = [i for i in range(len(graph.results)) if i not in which]
-    graph.ops[-1].operands = [graph.results[i] for i in kept]
-    graph.result_names = tuple(graph.result_names[i] for i in kept)
-
-
-def _spans(graph: Graph) -> tuple[Span, ...]:
-    return graph.ops[-1].spans or ((graph.span,) if graph.span else ())

@@ -23,7 +23,6 @@ from compiler.graph.core import (
     copy_program,
 )
 from compiler.graph.types import FLOATS, Type
-from compiler.lower.contract import crossing
 from compiler.ops import OPS
 from compiler.passes.base import Pass
 from compiler.passes.outline import CALLS
@@ -48,7 +47,7 @@ class NotDifferentiable(Exception):
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
-    if program.backward or not _loss_outputs(program.main):
+    if program.backward or not _loss_outputs(program):
         return ()
     between = [op for op in program.main.ops[:-1] if op.kind not in CALLS]
     if between:
@@ -147,7 +146,7 @@ class _Backward:
         seeds = _seeds(graph, self.requires_grad)
         if graph.name == self.derivation.program.root:
             # Other results of the outermost block are reported, not minimized.
-            seeds = [i for i in seeds if i in _loss_outputs(graph)]
+            seeds = [i for i in seeds if i in _loss_outputs(self.derivation.program)]
         given: Gradients = {}
         for i in seeds:
             result = graph.results[i]
@@ -327,13 +326,13 @@ def save(graph: Graph, values: Sequence[Value]) -> None:
         graph.ops.insert(len(graph.ops) - 1, Op("save", list(values), spans=spans))
 
 
-def _loss_outputs(main: Graph) -> list[int]:
+def _loss_outputs(program: Program) -> list[int]:
     """The results of the outermost block that have a gradient, by number.
 
-    What is minimised, and in a stage of a pipeline the states that the next one reads.
+    The loss, and in a stage of a pipeline the states that the next stage reads.
     """
-    _, sent = crossing(main)
-    return [i for i, name in enumerate(main.result_names) if name == "total" or i in sent]
+    names = enumerate(program.main.result_names)
+    return [i for i, name in names if name == "total" or name in program.boundary.sent]
 
 
 def _seeds(graph: Graph, requires_grad: set[Value]) -> list[int]:
@@ -388,8 +387,8 @@ def _results_requiring_grad(program: Program) -> RequiresGrad:
 def _arguments_requiring_grad(program: Program, results: RequiresGrad) -> RequiresGrad:
     """For each graph the arguments that depend on a weight in some call of it."""
     found: RequiresGrad = {name: set() for name in program.graphs}
-    # In a stage of a pipeline the states that the one before it gave.
-    found[program.root] = set(crossing(program.main)[0])
+    received = program.boundary.received
+    found[program.root] = {i for i, v in enumerate(program.main.args) if v.name in received}
     for name, graph in reversed(program.graphs.items()):  # callers stand behind their callees
         values = _requires_grad(graph, found[name], results)
         for op in graph.walk():

@@ -30,9 +30,9 @@ NAMES = {
 
 
 def shared_weights(uncut: Program, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Weights of the outermost block that several stages use, and which: the embedding, say.
+    """Weights of the outermost block, as the embedding, that several pipeline ranks use, and which.
 
-    Not those of stages that are on the same ranks, as with DualPipe: they are one tensor there.
+    Not those of stages on the same rank, as with DualPipe: they are one tensor there.
     """
     stages: dict[str, set[int]] = {}
     found = iter(units(uncut.main))
@@ -111,13 +111,13 @@ class _Step:
         d = self._add("gradient", weight=name, **experts, over=over, axes=axes)
         for other in self.shared.get(name, ()):
             if other != self._here():
-                self._add("send", d, stage=other)
+                self._add("send", d, pipeline=other)
         total = None
         for other in self.shared.get(name, ()):
-            # In the order of the stages, so that all of them get the same sum.
+            # In the order of the ranks, so that all of them get the same sum.
             part = d
             if other != self._here():
-                part = self._add("recv", weight=name, stage=other, type=str(d.type))
+                part = self._add("recv", weight=name, pipeline=other, type=str(d.type))
             total = part if total is None else self._add("add", total, part, weight=name)
         d = total or d
         group = group_attrs(mesh, axes) if axes else {}

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 
 from compiler.graph.core import Graph, Op, Program, Value
-from compiler.lower.contract import crossing
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss
 from dsl.load import Description
@@ -23,8 +22,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
     main = program.main
     runs = _runs(main.ops[:-1])
     # A stage of a pipeline may hold no layers.
-    stage = any(crossing(main))
-    if not stage and (not any(op.kind in CALLS for op in main.ops) or len(runs) <= 1):
+    if not program.boundary and (not any(op.kind in CALLS for op in main.ops) or len(runs) <= 1):
         return ()
     graphs = dict(program.graphs)
     ops: list[Op] = []

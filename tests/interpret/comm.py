@@ -96,6 +96,19 @@ class Rank:
         barrier.wait(WAIT)
         return found
 
+    def send(self, pipeline: int, x: Tensor) -> None:
+        """Gives x to the rank of the same place at another pipeline rank."""
+        self.world.mail[self.number, self._at(pipeline)].put(x)
+
+    def receive(self, pipeline: int) -> Tensor:
+        """What the rank of the same place at another pipeline rank sends next."""
+        found = self.world.mail[self._at(pipeline), self.number].get(timeout=WAIT)
+        assert found is not None, "the sender has failed"
+        return found
+
+    def _at(self, pipeline: int) -> int:
+        return self.world.mesh.rank(pipeline, self.place.replica, self.place.expert)
+
     def count(self, op: Op, inside: int = 0, across: int = 0) -> None:
         """Bytes that this rank sends to others on its node, and to other nodes."""
         before = self.sent.get(op.kind, Moved())
@@ -177,24 +190,15 @@ def _all_gather(f: Frame, op: Op, x: Tensor) -> Tensor:
     return whole[: torch.Size(shape).numel()].view(shape)
 
 
-def _stage(f: Frame, op: Op) -> int:
-    rank = _rank(f)
-    here = rank.place
-    return rank.world.mesh.rank(number(op, "stage"), here.replica, here.expert)
-
-
 def _send(f: Frame, op: Op, x: Tensor) -> list[Tensor]:
-    rank, to = _rank(f), _stage(f, op)
+    rank = _rank(f)
     rank.count(op, across=x.nbytes)
-    rank.world.mail[rank.number, to].put(x)
+    rank.send(number(op, "pipeline"), x)
     return []
 
 
 def _recv(f: Frame, op: Op) -> Tensor:
-    rank = _rank(f)
-    found = rank.world.mail[_stage(f, op), rank.number].get(timeout=WAIT)
-    assert found is not None, "the sender has failed"
-    return found
+    return _rank(f).receive(number(op, "pipeline"))
 
 
 COMM: dict[str, Callable[..., Any]] = {

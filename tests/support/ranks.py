@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,13 @@ def run_ranks(
     def one(rank: Rank) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
         program, state = programs[rank.place.pipeline], State()
         called = program.graphs[graph or program.root]
-        own = {v.name: share(v, inputs[v.name], rank) for v in called.args}
+        here, crosses = rank.place.pipeline, program.boundary
+        own = {v.name: share(v, inputs[v.name], rank) for v in called.args if v.name in inputs}
+        own |= {name: rank.receive(here - 1) for name in crosses.received}
         results = run(program, own, weights, graph=graph, rank=rank, state=state, dtype=dtype)
+        by_name = dict(zip(called.result_names, results, strict=True))
+        for name in crosses.sent:
+            rank.send(here + 1, by_name[name])
         grads, renewed = gradients(program, weights, state, rank), dict(weights)
         end = ends[rank.place.pipeline]
         if end is not None:
@@ -87,13 +93,17 @@ def run_ranks(
     for stage, program in enumerate(programs):
         group = world.ranks[stage * mesh.data].group(BOTH)
         called = program.graphs[graph or program.root]
-        join(called, [outcomes[rank][0] for rank in group], whole)
+        join(called, program.boundary.sent, [outcomes[rank][0] for rank in group], whole)
     return world, whole
 
 
-def join(graph: Graph, found: Sequence[Sequence[Tensor]], whole: dict[str, Tensor]) -> None:
-    """Adds to `whole` what the ranks of a stage found."""
+def join(
+    graph: Graph, sent: Collection[str], found: Sequence[Sequence[Tensor]], whole: dict[str, Tensor]
+) -> None:
+    """Adds to `whole` what the ranks of a stage found, but for what they sent to the next one."""
     for (name, value), parts in zip(named(graph).items(), zip(*found, strict=True), strict=True):
+        if name in sent:
+            continue
         if value.type.partial:
             part = torch.stack(parts).sum(0)
         else:
@@ -113,11 +123,18 @@ def gradients(
 ) -> dict[str, Tensor]:
     """What the backward graph accumulates for the gradient 1 of the loss; none without one."""
     if program.backward:
-        backward = program.graphs[program.backward]
+        backward, crosses = program.graphs[program.backward], program.backward_boundary
         seeds = {v.name: torch.ones((), dtype=torch.float64) for v in backward.args}
-        for graph in filter(None, (backward.name, program.weights)):
-            run(program, seeds, weights, graph=graph, rank=rank, state=state,
-                dtype=torch.float64)  # fmt: skip
+        if rank is not None:
+            here = rank.place.pipeline
+            seeds |= {name: rank.receive(here + 1) for name in crosses.received}
+        options: Any = {"rank": rank, "state": state, "dtype": torch.float64}
+        results = run(program, seeds, weights, graph=backward.name, **options)
+        for name, result in zip(backward.result_names, results, strict=True):
+            if rank is not None and name in crosses.sent:
+                rank.send(here - 1, result)
+        if program.weights:
+            run(program, {}, weights, graph=program.weights, **options)
     return state.grads
 
 

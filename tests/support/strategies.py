@@ -344,8 +344,8 @@ def _known(t: Type) -> bool:
 
 def _pipeline(m: Maker) -> None:
     if x := m.pick(lambda t: bool(t.axes)):
-        m.add("send", x, stage=m.draw(st.integers(0, 99)))
-        m.add("recv", stage=m.draw(st.integers(0, 99)), type=str(x.type))
+        m.add("send", x, pipeline=m.draw(st.integers(0, 99)))
+        m.add("recv", pipeline=m.draw(st.integers(0, 99)), type=str(x.type))
 
 
 def _split(m: Maker) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.graph.compare import Comparison, Mark, compare, compare_graphs, lines_of
-from compiler.graph.core import Derivative, Program, copy_program
+from compiler.graph.core import Boundary, Derivative, Program, copy_program
 from compiler.graph.text import parse_program
 from dsl.source import Source
 from tests.support.strategies import programs
@@ -113,6 +113,12 @@ def test_the_graphs_of_gradients_belong_to_a_block() -> None:
     b.derivatives["Main"] = Derivative("Main_backward", results=(0,))
     assert marks(compare(a, b)[0]) == {"derivative": "added"}
     assert marks(compare(b, a)[0]) == {"derivative": "removed"}
+
+
+def test_the_boundary_belongs_to_the_outermost_block() -> None:
+    a, b = (program(graph("return(%x)")) for _ in range(2))
+    a.boundary, b.boundary = Boundary(("x",)), Boundary(("x",), ("y",))
+    assert marks(compare(a, b)[0]) == {"boundary": "changed"}
 
 
 def test_blocks_come_and_go() -> None:

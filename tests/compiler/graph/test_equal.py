@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from compiler.graph.core import Cache, Derivative, Op, Program, copy_program
+from compiler.graph.core import Boundary, Cache, Derivative, Op, Program, copy_program
 from compiler.graph.equal import equal, equal_graphs, first_difference
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
@@ -65,6 +65,10 @@ def derivative(p: Program) -> None:
     p.derivatives["MLA"] = Derivative("MLA_backward", results=(0,), arguments=(0,))
 
 
+def boundary(p: Program) -> None:
+    p.boundary = Boundary(sent=("h",))
+
+
 def step(p: Program) -> None:
     p.steps["MLA"] = "MLA_step"
 
@@ -118,6 +122,7 @@ CHANGES: dict[Callable[[Program], None], str] = {
     "the first, missing in the second",
     derivative: "program: line 5 is missing in the first, derivative @MLA = @MLA_backward "
     "<results=(0), arguments=(0)> in the second",
+    boundary: "program: line 5 is missing in the first, boundary <sent=(h)> in the second",
     step: "program: line 5 is missing in the first, step @MLA = @MLA_step in the second",
     order_of_graphs: "program: graph 1 is @MLA in the first, @SwiGLU_192 in the second",
     graph_name: "graph @CausalLM: name is CausalLM in the first, Other in the second",

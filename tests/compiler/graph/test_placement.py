@@ -118,7 +118,7 @@ def test_experts_ranks_and_nodes_go_into_each_other(change: dict[str, int], word
 
 
 def test_recv_has_the_type_that_it_names() -> None:
-    assert results("recv", stage=0, type=X) == [X]
+    assert results("recv", pipeline=0, type=X) == [X]
     with pytest.raises(TypeMismatch, match="is no type"):
-        results("recv", stage=0, type="f32")
+        results("recv", pipeline=0, type="f32")
     assert Type("f32") == parse_type("f32[]")

@@ -7,7 +7,7 @@ import math
 import pytest
 from lark import Token
 
-from compiler.graph.core import Attr, Derivative, Graph, Op, Program, Value, Weight
+from compiler.graph.core import Attr, Boundary, Derivative, Graph, Op, Program, Value, Weight
 from compiler.graph.text import MAX_NESTING, grammar, parse_program, print_graph, print_program
 from compiler.graph.types import Dim, Type, parse_type
 from compiler.ops import OPS
@@ -52,6 +52,7 @@ DERIVED = """program @p root @G {
   alias @a = @b
   derivative @G = @H
   derivative @F = @I, @W <results=(0, 2), lifted=(1), arguments=(0)>
+  boundary <received=(h_in), sent=(h, "true")>
   step @G = @S
 }
 """
@@ -64,14 +65,24 @@ def test_what_a_program_says_of_its_graphs_reads_back() -> None:
         "G": Derivative("H"),
         "F": Derivative("I", "W", results=(0, 2), lifted=(1,), arguments=(0,)),
     }
+    assert program.boundary == Boundary(("h_in",), ("h", "true"))
     assert print_program(program) == DERIVED
     assert program.forward_of("W") == "F" and program.forward_of("S") == "S"
 
 
-@pytest.mark.parametrize("numbers", ["<results=0>", "<results=(0, true)>", "<others=(0)>"])
-def test_a_derivative_says_nothing_else(numbers: str) -> None:
-    (problem,) = problems(f"program @p root @G {{ derivative @G = @H {numbers} }}\n")
-    assert "E507" in problem and "a derivative has no such" in problem
+@pytest.mark.parametrize(
+    "line",
+    [
+        "derivative @G = @H <results=0>",
+        "derivative @G = @H <results=(0, true)>",
+        "derivative @G = @H <others=(0)>",
+        "boundary <sent=(0)>",
+        "boundary <results=(h)>",
+    ],
+)
+def test_a_link_says_nothing_else(line: str) -> None:
+    (problem,) = problems(f"program @p root @G {{ {line} }}\n")
+    assert "E507" in problem and "there is no such" in problem
 
 
 @pytest.mark.parametrize(

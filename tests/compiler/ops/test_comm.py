@@ -61,4 +61,4 @@ def test_a_share_goes_round_inside_and_then_between_nodes() -> None:
 def test_pipeline_stages_are_on_different_nodes() -> None:
     x = site("bf16[batch@expert, seq, hidden_size=7168]", stage=1)
     assert OPS["send"].moved(x, TOKENS) == Moved(0, 4096 * 14336)
-    assert OPS["recv"].moved(site(stage=0, type="f32[]"), TOKENS) == Moved()
+    assert OPS["recv"].moved(site(pipeline=0, type="f32[]"), TOKENS) == Moved()

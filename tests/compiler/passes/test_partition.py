@@ -11,12 +11,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from compiler.graph.build import site_of
-from compiler.graph.core import Graph, Op, Program, copy_program
-from compiler.graph.text import parse_program, print_graph, print_program
+from compiler.graph.core import Boundary, Graph, Op, Program, copy_program
+from compiler.graph.text import link_lines, parse_program, print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.ops import OPS
 from compiler.ops.comm import Dispatch
-from compiler.passes.cut_stages import connect_stages, cut_stages
+from compiler.passes.cut_stages import cut_stages
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.partition import partition
 from compiler.pipeline import PIPELINES, after
@@ -250,11 +250,30 @@ def test_three_stages(golden: Golden) -> None:
     texts = [f"// before cut_stages\n{print_graph(uncut(of).main)}"]
     for stage in range(3):
         program = uncut(of)
-        for one in (cut_stages(where, stage), connect_stages(where, stage)):
-            one.run(program, of)
-            verify(program)
-        texts.append(f"// stage {stage}\n{print_graph(program.main)}")
+        cut_stages(where, stage).run(program, of)
+        verify(program)
+        head = "\n".join(link_lines(program))
+        texts.append(f"// stage {stage}\n// {head}\n{print_graph(program.main)}")
     golden("passes/cut_stages.graph", "\n".join(texts))
+
+
+@pytest.mark.parametrize(
+    ("boundary", "message"),
+    [
+        (Boundary(("h",), ("h_7",)), "@CausalLM has no argument h"),
+        (Boundary(("h_4_in",), ("h",)), "@CausalLM has no single result h"),
+        (Boundary(("h_4_in", "balance_alpha"), ("h_7",)), "of (f32[batch, seq, hidden_size=64], "
+         "f32[]) the gradients do not cross it the other way"),
+    ],
+)  # fmt: skip
+def test_a_boundary_is_that_of_the_program(boundary: Boundary, message: str) -> None:
+    of = description("architecture.mtp.depth=0")
+    program = rank_programs(of, layout(MESHES["3 stages"], of, 2, 3))[1]
+    verify(program)
+    program.boundary = boundary
+    with pytest.raises(DiagnosticError) as error:
+        verify(program)
+    assert message in error.value.diagnostics[0].message
 
 
 def test_what_only_all_stages_together_know_cannot_be_cut(golden: Golden) -> None:
