@@ -7,8 +7,6 @@ stays there through operators that are linear, until a collective adds the parts
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from compiler.graph.types import Type, axes_text, ordered
 from compiler.ops.base import Operator, PartialSum, Site
 
@@ -19,20 +17,22 @@ def placed(operator: type[Operator], site: Site, results: tuple[Type, ...]) -> t
     if not axes or operator.sums == "own":
         return results
     _check(operator, site)
-    return tuple(replace(r, partial=ordered({*axes} - {*r.axes})) for r in results)
+    return tuple(r.with_partial(ordered({*axes} - {*r.axes})) for r in results)
 
 
 def _check(operator: type[Operator], site: Site) -> None:
     """Raises `PartialSum` where a partial sum stands in an operand that needs the whole."""
     partial = [i for i, t in enumerate(site.types) if t.partial]
+    if not partial:
+        return
     # Parts of a sum times parts of a tensor, each of the same ranks, make parts of nothing.
     spread = {axis for t in site.types for axis in t.axes}
     meets = any(spread & {*t.partial} for t in site.types)
     allowed = {
-        "nowhere": not partial,
-        "first": partial in ([], [0]),
+        "nowhere": False,
+        "first": partial == [0],
         "one": len(partial) < 2,
-        "all": not partial or len({t.partial for t in site.types}) == 1,
+        "all": len({t.partial for t in site.types}) == 1,
     }
     if meets or not allowed[operator.sums]:
         at = partial[-1]

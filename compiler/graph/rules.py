@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from compiler.graph.core import Attr, Op
-from compiler.graph.types import MESH_AXES, RUNTIME_DIMS, Dim
+from compiler.graph.types import BYTES, MESH_AXES, RUNTIME_DIMS, Dim, Type
 from compiler.ops import Operator
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -43,6 +44,16 @@ def number(op: Op, name: str) -> int:
     value = op.attrs[name]
     assert isinstance(value, int)
     return value
+
+
+@cache
+def need_type(type: Type) -> None:
+    """A known element type, and dimensions and axes that can be."""
+    if type.dtype not in BYTES:
+        raise Broken("E513", f"there is no element type {type.dtype}")
+    for dim in type.dims:
+        need_dim(dim)
+    need_axes(type.partial)
 
 
 def need_dim(dim: Dim) -> None:

@@ -84,7 +84,7 @@ class Type:
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes of the mesh along which ranks hold parts of this tensor."""
-        return ordered(axis for dim in self.dims for axis in dim.axes)
+        return ordered([axis for dim in self.dims for axis in dim.axes])
 
     @property
     def words(self) -> str:
@@ -103,7 +103,7 @@ class Type:
         return replace(self, dims=(*self.dims[:-1], *dims))
 
     def with_partial(self, axes: tuple[str, ...]) -> Type:
-        return replace(self, partial=axes)
+        return replace(self, partial=axes) if axes != self.partial else self
 
     def spread_first(self, axes: tuple[str, ...]) -> Type:
         """The same type with the first dimension spread over ranks."""
@@ -130,6 +130,8 @@ class Type:
 def ordered(axes: Iterable[str]) -> tuple[str, ...]:
     """Axes of a mesh, each once, in the order in which ranks are numbered."""
     found = set(axes)
+    if not found:  # as a rule: only the programs of ranks have any
+        return ()
     return (*(a for a in MESH_AXES if a in found), *sorted(found - MESH_AXES.keys()))
 
 

@@ -21,13 +21,12 @@ from compiler.graph.rules import (
     need_attributes,
     need_axes,
     need_counts,
-    need_dim,
     need_symbol,
+    need_type,
     no_end,
     number,
 )
 from compiler.graph.text import graph_lines, print_op
-from compiler.graph.types import BYTES, Type
 from compiler.ops import OPS, TypeMismatch
 from compiler.ops.base import dims_of
 from dsl.diagnostic import Diagnostic, DiagnosticError
@@ -80,7 +79,6 @@ class _Check:
         self.problems: list[Diagnostic] = []
         self.defined: set[Value] = set()
         self.names: set[str] = set()
-        self.types: set[Type] = set()
         self.used: set[str] = set()
         self.cached: set[str] = set()
 
@@ -144,7 +142,7 @@ class _Check:
 
     def _weight(self, name: str, weight: Weight) -> None:
         need_symbol(name)
-        self._type(weight.type)
+        need_type(weight.type)
         if any(d.size is None for d in weight.type.dims):
             raise Broken("E515", f"weight @{name} has a size that is not known: {weight.type}")
         if weight.stack < 1 or (weight.stack > 1 and "*" not in name):
@@ -208,17 +206,7 @@ class _Check:
             if value.name in self.names:
                 raise Broken("E511", f"the name {value} is taken by another value")
             self.names.add(value.name)
-            self._type(value.type)
-
-    def _type(self, type: Type) -> None:
-        if type in self.types:
-            return
-        if type.dtype not in BYTES:
-            raise Broken("E513", f"there is no element type {type.dtype}")
-        for dim in type.dims:
-            need_dim(dim)
-        need_axes(type.partial)
-        self.types.add(type)
+            need_type(value.type)
 
     def _symbols(self, op: Op, scope: _Scope) -> None:
         experts = scope.experts
