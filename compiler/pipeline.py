@@ -11,6 +11,7 @@ from compiler.graph.core import Program, copy_program
 from compiler.graph.equal import equal
 from compiler.graph.verify import verify
 from compiler.lower import lower
+from compiler.parallel.layout import Layout
 from compiler.passes.absorb import ABSORB
 from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
@@ -31,7 +32,6 @@ from compiler.passes.recompute import RECOMPUTE
 from compiler.passes.select_outputs import select_outputs
 from compiler.passes.simplify import SIMPLIFY
 from compiler.passes.split_backward import SPLIT_BACKWARD
-from compiler.plan.layout import Layout
 from compiler.rewrite import Miss
 from dsl.load import Description
 

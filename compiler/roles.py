@@ -13,9 +13,9 @@ from compiler.graph.core import Program, copy_program
 from compiler.graph.rules import number
 from compiler.graph.text import print_program
 from compiler.graph.verify import verify
+from compiler.parallel.layout import Layout, Stage
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.pipeline import before_cut, rank_passes, run
-from compiler.plan.layout import Layout, Stage
 from dsl.load import Description
 
 

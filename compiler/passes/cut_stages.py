@@ -18,9 +18,9 @@ from compiler.graph.names import is_weight, names_of
 from compiler.graph.rules import number
 from compiler.graph.types import Dim
 from compiler.ops import OPS
+from compiler.parallel.layout import Layout, units
 from compiler.passes.base import Pass
 from compiler.passes.simplify import SIMPLIFY
-from compiler.plan.layout import Layout, units
 from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description

@@ -14,8 +14,9 @@ from compiler.graph.build import Builder
 from compiler.graph.core import Graph, Op, Program, Region, Weight
 from compiler.graph.types import Dim
 from compiler.ops.base import dims_attr
+from compiler.parallel.layout import Layout, units
+from compiler.parallel.mesh import Mesh
 from compiler.passes.partition import group_attrs
-from compiler.plan.layout import Layout, Mesh, units
 
 # By convention the graph that ends a step is called so, behind the name of its forward graph.
 SUFFIX = "_step"

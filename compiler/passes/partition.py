@@ -17,8 +17,9 @@ from compiler.graph.core import Graph, Op, Program, Region, Value
 from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import PartialSum
+from compiler.parallel.layout import Layout
+from compiler.parallel.mesh import Mesh
 from compiler.passes.base import Pass
-from compiler.plan.layout import Layout, Mesh
 from compiler.rewrite import Miss
 from dsl.load import Description
 

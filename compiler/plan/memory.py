@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from compiler.graph.types import BYTES
-from compiler.plan.layout import Layout, Unit
+from compiler.parallel.layout import Layout, Unit
 from compiler.plan.placement import Placed
 from compiler.plan.saved import Activations
 from dsl.source import Span

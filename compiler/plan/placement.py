@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compiler.graph.core import Program
-from compiler.plan.layout import Layout
+from compiler.parallel.layout import Layout
 from compiler.plan.weights import Held, weights_of
 
 

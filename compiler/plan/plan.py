@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from compiler.analysis.summary import TRAINING_PASSES
 from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
-from compiler.plan.layout import Layout, Mesh, Unit, units
+from compiler.parallel.layout import Layout, Unit, units
+from compiler.parallel.mesh import Mesh
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
 from compiler.plan.saved import Activations, activations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from compiler.parallel.layout import Layout
 from compiler.plan.explain import CONVENTIONS, place
-from compiler.plan.layout import Layout
 from compiler.plan.memory import Kind
 from compiler.plan.placement import Placed
 from compiler.plan.plan import Plan, Rank

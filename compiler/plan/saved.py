@@ -17,8 +17,8 @@ from compiler.ops import OPS
 from compiler.ops.attention import Attention
 from compiler.ops.moe import Experts
 from compiler.ops.quantize import CASTS
+from compiler.parallel.layout import Unit
 from compiler.passes.recompute import VIEWS
-from compiler.plan.layout import Unit
 from dsl.source import Span
 
 # Bytes of so many elements, scales of 4 bytes for each 128 included: FP8, and the 12 bits of the

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compiler.analysis.modules import Modules
 from compiler.analysis.work import total
 from compiler.graph.core import Program
-from compiler.plan.layout import Stage, Unit
+from compiler.parallel.layout import Stage, Unit
 
 
 @dataclass(frozen=True)

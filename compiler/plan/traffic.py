@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
-from compiler.plan.layout import Layout, Unit
+from compiler.parallel.layout import Layout, Unit
 from compiler.plan.memory import GRADIENT_BYTES
 from compiler.plan.placement import Placed
 from compiler.plan.saved import FP8_BYTES, TILE

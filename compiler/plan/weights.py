@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compiler.graph.core import Graph, Op, Program
 from compiler.graph.types import Type
-from compiler.plan.layout import Unit
+from compiler.parallel.layout import Unit
 from dsl.source import Span
 
 

@@ -9,8 +9,9 @@ from backends.build import build
 from compiler.graph.text import parse_program, print_program
 from compiler.graph.verify import verify
 from compiler.lower import lower
+from compiler.parallel.layout import Layout, Stage, units
+from compiler.parallel.mesh import Mesh
 from compiler.pipeline import before_cut, rank_passes, run
-from compiler.plan.layout import Layout, Mesh, Stage, units
 from compiler.roles import roles
 from dsl.load import Description, load
 from dsl.source import Source

@@ -21,7 +21,7 @@ from compiler.graph.core import Op
 from compiler.graph.rules import number
 from compiler.ops.base import Moved, dims_of
 from compiler.ops.comm import axes_of
-from compiler.plan.layout import Coordinates, Mesh
+from compiler.parallel.mesh import Coordinates, Mesh
 
 if TYPE_CHECKING:
     from tests.interpret.frame import Frame

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from compiler.graph.core import Graph, Program, Value
 from compiler.lower import lower
+from compiler.parallel.layout import Layout, Stage, units
+from compiler.parallel.mesh import Mesh
 from compiler.pipeline import before_cut, rank_passes
 from compiler.pipeline import run as run_passes
-from compiler.plan.layout import Layout, Mesh, Stage, units
 from dsl.load import Description
 from tests.interpret import State, run
 from tests.interpret.comm import Rank, World

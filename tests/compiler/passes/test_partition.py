@@ -16,11 +16,12 @@ from compiler.graph.text import link_lines, parse_program, print_graph, print_pr
 from compiler.graph.verify import spans_missing, verify
 from compiler.ops import OPS
 from compiler.ops.comm import Dispatch
+from compiler.parallel.layout import Layout, Stage, units
+from compiler.parallel.mesh import Mesh
 from compiler.passes.cut_stages import cut_stages
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.partition import partition
 from compiler.pipeline import PIPELINES, after
-from compiler.plan.layout import Layout, Mesh, Stage, units
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
 from dsl.source import Source

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from compiler.parallel.layout import units
 from compiler.pipeline import compile
-from compiler.plan.layout import units
 from compiler.plan.make import planner_of
 from compiler.plan.saved import activations
 from dsl.load import load

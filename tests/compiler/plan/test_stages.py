@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.plan.layout import Unit
+from compiler.parallel.layout import Unit
 from compiler.plan.stages import cut
 from tests.support.planners import planner
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compiler.parallel.layout import Layout, Stage, units
+from compiler.parallel.mesh import Mesh
 from compiler.pipeline import compile
-from compiler.plan.layout import Layout, Mesh, Stage, units
 from compiler.plan.schedule import schedule
 from compiler.plan.simulate import under_way
 from dsl.load import load
