@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compiler.graph.core import Program, copy_program
-from compiler.graph.equal import equal
+from compiler.graph.equal import changed_graphs, equal
 from compiler.graph.verify import verify
 from compiler.lower import lower
 from compiler.parallel.layout import Layout
@@ -208,10 +208,11 @@ def run(
         start = time.perf_counter()
         after = copy_program(program)
         misses = one.run(after, description)
-        verify(after)
+        graphs = changed_graphs(program, after)
+        verify(after, graphs)
         seconds = time.perf_counter() - start
         delta = _delta(program, after)
-        changed = not equal(program, after)
+        changed = bool(graphs) or not equal(program, after)
         yield Step(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
         program = after
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
 
-from compiler.graph.core import Graph, Op, Program, Value
+from compiler.graph.core import Attr, Graph, Op, Program, Region, Value
 from compiler.graph.text import link_lines, print_op, print_weight
 
 # A place, what is told of it, and how it is there. Two programs are equal when all facts are.
@@ -17,9 +16,65 @@ def equal(a: Program, b: Program) -> bool:
     return first_difference(a, b) is None
 
 
+def changed_graphs(before: Program, after: Program) -> set[str]:
+    """Names of the graphs that differ, or that only one of the programs has."""
+    a, b = before.graphs, after.graphs
+    return {
+        name
+        for name in {**a, **b}
+        if not (name in a and name in b and equal_graphs(a[name], b[name]))
+    }
+
+
 def equal_graphs(a: Graph, b: Graph) -> bool:
-    """Whether two graphs have the same operators, names and numbers, in the same order."""
-    return all(x == y for x, y in zip_longest(_graph("", a), _graph("", b)))
+    """Whether two graphs have the same operators, names and numbers, in the same order.
+
+    Values correspond one to one, so that a graph equal to a sound one is sound.
+    """
+    pairs = _Pairs()
+    return _head(a) == _head(b) and pairs.values(a.args, b.args) and pairs.ops(a.ops, b.ops)
+
+
+def _head(graph: Graph) -> tuple[object, ...]:
+    weights, caches = tuple(graph.weights.items()), tuple(graph.caches.items())
+    return graph.name, graph.about, graph.result_names, weights, caches
+
+
+class _Pairs:
+    """Values of one graph, and those of another that are in the same places."""
+
+    def __init__(self) -> None:
+        self._other: dict[Value, Value] = {}
+
+    def values(self, a: Sequence[Value], b: Sequence[Value]) -> bool:
+        return len(a) == len(b) and all(map(self._value, a, b))
+
+    def _value(self, a: Value, b: Value) -> bool:
+        if a in self._other:
+            return self._other[a] is b
+        self._other[a] = b
+        return a.name == b.name and a.type == b.type
+
+    def ops(self, a: Sequence[Op], b: Sequence[Op]) -> bool:
+        return len(a) == len(b) and all(map(self._op, a, b))
+
+    def _op(self, a: Op, b: Op) -> bool:
+        return (
+            (a.kind, a.symbols, [*a.attrs]) == (b.kind, b.symbols, [*b.attrs])
+            and all(map(_equal_attributes, a.attrs.values(), b.attrs.values()))
+            and self.values(a.operands, b.operands)
+            and len(a.regions) == len(b.regions)
+            and all(map(self._region, a.regions, b.regions))
+            and self.values(a.results, b.results)
+        )
+
+    def _region(self, a: Region, b: Region) -> bool:
+        return self.values(a.args, b.args) and self.ops(a.ops, b.ops)
+
+
+def _equal_attributes(a: Attr, b: Attr) -> bool:
+    # `repr` tells 1, 1.0 and True apart.
+    return a is b or repr(a) == repr(b)
 
 
 def first_difference(a: Program, b: Program) -> str | None:

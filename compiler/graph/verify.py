@@ -7,7 +7,7 @@ text of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from compiler.graph.build import infer
@@ -33,13 +33,18 @@ from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.source import Source, Span
 
 
-def verify(program: Program) -> None:
-    """Raises `DiagnosticError` (E51x) with every operator that breaks an invariant."""
+def verify(program: Program, changed: Set[str] | None = None) -> None:
+    """Raises `DiagnosticError` (E51x) with every operator that breaks an invariant.
+
+    `changed` names the graphs that are not as they were when the program was verified before: only
+    those, and those that call them, are checked anew, beside what holds of all graphs together.
+    """
     problems: list[Diagnostic] = []
     names: dict[str, Sequence[Name]] = {}
     for key, graph in program.graphs.items():
         check = _Check(program, graph)
-        check.run(key)
+        if changed is None or key in changed or not changed.isdisjoint(graph.calls()):
+            check.run(key)
         problems += check.problems
         # Names mean something only where every operator is what it should be.
         names[key] = [] if check.problems else names_of(graph)

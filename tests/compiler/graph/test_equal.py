@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from compiler.graph.core import Boundary, Cache, Derivative, Op, Program, copy_program
-from compiler.graph.equal import equal, equal_graphs, first_difference
+from compiler.graph.equal import changed_graphs, equal, equal_graphs, first_difference
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
 from dsl.load import load
@@ -162,6 +163,22 @@ def test_a_change_is_named(change: Callable[[Program], None], tiny: Program) -> 
     assert difference.endswith(CHANGES[change])
     assert "\n" not in difference
     assert not equal(changed, tiny)
+    named = re.match(r"graph @(\w+)", difference)
+    assert changed_graphs(tiny, changed) == ({named[1]} if named else set())
+
+
+def test_added_and_removed_graphs_are_changed(tiny: Program) -> None:
+    less = copy_program(tiny)
+    del less.graphs["MLA"]
+    assert changed_graphs(tiny, less) == changed_graphs(less, tiny) == {"MLA"}
+
+
+def test_a_value_of_another_graph_is_a_difference_that_no_text_shows(tiny: Program) -> None:
+    broken = copy_program(tiny)
+    op = broken.graphs["SwiGLU_32"].ops[1]
+    op.operands = [replace(op.operands[0])]
+    assert first_difference(tiny, broken) is None
+    assert changed_graphs(tiny, broken) == {"SwiGLU_32"}
 
 
 def test_spans_and_identity_do_not_count(tiny: Program) -> None:
