@@ -10,7 +10,6 @@ other; initialisation, loading and saving go through it, and `state_dict` follow
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import EllipsisType
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from .normal import fill_normal, tensor_key
 
 
 @dataclass(frozen=True)
@@ -227,27 +228,25 @@ def _around(prefix: str) -> str:
 def initialize(module: nn.Module, seed: int) -> None:
     """Gives every declared tensor its first values.
 
-    A published tensor's values depend on `seed`, its name and its shape, and on nothing else:
-    not on the order, the device or the way it is stored. Drawn in float32 on the CPU, then cast.
-    On the meta device nothing happens.
+    Values follow from `seed`, the published name and the index of the element, whatever the
+    device, the storage and the order. On the meta device nothing happens.
     """
     for entry in published(module):
         declared = entry.declaration
         if declared is None or entry.storage.is_meta:
             continue
         if declared.std:
-            values = first_values(entry.name, entry.shape, declared.value, declared.std, seed)
-            entry.tensor.copy_(values)
+            key = tensor_key(seed, entry.name)
+            fill_normal(entry.tensor, key, declared.value, declared.std)
         else:
             entry.tensor.fill_(declared.value)
 
 
 def first_values(name: str, shape: tuple[int, ...], value: float, std: float, seed: int) -> Tensor:
     """What a published tensor begins with: N(value, std^2), in float32 on the CPU."""
-    digest = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
-    generator = torch.Generator().manual_seed(digest)
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return values.normal_(value, std, generator=generator)
+    fill_normal(values, tensor_key(seed, name), value, std)
+    return values
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
