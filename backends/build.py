@@ -29,6 +29,7 @@ from compiler.plan.make import make_plan
 from compiler.plan.plan import Plan
 from compiler.plan.record import record
 from compiler.plan.schedule import schedule
+from compiler.plan.transfers import with_transfers
 from compiler.roles import roles
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -129,6 +130,7 @@ def package(
         layout = plan.layout
         order = schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
         texts["graph/schedule.txt"] = str(order)
+        texts["graph/schedule.json"] = with_transfers(order).to_json()
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
         description, compiled, numbers, version=VERSION, files=names, plan=plan

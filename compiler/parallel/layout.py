@@ -63,13 +63,28 @@ class Stage:
         return " ".join(part for part in (before, ends, after) if part)
 
 
+def placement(schedule: str, pipeline: int) -> tuple[tuple[int, ...], ...]:
+    """The pipeline rank of each stage, for each direction in which micro-batches go.
+
+    With `dualpipe` they enter at both ends of the pipeline, and each rank holds two stages: p for
+    those that come from rank 0, and the mirrored one for those that come from the last rank
+    (report, section 3.2.1). With `dualpipe_v` the pipeline turns back at its last rank.
+    """
+    ranks = tuple(range(pipeline))
+    match schedule:
+        case "dualpipe":
+            return ranks, ranks[::-1]
+        case "dualpipe_v":
+            return (ranks + ranks[::-1],)
+        case _:
+            return (ranks,)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies, and in how many pieces a step is worked off.
+    """Where everything lies, and in how many micro-batches a step is executed.
 
-    `schedule` is `1f1b`, `zero_bubble` or `dualpipe`. With `dualpipe` micro-batches enter at both
-    ends of the pipeline, and each pipeline rank holds two stages: p for those that come from rank
-    0, and the mirrored one for those that come from the last rank (report, section 3.2.1).
+    `schedule` is `1f1b`, `zero_bubble` or `dualpipe`.
     """
 
     mesh: Mesh
@@ -80,17 +95,22 @@ class Layout:
     zero: int  # 0: optimizer state on every rank, 1: sharded over the ranks that hold a weight
 
     @cached_property
-    def both_ways(self) -> bool:
-        return self.schedule == "dualpipe"
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """The pipeline rank of each stage, by direction."""
+        return placement(self.schedule, self.mesh.pipeline)
+
+    @property
+    def bidirectional(self) -> bool:
+        return len(self.placement) > 1
 
     def stages_of(self, pipeline: int) -> tuple[int, ...]:
         """The stages on one pipeline rank, by direction: from rank 0, then from the last rank."""
-        mirrored = self.mesh.pipeline - 1 - pipeline
-        return (pipeline, mirrored) if self.both_ways else (pipeline,)
+        ranks = (enumerate(direction) for direction in self.placement)
+        return tuple(stage for one in ranks for stage, rank in one if rank == pipeline)
 
     def holders(self, stage: int) -> tuple[int, ...]:
         """The pipeline ranks that hold a stage, by direction."""
-        return self.stages_of(stage)
+        return tuple(direction[stage] for direction in self.placement)
 
     def in_flight(self, stage: int) -> int:
         """For how many micro-batches a stage keeps activations at most.
@@ -100,9 +120,8 @@ class Layout:
         of a rank under DualPipe keep one more than there are stages, and with the zero-bubble
         schedule weight gradients wait until all ranks keep as many as there are (report, table 2).
         """
-        ways = 2 if self.both_ways else 1
         first = 0 if self.schedule == "zero_bubble" else stage
-        return min(self.mesh.pipeline - first, self.micro_batches // ways)
+        return min(self.mesh.pipeline - first, self.micro_batches // len(self.placement))
 
     def experts_of(self, expert: int, count: int) -> range:
         """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""

@@ -93,7 +93,7 @@ class Plan:
 
     def _moved(self, memory: RankMemory) -> int:
         """Bytes of weights that are read or written in a step: twice each time."""
-        passes = self.layout.micro_batches // (2 if self.layout.both_ways else 1)
+        passes = self.layout.micro_batches // len(self.layout.placement)
         each = memory.of(Kind.WEIGHTS) + memory.of(Kind.GRADIENTS)
         return 2 * (passes * each + memory.of(Kind.MASTER) + memory.of(Kind.MOMENTS))
 
@@ -189,7 +189,7 @@ def _sizes(micro_batch: int, length: int) -> dict[str, int]:
 
 def _step_flops(layout: Layout, flops: Mapping[range, Flops], pipeline: int) -> Flops:
     """FLOPs of a step on one rank, forward and backward."""
-    each = layout.micro_batches // (2 if layout.both_ways else 1)
+    each = layout.micro_batches // len(layout.placement)
     stages = layout.stages_of(pipeline)
     found = sum((_stage_flops(layout, flops, stage) for stage in stages), Flops())
     return found.times(TRAINING_PASSES * each)

@@ -1,52 +1,179 @@
 """The order in which each pipeline rank works: forward and backward chunks of micro-batches.
 
-A schedule is data: for each rank a tuple of steps. A chunk is one stage on one micro-batch; its
-backward pass is whole (B), or cut into the gradients of inputs (I), for which the stage before
-waits, and those of weights (W), which can be done later. `simulate.py` checks and times schedules.
+A schedule is data: for each pipeline rank a row of steps. A chunk is one stage on one micro-batch;
+its backward pass is whole (B), or cut into the gradients of inputs (I), for which the previous
+stage waits, and those of weights (W), which can be computed later. `transfers.py` adds what ranks
+send and receive, `simulate.py` checks and times schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
+
+from compiler.parallel.layout import placement
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Action:
-    """F, B, I or W of a stage on a micro-batch; or SEND_F, RECV_F, SEND_B, RECV_B of it.
-
-    SEND_F gives the result of a stage to the next one and RECV_F takes what it reads; SEND_B gives
-    the gradient of what a stage read to the one before, and RECV_B takes that of its result.
-    """
+class Chunk:
+    """F, B, I or W of a stage on a micro-batch."""
 
     kind: str
     stage: int
     batch: int
 
+    @property
+    def reads(self) -> tuple[str, int, int] | None:
+        """The `key` of the message that it reads if that comes from another rank."""
+        return (
+            None if self.kind == "W" else ("F" if self.kind == "F" else "B", self.stage, self.batch)
+        )
+
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.batch}"
 
 
-Step = tuple[Action, ...]
-"""One action, or a forward and a backward chunk that are computed as one, each hiding the
+Step = tuple[Chunk, ...]
+"""One chunk, or a forward and a backward chunk that are computed as one, each hiding the
 communication of the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """The rank sends the message of this number."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"send {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """The rank receives the message of this number."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"receive {self.number}"
+
+
+Entry = Step | Send | Receive
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What `stage` reads of a micro-batch from another pipeline rank.
+
+    F: what the previous stage sends, B: the gradients that the next stage sends back.
+    """
+
+    kind: str
+    stage: int
+    batch: int
+    sender: int
+    receiver: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.kind, self.stage, self.batch
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of each pipeline rank. `holder` tells the rank of a stage for a micro-batch."""
+    """The row of each pipeline rank.
+
+    `placement` has for each direction the pipeline rank of each stage; micro-batches are dealt to
+    the directions in equal parts, in order. A message's number is its place in `messages`; there
+    are none, and no entries of them in `rows`, before `transfers.with_transfers` has added them.
+    """
 
     name: str
-    stages: int
     batches: int
-    ranks: tuple[tuple[Step, ...], ...]
-    holder: Callable[[int, int], int]
+    placement: tuple[tuple[int, ...], ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def stages(self) -> int:
+        return len(self.placement[0])
+
+    def holder(self, stage: int, batch: int) -> int:
+        """The pipeline rank that holds a stage for a micro-batch."""
+        return self.placement[batch * len(self.placement) // self.batches][stage]
+
+    def message(self, chunk: Chunk) -> Message | None:
+        """What a chunk makes for another pipeline rank, if it does."""
+        stage = chunk.stage + (1 if chunk.kind == "F" else -1)
+        if chunk.kind == "W" or not 0 <= stage < self.stages:
+            return None
+        sender, receiver = (self.holder(at, chunk.batch) for at in (chunk.stage, stage))
+        kind = "F" if chunk.kind == "F" else "B"
+        return Message(kind, stage, chunk.batch, sender, receiver) if sender != receiver else None
+
+    def steps(self, rank: int) -> tuple[Step, ...]:
+        """What a pipeline rank computes, without what it sends and receives."""
+        return tuple(entry for entry in self.rows[rank] if isinstance(entry, tuple))
 
     def __str__(self) -> str:
         """A line for each rank, a word for each step."""
-        lines = (" ".join("&".join(map(str, step)) for step in steps) for steps in self.ranks)
+        lines = (" ".join(map(word, self.steps(rank))) for rank in range(len(self.rows)))
         return "".join(f"rank {i}: {line}\n" for i, line in enumerate(lines))
+
+    def to_json(self) -> str:
+        """One line for each row and message; `schedule_from_json` reads it."""
+        fields = ("kind", "stage", "batch", "sender", "receiver")
+        values = {
+            "name": self.name,
+            "micro_batches": self.batches,
+            "placement": self.placement,
+            "message": fields,
+            "messages": [[getattr(one, name) for name in fields] for one in self.messages],
+            "rows": [[word(entry) for entry in row] for row in self.rows],
+        }
+        lines = (f"{json.dumps(key)}: {_lines(value)}" for key, value in values.items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    """JSON of a value, of a list of lists with a line for each."""
+    if not (isinstance(value, list) and value):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+
+
+def word(entry: Entry) -> str:
+    """An entry of a row as texts say it: `3F2`, `3F2&0B1`, `send 7`."""
+    return "&".join(map(str, entry)) if isinstance(entry, tuple) else str(entry)
+
+
+def schedule_from_json(text: str) -> Schedule:
+    """The schedule that `Schedule.to_json` wrote. Raises ValueError where it is none."""
+    try:
+        values = json.loads(text)
+        return Schedule(
+            str(values["name"]),
+            int(values["micro_batches"]),
+            tuple(tuple(map(int, stages)) for stages in values["placement"]),
+            tuple(tuple(map(_entry, row)) for row in values["rows"]),
+            tuple(Message(str(kind), *map(int, rest)) for kind, *rest in values["messages"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is no schedule: {error}") from None
+
+
+def _entry(word: str) -> Entry:
+    transfer = re.fullmatch(r"(send|receive) (\d+)", word)
+    if transfer:
+        return (Send if transfer[1] == "send" else Receive)(int(transfer[2]))
+    chunks = [re.fullmatch(r"(\d+)([FBIW])(\d+)", part) for part in word.split("&")]
+    if not all(chunks):
+        raise ValueError(f"{word!r} is no entry of a schedule")
+    return tuple(Chunk(m[2], int(m[1]), int(m[3])) for m in chunks if m)
 
 
 def schedule(name: str, pipeline: int, batches: int) -> Schedule:
@@ -67,13 +194,13 @@ def one_forward_one_backward(pipeline: int, batches: int) -> Schedule:
     ranks = []
     for rank in range(pipeline):
         warm = min(batches, pipeline - rank)
-        steps = [Action("F", rank, i) for i in range(warm)]
+        steps = [Chunk("F", rank, i) for i in range(warm)]
         for i in range(batches):
-            steps.append(Action("B", rank, i))
+            steps.append(Chunk("B", rank, i))
             if warm + i < batches:
-                steps.append(Action("F", rank, warm + i))
+                steps.append(Chunk("F", rank, warm + i))
         ranks.append(_one_by_one(steps))
-    return Schedule("1f1b", pipeline, batches, tuple(ranks), lambda stage, batch: stage)
+    return _schedule("1f1b", batches, ranks)
 
 
 def zero_bubble(pipeline: int, batches: int) -> Schedule:
@@ -85,16 +212,16 @@ def zero_bubble(pipeline: int, batches: int) -> Schedule:
     ranks = []
     for rank in range(pipeline):
         warm = min(batches, pipeline - rank)
-        steps = [Action("F", rank, i) for i in range(warm)]
+        steps = [Chunk("F", rank, i) for i in range(warm)]
         for i in range(batches):
-            steps.append(Action("I", rank, i))
+            steps.append(Chunk("I", rank, i))
             if i >= rank:
-                steps.append(Action("W", rank, i - rank))
+                steps.append(Chunk("W", rank, i - rank))
             if warm + i < batches:
-                steps.append(Action("F", rank, warm + i))
-        steps += [Action("W", rank, i) for i in range(max(0, batches - rank), batches)]
+                steps.append(Chunk("F", rank, warm + i))
+        steps += [Chunk("W", rank, i) for i in range(max(0, batches - rank), batches)]
         ranks.append(_one_by_one(steps))
-    return Schedule("zero_bubble", pipeline, batches, tuple(ranks), lambda stage, batch: stage)
+    return _schedule("zero_bubble", batches, ranks)
 
 
 def dual_pipe(pipeline: int, batches: int) -> Schedule:
@@ -109,10 +236,6 @@ def dual_pipe(pipeline: int, batches: int) -> Schedule:
             f"even too: not {pipeline} and {batches}"
         )
     half, last = batches // 2, pipeline - 1
-
-    def holder(stage: int, batch: int) -> int:
-        return stage if batch < half else last - stage
-
     ranks = []
     for rank in range(pipeline):
         first = (rank, 0), (last - rank, half)
@@ -120,7 +243,7 @@ def dual_pipe(pipeline: int, batches: int) -> Schedule:
         near, far = first if rank < pipeline // 2 else first[::-1]
         from_end = min(rank, last - rank)
         ranks.append(_eight_phases(from_end, pipeline // 2, half, near, far))
-    return Schedule("dualpipe", pipeline, batches, tuple(ranks), holder)
+    return _schedule("dualpipe", batches, ranks)
 
 
 def dual_pipe_v(pipeline: int, batches: int) -> Schedule:
@@ -131,15 +254,11 @@ def dual_pipe_v(pipeline: int, batches: int) -> Schedule:
     if batches < 2 * pipeline:
         raise ValueError(f"dualpipe_v needs at least {2 * pipeline} micro-batches, not {batches}")
     stages = 2 * pipeline
-
-    def holder(stage: int, batch: int) -> int:
-        return min(stage, stages - 1 - stage)
-
-    ranks = tuple(
+    ranks = [
         _eight_phases(rank, pipeline, batches, (rank, 0), (stages - 1 - rank, 0))
         for rank in range(pipeline)
-    )
-    return Schedule("dualpipe_v", stages, batches, ranks, holder)
+    ]
+    return _schedule("dualpipe_v", batches, ranks)
 
 
 SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
@@ -150,8 +269,12 @@ SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
 }
 
 
-def _one_by_one(actions: list[Action]) -> tuple[Step, ...]:
-    return tuple((action,) for action in actions)
+def _schedule(name: str, batches: int, ranks: Sequence[tuple[Step, ...]]) -> Schedule:
+    return Schedule(name, batches, placement(name, len(ranks)), tuple(ranks))
+
+
+def _one_by_one(chunks: list[Chunk]) -> tuple[Step, ...]:
+    return tuple((chunk,) for chunk in chunks)
 
 
 def _eight_phases(
@@ -199,35 +322,14 @@ class _Takes:
             for side, (_, first) in enumerate((near, far))
             for way in ("forward", "backward")
         }
-        self.waiting: list[Action] = []
+        self.waiting: list[Chunk] = []
 
     def __call__(self, side: int, kind: str) -> Step:
         way = "forward" if kind == "F" else "backward"
-        action = Action(kind, self.stages[side], next(self.next[side, way]))
+        chunk = Chunk(kind, self.stages[side], next(self.next[side, way]))
         if kind == "I":
-            self.waiting.append(Action("W", action.stage, action.batch))
-        return (action,)
+            self.waiting.append(Chunk("W", chunk.stage, chunk.batch))
+        return (chunk,)
 
     def weight(self) -> Step:
         return (self.waiting.pop(0),)
-
-
-def with_transfers(given: Schedule) -> tuple[tuple[Action, ...], ...]:
-    """The actions of each rank with what it receives before a chunk and sends after it."""
-    return tuple(tuple(_transfers(given, steps, rank)) for rank, steps in enumerate(given.ranks))
-
-
-def _transfers(given: Schedule, steps: tuple[Step, ...], rank: int) -> Iterator[Action]:
-    def elsewhere(stage: int, batch: int) -> bool:
-        return 0 <= stage < given.stages and given.holder(stage, batch) != rank
-
-    for step in steps:
-        works = [(a, 1 if a.kind == "F" else -1, "F" if a.kind == "F" else "B") for a in step]
-        works = [work for work in works if work[0].kind != "W"]
-        for a, way, letter in works:
-            if elsewhere(a.stage - way, a.batch):
-                yield Action(f"RECV_{letter}", a.stage, a.batch)
-        yield from step
-        for a, way, letter in works:
-            if elsewhere(a.stage + way, a.batch):
-                yield Action(f"SEND_{letter}", a.stage, a.batch)

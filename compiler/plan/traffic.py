@@ -131,7 +131,7 @@ def _experts(
     group = mesh.expert_group(0)
     nodes = len({mesh.node(rank) for rank in group})
     inside = mesh.expert // nodes
-    times = 2 * layout.micro_batches // (2 if layout.both_ways else 1)
+    times = 2 * layout.micro_batches // len(layout.placement)
     units = [u for s in layout.stages_of(pipeline) for u in layout.stages[s].units]
     every = [one for unit in units for one in around[unit.ops]]
     for purpose in ("dispatch", "combine"):
@@ -153,7 +153,7 @@ def _handed_on(layout: Layout, boundary: int, pipeline: int) -> Sent:
     """Activations to the next stage, gradients to the one before; under DualPipe both both ways."""
     mesh = layout.mesh
     here = mesh.data_group(mesh.rank(pipeline, 0, 0))
-    each = layout.micro_batches // (2 if layout.both_ways else 1)
+    each = layout.micro_batches // len(layout.placement)
     near = far = Fraction(0)
     for neighbour in (pipeline - 1, pipeline + 1):
         if 0 <= neighbour < mesh.pipeline:

@@ -107,7 +107,7 @@ def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
     yield ("mesh", f"{mesh.pipeline} pipeline x {mesh.replicas} replicas x {mesh.expert} expert")
     done, fast = (sum(getattr(r.flops, what) for r in plan.ranks) for what in ("total", "fp8"))
     yield ("in FP8", f"{fast / done:.1%} of the FLOPs")
-    ways = ", half of them from each end" if layout.both_ways else ""
+    ways = ", half of them from each end" if layout.bidirectional else ""
     yield ("schedule", f"{layout.schedule}, {layout.micro_batches} micro-batches{ways}")
     length = plan.parallel.sequence_length
     yield ("micro-batch", f"{layout.micro_batch} x {length:,} tokens on each rank")

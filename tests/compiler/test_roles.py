@@ -12,6 +12,8 @@ from compiler.lower import lower
 from compiler.parallel.layout import Layout, Stage, units
 from compiler.parallel.mesh import Mesh
 from compiler.pipeline import before_cut, rank_passes, run
+from compiler.plan.check import problems
+from compiler.plan.schedule import schedule_from_json
 from compiler.roles import roles
 from dsl.load import Description, load
 from dsl.source import Source
@@ -61,3 +63,5 @@ def test_a_build_with_a_layout_holds_the_programs_of_its_ranks(tmp_path: Path) -
         assert ("reduce_scatter(" if ends else "dispatch(") in text
     order = (tmp_path / "tiny" / "graph" / "schedule.txt").read_text(encoding="utf-8")
     assert order.startswith("rank 0: 0F0 ") and len(order.splitlines()) == 2
+    rows = schedule_from_json((tmp_path / "tiny" / "graph" / "schedule.json").read_text("utf-8"))
+    assert str(rows) == order and problems(rows) == []

@@ -1,0 +1,84 @@
+"""What pipeline ranks send and receive, in an order in which none can wait for ever.
+
+Every message of a step has a number: its place by the end of the chunk that makes it, the rank
+and the chunk. Each rank sends and receives in ascending numbers, and receives a message before its
+first chunk that ends later than the message was made. Then, with every operation blocking and one
+queue for each rank, the earliest unfinished message can always be finished; and since all ranks of
+a stage have one row, that holds for the collectives inside of chunks, too. Costs only choose the
+order: no order of this kind can deadlock. Compare NVIDIA/nccl#784, pytorch/pytorch#172668.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
+from compiler.plan.simulate import Costs, simulate
+
+
+def with_transfers(given: Schedule, costs: Costs | None = None) -> Schedule:
+    """The schedule with all that its ranks send and receive, in the order that `costs` give.
+
+    Raises ValueError where ranks wait for one another even if no message takes time.
+    """
+    ends = [[end for _, end in times] for times in simulate(given, costs or Costs()).ranks]
+    made = sorted(_made(given, ends), key=lambda one: (one.end, one.message.sender, one.chunk))
+    own: list[list[int]] = [[] for _ in given.rows]
+    for number, one in enumerate(made):
+        own[one.message.sender].append(number)
+        own[one.message.receiver].append(number)
+    rows = (_row(given, rank, own[rank], made, ends[rank]) for rank in range(len(given.rows)))
+    return replace(given, rows=tuple(rows), messages=tuple(one.message for one in made))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A message, when the chunk that makes it ends, and which of its rank's chunks that is."""
+
+    message: Message
+    end: float
+    chunk: tuple[int, int]
+
+
+def _made(given: Schedule, ends: list[list[float]]) -> Iterator[_Made]:
+    for rank in range(len(given.rows)):
+        for i, step in enumerate(given.steps(rank)):
+            for j, chunk in enumerate(step):
+                message = given.message(chunk)
+                if message is not None:
+                    yield _Made(message, ends[rank][i], (i, j))
+
+
+def _row(
+    given: Schedule, rank: int, own: list[int], made: list[_Made], ends: list[float]
+) -> tuple[Entry, ...]:
+    """The steps of a rank between its sends and receives, which are `own`."""
+    row: list[Entry] = []
+    left = iter(own)
+    number = next(left, None)
+    for step, end in zip(given.steps(rank), ends, strict=True):
+        while number is not None and made[number].end < end:
+            row.append(_transfer(made[number].message, number, rank))
+            number = next(left, None)
+        row.append(step)
+    row += [_transfer(made[n].message, n, rank) for n in ([number] if number is not None else [])]
+    row += [_transfer(made[n].message, n, rank) for n in left]
+    return tuple(row)
+
+
+def _transfer(message: Message, number: int, rank: int) -> Entry:
+    return Send(number) if message.sender == rank else Receive(number)
+
+
+def open_receives(given: Schedule, rank: int) -> int:
+    """How many messages a rank holds at most that it received, and whose readers are not done."""
+    most = now = 0
+    arriving = {one.key for one in given.messages if one.receiver == rank}
+    for entry in given.rows[rank]:
+        if isinstance(entry, Receive):
+            now += 1
+            most = max(most, now)
+        elif isinstance(entry, tuple):
+            now -= sum(chunk.reads in arriving for chunk in entry)
+    return most
