@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import runtime
 from backends import VERSION
@@ -17,9 +18,6 @@ from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
 from backends.torch.model import docstring, model_py
-from backends.triton.choices import Choices
-from backends.triton.package import kernel_files, kernels_package
-from backends.triton.target import Target
 from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
@@ -33,6 +31,10 @@ from compiler.plan.transfers import with_transfers
 from compiler.roles import roles
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
+
+if TYPE_CHECKING:
+    from backends.triton.choices import Choices
+    from backends.triton.target import Target
 
 GENERATOR = "dslc"
 MANIFEST = "manifest.json"
@@ -114,6 +116,8 @@ def package(
     for path in sorted(folder.rglob("*.py")):
         texts[f"runtime/{path.relative_to(folder).as_posix()}"] = path.read_text(encoding="utf-8")
     if target is not None:
+        from backends.triton.package import kernel_files, kernels_package
+
         kernels = kernel_files(compiled.programs, description, target, choices)
         texts |= kernels_package(kernels, target)
     for i, step in enumerate(step for step in compiled.steps if step.changed):

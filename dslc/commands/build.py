@@ -88,11 +88,12 @@ def run(
 
 def measured(tuned: Path | None, target: Target | None) -> Choices | None:
     """What the file of `--tuned` says. Raises `DiagnosticError`."""
+    if tuned is None:
+        return None
+
     from backends.triton import tune
     from dsl.diagnostic import Diagnostic, DiagnosticError
 
-    if tuned is None:
-        return None
     if target is None:
         why = "--tuned says how kernels are cut, and only a build with --target has any"
         raise DiagnosticError([Diagnostic("E607", why, help="add --target")])
