@@ -11,17 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .module import CheckpointModule
 from .shards import BLOCK, INDEX, LoadError, Shards
 from .sources import Shape, Sources
 from .weights import published
-
-if TYPE_CHECKING:
-    from .model import LanguageModel
 
 MAX_SHARD_BYTES = 5_000_000_000
 OWN_FILES = re.compile(r"(config|audit)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -60,7 +57,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load(model: LanguageModel, folder: str | Path) -> LoadReport:
+def load(model: CheckpointModule, folder: str | Path) -> LoadReport:
     """Reads every weight of `model` from a folder of *.safetensors, with or without an index.
 
     One tensor at a time, cast to the model's dtype; FP8 tensors are multiplied by their scales. A
@@ -103,7 +100,9 @@ def matched(
         yield shards, sources
 
 
-def save(model: LanguageModel, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save(
+    model: CheckpointModule, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Writes the weights and config.json, as transformers reads them.
 
     One model.safetensors, or several files of at most `max_shard_bytes` (a larger tensor has one
@@ -151,7 +150,7 @@ def _refuse_to_destroy(target: Path) -> None:
         )
 
 
-def _write(model: LanguageModel, folder: Path, max_shard_bytes: int) -> None:
+def _write(model: CheckpointModule, folder: Path, max_shard_bytes: int) -> None:
     shards = list(_split(model, max_shard_bytes))
     single = len(shards) == 1
     placed: dict[str, str] = {}
@@ -172,7 +171,7 @@ def _write(model: LanguageModel, folder: Path, max_shard_bytes: int) -> None:
     _write_json(folder / "config.json", {**model.hf_config, key: dtype})
 
 
-def _split(model: LanguageModel, max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _split(model: CheckpointModule, max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Views of all tensors, copies included, in runs of at most `max_shard_bytes`."""
     shard: dict[str, Tensor] = {}
     size = 0
@@ -185,7 +184,7 @@ def _split(model: LanguageModel, max_shard_bytes: int) -> Iterator[dict[str, Ten
     yield shard
 
 
-def _tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: CheckpointModule) -> Iterator[tuple[str, Tensor]]:
     parts = {part.name: part.tensor for part in published(model)}
     yield from parts.items()
     for copy, original in model.aliases.items():

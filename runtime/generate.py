@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .cache import Cache
+from .config import Config
 
-if TYPE_CHECKING:
-    from .model import LanguageModel
+
+class Decoder(Protocol):
+    """What generation needs of a model."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def device(self) -> torch.device: ...
+    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor: ...
+    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor: ...
 
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel,
+    model: Decoder,
     tokens: Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -77,7 +86,7 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.G
 
 
 def _check(
-    model: LanguageModel, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float
+    model: Decoder, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,8 @@ from . import checkpoint, optimizer
 from .cache import Cache
 from .config import Config
 from .generate import generate
-from .weights import Block, initialize
+from .module import CheckpointModule
+from .weights import initialize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.bfloat16}
 """Dtype of the weights by `config.precision.policy`."""
@@ -47,7 +47,7 @@ class Loss:
     tokens chose each expert."""
 
 
-class LanguageModel(Block, ABC):
+class LanguageModel(CheckpointModule, ABC):
     """A language model with weights, a loss and a decoder; generated code says how it computes.
 
     `device="meta"` makes no weights at all: shapes are known, `load` fills them in. `dtype`
@@ -56,10 +56,6 @@ class LanguageModel(Block, ABC):
     """
 
     config: ClassVar[Config]
-    aliases: ClassVar[Mapping[str, str]] = {}
-    """Copy -> original: published tensors that checkpoints hold a second time."""
-    hf_config: ClassVar[Mapping[str, Any]] = {}
-    """What `save` writes to config.json."""
     optimizer: ClassVar[Any] = optimizer
     """What the end of a training step computes with: that module, or kernels in its place."""
 
@@ -76,8 +72,6 @@ class LanguageModel(Block, ABC):
             raise ValueError(f"this model was built for fp32, not for {dtype}: build it with bf16")
         self.build()
         self.to(dtype=dtype or DTYPES[policy])
-        self.register_state_dict_post_hook(_add_copies)
-        self.register_load_state_dict_pre_hook(_take_copies)
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             initialize(self, seed)
@@ -105,15 +99,6 @@ class LanguageModel(Block, ABC):
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """What `prefill` computes, in the way that is best for one new token."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights, those aside that always have their own."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def load(self, folder: str | Path) -> checkpoint.LoadReport:
         """Reads all weights from a folder of safetensors; see `checkpoint.load`."""
         return checkpoint.load(self, folder)
@@ -133,33 +118,3 @@ class LanguageModel(Block, ABC):
     ) -> Tensor:
         """Continues tokens [batch, seq]; see `generate.generate`."""
         return generate(self, tokens, max_new_tokens, temperature, top_p, seed, eos_token_id)
-
-
-def _add_copies(
-    model: LanguageModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
-    """After `state_dict()`: a copy is the same tensor under another name."""
-    for copy, original in model.aliases.items():
-        state[prefix + copy] = state[prefix + original]
-
-
-def _take_copies(
-    model: LanguageModel,
-    state: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
-    """Before `load_state_dict()`: takes the copies out, which may be absent but not differ."""
-    for copy, original in model.aliases.items():
-        value = state.pop(prefix + copy, None)
-        kept = state.get(prefix + original)
-        if value is not None and kept is not None and not _same(value, kept):
-            errors.append(f"{prefix}{copy} differs from {prefix}{original}, whose copy it is.")
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b)))

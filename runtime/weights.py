@@ -196,7 +196,7 @@ class Published:
 def published(module: nn.Module, prefix: str = "", index: Index = ()) -> Iterator[Published]:
     """Every tensor below `module`, in order, under the name that checkpoints use.
 
-    Copies that a checkpoint holds besides (`LanguageModel.aliases`) are not among them.
+    Copies that a checkpoint holds besides (`CheckpointModule.aliases`) are not among them.
     """
     if isinstance(module, Joined):
         yield from _published_parts(module, _around(prefix), index)
