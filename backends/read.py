@@ -11,7 +11,7 @@ from typing import Any
 
 from backends.build import GENERATOR, MANIFEST
 from compiler.graph.core import Program
-from compiler.graph.text import parse_program
+from compiler.graph.parse import parse_program
 from compiler.graph.verify import verify
 from compiler.pipeline import PIPELINES
 from dsl.diagnostic import Diagnostic, DiagnosticError

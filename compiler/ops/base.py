@@ -72,11 +72,11 @@ class Adjoint(Protocol):
     def weight(self, symbol: str) -> Type:
         """The type of a weight."""
 
-    def wants(self, value: Value) -> bool:
-        """Whether anybody asks for the gradient of this value."""
+    def needs_grad(self, value: Value) -> bool:
+        """Whether the gradient of this value is needed."""
 
-    def trains(self, symbols: Sequence[str]) -> bool:
-        """Whether these weights are trained."""
+    def trainable(self, symbols: Sequence[str]) -> bool:
+        """Whether any of these weights is trained."""
 
 
 class Operator:

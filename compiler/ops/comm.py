@@ -83,7 +83,7 @@ class Dispatch(_Exchange):
         source, attrs = op.results[-1], _attrs(op)
         back: list[Value | None] = []
         for row, dy in zip(rows, d, strict=False):
-            if dy is None or not at.wants(row):
+            if dy is None or not at.needs_grad(row):
                 back.append(None)
                 continue
             names = [f"d_{row.name}"]

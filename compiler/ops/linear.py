@@ -36,7 +36,7 @@ class Embedding(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is not None and at.trains(op.symbols):
+        if d[0] is not None and at.trainable(op.symbols):
             rows = dims_attr(at.weight(op.symbols[0]).dims[0])
             table = at.add("embedding_grad", [d[0], op.operands[0]], names=["d_table"], rows=rows)
             at.add("accumulate_grad", table, op.symbols)
@@ -71,9 +71,9 @@ class Linear(Operator):
         if d[0] is None:
             return [None]
         dx = None
-        if at.wants(x):
+        if at.needs_grad(x):
             (dx,) = at.add("linear_input_grad", [d[0]], op.symbols, names=[f"d_{x.name}"])
-        if at.trains(op.symbols):
+        if at.trainable(op.symbols):
             dw = at.add("linear_weight_grad", [d[0], x], names=[grad_name(op.symbols)])
             at.add("accumulate_grad", dw, op.symbols)
         return [dx]

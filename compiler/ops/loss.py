@@ -78,7 +78,7 @@ class LinearCrossEntropy(Operator):
         _, x_grad, weight_grad = op.results
         if d[0] is None:
             return [None, None]
-        if at.trains(op.symbols):
+        if at.trainable(op.symbols):
             dw = at.add("mul", [weight_grad, d[0]], names=[grad_name(op.symbols)])
             at.add("accumulate_grad", dw, op.symbols)
         return [*at.add("mul", [x_grad, d[0]], names=[f"d_{x.name}"]), None]

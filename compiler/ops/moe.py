@@ -230,11 +230,11 @@ class GroupedLinear(Operator):
         if d[0] is None:
             return [None, None]
         dx = None
-        if at.wants(x):
+        if at.needs_grad(x):
             (dx,) = at.add(
                 "grouped_linear_input_grad", [d[0], ends], op.symbols, names=[f"d_{x.name}"]
             )
-        if at.trains(op.symbols):
+        if at.trainable(op.symbols):
             names = [grad_name(op.symbols)]
             dw = at.add("grouped_linear_weight_grad", [d[0], x, ends], names=names)
             at.add("accumulate_grad", dw, op.symbols)

@@ -50,7 +50,7 @@ class RMSNorm(Operator):
             "rms_norm_grad", [d[0], x], op.symbols,
             names=[f"d_{x.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
         )  # fmt: skip
-        if at.trains(op.symbols):
+        if at.trainable(op.symbols):
             at.add("accumulate_grad", [dw], op.symbols)
         return [dx]
 
@@ -80,7 +80,7 @@ class AddRMSNorm(Operator):
             kind, [*([] if d_total is None else [d_total]), d_normed, total], op.symbols,
             names=[f"d_{total.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
         )  # fmt: skip
-        if at.trains(op.symbols):
+        if at.trainable(op.symbols):
             at.add("accumulate_grad", [dw], op.symbols)
         return [dx, dx]
 

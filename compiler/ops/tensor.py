@@ -356,7 +356,7 @@ class LastEntry(Operator):
 
 def _fit(at: Adjoint, d: Value | None, x: Value) -> Value | None:
     """A gradient in the type of its operand: a scalar that met a tensor takes the sum."""
-    if d is None or not at.wants(x):
+    if d is None or not at.needs_grad(x):
         return None
     if d.type.dims and not x.type.dims:
         (d,) = at.add("sum", [d], names=[f"d_{x.name}"])
@@ -366,19 +366,19 @@ def _fit(at: Adjoint, d: Value | None, x: Value) -> Value | None:
 
 
 def _times(at: Adjoint, d: Value | None, by: Value, x: Value) -> Value | None:
-    if d is None or not at.wants(x):
+    if d is None or not at.needs_grad(x):
         return None
     return at.add("mul", [d, by], names=[f"d_{x.name}"])[0]
 
 
 def _over(at: Adjoint, d: Value | None, by: Value, x: Value) -> Value | None:
-    if d is None or not at.wants(x):
+    if d is None or not at.needs_grad(x):
         return None
     return at.add("div", [d, by], names=[f"d_{x.name}"])[0]
 
 
 def _negative(at: Adjoint, d: Value | None, x: Value) -> Value | None:
-    if d is None or not at.wants(x):
+    if d is None or not at.needs_grad(x):
         return None
     return at.add("scale", [d], names=[f"d_{x.name}"], by=-1.0)[0]
 

@@ -132,10 +132,10 @@ class _Backward:
     def weight(self, symbol: str) -> Type:
         return self.forward.weights[symbol].type
 
-    def wants(self, value: Value) -> bool:
+    def needs_grad(self, value: Value) -> bool:
         return value in self.requires_grad
 
-    def trains(self, symbols: Sequence[str]) -> bool:
+    def trainable(self, symbols: Sequence[str]) -> bool:
         return any(self.forward.weights[s].trainable for s in symbols)
 
     # ---- the graph ------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class _Backward:
                 self._one(op, d, gradients)
 
     def _one(self, op: Op, d: Sequence[Value | None], gradients: Gradients) -> None:
-        if not (any(map(self.wants, op.operands)) or self.trains(op.symbols)):
+        if not (any(map(self.needs_grad, op.operands)) or self.trainable(op.symbols)):
             return
         saving = OPS[op.kind].saving
         if saving:
@@ -192,7 +192,7 @@ class _Backward:
         except NotImplementedError:
             raise NotDifferentiable(f"{op.kind} has no derivative", op) from None
         for value, gradient in zip(op.operands, found, strict=True):
-            if gradient is not None and self.wants(value):
+            if gradient is not None and self.needs_grad(value):
                 self._accumulate(gradients, value, gradient)
 
     def _accumulate(self, gradients: Gradients, value: Value, gradient: Value) -> None:
@@ -225,7 +225,7 @@ class _Backward:
         names = [f"d_{op.operands[i].name}" for i in derivative.arguments]
         found = self.add("call", operands, names=names, callee=derivative.backward, scope=scope)
         for i, gradient in zip(derivative.arguments, found, strict=True):
-            if self.wants(op.operands[i]):
+            if self.needs_grad(op.operands[i]):
                 self._accumulate(gradients, op.operands[i], gradient)
 
     def _repeat(self, op: Op, d: Sequence[Value | None], gradients: Gradients) -> None:

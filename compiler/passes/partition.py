@@ -30,7 +30,7 @@ def partition(layout: Layout) -> Pass:
     def run(program: Program, description: Description) -> Sequence[Miss]:
         if layout.mesh.data > 1:
             for graph in program.graphs.values():
-                _Spread(graph, program, layout).run()
+                _Sharder(graph, program, layout).run()
         return ()
 
     return Pass(
@@ -43,7 +43,7 @@ def partition(layout: Layout) -> Pass:
     )
 
 
-class _Spread:
+class _Sharder:
     """One graph; those that it calls are spread already."""
 
     def __init__(self, graph: Graph, program: Program, layout: Layout) -> None:
@@ -56,30 +56,30 @@ class _Spread:
 
     def run(self) -> None:
         for value in self.graph.args:
-            value.type = self._own_sequences(value.type)
+            value.type = self._local_batch(value.type)
         self._ops(self.graph.ops, {})
         if self.graph.name == self.program.root:
             self._count_all()
 
-    def _own_sequences(self, type: Type) -> Type:
-        """Every data rank has sequences of its own."""
+    def _local_batch(self, type: Type) -> Type:
+        """The type on one data rank, which has a part of the batch."""
         spread = (replace(d, axes=self.axes) if d.name == "batch" else d for d in type.dims)
         return type.with_dims(*spread)
 
-    def _ops(self, ops: list[Op], whole: dict[Value, Value]) -> None:
-        """Types again, from the operands on; `whole` are the sums that have been made already."""
+    def _ops(self, ops: list[Op], reduced: dict[Value, Value]) -> None:
+        """Types again, from the operands on; `reduced` are the sums that have been made already."""
         self.builder.ops, old = [], list(ops)
         for op in old:
-            self._op(op, whole)
+            self._op(op, reduced)
         ops[:] = self.builder.ops
 
-    def _op(self, op: Op, whole: dict[Value, Value]) -> None:
-        self._regions(op, whole)
+    def _op(self, op: Op, reduced: dict[Value, Value]) -> None:
+        self._regions(op, reduced)
         assert op.kind != "permute", "experts are spread as a region, before they are fused"
         if op.kind == "experts" and self.mesh.expert > 1:
             self._experts(op)
             return
-        types = self._types(op, whole)
+        types = self._types(op, reduced)
         for value, type in zip(op.results, types, strict=True):
             value.type = type
         self.builder.ops.append(op)
@@ -91,7 +91,7 @@ class _Spread:
             (mean,) = self._add(op, "scale", [op.result], [name], by=1 / self.mesh.data)
             self._replace(op.result, mean)
 
-    def _types(self, op: Op, whole: dict[Value, Value]) -> tuple[Type, ...]:
+    def _types(self, op: Op, reduced: dict[Value, Value]) -> tuple[Type, ...]:
         """Types of results; an operand that must be whole is reduced first."""
         while True:
             try:
@@ -99,21 +99,21 @@ class _Spread:
             except PartialSum as error:
                 assert error.operand is not None
                 operand = op.operands[error.operand]
-                if operand not in whole:
-                    whole[operand] = self._reduce(op, operand)
-                op.operands[error.operand] = whole[operand]
+                if operand not in reduced:
+                    reduced[operand] = self._reduce(op, operand)
+                op.operands[error.operand] = reduced[operand]
 
     def _reduce(self, op: Op, value: Value) -> Value:
         group = group_attrs(self.mesh, value.type.partial)
         return self._add(op, "all_reduce", [value], [f"all_{value.name}"], **group)[0]
 
-    def _regions(self, op: Op, whole: dict[Value, Value]) -> None:
+    def _regions(self, op: Op, reduced: dict[Value, Value]) -> None:
         outer = self.builder.ops
         for region in op.regions:
             if op.kind == "repeat":
                 for value, operand in zip(region.args, op.operands, strict=True):
                     value.type = operand.type
-            self._ops(region.ops, dict(whole))
+            self._ops(region.ops, dict(reduced))
         self.builder.ops = outer
 
     def _experts(self, op: Op) -> None:

@@ -6,7 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from backends.build import build
-from compiler.graph.text import parse_program, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_program
 from compiler.graph.verify import verify
 from compiler.lower import lower
 from compiler.parallel.layout import Layout, Stage, units

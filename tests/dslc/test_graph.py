@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compiler.graph.text import parse_program
+from compiler.graph.parse import parse_program
 from compiler.pipeline import PIPELINES
 from dsl.source import Source
 from dslc.specs import shipped

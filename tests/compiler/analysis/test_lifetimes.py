@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from compiler.analysis.lifetimes import Life, color, plan_memory
 from compiler.graph.core import Program, Value
-from compiler.graph.text import parse_program
+from compiler.graph.parse import parse_program
 from compiler.graph.types import RUNTIME_DIMS, Type
 from compiler.pipeline import after
 from dsl.load import load

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compiler.graph.compare import Comparison, Mark, compare, compare_graphs, lines_of
 from compiler.graph.core import Boundary, Derivative, Program, copy_program
-from compiler.graph.text import parse_program
+from compiler.graph.parse import parse_program
 from dsl.source import Source
 from tests.support.strategies import programs
 

@@ -10,7 +10,8 @@ import pytest
 
 from compiler.graph.core import Attr, Program
 from compiler.graph.equal import first_difference
-from compiler.graph.text import parse_program, print_graph, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_graph, print_program
 from compiler.graph.types import Dim
 from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower

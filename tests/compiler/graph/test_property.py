@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from compiler.graph.core import Program
 from compiler.graph.equal import equal, first_difference
 from compiler.graph.names import Name, Part, clashes, parts_of
-from compiler.graph.text import parse_program, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_program
 from compiler.graph.verify import verify
 from compiler.ops import OPS, fused, gradient
 from dsl.diagnostic import DiagnosticError, render

@@ -8,7 +8,8 @@ import pytest
 from lark import Token
 
 from compiler.graph.core import Attr, Boundary, Derivative, Graph, Op, Program, Value, Weight
-from compiler.graph.text import MAX_NESTING, grammar, parse_program, print_graph, print_program
+from compiler.graph.parse import MAX_NESTING, grammar, parse_program
+from compiler.graph.text import print_graph, print_program
 from compiler.graph.types import Dim, Type, parse_type
 from compiler.ops import OPS
 from dsl.diagnostic import Diagnostic, DiagnosticError, render

@@ -9,7 +9,7 @@ import pytest
 
 from compiler.graph.core import Cache, Op, Program, Value, Weight
 from compiler.graph.equal import changed_graphs
-from compiler.graph.text import parse_program
+from compiler.graph.parse import parse_program
 from compiler.graph.types import Dim, Type
 from compiler.graph.verify import verify
 from compiler.lower import lower

@@ -368,10 +368,10 @@ class Adjoint:
     def weight(self, symbol: str) -> Type:
         return self.builder.graph.weights[symbol].type
 
-    def wants(self, value: Value) -> bool:
+    def needs_grad(self, value: Value) -> bool:
         return value.type.dtype in FLOATS
 
-    def trains(self, symbols: Sequence[str]) -> bool:
+    def trainable(self, symbols: Sequence[str]) -> bool:
         return any(self.builder.graph.weights[s].trainable for s in symbols)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from backends.torch.declare import folded, joined_names
 from compiler.graph.core import Program
-from compiler.graph.text import parse_program, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_program
 from compiler.graph.verify import verify
 from compiler.passes.fuse_projections import FUSE_PROJECTIONS
 from compiler.pipeline import after, compile

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from compiler.graph.build import site_of
 from compiler.graph.core import Boundary, Graph, Op, Program, copy_program
-from compiler.graph.text import link_lines, parse_program, print_graph, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import link_lines, print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.ops import OPS
 from compiler.ops.comm import Dispatch

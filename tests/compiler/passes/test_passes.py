@@ -9,7 +9,8 @@ import torch
 
 from compiler.graph.core import Graph, Op, Program, copy_program
 from compiler.graph.equal import first_difference
-from compiler.graph.text import parse_program, print_graph, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.passes.absorb import _absorb

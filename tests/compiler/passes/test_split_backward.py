@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compiler.graph.core import Program, copy_program
-from compiler.graph.text import parse_program, print_graph, print_program
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.passes.split_backward import SPLIT_BACKWARD
 from compiler.pipeline import PIPELINES, after
