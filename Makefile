@@ -61,5 +61,5 @@ $(READY): pyproject.toml
 	rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[torch,train,dev]'
+	$(BIN)/pip install --quiet --editable '.[torch,train,study,dev]'
 	touch $@

@@ -29,6 +29,7 @@ from dslc.commands import (
     sample,
     schema,
     show,
+    study,
     tokenizer,
     train,
     tune,
@@ -79,8 +80,8 @@ def options(
 
 
 COMMANDS = (
-    check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, eval, sample,
-    plot, import_, export, init, schema, ops, explain,
+    check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, study, eval,
+    sample, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_")

@@ -28,6 +28,8 @@ class Line:
     run: int
     points: tuple[tuple[int, float], ...]
     dots: bool = False
+    band: tuple[tuple[int, float, float], ...] = ()
+    """(tokens, low, high) of an area around the line."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def render_curves(
         .get_template("curves.html.jinja")
         .render(
             title=title,
-            charts=[_drawn(chart) for chart in charts if chart.lines],
+            charts=[draw(chart) for chart in charts if chart.lines],
             heats=[_coloured(heat) for heat in heats],
             version=version,
             size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": HEIGHT - BOTTOM},
@@ -105,7 +107,8 @@ def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
     return found if len(found) > 1 else ticks(low, high)
 
 
-def _drawn(chart: Chart) -> dict[str, object]:
+def draw(chart: Chart) -> dict[str, object]:
+    """A chart as `chart.html.jinja` takes it: places in pixels, colours, marks on the axes."""
     points = [point for line in chart.lines for point in line.points]
     right = max(x for x, _ in points) or 1
     log = in_ratios(chart)
@@ -128,6 +131,7 @@ def _drawn(chart: Chart) -> dict[str, object]:
                 "dash": "" if line.dots else style(chart, i),
                 "dots": places if line.dots else [],
                 "path": "" if line.dots else " ".join(f"{x},{y}" for x, y in places),
+                "band": " ".join(f"{x},{y}" for x, y in (place(*p) for p in _outline(line.band))),
                 "last": f"{line.points[-1][1]:.4g}",
             }
         )
@@ -138,6 +142,13 @@ def _drawn(chart: Chart) -> dict[str, object]:
         "across": [Mark(place(x, low)[0], format_count(x)) for x in ticks(0, right)],
         "up": [Mark(place(0, y)[1], f"{y:.4g}") for y in (log_ticks if log else ticks)(low, high)],
     }
+
+
+def _outline(band: Sequence[tuple[int, float, float]]) -> list[tuple[int, float]]:
+    """The points around an area: its lower edge, then its upper edge backwards."""
+    low = _fewer([(x, low) for x, low, _ in band]) if band else []
+    high = _fewer([(x, high) for x, _, high in band]) if band else []
+    return [*low, *reversed(high)]
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:

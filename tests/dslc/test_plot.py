@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from backends.report.curves import COLOURS, Line, Mark, _drawn, in_ratios, log_ticks, ticks
+from backends.report.curves import COLOURS, Line, Mark, draw, in_ratios, log_ticks, ticks
 from dslc.curves import charts, heats
 from dslc.picture import CHART, DPI, HEAT, WIDTH
 from tests.support.command import Run
@@ -62,7 +62,7 @@ def test_every_run_is_in_every_chart() -> None:
     assert [h.title for h in loads] == ["a: layer 0", "b: layer 0", "a: layer 1", "b: layer 1"]
 
 
-def test_of_many_layers_the_worst_and_the_mean_are_drawn() -> None:
+def test_of_many_layers_the_worst_and_the_mean_aredraw() -> None:
     drawn = {c.title: c for c in charts({"a": metrics(30, layers=9)})}
     assert [line.name for line in drawn["MaxVio"].lines] == ["a mean", "a worst layer"]
     runs = {name: metrics(30, layers=2) for name in "abcd"}
@@ -111,7 +111,7 @@ def test_a_page_is_written(dslc: Run, tmp_path: Path) -> None:
     assert (tmp_path / "c" / "curves.html").exists()
 
 
-def test_what_cannot_be_drawn(dslc: Run, tmp_path: Path) -> None:
+def test_what_cannot_bedraw(dslc: Run, tmp_path: Path) -> None:
     outcome = dslc("plot", tmp_path)
     assert outcome.status == 1
     assert "has no metrics to draw" in outcome.err
@@ -157,10 +157,10 @@ def test_a_picture_needs_matplotlib(
     assert "a picture needs matplotlib" in outcome.err
 
 
-def test_losses_are_drawn_in_ratios() -> None:
+def test_losses_aredraw_in_ratios() -> None:
     (loss, *_) = charts({"a": metrics(100)})
     assert in_ratios(loss)
-    drawn = _drawn(loss)
+    drawn = draw(loss)
     heights = {mark.text: mark.place for mark in cast(list[Mark], drawn["up"])}
     assert heights["0.1"] - heights["0.2"] == pytest.approx(heights["0.5"] - heights["1"], abs=0.2)
     # A value without a logarithm: the axis is linear.

@@ -25,7 +25,7 @@ LIBRARIES = {
     "compiler": {"lark", "networkx"},
     # torch and triton only inside the functions of the program that compiles kernels.
     "backends": {"jinja2", "torch", "triton"},
-    "dslc": {"typer", "matplotlib"},
+    "dslc": {"typer", "matplotlib", "scipy"},
     "runtime": {"torch", "safetensors", "tokenizers"},
     "specs": set[str](),
 }

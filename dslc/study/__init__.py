@@ -1,0 +1,1 @@
+"""`dslc study`: configurations of one spec, trained with several seeds, and compared."""
