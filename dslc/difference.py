@@ -142,7 +142,7 @@ def _summed(side: Side) -> dict[str, int]:
         "decoding FLOPs a token": total(numbers.decoding_flops),
         "cache bytes a token": numbers.cache_bytes,
         # Of activations, from the forward to the backward pass.
-        **({"kept bytes a token": int(saved_bytes_per_token(train))} if train.backward else {}),
+        **({"saved bytes a token": int(saved_bytes_per_token(train))} if train.backward else {}),
     }
 
 

@@ -6,7 +6,7 @@
    free several times the bytes for each FLOP that a product with the hidden state would
    (DeepSeek-V3 report, section 3.2.3; of the experts it says nothing).
 
-With `train.kept_bytes_per_token` in the spec there is a budget instead of the third rule: the best
+With `train.saved_bytes_per_token` in the spec there is a budget instead of the third rule: the best
 ratio goes first, until what is saved for one token fits. Recomputation runs the same operators on
 the same values, so that gradients have the same bits.
 """
@@ -267,7 +267,7 @@ def _calls(callee: str, program: Program) -> Iterator[tuple[Graph, Op]]:
 def _choose(pairs: Sequence[_Pair], program: Program, description: Description) -> None:
     """Products that are recomputed: those that widen, or as many as the budget asks for."""
     times = Costs(program).runs()
-    budget = description.spec.train.kept_bytes_per_token
+    budget = description.spec.train.saved_bytes_per_token
     least = WIDENING * _baseline_ratio(program) if budget is None else Fraction(0)
 
     def total() -> Fraction:
@@ -316,7 +316,7 @@ def _over(total: int, budget: int, description: Description) -> Diagnostic:
     return Diagnostic(
         "E420",
         f"{total:,} bytes have to be saved for one token, more than the {budget:,} allowed",
-        description.span("train", "kept_bytes_per_token"),
+        description.span("train", "saved_bytes_per_token"),
         "the budget",
         help=f"raise it to at least {total:,}: inputs of layers and experts cannot be recomputed",
     )

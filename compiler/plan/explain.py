@@ -17,13 +17,13 @@ CONVENTIONS = (
     "Parameters lie in the model's element type; gradients add up in FP32; master weights are FP32,"
     " the two moments of AdamW in the element type of the weight. With ZeRO-1 masters and moments"
     " are cut into equal shards over all ranks that hold the weight.",
-    "Activations are those that the graphs of the training program declare as kept; the rest is"
-    " computed again (`dslc explain recompute`). Where products are FP8, what is kept on the way"
-    " through routed experts counts as FP8, and the result of attention as 12 bits. They are kept"
+    "Activations are those that the graphs of the training program save; the rest is"
+    " recomputed (`dslc explain recompute`). Where products are FP8, what is saved on the way"
+    " through routed experts counts as FP8, and the result of attention as 12 bits. They are saved"
     " for as many micro-batches as a stage has in flight at most.",
     "Working memory is one block at its largest while it runs backward: all its values and as many"
     " gradients. Buffers of libraries and fragmentation are not counted.",
-    "FLOPs are three times those of the forward pass, without what is computed again. Experts are"
+    "FLOPs are three times those of the forward pass, without recomputation. Experts are"
     " chosen evenly.",
     "Dispatch and combine are counted forward and backward: a token goes once to each of its nodes,"
     " to the rank with the same place there, and on to the ranks of its experts. Numbers of"
@@ -42,7 +42,7 @@ def misfit(plan: Plan, planner: Planner, description: Description) -> Diagnostic
         for one in that_fit(planner, plan.parallel)
     ]
     help = f"the nearest that fit: {'; '.join(near)}" if near else "no layout nearby fits"
-    help += "; or keep less, by `train.kept_bytes_per_token`"
+    help += "; or save less, by `train.saved_bytes_per_token`"
     return Diagnostic(
         "E531",
         f"a rank needs {gigabytes(memory.peak)}, but a GPU of {plan.cluster.cluster} has"

@@ -214,9 +214,9 @@ class Train(Section):
     ema: Annotated[float | None, Number("ema", 0, whole=False, maximum=1)] = Field(
         None, description="Decay of a moving average of the weights, kept beside them"
     )
-    kept_bytes_per_token: Annotated[int | None, Number("kept_bytes_per_token", 0)] = Field(
+    saved_bytes_per_token: Annotated[int | None, Number("saved_bytes_per_token", 0)] = Field(
         None,
-        description="What all layers together may keep of one token for the backward pass, in "
-        "bytes; the rest is computed again. Without it norms, pointwise functions and the "
+        description="What all layers together may save of one token for the backward pass, in "
+        "bytes; the rest is recomputed. Without it norms, pointwise functions and the "
         "up-projections of latents are",
     )

@@ -61,9 +61,9 @@ def run(
         compiled = compile(description)
         facts = summarized(compiled, seq, context)
         if as_json:
-            print_json({**facts.to_json(), "kept_bytes_per_token": kept_json(compiled)})
+            print_json({**facts.to_json(), "saved_bytes_per_token": saved_json(compiled)})
         else:
-            print(as_text(facts, description.spec.about, kept(compiled)))
+            print(as_text(facts, description.spec.about, saved(compiled)))
 
 
 def summarized(compiled: Compiled, seq: int, context: int) -> Summary:
@@ -84,14 +84,14 @@ def print_resolved(description: Description, as_json: bool) -> None:
         print("\n".join(table(rows, "<<<")))
 
 
-def as_text(facts: Summary, about: str, kept: list[Row]) -> str:
+def as_text(facts: Summary, about: str, saved: list[Row]) -> str:
     from compiler.analysis import CONVENTIONS
 
     parts = [
         [f"{facts.name}: {about}" if about else facts.name],
         table([("module", "block or shape", "parameters", "activated"), *tree(facts)], "<<>>"),
         table(shares(facts), "<>>>>"),
-        table(kept, "<>><") if kept else [],
+        table(saved, "<>><") if saved else [],
         table(totals(facts), "<><"),
         ["How this is counted:", *wrapped((OUTLINE, *CONVENTIONS))],
     ]
@@ -171,28 +171,28 @@ def totals(facts: Summary) -> Iterator[Row]:
     yield ("cache bytes", f"{facts.cache_bytes:,}", f"a token{more}")
 
 
-def kept(compiled: Compiled) -> list[Row]:
-    """What each block keeps for the backward pass, and what it computes again instead."""
+def saved(compiled: Compiled) -> list[Row]:
+    """What each block saves for the backward pass, and what it recomputes instead."""
     from compiler.analysis.saved import saved_blocks
 
     train = compiled.programs["train"]
     if not train.backward:
         return []
-    rows: list[Row] = [("kept for the backward pass", "times", "bytes a token", "computed again")]
+    rows: list[Row] = [("saved for the backward pass", "times", "bytes a token", "recomputed")]
     for one in saved_blocks(train):
         again = ", ".join(f"{kind} {n}" for kind, n in one.recomputed.items())
         rows.append((one.block, str(one.runs), f"{one.bytes:,}", again))
-    numbers = kept_json(compiled)
-    unless = f"{numbers['all']:,} if nothing were computed again"
-    return [*rows, ("all of them", "", f"{numbers['kept']:,}", unless)]
+    numbers = saved_json(compiled)
+    unless = f"{numbers['all']:,} without recomputation"
+    return [*rows, ("all of them", "", f"{numbers['saved']:,}", unless)]
 
 
-def kept_json(compiled: Compiled) -> dict[str, int]:
-    """Bytes for one token: those that are kept, and all that the backward pass needs."""
+def saved_json(compiled: Compiled) -> dict[str, int]:
+    """Bytes for one token: those that are saved, and all that the backward pass needs."""
     from compiler.analysis.saved import saved_bytes_per_token
 
     steps = {step.name: step.program for step in compiled.steps_of("train")}
-    programs = {"kept": compiled.programs["train"], "all": steps.get("differentiate")}
+    programs = {"saved": compiled.programs["train"], "all": steps.get("differentiate")}
     return {n: round(saved_bytes_per_token(p)) for n, p in programs.items() if p and p.backward}
 
 

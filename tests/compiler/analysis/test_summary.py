@@ -241,7 +241,7 @@ def test_decoding_makes_no_keys_and_values_of_what_is_cached() -> None:
 def test_cache_bytes(spec: str, cache: int, with_mtp: int) -> None:
     facts = numbers(spec)
     assert (facts.cache_bytes, facts.cache_bytes_with_mtp) == (cache, with_mtp)
-    wide = ("precision.policy=fp32", "train.kept_bytes_per_token=64M")
+    wide = ("precision.policy=fp32", "train.saved_bytes_per_token=64M")
     assert numbers(spec, *wide).cache_bytes == 2 * cache
 
 
@@ -327,7 +327,7 @@ def test_the_cost_does_not_grow_with_layers_and_experts(monkeypatch: pytest.Monk
     many = (
         "architecture.layers.1.repeat=1000",
         "params.n_routed_experts=4096",
-        "train.kept_bytes_per_token=1G",
+        "train.saved_bytes_per_token=1G",
     )
     assert operators_looked_at() == operators_looked_at(*many) > 0
 

@@ -139,7 +139,7 @@ def total(folder: Path, *sets: str, skip: tuple[str, ...] = ()) -> list[torch.Te
 
 @pytest.mark.parametrize("budget", [None, 100_000, 17_000])
 def test_what_is_computed_again_has_the_same_bits(budget: int | None, tmp_path: Path) -> None:
-    sets = () if budget is None else (f"train.kept_bytes_per_token={budget}",)
+    sets = () if budget is None else (f"train.saved_bytes_per_token={budget}",)
     again, kept = total(tmp_path, *sets), total(tmp_path, *sets, skip=("recompute",))
     assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
 
@@ -148,8 +148,8 @@ def test_a_budget_is_kept_and_the_best_ratio_goes_first() -> None:
     usual = saved_bytes_per_token(after(description(), "train", "recompute"))
     everything = saved_bytes_per_token(derived())
     least = 17_000
-    tight = after(description(f"train.kept_bytes_per_token={least}"), "train", "recompute")
-    ample = after(description("train.kept_bytes_per_token=10M"), "train", "recompute")
+    tight = after(description(f"train.saved_bytes_per_token={least}"), "train", "recompute")
+    ample = after(description("train.saved_bytes_per_token=10M"), "train", "recompute")
     assert (
         saved_bytes_per_token(tight) <= least < usual <= saved_bytes_per_token(ample) < everything
     )
@@ -161,7 +161,7 @@ def test_a_budget_is_kept_and_the_best_ratio_goes_first() -> None:
 
 def test_a_budget_that_cannot_be_kept_says_what_can() -> None:
     with pytest.raises(DiagnosticError) as error:
-        after(description("train.kept_bytes_per_token=1K"), "train", "recompute")
+        after(description("train.saved_bytes_per_token=1K"), "train", "recompute")
     (problem,) = error.value.diagnostics
     assert problem.code == "E420" and "raise it to at least" in problem.help
 

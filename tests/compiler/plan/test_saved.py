@@ -46,7 +46,7 @@ def test_a_dense_layer_has_no_experts() -> None:
 
 
 def test_if_it_kept_the_outputs_of_experts_v3_would_not_fit() -> None:
-    description = load(shipped()["deepseek_v3"], sets=["train.kept_bytes_per_token=25M"])
+    description = load(shipped()["deepseek_v3"], sets=["train.saved_bytes_per_token=25M"])
     made, parallel = planner_of(description, compile(description)), description.spec.parallel
     assert parallel is not None
     plan = made.plan(parallel)

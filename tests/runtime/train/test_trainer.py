@@ -66,7 +66,7 @@ def test_the_bias_moves_once_a_step_by_the_load_of_all_of_it(tmp_path: Path, kep
     """Whatever the accumulation (3 micro-batches, the last one smaller), and however much of the
     forward pass is computed again. Exact: equal to the last bit."""
     name = f"tiny_kept_{kept}"
-    package = built(tmp_path, name, train__kept_bytes_per_token=kept, train__batch="5")
+    package = built(tmp_path, name, train__saved_bytes_per_token=kept, train__batch="5")
     one = trainer(package, seed=2)
     expected = package.Model(seed=2)
     for step in range(4):
