@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from types import GenericAlias
+from typing import Annotated, Any
 
 import typer
 
 from dslc.options import SetOption, SpecArgument, VariantOption
+from runtime.train.options import declared
 
 EXAMPLES = """
 \b
 Examples:
   dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
-  dslc train deepseek_v3_mini --out runs/mini        go on where it stopped
+  dslc train deepseek_v3_mini --out runs/mini        resume after a stop
   dslc train my_model.yaml --data a.txt --data b.jsonl --tokenizer tokenizer.json --out runs/mine
   dslc train my_model.yaml --weights published --data a.txt --out runs/tuned
   dslc train deepseek_v3_mini --set architecture.mtp.depth=0 --data a.txt --out runs/no_mtp
@@ -28,71 +31,54 @@ Several processes that share the work of each step:
 
 
 def run(
-    spec: SpecArgument,
-    out: Annotated[Path, typer.Option(metavar="RUN", help="The folder of the run.")],
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text, JSON lines with a `text` each, or a folder of tokens. Repeatable.",
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Begin with these weights: a folder of safetensors."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="A tokenizer.json; by default tokens are bytes."),
-    ] = None,
-    held_out: Annotated[
-        float | None,
-        typer.Option(min=0, max=0.99, help="Share of each file, its end, not trained on [0.1]."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of first weights and of the order of data [0].")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="Between checkpoints [500].")
-    ] = None,
-    keep: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Keep the newest checkpoints [2].")
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(min=1, metavar="STEPS", help="Between evaluations [500].")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N [a GPU if there is one].")
-    ] = None,
-    sets: SetOption = None,
-    variant: VariantOption = None,
+    spec: SpecArgument, sets: SetOption = None, variant: VariantOption = None, **given: Any
 ) -> None:
-    """Train a model on text; the same command again goes on where it stopped.
+    """Train a model on text; the same command resumes a run that was stopped.
 
-    How it is trained stands in the section `train` of the spec. Ctrl-C saves and leaves.
+    The section `train` of the spec says how. Ctrl-C saves a checkpoint and exits.
     """
     from backends.build import build
     from dslc.report import reporting
     from dslc.specs import read
     from dslc.trained import using
 
-    given = {
-        "data": tuple(data) if data else None,
-        "weights": weights,
-        "tokenizer": tokenizer,
-        "held_out": held_out,
-        "seed": seed,
-        "save_every": save_every,
-        "keep": keep,
-        "eval_every": eval_every,
-        "device": device,
-    }
+    options = {name: value for name, value in given.items() if value is not None}
+    options["data"] = tuple(options.get("data", ()))
     with tempfile.TemporaryDirectory() as folder:
         with reporting():
             description = read(spec, sets, variant)
             name = description.spec.model
             build(description, Path(folder) / name)
         with using(Path(folder), name) as (command, model):
-            options = {key: value for key, value in given.items() if value is not None}
-            status = command.train(model, command.Options(out, **options))
+            status = command.train(model, command.Options(**options))
     raise typer.Exit(status)
+
+
+def with_options() -> inspect.Signature:
+    """The parameters that typer reads: the options of training in place of `given`."""
+    spec, sets, variant, _ = inspect.signature(run, eval_str=True).parameters.values()
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if name == "out" else None,
+            annotation=Annotated[
+                GenericAlias(list, (kind,)) if repeatable else kind,
+                typer.Option(
+                    help=option.help,
+                    metavar=option.metavar,
+                    min=option.minimum,
+                    max=option.maximum,
+                    show_default=False,
+                ),
+            ],
+        )
+        for name, kind, repeatable, option in declared()
+    ]
+    required = [spec, *(one for one in options if one.default is one.empty)]
+    return inspect.Signature(
+        [*required, *(one for one in options if one.default is None), sets, variant]
+    )
+
+
+run.__signature__ = with_options()  # type: ignore[attr-defined]

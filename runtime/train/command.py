@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,8 +17,9 @@ from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
 from .interrupt import alone
+from .options import Options, parse
 from .ranks import by_first, joined
-from .run import Options, Run, read_record
+from .run import Run, read_record
 from .sequences import HeldOut, split
 from .settings import Settings, TrainError
 from .state import AVERAGE, MODEL
@@ -32,7 +32,9 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
     0: trained to the end, 1: it could not, 2: wrong usage, 128 + n: stopped by signal n, and saved.
     """
     try:
-        return train(model, parse(model, arguments))
+        name = model.config.model
+        about = f"Train {name} on text. The same command resumes a run that was stopped."
+        return train(model, parse(f"python -m {name}.train", about, arguments))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -129,47 +131,3 @@ def loaded(model: type[LanguageModel], checkpoint: Path, average: bool) -> Langu
     except LoadError as error:
         raise TrainError(str(error)) from None
     return trained
-
-
-def parse(model: type[LanguageModel], arguments: Sequence[str] | None) -> Options:
-    default = Options(Path())
-    name = model.config.model
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {name}.train",
-        description=f"Trains {name} on text. The same command again goes on where it stopped.",
-    )
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="RUN", help="the folder of the run")
-    add("--data", type=Path, nargs="+", default=[], metavar="FILE",
-        help="text, JSON lines with a `text` each, or a folder of tokens")  # fmt: skip
-    add("--weights", type=Path, metavar="DIR",
-        help="begin with these weights, a folder of safetensors (random ones)")  # fmt: skip
-    add("--tokenizer", metavar="FILE",
-        help="a tokenizer.json; by default tokens are bytes")  # fmt: skip
-    add("--held-out", type=_share, metavar="SHARE",
-        help="of each file, its end, not trained on (0.1)")  # fmt: skip
-    add("--seed", type=int, help="of first weights and of order (0)")
-    add("--save-every", type=_count, default=default.save_every, metavar="STEPS",
-        help="from one checkpoint to the next (500)")  # fmt: skip
-    add("--keep", type=_count, default=default.keep, metavar="N", help="newest checkpoints (2)")
-    add("--device", help="cpu, cuda or cuda:N (a GPU if there is one)")
-    add("--eval-every", type=_count, default=default.eval_every, metavar="STEPS",
-        help="from one evaluation to the next (500)")  # fmt: skip
-    add("--eval-sequences", type=_count, default=default.eval_sequences, metavar="N",
-        help="of an evaluation on the way; at the end all are taken (64)")  # fmt: skip
-    given = parser.parse_args(arguments)
-    return Options(**{**vars(given), "data": tuple(given.data)})
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError("must be at least 0 and below 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

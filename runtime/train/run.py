@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .device import chosen
 from .evaluation import evaluate
 from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
+from .options import FIXED, Options
 from .prepare import check, prepared
 from .ranks import Ranks, by_all, by_first, largest
 from .sequences import HeldOut, Sequences, split
@@ -36,27 +37,6 @@ from .trainer import NotFinite, Trainer
 from .watch import Watch
 
 RECORD = "run.json"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked for on the command line. None: as the run was begun, or as `BEGIN` says."""
-
-    out: Path
-    data: tuple[Path, ...] = ()
-    weights: Path | None = None
-    tokenizer: str | None = None
-    held_out: float | None = None
-    seed: int | None = None
-    save_every: int = 500
-    keep: int = 2
-    device: str | None = None
-    eval_every: int = 500
-    eval_sequences: int = 64
-
-
-BEGIN: Mapping[str, Any] = {"weights": None, "tokenizer": "bytes", "held_out": 0.1, "seed": 0}
-"""What stays for the life of a run."""
 
 
 class Run:
@@ -89,11 +69,11 @@ class Run:
         options, record = self.options, read_record(self.options.out)
         if record is not None:
             self._same(record)
-            return {**BEGIN, **record}, self.checkpoints.newest()
+            return {**FIXED, **record}, self.checkpoints.newest()
         if _foreign(options.out, config.model):
             raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
         asked = {name: value for name, value in _asked(options).items() if value is not None}
-        begin = {**BEGIN, **asked}
+        begin = {**FIXED, **asked}
         place, tokenizer, seed = options.out / "data", begin["tokenizer"], begin["seed"]
         folder = prepared(options.data, place, config, tokenizer, seed)
         return {
@@ -258,10 +238,10 @@ class Run:
 
 
 def _asked(options: Options) -> dict[str, Any]:
-    """What is asked for of what stays (`BEGIN`); None for what is not named."""
+    """What is asked for of what stays (`FIXED`); None for what is not named."""
     weights = options.weights.resolve() if options.weights else None
     return {
-        **{name: getattr(options, name) for name in BEGIN},
+        **{name: getattr(options, name) for name in FIXED},
         "weights": str(weights) if weights else None,
     }
 

@@ -1,0 +1,95 @@
+"""The options of training, declared once for `python -m MODEL.train` and `dslc train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a command line says of an option and checks; the default is in brackets."""
+
+    help: str
+    metavar: str | None = None
+    minimum: int | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for on the command line. None: as the run was started, or as `FIXED` says."""
+
+    out: Annotated[Path, Option("The folder of the run.", "RUN")]
+    data: Annotated[
+        tuple[Path, ...],
+        Option("Text, JSON lines with a `text` each, or a folder of tokens. Repeatable.", "FILE"),
+    ] = ()
+    weights: Annotated[
+        Path | None, Option("Start from these weights: a folder of safetensors.", "DIR")
+    ] = None
+    tokenizer: Annotated[
+        str | None, Option("A tokenizer.json; by default tokens are bytes.", "FILE")
+    ] = None
+    held_out: Annotated[
+        float | None,
+        Option("Share of each file, at its end, held out of training [0.1].", "SHARE", 0, 0.999),
+    ] = None
+    seed: Annotated[int | None, Option("Seed of initial weights and data order [0].", "N")] = None
+    save_every: Annotated[int, Option("Steps between checkpoints [500].", "STEPS", 1)] = 500
+    keep: Annotated[int, Option("Number of checkpoints to keep, the newest [2].", "N", 1)] = 2
+    eval_every: Annotated[int, Option("Steps between evaluations [500].", "STEPS", 1)] = 500
+    eval_sequences: Annotated[
+        int, Option("Sequences of an evaluation; the last one takes all [64].", "N", 1)
+    ] = 64
+    device: Annotated[
+        str | None, Option("cpu, cuda or cuda:N [a GPU if there is one].", "DEVICE")
+    ] = None
+
+
+FIXED: Mapping[str, Any] = {"weights": None, "tokenizer": "bytes", "held_out": 0.1, "seed": 0}
+"""Options that cannot change during the life of a run, with their defaults."""
+
+
+def declared() -> Iterator[tuple[str, Any, bool, Option]]:
+    """Of every option its name, the type of a value, whether it is repeatable, and its help."""
+    for name, hint in get_type_hints(Options, include_extras=True).items():
+        kind, option = get_args(hint)
+        yield name, (get_args(kind) or (kind,))[0], get_origin(kind) is tuple, option
+
+
+def parse(program: str, description: str, arguments: Sequence[str] | None) -> Options:
+    """The options of a command line (sys.argv by default); ends the process on wrong usage."""
+    import argparse  # here: dslc, which has a parser of its own, starts faster without
+
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    for name, kind, repeatable, option in declared():
+        more: dict[str, Any] = {"nargs": "+", "action": "extend"} if repeatable else {}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            required=name == "out",
+            default=argparse.SUPPRESS,
+            type=_bounded(kind, option),
+            metavar=option.metavar,
+            help=option.help,
+            **more,
+        )
+    given = vars(parser.parse_args(arguments))
+    return Options(**{**given, "data": tuple(given.get("data", ()))})
+
+
+def _bounded(kind: Any, option: Option) -> Any:
+    from argparse import ArgumentTypeError
+
+    def value(text: str) -> Any:
+        found = kind(text)
+        if option.minimum is not None and not found >= option.minimum:
+            raise ArgumentTypeError(f"must be at least {option.minimum}")
+        if option.maximum is not None and not found <= option.maximum:
+            raise ArgumentTypeError(f"must be at most {option.maximum}")
+        return found
+
+    value.__name__ = kind.__name__  # for the message of argparse
+    return value
