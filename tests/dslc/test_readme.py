@@ -12,27 +12,26 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Run
+from tests.support.documents import commands, examples
 from tests.support.places import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 CHECKER = doctest.OutputChecker()
 
 
 def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "specs").symlink_to(ROOT / "specs")
-    commands = 0
-    for language, text in BLOCKS:
-        if name := re.match(r"# (\w+\.\w+)\n", text):
-            (tmp_path / name[1]).write_text(text, encoding="utf-8")
-        if language == "console":
-            for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.M):
-                commands += 1
-                printed = output(dslc, command)
-                same = CHECKER.check_output(expected, printed, doctest.ELLIPSIS)
-                assert same, f"$ {command}\nprints\n{printed}\nand the README says\n{expected}"
-    assert commands >= 6
+    seen = 0
+    for example in examples(README):
+        if example.name:
+            (tmp_path / example.name).write_text(example.text, encoding="utf-8")
+        for command, expected in commands(example):
+            seen += 1
+            printed = output(dslc, command)
+            same = CHECKER.check_output(expected, printed, doctest.ELLIPSIS)
+            assert same, f"$ {command}\nprints\n{printed}\nand the README says\n{expected}"
+    assert seen >= 6
 
 
 def output(dslc: Run, command: str) -> str:

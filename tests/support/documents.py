@@ -47,3 +47,10 @@ def sections(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     made = {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
     return made | set(re.findall(r'<a id="([\w-]+)">', text))
+
+
+def commands(example: Example) -> list[tuple[str, str]]:
+    """Commands of a `console` example, each with what the document says that it prints."""
+    if example.language != "console":
+        return []
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", example.text, re.M)
