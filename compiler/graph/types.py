@@ -24,6 +24,7 @@ RUNTIME_DIMS = {
 # Axes of the mesh of ranks along which a tensor may be spread. Pipeline stages are programs of
 # their own, so that no tensor is spread over them.
 MESH_AXES = {
+    "mirror": "the two pipeline ranks that hold a stage under DualPipe",
     "replica": "ranks that hold the same routed experts",
     "expert": "ranks over which the routed experts of a layer lie spread",
 }

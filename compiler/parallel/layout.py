@@ -112,6 +112,11 @@ class Layout:
         """The pipeline ranks that hold a stage, by direction."""
         return tuple(direction[stage] for direction in self.placement)
 
+    @property
+    def gradient_axes(self) -> tuple[str, ...]:
+        """The axes over whose ranks the gradient of a weight of all data ranks is summed."""
+        return ("mirror", *self.mesh.data_axes) if self.bidirectional else self.mesh.data_axes
+
     def in_flight(self, stage: int) -> int:
         """For how many micro-batches a stage keeps activations at most.
 

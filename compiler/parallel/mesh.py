@@ -7,7 +7,9 @@ the pipeline have its place within their nodes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,23 @@ class Mesh:
     def node(self, rank: int) -> int:
         return rank // self.node_size
 
-    def data_group(self, rank: int) -> range:
-        """The ranks with the same layers, which share gradients of all but routed experts."""
-        start = rank - rank % self.data
-        return range(start, start + self.data)
+    def group(self, rank: int, axes: Collection[str]) -> tuple[int, ...]:
+        """The ranks that differ from `rank` in `axes` only, in order.
 
-    def expert_group(self, rank: int) -> range:
-        """The ranks that exchange tokens with `rank` around the routed experts."""
-        start = rank - rank % self.expert
-        return range(start, start + self.expert)
+        Over `expert` they exchange tokens around the routed experts; over `replica` they hold the
+        same routed experts, over both the same other weights. `mirror` adds the pipeline rank that
+        is as far from the other end: under DualPipe it holds the same stages.
+        """
+        here = self.coordinates(rank)
+        mirrored = self.pipeline - 1 - here.pipeline
+        pipelines = {here.pipeline, mirrored} if "mirror" in axes else {here.pipeline}
+        replicas = range(self.replicas) if "replica" in axes else (here.replica,)
+        experts = range(self.expert) if "expert" in axes else (here.expert,)
+        places = product(sorted(pipelines), replicas, experts)
+        return tuple(self.rank(*place) for place in places)
 
-    def expert_replicas(self, rank: int) -> range:
-        """The ranks of one pipeline rank that hold the same routed experts as `rank`."""
-        group = self.data_group(rank)
-        return range(group.start + rank % self.expert, group.stop, self.expert)
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """The axes with more than one rank over which sequences are spread."""
+        ranks = {"replica": self.replicas, "expert": self.expert}
+        return tuple(axis for axis, count in ranks.items() if count > 1)

@@ -15,7 +15,6 @@ from compiler.graph.core import Graph, Op, Program, Region, Weight
 from compiler.graph.types import Dim
 from compiler.ops.base import dims_attr
 from compiler.parallel.layout import Layout, units
-from compiler.parallel.mesh import Mesh
 from compiler.passes.partition import group_attrs
 
 # By convention the graph that ends a step is called so, behind the name of its forward graph.
@@ -31,17 +30,14 @@ NAMES = {
 
 
 def shared_weights(uncut: Program, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Weights of the outermost block, as the embedding, that several pipeline ranks use, and which.
-
-    Not those of stages on the same rank, as with DualPipe: they are one tensor there.
-    """
+    """Weights of the outermost block, as the embedding, that several stages use, and which."""
     stages: dict[str, set[int]] = {}
     found = iter(units(uncut.main))
     for stage in layout.stages:
         for _, unit in zip(stage.units, found, strict=False):
             for op in uncut.main.ops[unit.ops.start : unit.ops.stop]:
                 for name in op.symbols:
-                    stages.setdefault(name, set()).add(min(layout.holders(stage.index)))
+                    stages.setdefault(name, set()).add(stage.index)
     return {name: tuple(sorted(at)) for name, at in stages.items() if len(at) > 1}
 
 
@@ -82,7 +78,7 @@ class _Step:
         self.graph = Graph(graph.name + SUFFIX, about=about, span=graph.span)
         self.builder = Builder(self.graph, made.graphs)
         for name, weight in self._weights(graph).items():
-            if weight.trainable:
+            if weight.trainable and self._is_first(name):
                 self._renew(name, weight)
         self.builder.ops += self._calls(graph.ops)
         self.graph.ops.append(Op("return", spans=graph.ops[-1].spans))
@@ -108,20 +104,21 @@ class _Step:
         own = (Dim("experts", weight.stack),) if "*" in name else ()
         experts = {"experts": dims_attr(*own)}
         over = (weight.axis,) if weight.axis else ()
-        axes = tuple(axis for axis in _axes(mesh) if axis not in over)
+        axes = tuple(axis for axis in self.layout.gradient_axes if axis not in over)
         d = self._add("gradient", weight=name, **experts, over=over, axes=axes)
-        for other in self.shared.get(name, ()):
-            if other != self._here():
+        here, sharing = self._rank(self.stage), sorted(set(map(self._rank, self._stages(name))))
+        for other in sharing:
+            if other != here:
                 self._add("send", d, pipeline=other)
         total = None
-        for other in self.shared.get(name, ()):
+        for other in sharing:
             # In the order of the ranks, so that all of them get the same sum.
             part = d
-            if other != self._here():
+            if other != here:
                 part = self._add("recv", weight=name, pipeline=other, type=str(d.type))
             total = part if total is None else self._add("add", total, part, weight=name)
-        d = total or d
-        group = group_attrs(mesh, axes) if axes else {}
+        d = total
+        group = group_attrs(mesh, axes, mesh.rank(here, 0, 0)) if axes else {}
         if axes:
             d = self._add("reduce_scatter", d, weight=name, **group)
         sizes = {"axes": axes, "ranks": group.get("ranks", 1)}
@@ -131,8 +128,18 @@ class _Step:
             new = self._add("all_gather", new, weight=name, **group, into=into)
         self._add("assign", new, weight=name, **experts)
 
-    def _here(self) -> int:
-        return min(self.layout.holders(self.stage))
+    def _rank(self, stage: int) -> int:
+        """The first pipeline rank that holds a stage."""
+        return min(self.layout.holders(stage))
+
+    def _stages(self, name: str) -> tuple[int, ...]:
+        """Those that use a weight."""
+        return self.shared.get(name, (self.stage,))
+
+    def _is_first(self, name: str) -> bool:
+        """Whether no earlier stage on the same rank uses a weight, which is one tensor there."""
+        rank = self._rank(self.stage)
+        return self.stage == min(s for s in self._stages(name) if self._rank(s) == rank)
 
     def _calls(self, ops: list[Op]) -> list[Op]:
         found: list[Op] = []
@@ -151,8 +158,3 @@ class _Step:
                         Op("repeat", attrs=dict(op.attrs), regions=[region], spans=op.spans)
                     )
         return found
-
-
-def _axes(mesh: Mesh) -> tuple[str, ...]:
-    counts = {"replica": mesh.replicas, "expert": mesh.expert}
-    return tuple(axis for axis, ranks in counts.items() if ranks > 1)

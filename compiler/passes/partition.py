@@ -50,9 +50,8 @@ class _Sharder:
         self.graph, self.program = graph, program
         self.layout, self.mesh = layout, layout.mesh
         self.builder = Builder(graph, program.graphs)
+        self.nodes: int = group_attrs(self.mesh, ("expert",))["nodes"]
         self.producers = {v: op for op in graph.walk() for v in op.results}
-        counts = {"replica": self.mesh.replicas, "expert": self.mesh.expert}
-        self.axes = tuple(axis for axis, ranks in counts.items() if ranks > 1)
 
     def run(self) -> None:
         for value in self.graph.args:
@@ -63,7 +62,8 @@ class _Sharder:
 
     def _local_batch(self, type: Type) -> Type:
         """The type on one data rank, which has a part of the batch."""
-        spread = (replace(d, axes=self.axes) if d.name == "batch" else d for d in type.dims)
+        axes = self.mesh.data_axes
+        spread = (replace(d, axes=axes) if d.name == "batch" else d for d in type.dims)
         return type.with_dims(*spread)
 
     def _ops(self, ops: list[Op], reduced: dict[Value, Value]) -> None:
@@ -123,7 +123,7 @@ class _Sharder:
         sizes: dict[str, Any] = {
             "count": count,
             "ranks": ranks,
-            "nodes": _nodes(self.mesh, self.mesh.expert_group(0)),
+            "nodes": self.nodes,
             "limit": self._limit(route, count),
         }
         names = ["arrived", "arrived_weight", "arrived_route", "source"]
@@ -152,7 +152,7 @@ class _Sharder:
         Node-limited routing: the router's groups lie on nodes (report, section 2.1.2).
         """
         k = route.type.last.size or 1
-        nodes = _nodes(self.mesh, self.mesh.expert_group(0))
+        nodes = self.nodes
         op = self.producers.get(route)
         if op is None or op.kind != "topk_groups":
             return min(k, nodes)
@@ -193,16 +193,7 @@ class _Sharder:
                 op.operands = [new if v is old else v for v in op.operands]
 
 
-def _nodes(mesh: Mesh, group: range) -> int:
-    return len({mesh.node(rank) for rank in group})
-
-
-def group_attrs(mesh: Mesh, axes: tuple[str, ...]) -> dict[str, Any]:
-    """What a collective says of the ranks that it joins."""
-    groups = {
-        ("expert",): mesh.expert_group(0),
-        ("replica",): mesh.expert_replicas(0),
-        ("replica", "expert"): mesh.data_group(0),
-    }
-    group = groups[axes]
-    return {"axes": axes, "ranks": len(group), "nodes": _nodes(mesh, group)}
+def group_attrs(mesh: Mesh, axes: tuple[str, ...], rank: int = 0) -> dict[str, Any]:
+    """What a collective says of the ranks that it joins, of which `rank` is one."""
+    group = mesh.group(rank, axes)
+    return {"axes": axes, "ranks": len(group), "nodes": len({mesh.node(one) for one in group})}

@@ -84,7 +84,7 @@ def token_bytes(tokens: Type, *, fp8: bool) -> int:
 
 def _nodes(router: Op | None, experts: int, k: int, layout: Layout) -> int:
     """The most nodes that one token is sent to (report, section 2.1.2, node-limited routing)."""
-    spanned = len({layout.mesh.node(rank) for rank in layout.mesh.expert_group(0)})
+    spanned = len({layout.mesh.node(rank) for rank in layout.mesh.group(0, ("expert",))})
     limit = min(k, spanned)
     if router is None:
         return limit
@@ -128,7 +128,7 @@ def _experts(
     mesh = layout.mesh
     if mesh.expert == 1:
         return
-    group = mesh.expert_group(0)
+    group = mesh.group(0, ("expert",))
     nodes = len({mesh.node(rank) for rank in group})
     inside = mesh.expert // nodes
     times = 2 * layout.micro_batches // len(layout.placement)
@@ -152,7 +152,7 @@ def _experts(
 def _handed_on(layout: Layout, boundary: int, pipeline: int) -> Sent:
     """Activations to the next stage, gradients to the one before; under DualPipe both both ways."""
     mesh = layout.mesh
-    here = mesh.data_group(mesh.rank(pipeline, 0, 0))
+    here = mesh.group(mesh.rank(pipeline, 0, 0), ("replica", "expert"))
     each = layout.micro_batches // len(layout.placement)
     near = far = Fraction(0)
     for neighbour in (pipeline - 1, pipeline + 1):
@@ -204,12 +204,5 @@ def holders(
     mesh = layout.mesh
     if pipeline not in pipelines:
         return ()
-    return tuple(
-        rank
-        for at in pipelines
-        for rank in (
-            mesh.expert_replicas(mesh.rank(at, 0, 0))
-            if routed
-            else mesh.data_group(mesh.rank(at, 0, 0))
-        )
-    )
+    axes = ("replica",) if routed else ("replica", "expert")
+    return tuple(rank for at in pipelines for rank in mesh.group(mesh.rank(at, 0, 0), axes))

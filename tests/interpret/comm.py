@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
 from queue import Queue
 from threading import Barrier, BrokenBarrierError
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from compiler.graph.core import Op
 from compiler.graph.rules import number
+from compiler.graph.types import MESH_AXES
 from compiler.ops.base import Moved, dims_of
 from compiler.ops.comm import axes_of
 from compiler.parallel.mesh import Coordinates, Mesh
@@ -38,11 +40,12 @@ class World:
         self.ranks = [Rank(self, i) for i in range(mesh.size)]
         self.barriers: dict[tuple[int, ...], Barrier] = {}
         self.posted: dict[tuple[int, ...], dict[int, Any]] = defaultdict(dict)
-        self.mail: dict[tuple[int, int], Queue[Tensor | None]] = defaultdict(Queue)
+        self.mail: dict[tuple[int, int], Queue[Any]] = defaultdict(Queue)
         for rank in self.ranks:
-            for axes in (("expert",), ("replica",), ("replica", "expert")):
-                group = rank.group(axes)
-                self.barriers.setdefault(group, Barrier(len(group)))
+            for n in range(1, len(MESH_AXES) + 1):
+                for axes in combinations(MESH_AXES, n):
+                    group = rank.group(axes)
+                    self.barriers.setdefault(group, Barrier(len(group)))
 
     def run(self, one: Callable[[Rank], Any]) -> list[Any]:
         """What `one` gives for each rank, all of them at once."""
@@ -81,10 +84,7 @@ class Rank:
 
     def group(self, axes: Sequence[str]) -> tuple[int, ...]:
         """The ranks that differ from this one in `axes` only, in order."""
-        mesh, here = self.world.mesh, self.place
-        replicas = range(mesh.replicas) if "replica" in axes else [here.replica]
-        experts = range(mesh.expert) if "expert" in axes else [here.expert]
-        return tuple(mesh.rank(here.pipeline, r, e) for r in replicas for e in experts)
+        return self.world.mesh.group(self.number, axes)
 
     def exchange(self, axes: Sequence[str], value: Any) -> list[Any]:
         """What every rank of the group gave, in order."""
@@ -96,11 +96,11 @@ class Rank:
         barrier.wait(WAIT)
         return found
 
-    def send(self, pipeline: int, x: Tensor) -> None:
+    def send(self, pipeline: int, x: Any) -> None:
         """Gives x to the rank of the same place at another pipeline rank."""
         self.world.mail[self.number, self._at(pipeline)].put(x)
 
-    def receive(self, pipeline: int) -> Tensor:
+    def receive(self, pipeline: int) -> Any:
         """What the rank of the same place at another pipeline rank sends next."""
         found = self.world.mail[self._at(pipeline), self.number].get(timeout=WAIT)
         assert found is not None, "the sender has failed"
@@ -198,7 +198,9 @@ def _send(f: Frame, op: Op, x: Tensor) -> list[Tensor]:
 
 
 def _recv(f: Frame, op: Op) -> Tensor:
-    return _rank(f).receive(number(op, "pipeline"))
+    found = _rank(f).receive(number(op, "pipeline"))
+    assert isinstance(found, Tensor)
+    return found
 
 
 COMM: dict[str, Callable[..., Any]] = {

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from compiler.graph.core import Graph, Program, Value
+from compiler.graph.parse import parse_program
+from compiler.graph.text import print_program
+from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.parallel.layout import Layout, Stage, units
 from compiler.parallel.mesh import Mesh
+from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.pipeline import before_cut, rank_passes
 from compiler.pipeline import run as run_passes
 from dsl.load import Description
+from dsl.source import Source
 from tests.interpret import State, run
 from tests.interpret.comm import Rank, World
 
@@ -43,6 +48,16 @@ def rank_programs(of: Description, where: Layout, name: str = "train") -> list[P
         *_, step = run_passes(name, shared, passes, of)
         programs.append(step.program)
     return programs
+
+
+def end_of(of: Description, where: Layout, stage: int, program: Program) -> Program:
+    """The program that ends a step on the ranks of a stage; it is sound, and reads back."""
+    end = step_program(program, where, stage, shared_weights(uncut(of), where))
+    verify(end)
+    assert not spans_missing(end)
+    text = print_program(end)
+    assert print_program(parse_program(Source("step.graph", text))) == text
+    return end
 
 
 def share(value: Value, tensor: Tensor, rank: Rank) -> Tensor:

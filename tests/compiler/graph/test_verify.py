@@ -162,7 +162,8 @@ REPLACED = {
     ),
     "axis that no mesh has": (
         "%tokens: i64[batch, seq]", "%tokens: i64[batch@node, seq]",
-        "E513: graph @Model: spread over node; a mesh has the axes replica, expert, in order",
+        "E513: graph @Model: spread over node; a mesh has the axes mirror, replica, expert, in "
+        "order",
         "E513: graph @Model, %h = embedding(%tokens, @embed.weight): makes "
         "bf16[batch@node, seq, hidden=8], and is recorded as bf16[batch, seq, hidden=8]",
     ),

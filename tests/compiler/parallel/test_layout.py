@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compiler.graph.types import MESH_AXES
 from compiler.parallel.layout import Layout, Stage, units
 from compiler.parallel.mesh import Mesh
 from compiler.pipeline import compile
@@ -26,15 +27,26 @@ def test_ranks_and_coordinates_are_one_to_one(mesh: Mesh) -> None:
     assert mesh.node(mesh.size - 1) == mesh.nodes - 1
 
 
+@given(meshes, st.sets(st.sampled_from(sorted(MESH_AXES))))
+def test_groups_cut_the_ranks(mesh: Mesh, axes: set[str]) -> None:
+    groups = {mesh.group(rank, axes) for rank in range(mesh.size)}
+    assert all(rank in mesh.group(rank, axes) for rank in range(mesh.size))
+    assert sorted(rank for group in groups for rank in group) == list(range(mesh.size))
+
+
 @given(meshes)
-def test_groups_cut_the_ranks(mesh: Mesh) -> None:
-    for group_of in (mesh.data_group, mesh.expert_group, mesh.expert_replicas):
-        groups = {tuple(group_of(rank)) for rank in range(mesh.size)}
-        assert all(rank in group_of(rank) for rank in range(mesh.size))
-        assert sorted(rank for group in groups for rank in group) == list(range(mesh.size))
+def test_groups_of_different_axes_share_one_rank(mesh: Mesh) -> None:
     rank = mesh.size // 2
-    met = set(mesh.expert_group(rank)) & set(mesh.expert_replicas(rank))
+    met = set(mesh.group(rank, ("expert",))) & set(mesh.group(rank, ("replica", "mirror")))
     assert met == {rank}
+
+
+@pytest.mark.parametrize("pipeline", range(6))
+def test_under_dualpipe_a_stage_lies_on_the_ranks_of_its_mirror(pipeline: int) -> None:
+    mesh = Mesh(pipeline=6, replicas=2, expert=4, node_size=8)
+    layout = Layout(mesh, "dualpipe", (), 1, 12, 1)
+    group = mesh.group(mesh.rank(pipeline, 1, 3), ("mirror",))
+    assert sorted(layout.holders(pipeline)) == [mesh.coordinates(one).pipeline for one in group]
 
 
 @given(meshes, st.integers(1, 4))

@@ -20,7 +20,6 @@ from compiler.ops.comm import Dispatch
 from compiler.parallel.layout import Layout, Stage, units
 from compiler.parallel.mesh import Mesh
 from compiler.passes.cut_stages import cut_stages
-from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.partition import partition
 from compiler.pipeline import PIPELINES, after
 from dsl.diagnostic import DiagnosticError, render
@@ -30,23 +29,20 @@ from tests.interpret import State, random_inputs, random_weights, run
 from tests.interpret.comm import World
 from tests.interpret.operators import LEARNING_RATE
 from tests.support.golden import Golden
+from tests.support.models import description
 from tests.support.places import TINY
-from tests.support.ranks import MESHES, gradients, layout, named, rank_programs, run_ranks, uncut
+from tests.support.ranks import (
+    MESHES,
+    end_of,
+    gradients,
+    layout,
+    named,
+    rank_programs,
+    run_ranks,
+    uncut,
+)
 
 LAST = PIPELINES["train"][-1].name
-
-
-def description(*sets: str) -> Description:
-    return load(TINY, sets=sets)
-
-
-def end_of(of: Description, where: Layout, stage: int, program: Program) -> Program:
-    end = step_program(program, where, stage, shared_weights(uncut(of), where))
-    verify(end)
-    assert not spans_missing(end)
-    text = print_program(end)
-    assert print_program(parse_program(Source("step.graph", text))) == text
-    return end
 
 
 def check_same(of: Description, where: Layout, name: str = "train") -> World:

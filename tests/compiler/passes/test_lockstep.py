@@ -1,0 +1,70 @@
+"""A step by a schedule, on all ranks together, computes what one rank does.
+
+Gradients of several micro-batches are summed, in the order of the schedule, over all ranks that
+hold a weight; then every rank renews its share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compiler.parallel.layout import Layout
+from compiler.parallel.mesh import Mesh
+from compiler.pipeline import PIPELINES, after
+from compiler.plan.schedule import schedule
+from compiler.plan.transfers import with_transfers
+from tests.interpret import State, random_inputs, random_weights, run
+from tests.interpret.operators import LEARNING_RATE
+from tests.support.lockstep import train_step
+from tests.support.models import description
+from tests.support.ranks import end_of, gradients, layout, rank_programs
+
+SEQ = 5
+
+
+def check_step(name: str, mesh: Mesh, batches: int, *sets: str) -> None:
+    """That all weights after a step are those of one rank, in float64."""
+    of = description(*sets)
+    where = replace(layout(mesh, of), schedule=name, micro_batches=batches)
+    single = after(of, "train", PIPELINES["train"][-1].name)
+    weights = random_weights(single, dtype=torch.float64)
+    sizes = {"batch": mesh.data, "seq": SEQ}
+    inputs = [random_inputs(single, sizes, dtype=torch.float64, seed=n) for n in range(batches)]
+    grads: dict[str, torch.Tensor] = {}
+    for one in inputs:
+        state = State(grads=grads)
+        run(single, one, weights, state=state, dtype=torch.float64)
+        gradients(single, weights, state)
+    programs = rank_programs(of, where)
+    ends = [end_of(of, where, i, program) for i, program in enumerate(programs)]
+    order = with_transfers(schedule(name, mesh.pipeline, batches))
+    found = train_step(where, order, programs, ends, inputs, weights)
+    assert found.keys() == grads.keys()
+    for key, grad in grads.items():
+        expected = weights[key] - LEARNING_RATE * grad
+        torch.testing.assert_close(found[key], expected, rtol=1e-10, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
+def test_a_step_by_a_schedule_is_that_of_one_rank(name: str) -> None:
+    """Under DualPipe two pipeline ranks hold each weight: their gradients add up."""
+    check_step(name, Mesh(2, 1, 2, 2), 4)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
+@pytest.mark.parametrize(
+    ("mesh", "batches"), [(Mesh(4, 1, 1, 2), 10), (Mesh(2, 2, 2, 2), 4), (Mesh(2, 2, 1, 1), 6)]
+)
+def test_a_step_on_other_meshes(name: str, mesh: Mesh, batches: int) -> None:
+    check_step(name, mesh, batches, "train.document_mask=true")
+
+
+def test_a_stage_that_is_not_summed_over_its_mirror_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Layout, "gradient_axes", property(lambda self: self.mesh.data_axes))
+    with pytest.raises(AssertionError):
+        check_step("dualpipe", Mesh(2, 1, 1, 1), 4)
