@@ -9,7 +9,7 @@ from backends.build import build
 from backends.triton.target import TARGETS
 from compiler.pipeline import PIPELINES
 from dsl.load import load
-from tests.support.documents import sections, tables
+from tests.support.documents import tables
 from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, sources
 from tests.support.places import ROOT, TINY
 
@@ -80,14 +80,3 @@ def test_methods_of_a_model_are_those_of_its_code(tmp_path: Path) -> None:
         given = arguments.removesuffix(", ..").split(", ")
         assert names[: len(given)] == given, method
         assert ".." in arguments or names == given, method
-
-
-def test_every_path_and_link_leads_somewhere() -> None:
-    for path in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", TEXT):
-        if not path.startswith(("graph/", "build/", "kernels/")):
-            assert (ROOT / path).exists(), path
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        path, _, anchor = target.partition("#")
-        file = ROOT / "docs" / path if path else ROOT / "docs" / "architecture.md"
-        assert file.exists(), target
-        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import doctest
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,8 +28,8 @@ from dsl.schema import VARIANT_KEYS, BlockUse, Phase, Schedule, Spec, json_schem
 from dsl.source import Source
 from dsl.syntax import KEYWORDS
 from dsl.units import UNITS, parse_quantity
-from tests.support.command import Run
-from tests.support.documents import Example, Row, examples, sections, tables
+from tests.support.command import Run, typed
+from tests.support.documents import Example, Row, examples, follow, sections, tables
 from tests.support.places import ROOT, TINY
 
 TEXT = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
@@ -53,29 +51,7 @@ def column(first: str, index: int = 0) -> list[str]:
 
 def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    commands = 0
-    for example in EXAMPLES:
-        if example.name:
-            (tmp_path / example.name).write_text(example.text, encoding="utf-8")
-        if example.language == "console":
-            for command, expected in re.findall(
-                r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", example.text, re.M
-            ):
-                commands += 1
-                printed = output(dslc, command)
-                same = CHECKER.check_output(expected, printed, doctest.ELLIPSIS)
-                assert same, f"$ {command}\nprints\n{printed}\nand the text says\n{expected}"
-    assert commands >= 5
-
-
-def output(dslc: Run, command: str) -> str:
-    program, *arguments = shlex.split(command)
-    if program == "dslc":
-        outcome = dslc(*arguments)
-        return outcome.out + outcome.err
-    assert program == "python"
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    return done.stdout + done.stderr
+    assert follow(TEXT, tmp_path, partial(typed, dslc)) >= 5
 
 
 def test_every_spec_of_the_text_compiles_with_each_of_its_variants(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from compiler.plan.traffic import PURPOSES
 from dsl.schema import Cluster
 from dslc.specs import shipped
 from tests.support.command import Run
-from tests.support.documents import examples, sections, tables
+from tests.support.documents import examples, tables
 from tests.support.places import ROOT
 
 TEXT = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
@@ -33,11 +33,3 @@ def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
     assert outcome.status == 0
     (shown,) = (e.text for e in examples(TEXT) if e.language == "text")
     assert shown == f"{printed}\n", f"write this into docs/plan.md:\n{printed}"
-
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        path, _, anchor = target.partition("#")
-        file = (ROOT / "docs" / path).resolve() if path else ROOT / "docs" / "plan.md"
-        assert file.exists(), target
-        assert not anchor or anchor in sections(file.read_text(encoding="utf-8")), target

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,3 +17,14 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def typed(dslc: Run, command: str) -> str:
+    """What a line of a shell prints, of `dslc` in this process or of `python` in one of its own."""
+    program, *arguments = shlex.split(command)
+    if program == "dslc":
+        outcome = dslc(*arguments)
+        return outcome.out + outcome.err
+    assert program == "python"
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr

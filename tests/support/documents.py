@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 Row = tuple[str, ...]
 
@@ -49,8 +52,20 @@ def sections(text: str) -> set[str]:
     return made | set(re.findall(r'<a id="([\w-]+)">', text))
 
 
-def commands(example: Example) -> list[tuple[str, str]]:
-    """Commands of a `console` example, each with what the document says that it prints."""
-    if example.language != "console":
-        return []
-    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", example.text, re.M)
+def follow(text: str, folder: Path, run: Callable[[str], str]) -> int:
+    """Writes the files of a document into `folder` and runs its commands, in order.
+
+    Fails where one prints something else than the text says. Returns how many there were.
+    """
+    seen = 0
+    for example in examples(text):
+        if example.name:
+            (folder / example.name).write_text(example.text, encoding="utf-8")
+        if example.language != "console":
+            continue
+        for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", example.text, re.M):
+            seen += 1
+            printed = run(command)
+            same = doctest.OutputChecker().check_output(expected, printed, doctest.ELLIPSIS)
+            assert same, f"$ {command}\nprints\n{printed}\nand the text says\n{expected}"
+    return seen
