@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,9 @@ from tests.support.golden import Golden, GoldenFiles
 # Triton interprets or compiles, for the whole of a process: tests interpret kernels, on the CPU,
 # and compile them in processes of their own. It must be said before anything imports Triton.
 os.environ["TRITON_INTERPRET"] = "1"
+# Tests run beside each other (`pytest -n auto`), and products as small as theirs gain nothing from
+# more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # A red build must be red again on the next run: examples follow from the test, not from chance.
@@ -66,8 +70,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Adds what a worker of `pytest -n` compared."""
+    node.config.stash[FILES].add(node.workeroutput["golden"])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if whole_suite_passed(session) and session.config.stash[FILES].unused():
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["golden"] = session.config.stash[FILES].report()
+    elif whole_suite_passed(session) and session.config.stash[FILES].unused():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -34,7 +33,6 @@ from tests.support.places import ROOT, TINY
 
 TEXT = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
 EXAMPLES = examples(TEXT)
-CHECKER = doctest.OutputChecker()
 
 
 def plain(cell: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,12 +28,3 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     labels = text[:, 1:].clone()
     labels[0, 4:7] = -100
     return Pair(case, reference, package, model, checkpoint, text[:, :-1], labels)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def two_threads() -> Iterator[None]:
-    """Tiny products gain nothing from more threads, and wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)

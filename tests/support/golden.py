@@ -46,6 +46,15 @@ class GoldenFiles:
         path.write_bytes(text.encode())
         self.changes.append(difference)
 
+    def report(self) -> tuple[list[str], list[str]]:
+        """What another process may `add`."""
+        return [str(path) for path in self.used], self.changes
+
+    def add(self, report: tuple[list[str], list[str]]) -> None:
+        used, changes = report
+        self.used |= set(map(Path, used))
+        self.changes += changes
+
     def unused(self) -> list[str]:
         """Golden files that nothing read. `name.yaml` is the input of `name.txt`: same stem."""
         known = {path.with_suffix("") for path in self.used}
