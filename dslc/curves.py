@@ -41,11 +41,11 @@ def charts(runs: Mapping[str, Sequence[Record]]) -> Iterator[Chart]:
     tests = {name: list(_tests(records)) for name, records in runs.items()}
     held_out = _lines(tests, _at("held_out", "loss"), " held out", dots=True)
     smooth: Iterator[Line] = (_smoothed(line) for line in _lines(steps, _at("main")))
-    yield Chart("Loss", "nats a token", (*smooth, *held_out), log=True)
+    yield Chart("Loss", "nats per token", (*smooth, *held_out), log=True)
     depths = range(max((len(r["mtp"]) for one in steps.values() for r in one), default=0))
     mtp = [_lines(steps, _at("mtp", k), f" depth {k + 1}") for k in depths]
     smooth = map(_smoothed, _flat(mtp))
-    yield Chart("Loss of multi-token prediction", "nats a token", tuple(smooth), log=True)
+    yield Chart("Loss of multi-token prediction", "nats per token", tuple(smooth), log=True)
     accepted = [
         _lines(tests, _at("held_out", "acceptance", k), f" depth {k + 1}", dots=True)
         for k in depths

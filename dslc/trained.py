@@ -47,7 +47,7 @@ def using_run(run: Path) -> Iterator[Any]:
     try:
         package = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
-        print(f"error: {run} is no run of dslc: run.json cannot be read", file=sys.stderr)
+        print(f"error: {run} is not a dslc run directory: run.json cannot be read", file=sys.stderr)
         raise typer.Exit(1) from None
     with using(run, str(package)) as found:
         yield found

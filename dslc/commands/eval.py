@@ -13,7 +13,7 @@ from dslc.options import Format, FormatOption
 EXAMPLES = """
 \b
 Examples:
-  dslc eval runs/mini              loss and bits a byte on the text that was held out
+  dslc eval runs/mini              loss and bits per byte on the text that was held out
   dslc eval runs/mini --ema        of the moving average of the weights
 """
 
@@ -35,8 +35,8 @@ def run(
     if format is Format.json:
         print_json({"ok": True, "diagnostics": [], **asdict(found)})
         return
-    print(f"loss           {found.loss:.4f} nats a token")
-    print(f"bits a byte    {found.bits_per_byte:.4f}")
+    print(f"loss           {found.loss:.4f} nats per token")
+    print(f"bits per byte  {found.bits_per_byte:.4f}")
     for depth, (loss, share) in enumerate(zip(found.mtp, found.acceptance, strict=True), 1):
-        print(f"MTP depth {depth}    {loss:.4f} nats a token, accepted {share:.1%}")
+        print(f"MTP depth {depth}    {loss:.4f} nats per token, accepted {share:.1%}")
     print(f"tokens         {found.tokens:,}")

@@ -31,5 +31,5 @@ def run(
     from dslc.trained import using_run
 
     with using_run(folder) as (command, model):
-        request = command.Request(prompt, tokens, temperature, top_p, seed)
+        request = command.SampleRequest(prompt, tokens, temperature, top_p, seed)
         print(command.sample(model, folder, request, ema))

@@ -137,7 +137,7 @@ class Findings:
     def _charts(self) -> Iterator[Chart]:
         records = {run: read_records(run.folder) for run in self.results}
         loss = list(self._lines(records, lambda record: record["main"]))
-        yield Chart("Training loss", "nats a token, over tokens", tuple(loss), log=True)
+        yield Chart("Training loss", "nats per token, over tokens", tuple(loss), log=True)
         yield Chart("MaxVio", "mean of the layers, over tokens", tuple(self._lines(records, _vio)))
         yield self._scaling()
 
@@ -180,7 +180,7 @@ class Findings:
             name = f"{law.floor:.3f} + {law.scale:.3g} C^-{law.exponent:.3f}"
             curve = tuple((c, law.at(c)) for c in range(sizes[0], sizes[-1] + 1, step))
             lines.append(Line(name, len(self.planned), curve))
-        return Chart("Held-out loss over training FLOPs", "nats a token", tuple(lines))
+        return Chart("Held-out loss over training FLOPs", "nats per token", tuple(lines))
 
     def _changes(self) -> Iterator[Change]:
         first, *others = self.planned

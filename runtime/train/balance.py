@@ -1,4 +1,4 @@
-"""Balance without an auxiliary loss: routing bias, and how evenly experts are used.
+"""Load balancing without an auxiliary loss: the routing bias and the utilization of experts.
 
 DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664, algorithm 1.
 """
@@ -18,27 +18,27 @@ from ..weights import Stack, Tensors
 
 @dataclass(frozen=True)
 class Router:
-    """What chooses the experts of one layer: `name` is the module, `bias` float32 [experts]."""
+    """The router of one layer: `name` is that of the MoE module, `bias` float32 [experts]."""
 
     name: str
     bias: Tensor | None
 
 
 @dataclass(frozen=True)
-class Use:
-    """How evenly a layer's experts were used over some tokens."""
+class ExpertUtilization:
+    """The utilization of the experts of a layer over some tokens."""
 
     max_vio: float
-    """The load of the busiest expert over the mean, less 1: 0 is perfect (arXiv 2408.15664)."""
+    """The load of the busiest expert over the mean, minus 1: 0 is perfect (arXiv 2408.15664)."""
     entropy: float
-    """Of the load, over that of perfect balance: 1 is perfect, 0 is one expert for all."""
+    """Entropy of the load over its maximum: 1 is perfect, 0 is one expert for all tokens."""
     bias_range: float
-    """The largest bias less the smallest."""
+    """The largest bias minus the smallest."""
     load: tuple[int, ...]
 
 
 class Balance:
-    """Counts the load of a step, and moves the bias of each expert once, at its end."""
+    """Counts the load of a step, and updates the bias of each expert once, at its end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.routers = list(_routers(model))
@@ -47,11 +47,13 @@ class Balance:
     def add(self, load: Sequence[Tensor]) -> None:
         """Adds the load of a micro-batch, `Loss.load`: int64 [layers, experts] or [experts].
 
-        Raises ValueError if the model has other layers than its loads have.
+        Raises ValueError if the number of loads is not that of the layers.
         """
         rows = [row for part in load for row in part.reshape(-1, part.shape[-1])]
         if len(rows) != len(self.routers):
-            raise ValueError(f"loads of {len(rows)} layers, but {len(self.routers)} with experts")
+            raise ValueError(
+                f"loads of {len(rows)} layers, but {len(self.routers)} layers have experts"
+            )
         if rows:
             # Layers may have different numbers of experts.
             flat = torch.cat(rows)
@@ -59,36 +61,36 @@ class Balance:
             self._sizes = [len(row) for row in rows]
 
     def reduce(self, group: ProcessGroup) -> None:
-        """Makes the load that of all ranks."""
+        """Sums the load over all ranks."""
         if self.load is not None:
             all_reduce(self.load, group=group)
 
     @torch.no_grad()
-    def finish(self, speed: float) -> dict[str, Use]:
+    def finish(self, speed: float) -> dict[str, ExpertUtilization]:
         """Moves the bias of each expert by `speed`: up if its load was below the mean, down if
-        above. Gives the use of each layer, and begins anew.
+        above. Returns the utilization of each layer, and resets the load.
 
-        The comparison is between whole numbers, hence exact whatever a step was computed in.
+        The comparison is between integers, hence exact.
         """
         if self.load is None:
             return {}
-        uses = {}
+        found = {}
         for router, load in zip(self.routers, self.load.split(self._sizes), strict=True):
             if router.bias is not None:
                 missing = load.sum() - len(load) * load
                 router.bias.add_(missing.sign().to(router.bias), alpha=speed)
-            uses[router.name] = use(load, router.bias)
+            found[router.name] = utilization(load, router.bias)
         self.load = None
-        return uses
+        return found
 
 
-def use(load: Tensor, bias: Tensor | None) -> Use:
-    """The measures of a load, int64 [experts]."""
+def utilization(load: Tensor, bias: Tensor | None) -> ExpertUtilization:
+    """Computes the metrics of a load, int64 [experts]."""
     counts = load.tolist()
     total, experts = sum(counts), len(counts)
     shares = [count / total for count in counts if count] if total else []
     entropy = -sum(share * math.log(share) for share in shares)
-    return Use(
+    return ExpertUtilization(
         max_vio=max(counts) * experts / total - 1 if total else 0.0,
         entropy=entropy / math.log(experts) if experts > 1 else 1.0,
         bias_range=float(bias.max() - bias.min()) if bias is not None else 0.0,
@@ -97,10 +99,10 @@ def use(load: Tensor, bias: Tensor | None) -> Use:
 
 
 def _routers(model: nn.Module) -> Iterator[Router]:
-    """The layers with experts, in the order in which the model gives their load.
+    """The layers with experts, in the order of their loads.
 
-    They are the modules that hold a stack of experts; a bias is a buffer in them with a number
-    for each expert.
+    They are the modules that hold a stack of experts; a bias is a buffer in them with one number
+    per expert.
     """
     for name, module in model.named_modules():
         for child in module.children():

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside, hashed, renamed; complete or absent.
+"""Checkpoints of a run: written to a temporary folder, hashed, renamed; complete or absent.
 
 `checkpoints/step-00001000/` holds `model/`, `optimizer/` and perhaps `ema/`, each of safetensors as
 `torch.distributed.checkpoint` writes them for Hugging Face, `state.json` with the numbers, and
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..files import sync
-from .ranks import by_first
+from .ranks import on_rank0
 from .settings import TrainError
 from .state import State
 
@@ -38,10 +38,10 @@ NAME = "step-{:08d}"
 
 
 class Checkpoints:
-    """The checkpoints in a folder. `keep` newest stay; one write is under way at a time.
+    """The checkpoints in a folder. The newest `keep` remain; there is one write at a time.
 
-    `group` is of all ranks, and used for nothing else: writing goes on while training does. Each
-    rank writes its share of the tensors, the first one all else.
+    `group` holds all ranks and is used for nothing else: writes run in the background of training.
+    Each rank writes a part of the tensors, rank 0 everything else.
     """
 
     def __init__(self, folder: Path, keep: int, group: ProcessGroup | None = None) -> None:
@@ -51,7 +51,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def save(self, state: State) -> None:
-        """Writes a copy of the state in the background, after the former write.
+        """Writes a copy of the state in the background, after the previous write.
 
         Raises TrainError if that one failed.
         """
@@ -59,23 +59,23 @@ class Checkpoints:
         self._writing = self._pool.submit(self._write, state.copied())
 
     def wait(self) -> None:
-        """Until everything is written. Raises TrainError if it could not be."""
+        """Waits for the write. Raises TrainError if it failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def close(self) -> None:
-        """Until nothing is being written any more, whatever became of it. Nothing can follow."""
+        """Waits for the write, whether it fails or not. No write can follow."""
         self._pool.shutdown()
 
     @property
     def failed(self) -> bool:
-        """Whether a write has failed by now; `wait` says why."""
+        """Whether the write has failed; `wait` then raises its error."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     def steps(self) -> list[int]:
-        """Of the complete checkpoints, ascending."""
+        """The steps of the complete checkpoints, ascending."""
         found = self.folder.glob(f"step-*/{MANIFEST}")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
@@ -83,27 +83,27 @@ class Checkpoints:
         return self.folder / NAME.format(step)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, none of whose bytes have changed; None if there is none at all.
+        """The newest checkpoint, verified; None if there is no checkpoint.
 
-        Raises TrainError if it is damaged, naming the newest that is not.
+        Raises TrainError if it is damaged, naming the newest intact one.
         """
         steps = self.steps()
         if not steps:
             return None
-        problem = damage(self.place(steps[-1]))
+        problem = find_damage(self.place(steps[-1]))
         if problem is None:
             return self.place(steps[-1])
-        good = (self.place(s) for s in reversed(steps[:-1]) if damage(self.place(s)) is None)
+        good = (self.place(s) for s in reversed(steps[:-1]) if find_damage(self.place(s)) is None)
         before = next(good, None)
         help = (
-            f"move the folder away to go on from {before}, which is good"
+            f"move the folder away to resume from {before}, which is intact"
             if before
-            else "no other checkpoint is good: begin again with another --out"
+            else "no other checkpoint is intact: start again with another --out"
         )
         raise TrainError(f"the checkpoint {self.place(steps[-1])} is damaged: {problem}; {help}")
 
     def load(self, folder: Path, state: State) -> Mapping[str, Any]:
-        """Writes the tensors of a checkpoint to those of `state`; gives its values.
+        """Reads the tensors of a checkpoint into those of `state`; returns its values.
 
         Raises TrainError for tensors that are missing, or of another shape.
         """
@@ -113,7 +113,7 @@ class Checkpoints:
             reader = HuggingFaceStorageReader(str(folder / name))
             try:
                 with _quiet():
-                    # Each rank has all tensors, and reads them by itself.
+                    # Each rank holds all tensors, and reads them on its own.
                     load(dict(tensors), storage_reader=reader, no_dist=True)
             except CheckpointException as error:
                 reasons = {str(failure[0]) for failure in error.failures.values()}
@@ -125,16 +125,16 @@ class Checkpoints:
         place = self.place(state.values["steps"])
         beside = place.with_name(f".{place.name}.new")
         try:
-            by_first(self.group, lambda: self._make(beside))
+            on_rank0(self.group, lambda: self._make(beside))
             for name, tensors in state.tensors.items():
                 self._write_tensors(beside / name, tensors)
-            by_first(self.group, lambda: self._finish(beside, place, state.values))
+            on_rank0(self.group, lambda: self._finish(beside, place, state.values))
         except OSError as error:  # the same on all ranks
             if self._first:
                 shutil.rmtree(beside, ignore_errors=True)
             raise TrainError(
                 f"cannot write the checkpoint {place}: {error.strerror or error}; "
-                f"those before it are untouched"
+                f"earlier checkpoints are intact"
             ) from None
 
     def _make(self, beside: Path) -> None:
@@ -166,8 +166,8 @@ class Checkpoints:
             raise
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; None if they are those that were written."""
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are as they were written."""
     try:
         known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         names = {str(name): str(value) for name, value in known.items()}
@@ -178,9 +178,9 @@ def damage(folder: Path) -> str | None:
         if name not in found:
             return f"{name} is missing"
         if name not in names:
-            return f"{name} is not one of its files"
+            return f"{name} does not belong to it"
         if found[name] != names[name]:
-            return f"{name} has other bytes than were written"
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -193,7 +193,7 @@ def _hashes(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _commit(beside: Path, place: Path) -> None:
-    """Makes a complete folder the checkpoint, so that it survives a loss of power, too."""
+    """Renames a complete folder to the checkpoint, durably: it survives a power failure."""
     manifest = json.dumps({"sha256": dict(_hashes(beside))}, indent=2)
     (beside / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in (beside / MANIFEST, beside / VALUES, *(p for p in beside.rglob("*") if p.is_dir())):
@@ -207,7 +207,7 @@ def _commit(beside: Path, place: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DCP warns where there is no process group, which is meant so."""
+    """Silences the warning of DCP that there is no process group: there is none on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

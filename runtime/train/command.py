@@ -16,20 +16,20 @@ from ..shards import LoadError
 from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
-from .interrupt import alone
+from .interrupt import run_lock
 from .options import Options, parse
-from .ranks import by_first, joined
+from .ranks import init_process_groups, on_rank0
 from .run import Run, read_record
-from .sequences import HeldOut, split
+from .sequences import ValidationSet, split
 from .settings import Settings, TrainError
 from .state import AVERAGE, MODEL
 from .tokens import Tokens
 
 
 def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> int:
-    """Trains as the arguments say (sys.argv by default); gives the exit status.
+    """Trains with the options of a command line (sys.argv by default); returns the exit status.
 
-    0: trained to the end, 1: it could not, 2: wrong usage, 128 + n: stopped by signal n, and saved.
+    0: trained to the end, 1: failed, 2: wrong usage, 128 + n: stopped by signal n and saved.
     """
     try:
         name = model.config.model
@@ -41,17 +41,17 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
 
 
 def train(model: type[LanguageModel], options: Options) -> int:
-    """The same with options, of one process or of a rank that torchrun started.
+    """The same with options, for one process or a rank that torchrun started.
 
-    Raises TrainError where it could not; of several ranks the first does, the others give 1.
+    Raises TrainError if training fails; of several ranks, only rank 0 does, the others return 1.
     """
-    with joined() as ranks:
+    with init_process_groups() as ranks:
         try:
             with ExitStack() as held:
-                by_first(ranks.agreeing, lambda: held.enter_context(alone(options.out)))
+                on_rank0(ranks.control, lambda: held.enter_context(run_lock(options.out)))
                 stopped = Run(model, options, ranks).train()
         except (TrainError, OSError) as error:
-            if not ranks.first:
+            if not ranks.is_rank0:
                 return 1
             if isinstance(error, TrainError):
                 raise
@@ -61,23 +61,23 @@ def train(model: type[LanguageModel], options: Options) -> int:
 
 
 def evaluate(model: type[LanguageModel], run: Path, average: bool) -> Evaluation:
-    """How good the newest checkpoint of a run is on the text that was held out. Raises TrainError.
+    """Evaluates the newest checkpoint of a run on the held-out text. Raises TrainError.
 
-    `average`: its moving average instead of the weights.
+    `average` takes the moving average of the weights instead of the weights.
     """
-    record, tokens, checkpoint = opened(run)
+    record, tokens, checkpoint = open_run(run)
     _, held_out = split(tokens.parts, record["held_out"])
     settings = Settings.of(model.config)
-    text = HeldOut(held_out, settings.sequence_length)
+    text = ValidationSet(held_out, settings.sequence_length)
     if not text.count:
-        raise TrainError(f"{run} holds out no text: begin one with --held-out 0.1")
-    trained = loaded(model, checkpoint, average)
+        raise TrainError(f"{run} has no held-out text: start a run with --held-out 0.1")
+    trained = load_checkpoint(model, checkpoint, average)
     return evaluation.evaluate(trained, text, tokens.tokenizer, settings.micro_batch or 16)
 
 
 @dataclass(frozen=True)
-class Request:
-    """A text to be continued, as `generate` does it."""
+class SampleRequest:
+    """A prompt and the settings of `generate`."""
 
     prompt: str
     new_tokens: int
@@ -86,18 +86,18 @@ class Request:
     seed: int
 
 
-def sample(model: type[LanguageModel], run: Path, request: Request, average: bool) -> str:
-    """A prompt continued by the newest checkpoint of a run. Raises TrainError."""
-    _, tokens, checkpoint = opened(run)
-    trained = loaded(model, checkpoint, average)
+def sample(model: type[LanguageModel], run: Path, request: SampleRequest, average: bool) -> str:
+    """The prompt and its continuation by the newest checkpoint of a run. Raises TrainError."""
+    _, tokens, checkpoint = open_run(run)
+    trained = load_checkpoint(model, checkpoint, average)
     ids = tokens.tokenizer.encode(request.prompt)
     if not ids:
         raise TrainError("give a prompt of at least one token")
     longest = model.config.sequence.max_position_embeddings
     if len(ids) + request.new_tokens > longest:
         raise TrainError(
-            f"the prompt has {len(ids)} tokens: with {request.new_tokens} more they are beyond "
-            f"max_position_embeddings, {longest}"
+            f"the prompt has {len(ids)} tokens: {request.new_tokens} new ones exceed "
+            f"max_position_embeddings ({longest})"
         )
     text = trained.generate(
         torch.tensor([ids]),
@@ -109,18 +109,18 @@ def sample(model: type[LanguageModel], run: Path, request: Request, average: boo
     return tokens.tokenizer.decode(text[0].tolist())
 
 
-def opened(run: Path) -> tuple[Mapping[str, Any], Tokens, Path]:
+def open_run(run: Path) -> tuple[Mapping[str, Any], Tokens, Path]:
     """The record, the tokens and the newest checkpoint of a run. Raises TrainError."""
     record = read_record(run)
     if record is None:
-        raise TrainError(f"{run} is no run of dslc: it has no run.json")
+        raise TrainError(f"{run} is not a dslc run directory: it has no run.json")
     checkpoint = Checkpoints(run / "checkpoints", keep=1).newest()
     if checkpoint is None:
         raise TrainError(f"{run} has no checkpoint yet")
     return record, Tokens(run / record["tokens"]), checkpoint
 
 
-def loaded(model: type[LanguageModel], checkpoint: Path, average: bool) -> LanguageModel:
+def load_checkpoint(model: type[LanguageModel], checkpoint: Path, average: bool) -> LanguageModel:
     """A model with the weights of a checkpoint, or with their moving average."""
     folder = checkpoint / (AVERAGE if average else MODEL)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Which device a process trains on, and the random state that lies there."""
+"""Which device a process trains on, and the random state of that device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from .settings import TrainError
 
 
-def chosen(name: str | None) -> torch.device:
-    """The CPU, or one GPU: of several processes on a machine each has its own, by LOCAL_RANK.
+def select_device(name: str | None) -> torch.device:
+    """The CPU, or one GPU: LOCAL_RANK says which, for several processes on a machine.
 
-    Without a name a GPU if torch sees one. It becomes the current one, on which kernels run. Raises
-    TrainError for a device that is not there.
+    Without a name a GPU if torch finds one. It becomes the current device, on which kernels run.
+    Raises TrainError for a device that does not exist.
     """
     asked = _named(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if asked.type == "cpu":
@@ -23,11 +23,11 @@ def chosen(name: str | None) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     if several and asked.index not in (None, local):
-        raise TrainError(f"--device {name} would be that of all ranks: give --device cuda")
+        raise TrainError(f"--device {name} would be the device of all ranks: give --device cuda")
     index = local if asked.index is None else asked.index
     count = torch.cuda.device_count()
     if index >= count:
-        raise TrainError(f"there is no cuda:{index}: torch sees {count} GPU(s) here")
+        raise TrainError(f"there is no cuda:{index}: torch finds {count} GPU(s)")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -38,14 +38,14 @@ def _named(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise TrainError(f"--device {name} is none to train on: it is cpu, cuda or cuda:N")
+        raise TrainError(f"--device {name} cannot train: use cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainError(f"--device {name}: torch sees no GPU here")
+        raise TrainError(f"--device {name}: torch finds no GPU")
     return device
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """What computing on a device may draw numbers from, as text by name."""
+    """The states of the random generators that computing on a device may use, as hex by name."""
     states = {"random": torch.get_rng_state()}
     if device.type == "cuda":
         states["random_cuda"] = torch.cuda.get_rng_state(device)
@@ -53,7 +53,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(device: torch.device, values: Mapping[str, Any]) -> None:
-    """Takes up what `random_state` gave; a device that had none then keeps its own."""
+    """Restores what `random_state` returned; the state of a device that is not in it stays."""
     torch.set_rng_state(_bytes(values["random"]))
     if device.type == "cuda" and "random_cuda" in values:
         torch.cuda.set_rng_state(_bytes(values["random_cuda"]), device)

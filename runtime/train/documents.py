@@ -15,10 +15,10 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """Documents cut in three whose middle stands last, for a share of them (arXiv 2207.14255).
+    """Fill in the middle: a fraction of documents is rearranged (arXiv 2207.14255).
 
-    `prefix hole suffix end middle`, with three tokens that say so: PSM, as DeepSeek-V3 has it
-    (report, section 4.1: begin, hole, end).
+    To `begin prefix hole suffix end middle`, with three special tokens: PSM, as in DeepSeek-V3
+    (report, section 4.1).
     """
 
     rate: float
@@ -28,12 +28,12 @@ class FillInTheMiddle:
 
     @classmethod
     def of(cls, config: Config) -> FillInTheMiddle | None:
-        """What a spec asks for, if it does."""
+        """The setting of a spec, if it has one."""
         fim = config.train.fim
         return cls(fim.rate, fim.begin, fim.hole, fim.end) if fim else None
 
     def apply(self, text: str, tokenizer: Tokenizer, key: str) -> list[int]:
-        """The tokens of a document, rearranged or not; chance follows from `key` alone."""
+        """The tokens of a document, rearranged or not; `key` alone decides."""
         drawn = hashlib.sha256(key.encode()).digest()
         chance, first, second = (int.from_bytes(drawn[i : i + 8], "big") for i in (0, 8, 16))
         if chance / 2**64 >= self.rate:
@@ -46,7 +46,7 @@ class FillInTheMiddle:
 def documents(files: Iterable[Path]) -> Iterator[str]:
     """The texts of files: each line's `text` of *.jsonl, the whole of any other file.
 
-    Raises TrainError for a file that cannot be read, or is no text.
+    Raises TrainError for a file that cannot be read or is not text.
     """
     for file in files:
         try:
@@ -57,7 +57,7 @@ def documents(files: Iterable[Path]) -> Iterator[str]:
         except OSError as error:
             raise TrainError(f"cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise TrainError(f"{file} is no UTF-8 text: byte {error.start}") from None
+            raise TrainError(f"{file} is not UTF-8 text: byte {error.start}") from None
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _lines(file: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                raise TrainError(f'{file}:{number} is no JSON object with a "text"')
+                raise TrainError(f'{file}:{number} is not a JSON object with a "text"')
             yield text
 
 
@@ -81,7 +81,7 @@ def encode(
     fim: FillInTheMiddle | None = None,
     seed: int = 0,
 ) -> Iterator[list[int]]:
-    """The tokens of each document, with `eos` behind each if there is one."""
+    """The tokens of each document, with `eos` after each if there is one."""
     for index, text in enumerate(texts):
         tokens = fim.apply(text, tokenizer, f"{seed} {index}") if fim else tokenizer.encode(text)
         yield tokens if eos is None else [*tokens, eos]

@@ -1,4 +1,4 @@
-"""How good a model is on text that it was not trained on."""
+"""Evaluation on held-out text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel
-from .sequences import HeldOut, positions
+from .sequences import ValidationSet, positions
 from .tokenizer import Tokenizer
 from .trainer import loss_of, losses_of
 
@@ -20,26 +20,26 @@ class Evaluation:
     """Means over `tokens` predicted tokens."""
 
     loss: float
-    """Nats a token, of the next token."""
+    """Nats per token, for the next token."""
     mtp: tuple[float, ...]
-    """The same of each depth of multi-token prediction."""
+    """The same for each depth of multi-token prediction."""
     bits_per_byte: float
     """Comparable between tokenizers."""
     acceptance: tuple[float, ...]
-    """Of each depth: how often its best token is the main model's, given the same text."""
+    """For each depth, the fraction of tokens whose best prediction is that of the main model."""
     tokens: int
 
 
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
-    text: HeldOut,
+    text: ValidationSet,
     tokenizer: Tokenizer,
     batch: int,
     limit: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Losses on all sequences, or on `limit` of them that lie evenly in the text.
+    """Losses on all sequences, or on `limit` of them at even distances.
 
     They are dealt out to the ranks of `group`, all of which get the result.
     """

@@ -1,4 +1,4 @@
-"""What other processes have to do with a run: signals that stop it, and that no two train it."""
+"""Signals that stop a run, and the lock that keeps two processes from training it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ LOCK = ".lock"
 
 
 @contextmanager
-def alone(run: Path) -> Iterator[None]:
-    """Raises TrainError if another process trains the run; one that was killed does not count."""
+def run_lock(run: Path) -> Iterator[None]:
+    """Holds the lock of a run. Raises TrainError if another process that still lives holds it."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("w") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TrainError(f"another process trains {run}") from None
+            raise TrainError(f"another process is training {run}") from None
         yield
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The signals that asked to stop so far. A second one ends the process at once."""
+    """The SIGINT or SIGTERM received so far. A second one ends the process at once."""
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard's files, a line on the terminal."""
+"""The output of a run: metrics.jsonl, TensorBoard files, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, TextIO
 
 from ..files import replace_text
 from .settings import Settings
-from .trainer import Step
+from .trainer import StepMetrics
 
 FILE = "metrics.jsonl"
 LOADS_EVERY = 10
-"""Steps from one record of the load of each expert to the next; they are long."""
+"""Steps between records of the load of each expert, which are long."""
 
 
 class Metrics:
-    """One JSON object a line: of each step, of each evaluation (`held_out`), of each warning."""
+    """One JSON object per line, for each step, evaluation (`held_out`) and warning."""
 
     def __init__(self, folder: Path | None, after: int) -> None:
-        """Goes on after step `after`; what an earlier process wrote of later ones is dropped.
+        """Resumes after step `after`; lines of later steps by an earlier process are dropped.
 
-        Without a folder nothing is recorded: another rank does.
+        Without a folder nothing is recorded: that is for ranks other than 0.
         """
         path = folder / FILE if folder else Path(os.devnull)
         if folder:
@@ -36,12 +36,12 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder, after) if folder else None
 
-    def step(self, step: Step, seconds: float) -> None:
+    def step(self, step: StepMetrics, seconds: float) -> None:
         content = asdict(step)
         content["step"] = content.pop("number")
         if step.number % LOADS_EVERY and step.number != 1:
-            for use in content["experts"].values():
-                del use["load"]
+            for experts in content["experts"].values():
+                del experts["load"]
         self.add({**content, "seconds": round(seconds, 4)})
 
     def add(self, content: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that a process did not finish."""
+    """The step of a line; infinite for a line that is incomplete."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -87,37 +87,37 @@ def _board(folder: Path, after: int) -> Any:
 
 
 class Progress:
-    """How far training is: one line that changes on a terminal, one every `pause` seconds else."""
+    """Progress: one line that is rewritten on a terminal, elsewhere one every `pause` seconds."""
 
     def __init__(self, settings: Settings, tokens: int, steps: int, out: TextIO, pause: float = 10):
         self.settings, self.out, self.pause = settings, out, pause
         self._live = out.isatty()
-        self._begin = self._told = time.monotonic()
-        self._tokens_before = self._tokens_told = tokens
-        self._share_before = settings.share_done(tokens, steps)
+        self._start = self._shown = time.monotonic()
+        self._tokens_before = self._tokens_shown = tokens
+        self._done_before = settings.fraction_done(tokens, steps)
 
-    def show(self, step: Step) -> None:
+    def show(self, step: StepMetrics) -> None:
         now = time.monotonic()
         pause = 0.2 if self._live else self.pause
-        if now - self._told < pause and step.number > 1:
+        if now - self._shown < pause and step.number > 1:
             return
-        rate = (step.tokens - self._tokens_told) / max(now - self._told, 1e-9)
-        self._told, self._tokens_told = now, step.tokens
+        rate = (step.tokens - self._tokens_shown) / max(now - self._shown, 1e-9)
+        self._shown, self._tokens_shown = now, step.tokens
         self._write(self._line(step, rate, now), end="" if self._live else "\n")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that is not rewritten."""
         self._write(text, end="\n")
 
-    def _line(self, step: Step, rate: float, now: float) -> str:
-        share = self.settings.share_done(step.tokens, step.number)
-        done = share - self._share_before
-        left = (now - self._begin) * (1 - share) / done if done > 0 else math.nan
+    def _line(self, step: StepMetrics, rate: float, now: float) -> str:
+        fraction = self.settings.fraction_done(step.tokens, step.number)
+        done = fraction - self._done_before
+        left = (now - self._start) * (1 - fraction) / done if done > 0 else math.nan
         mtp = f"  mtp {' '.join(f'{x:.3f}' for x in step.mtp)}" if step.mtp else ""
-        worst = max((use.max_vio for use in step.experts.values()), default=0.0)
+        worst = max((experts.max_vio for experts in step.experts.values()), default=0.0)
         balance = f"  max_vio {worst:.2f}" if step.experts else ""
         return (
-            f"step {step.number:,}  {share:6.1%}  loss {step.main:.4f}{mtp}{balance}  "
+            f"step {step.number:,}  {fraction:6.1%}  loss {step.main:.4f}{mtp}{balance}  "
             f"lr {step.learning_rate:.2e}  norm {step.gradient_norm:.2f}  "
             f"{rate:,.0f} tokens/s  {_clock(left)} left"
         )
@@ -137,6 +137,6 @@ def _clock(seconds: float) -> str:
 
 
 def progress_to_terminal(settings: Settings, tokens: int, steps: int, silent: bool) -> Progress:
-    """`silent`: another rank tells it."""
+    """`silent` for ranks other than 0."""
     out = Path(os.devnull).open("w", encoding="utf-8") if silent else sys.stderr  # noqa: SIM115
     return Progress(settings, tokens, steps, out)

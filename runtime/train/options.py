@@ -20,7 +20,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for on the command line. None: as the run was started, or as `FIXED` says."""
+    """The options of a command line. None: as the run was started, or the default in `FIXED`."""
 
     out: Annotated[Path, Option("The folder of the run.", "RUN")]
     data: Annotated[

@@ -1,7 +1,7 @@
-"""In which order sequences come: a permutation for each epoch, computed by index.
+"""The order of sequences: a permutation for each epoch, computed by index.
 
 Nothing is stored and nothing shuffled: the n-th sequence of training follows from n, so that a run
-can begin anywhere, and any number of ranks and workers see the same order.
+can resume anywhere, and any number of ranks and workers see the same order.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 ROUNDS = 4
 
 
-def permuted(index: int, count: int, key: str) -> int:
-    """Where `index` goes in the permutation of 0 .. count - 1 that `key` means.
+def permute_index(index: int, count: int, key: str) -> int:
+    """The place of `index` in the permutation of 0 .. count - 1 that `key` selects.
 
     A Feistel network over the smallest even number of bits, walked until the result is below
     `count` (cycle walking; Black and Rogaway 2002): less than four walks on average.
@@ -28,7 +28,7 @@ def permuted(index: int, count: int, key: str) -> int:
             return index
 
 
-def drawn(limit: int, key: str) -> int:
+def random_below(limit: int, key: str) -> int:
     """A number from 0 to limit - 1 that follows from `key`."""
     return _hash(key) % limit
 

@@ -1,4 +1,4 @@
-"""The tokens of a run: made from text, taken from a folder, or those that it was begun with."""
+"""The tokens of a run: made from text, or read from a folder."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ from .tokenizer import open_tokenizer
 from .tokens import Tokens, is_tokens, write
 
 
-def prepared(files: Sequence[Path], place: Path, config: Config, tokenizer: str, seed: int) -> Path:
-    """The folder of tokens that was given, or `place`, with those of the texts that were.
+def prepare_tokens(
+    files: Sequence[Path], place: Path, config: Config, tokenizer: str, seed: int
+) -> Path:
+    """The given folder of tokens, or `place`, to which those of the given texts are written.
 
-    Raises TrainError for files that cannot be read, where there is none, and for tokens among
-    others.
+    Raises TrainError without files, for files that cannot be read, and for a folder of tokens
+    among other files.
     """
     if not files:
-        raise TrainError("give the text to train on: --data FILES")
+        raise TrainError("give the text to train on: --data FILE")
     if len(files) == 1 and is_tokens(files[0]):
         return files[0]
     if folders := [file for file in files if is_tokens(file)]:
         raise TrainError(
-            f"{folders[0]} holds tokens, which cannot be joined with others: give it alone, or all "
-            f"of the text"
+            f"{folders[0]} holds tokens, which cannot be joined with other files: give it alone, "
+            f"or give all of the text"
         )
     used = open_tokenizer(tokenizer)
     eos = config.sequence.eos_token_id
     texts = encode(documents(files), used, eos, FillInTheMiddle.of(config), seed)
-    shutil.rmtree(place, ignore_errors=True)  # of a run that could not begin
-    write(place, texts, used, config.params.vocab_size, made_with(config))
+    shutil.rmtree(place, ignore_errors=True)  # left by a run that could not start
+    write(place, texts, used, config.params.vocab_size, token_settings(config))
     return place
 
 
-def check(tokens: Tokens, config: Config) -> None:
-    """Raises TrainError for tokens that are not what the spec asks for."""
-    if tokens.header.settings != made_with(config):
+def check_tokens(tokens: Tokens, config: Config) -> None:
+    """Raises TrainError for tokens that do not match the spec."""
+    if tokens.header.settings != token_settings(config):
         raise TrainError(
-            f"{tokens.folder} was made with {tokens.header.settings}, the spec asks for "
-            f"{made_with(config)}: make the tokens anew, as a run that begins with --data TEXT "
-            f"does in its folder data"
+            f"{tokens.folder} was made with {tokens.header.settings}, but the spec asks for "
+            f"{token_settings(config)}: tokenize the text again, or give it as --data"
         )
     known, size = tokens.tokenizer.vocab_size, config.params.vocab_size
     if known > size:
         raise TrainError(f"the tokenizer has {known} tokens, the model's vocab_size is {size}")
 
 
-def made_with(config: Config) -> dict[str, object]:
-    """What tokens depend on besides tokenizer and text."""
+def token_settings(config: Config) -> dict[str, object]:
+    """What tokens depend on, apart from tokenizer and text."""
     fim = config.train.fim
     return {
         "eos": config.sequence.eos_token_id,

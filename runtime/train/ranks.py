@@ -1,7 +1,7 @@
-"""Which processes train together, and how they come to agree.
+"""The process groups of a run, and how its ranks act and fail together.
 
-`torchrun` tells each process in the environment. One process has no groups, and whatever is asked
-for here is then done at once by itself.
+`torchrun` sets the environment of each process. A single process has no groups, and every function
+here then only does its work.
 """
 
 from __future__ import annotations
@@ -30,65 +30,67 @@ from torch.distributed import (
 from .settings import TrainError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)
-"""How long ranks wait for what one does alone: makes tokens of text, or hashes a checkpoint."""
+TIMEOUT = timedelta(days=1)
+"""How long ranks wait for the work of one, such as tokenizing text or hashing a checkpoint."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """All ranks of a run, three times; None: there is one.
+class ProcessGroups:
+    """Three groups of all ranks of a run; None: there is one rank.
 
-    `training` is for gradients, on the device that trains. `agreeing` is for what the ranks have to
-    do alike. `writing` is for checkpoints, which are written while training goes on.
+    `training` reduces gradients, on the device that trains. `control` keeps the ranks in step.
+    `writing` is for checkpoints, which are written in the background.
     """
 
     training: ProcessGroup | None = None
-    agreeing: ProcessGroup | None = None
+    control: ProcessGroup | None = None
     writing: ProcessGroup | None = None
 
     @property
-    def count(self) -> int:
-        return self.agreeing.size() if self.agreeing else 1
+    def world_size(self) -> int:
+        return self.control.size() if self.control else 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes and tells."""
-        return self.agreeing is None or self.agreeing.rank() == 0
+    def is_rank0(self) -> bool:
+        """Whether this is the rank that writes files and prints."""
+        return self.control is None or self.control.rank() == 0
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks of the run that torchrun started this process for.
+def init_process_groups() -> Iterator[ProcessGroups]:
+    """The groups of the run that torchrun started this process for.
 
-    Raises TrainError where it is not told which it is, and when another rank has ended too early.
+    Raises TrainError where the environment is incomplete, or when another rank has failed.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Ranks()
+        yield ProcessGroups()
         return
     try:
-        init_process_group("gloo", timeout=PATIENCE)
+        init_process_group("gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        raise TrainError(f"WORLD_SIZE is set, but the ranks do not meet: {error}") from None
+        raise TrainError(
+            f"WORLD_SIZE is set, but the process groups cannot be initialized: {error}"
+        ) from None
     try:
-        yield Ranks(
-            # Of these, the device of a tensor decides.
+        yield ProcessGroups(
+            # The device of a tensor decides which of the two backends is used.
             training=new_group(backend="cpu:gloo,cuda:nccl" if is_available() else "gloo"),
-            agreeing=group.WORLD,
-            writing=new_group(backend="gloo", timeout=PATIENCE),
+            control=group.WORLD,
+            writing=new_group(backend="gloo", timeout=TIMEOUT),
         )
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
-        # It has no class of its own. The rank that ended says why, or torchrun does.
-        raise TrainError("another rank has ended, and so does this one") from None
+        # The error has no class of its own. The rank that failed says why, or torchrun does.
+        raise TrainError("another rank has failed, so this one exits") from None
     finally:
         destroy_process_group()
 
 
-def by_first(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
-    """What `work` gives on the first rank, for all; the others wait.
+def on_rank0(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and broadcasts the result; the other ranks wait.
 
-    What it raises there as TrainError or OSError is raised on all.
+    A TrainError or OSError that it raises there is raised on all ranks.
     """
     if ranks is None:
         return work()
@@ -100,21 +102,21 @@ def by_first(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def by_all(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
-    """What `work` gives on each rank, after it was done on all; it must not wait for others.
+def on_all_ranks(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:
+    """Runs `work` on each rank and waits for all; `work` itself must not wait for other ranks.
 
-    What any rank raises as TrainError or OSError is raised on all, the same.
+    A TrainError or OSError that any rank raises is raised on all ranks.
     """
     if ranks is None:
         return work()
     value: Any
     value, failure = _attempt(work)
-    _raise(*gathered(ranks, failure))
+    _raise(*all_gather_objects(ranks, failure))
     return value  # type: ignore[no-any-return]
 
 
-def gathered(ranks: ProcessGroup | None, value: T) -> list[T]:
-    """The values of all ranks, in their order."""
+def all_gather_objects(ranks: ProcessGroup | None, value: T) -> list[T]:
+    """The values of all ranks, in rank order."""
     if ranks is None:
         return [value]
     values: list[Any] = [None] * ranks.size()
@@ -122,8 +124,8 @@ def gathered(ranks: ProcessGroup | None, value: T) -> list[T]:
     return values
 
 
-def largest(ranks: ProcessGroup | None, *values: int) -> list[int]:
-    """Of each value the largest of all ranks."""
+def all_reduce_max(ranks: ProcessGroup | None, *values: int) -> list[int]:
+    """The maximum of each value over all ranks."""
     if ranks is None:
         return list(values)
     found = torch.tensor(values)
@@ -134,8 +136,8 @@ def largest(ranks: ProcessGroup | None, *values: int) -> list[int]:
 Failure = tuple[type[Exception], tuple[Any, ...]]
 """An error as its type and arguments.
 
-An error itself holds its traceback, and so the frames of all functions above: the groups would live
-until Python ends, and their threads, which cannot end then, abort the process now and again.
+An exception holds its traceback and so the frames of all callers: the groups would live until the
+interpreter exits, and their threads, which cannot stop then, sometimes abort the process.
 """
 
 

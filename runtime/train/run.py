@@ -1,7 +1,7 @@
-"""A run: a folder with everything that one training makes, from its first step to its last.
+"""A run: a folder with everything that one training produces, from its first step to its last.
 
-`RUN/run.json` says what it is, `RUN/MODEL/` is the built package, `RUN/data/` the tokens if they
-were made from text, `RUN/checkpoints/` the states, `RUN/metrics.jsonl` what happened.
+`RUN/run.json` holds the fixed options, `RUN/MODEL/` the built package, `RUN/data/` the tokens if
+they were made from text, `RUN/checkpoints/` the states, `RUN/metrics.jsonl` the metrics.
 """
 
 from __future__ import annotations
@@ -20,112 +20,112 @@ import torch
 from ..config import Config
 from ..files import replace_text
 from ..model import LanguageModel
-from .changes import changed, flat
+from .changes import flatten, spec_changes
 from .checkpoints import Checkpoints
-from .device import chosen
+from .device import select_device
 from .evaluation import evaluate
+from .health import HealthMonitor
 from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
 from .options import FIXED, Options
-from .prepare import check, prepared
-from .ranks import Ranks, by_all, by_first, largest
-from .sequences import HeldOut, Sequences, split
+from .prepare import check_tokens, prepare_tokens
+from .ranks import ProcessGroups, all_reduce_max, on_all_ranks, on_rank0
+from .sequences import Sequences, ValidationSet, split
 from .settings import Settings, TrainError
-from .state import State, begin_with, restored, state
+from .state import State, load_weights, restore, training_state
 from .tokens import Tokens
 from .trainer import NotFinite, Trainer
-from .watch import Watch
 
 RECORD = "run.json"
 
 
 class Run:
-    """A run that begins, or goes on where its newest checkpoint is."""
+    """A new run, or one that resumes from its newest checkpoint."""
 
     def __init__(
-        self, model: type[LanguageModel], options: Options, ranks: Ranks | None = None
+        self, model: type[LanguageModel], options: Options, ranks: ProcessGroups | None = None
     ) -> None:
-        """Every rank makes one, and they stay equal; the first alone writes.
+        """Every rank has one, and they stay equal; only rank 0 writes.
 
-        Raises TrainError for whatever stands against it, on all ranks the same.
+        Raises TrainError, the same on all ranks, if the run cannot start.
         """
-        self.options, self.ranks = options, ranks or Ranks()
+        self.options, self.ranks = options, ranks or ProcessGroups()
         self.settings = Settings.of(model.config)
         self.spec = {
-            name: value for name, value in flat("", model.config) if not name.startswith("about")
+            name: value for name, value in flatten("", model.config) if not name.startswith("about")
         }
         self.checkpoints = Checkpoints(
             options.out / "checkpoints", options.keep, self.ranks.writing
         )
-        agreeing = self.ranks.agreeing
-        self.device = by_all(agreeing, lambda: chosen(options.device))
-        self.record, self.newest = by_first(agreeing, lambda: self._begun(model.config))
+        control = self.ranks.control
+        self.device = on_all_ranks(control, lambda: select_device(options.device))
+        self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))
         self.changes: list[str] = []
-        by_all(agreeing, lambda: self._make(model))
-        by_first(agreeing, lambda: self._settle(model))
+        on_all_ranks(control, lambda: self._make(model))
+        on_rank0(control, lambda: self._install(model))
 
-    def _begun(self, config: Config) -> tuple[Mapping[str, Any], Path | None]:
-        """What run.json says or will say, and the newest checkpoint; makes tokens if needed."""
+    def _read_or_create(self, config: Config) -> tuple[Mapping[str, Any], Path | None]:
+        """The content of run.json and the newest checkpoint; makes tokens for a new run."""
         options, record = self.options, read_record(self.options.out)
         if record is not None:
-            self._same(record)
+            self._check_fixed(record)
             return {**FIXED, **record}, self.checkpoints.newest()
-        if _foreign(options.out, config.model):
-            raise TrainError(f"{options.out} is no run, and not empty: choose another --out")
-        asked = {name: value for name, value in _asked(options).items() if value is not None}
-        begin = {**FIXED, **asked}
-        place, tokenizer, seed = options.out / "data", begin["tokenizer"], begin["seed"]
-        folder = prepared(options.data, place, config, tokenizer, seed)
+        if _is_foreign(options.out, config.model):
+            raise TrainError(f"{options.out} is not empty and not a run: choose another --out")
+        given = {name: value for name, value in _given(options).items() if value is not None}
+        fixed = {**FIXED, **given}
+        place, tokenizer, seed = options.out / "data", fixed["tokenizer"], fixed["seed"]
+        folder = prepare_tokens(options.data, place, config, tokenizer, seed)
         return {
             "model": config.model,
             "tokens": self._named(folder),
             "tokens_key": Tokens(folder).header.key,
             "data": _paths(options.data),
-            **begin,
+            **fixed,
         }, None
 
     def _make(self, model: type[LanguageModel]) -> None:
-        """All that a rank trains with."""
+        """Makes the model, the data and the trainer of a rank."""
         record, length = self.record, self.settings.sequence_length
         self.tokens = Tokens(self.options.out / record["tokens"])
         if self.tokens.header.key != record["tokens_key"]:
             place = self.tokens.folder
-            raise TrainError(f"{place} holds other tokens than the run was begun with")
-        check(self.tokens, model.config)
+            raise TrainError(f"{place} holds other tokens than the run was started with")
+        check_tokens(self.tokens, model.config)
         trained, held_out = split(self.tokens.parts, record["held_out"])
         torch.manual_seed(record["seed"])
         first = model(self.device, seed=record["seed"])
         sequences = Sequences(trained, length, record["seed"])
         self.trainer = Trainer(first, self.settings, sequences, self.ranks.training)
-        self.held_out = HeldOut(held_out, length)
+        self.held_out = ValidationSet(held_out, length)
         if self.newest is not None:
             self._restore(self.newest)
         elif record["weights"]:
-            begin_with(self.trainer, Path(record["weights"]))
+            load_weights(self.trainer, Path(record["weights"]))
 
-    def _settle(self, model: type[LanguageModel]) -> None:
-        """Nothing stands against the run: its folder becomes that of this model."""
+    def _install(self, model: type[LanguageModel]) -> None:
+        """Writes the package and run.json, once nothing else can fail."""
         name, out = model.config.model, self.options.out
-        install(Path(inspect.getfile(model)).parent, out / name)
+        install_package(Path(inspect.getfile(model)).parent, out / name)
         replace_text(out / RECORD, json.dumps({**self.record, "model": name}, indent=2) + "\n")
 
     def train(self) -> int | None:
-        """Trains to the end, or until it is told to stop; gives the signal that told it.
+        """Trains to the end or until a signal to stop, which it returns.
 
-        Raises TrainError, with the last good state kept.
+        Raises TrainError if training fails; the last good state is then saved.
         """
-        trainer, steps, first = self.trainer, self.trainer.position.steps, self.ranks.first
+        trainer, steps, first = self.trainer, self.trainer.position.steps, self.ranks.is_rank0
         metrics = Metrics(self.options.out if first else None, steps)
         progress = progress_to_terminal(self.settings, trainer.tokens, steps, silent=not first)
-        self._begin(progress)
+        self._announce(progress)
         if trainer.ended:
             progress.say("training is complete")
             return None
-        watch = Watch(trainer.model.config)
+        monitor = HealthMonitor(trainer.model.config)
         try:
             with stop_signals() as received:
                 while not self._stopped(received) and not trainer.ended:
-                    self._step(metrics, progress, watch)
+                    self._step(metrics, progress, monitor)
                 stopped = self._stopped(received)
                 self._save_now()
                 if not stopped:
@@ -137,27 +137,27 @@ class Run:
         return stopped
 
     def _stopped(self, received: list[int]) -> int | None:
-        """The signal that told any rank to stop.
+        """The signal to stop that any rank received.
 
-        Raises TrainError if a checkpoint could not be written by now.
+        Raises TrainError if writing a checkpoint has failed.
         """
         signals, failed = received[0] if received else 0, int(self.checkpoints.failed)
-        signal, failed = largest(self.ranks.agreeing, signals, failed)
+        signal, failed = all_reduce_max(self.ranks.control, signals, failed)
         if failed:
             self.checkpoints.wait()
         return signal or None
 
-    def _step(self, metrics: Metrics, progress: Progress, watch: Watch) -> None:
-        begin = time.monotonic()
+    def _step(self, metrics: Metrics, progress: Progress, monitor: HealthMonitor) -> None:
+        start = time.monotonic()
         try:
             step = self.trainer.step()
         except NotFinite as error:
             self._save_now()
             place = self.checkpoints.place(self.trainer.position.steps)
-            raise NotFinite(f"{error}; the state before it is {place}") from None
-        metrics.step(step, time.monotonic() - begin)
+            raise NotFinite(f"{error}; the state before it is saved in {place}") from None
+        metrics.step(step, time.monotonic() - start)
         progress.show(step)
-        for text in watch.step(step):
+        for text in monitor.warnings(step):
             metrics.add({"step": step.number, "warning": text})
             progress.say(f"warning: step {step.number}: {text}")
         if step.number % self.options.save_every == 0:
@@ -165,17 +165,17 @@ class Run:
         if step.number % self.options.eval_every == 0 and not self.trainer.ended:
             self._evaluate(metrics, progress, self.options.eval_sequences)
 
-    def _begin(self, progress: Progress) -> None:
+    def _announce(self, progress: Progress) -> None:
         for change in self.changes:
             progress.say(f"changed: {change}")
         trainer = self.trainer
         if self.newest is not None:
-            progress.say(f"going on from {self.newest}, {trainer.tokens:,} tokens")
+            progress.say(f"resuming from {self.newest}, {trainer.tokens:,} tokens")
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        by = f" by {self.ranks.count} ranks" if self.ranks.count > 1 else ""
+        by = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
         progress.say(
             f"{trainer.model.config.model}: {parameters:,} parameters, "
-            f"{trainer.sequences.count:,} sequences of {self.settings.sequence_length} tokens an "
+            f"{trainer.sequences.count:,} sequences of {self.settings.sequence_length} tokens per "
             f"epoch, {self.held_out.count:,} held out; on {self.device.type}{by}"
         )
 
@@ -189,56 +189,56 @@ class Run:
         metrics.add({"step": steps, "held_out": asdict(found)})
         progress.say(
             f"step {steps:,}: held out: loss {found.loss:.4f}, "
-            f"{found.bits_per_byte:.4f} bits a byte, {found.tokens:,} tokens"
+            f"{found.bits_per_byte:.4f} bits per byte, {found.tokens:,} tokens"
         )
 
     def _state(self) -> State:
-        now = state(self.trainer)
-        here = {"ranks": self.ranks.count, "device": self.device.type, "spec": self.spec}
+        now = training_state(self.trainer)
+        here = {"ranks": self.ranks.world_size, "device": self.device.type, "spec": self.spec}
         return State(now.tensors, {**now.values, **here})
 
     def _save_now(self) -> None:
         self.checkpoints.wait()
         steps = self.trainer.position.steps
-        if by_first(self.ranks.agreeing, lambda: steps not in self.checkpoints.steps()):
+        if on_rank0(self.ranks.control, lambda: steps not in self.checkpoints.steps()):
             self.checkpoints.save(self._state())
             self.checkpoints.wait()
 
-    def _same(self, record: Mapping[str, Any]) -> None:
-        """Raises TrainError if the run was begun with other options."""
-        asked = {**_asked(self.options), "data": _paths(self.options.data) or None}
-        for name, value in asked.items():
+    def _check_fixed(self, record: Mapping[str, Any]) -> None:
+        """Raises TrainError if the run was started with other values of the fixed options."""
+        given = {**_given(self.options), "data": _paths(self.options.data) or None}
+        for name, value in given.items():
             before, option = record.get(name), f"--{name.replace('_', '-')}"
             if value is not None and before != value:
-                begun = f"with {option} {before}" if before is not None else f"without {option}"
+                started = f"with {option} {before}" if before is not None else f"without {option}"
                 raise TrainError(
-                    f"{self.options.out} was begun {begun}, not {value}: choose another --out"
+                    f"{self.options.out} was started {started}, not {value}: choose another --out"
                 )
 
     def _named(self, tokens: Path) -> str:
-        """The folder of the tokens: relative if it is the run's own, which may be moved."""
+        """The folder of the tokens, relative inside the run, so that the run can be moved."""
         return tokens.name if tokens.parent == self.options.out else str(tokens.resolve())
 
     def _restore(self, newest: Path) -> None:
         values = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        self.changes = changed(values["spec"], self.spec)
-        # Each step has the same sequences all the same: only rounding differs.
+        self.changes = spec_changes(values["spec"], self.spec)
+        # Each step still has the same sequences: only rounding differs.
         ranks, device = values.get("ranks", 1), values.get("device", "cpu")
-        if ranks != self.ranks.count:
+        if ranks != self.ranks.world_size:
             self.changes.append(
-                f"{ranks} ranks before, {self.ranks.count} now: sums in another order, so not the "
-                f"same bits"
+                f"{ranks} ranks before, {self.ranks.world_size} now: sums have another "
+                f"order, results are not bit-identical"
             )
         if device != self.device.type:
             self.changes.append(
-                f"on {device} before, on {self.device.type} now: other sums, so not the same bits"
+                f"on {device} before, on {self.device.type} now: results are not bit-identical"
             )
-        views = state(self.trainer)
-        restored(self.trainer, self.checkpoints.load(newest, views))
+        views = training_state(self.trainer)
+        restore(self.trainer, self.checkpoints.load(newest, views))
 
 
-def _asked(options: Options) -> dict[str, Any]:
-    """What is asked for of what stays (`FIXED`); None for what is not named."""
+def _given(options: Options) -> dict[str, Any]:
+    """The fixed options of a command line; None for those that are not given."""
     weights = options.weights.resolve() if options.weights else None
     return {
         **{name: getattr(options, name) for name in FIXED},
@@ -251,7 +251,7 @@ def _paths(files: tuple[Path, ...]) -> list[str]:
 
 
 def read_record(folder: Path) -> Mapping[str, Any] | None:
-    """What run.json says; None where there is no run."""
+    """The content of run.json; None where there is no run."""
     try:
         content: Mapping[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return content
@@ -261,16 +261,16 @@ def read_record(folder: Path) -> Mapping[str, Any] | None:
         raise TrainError(f"{folder / RECORD} cannot be read: {error}") from None
 
 
-def _foreign(folder: Path, model: str) -> bool:
-    """Whether a folder without run.json holds more than what a run leaves that could not begin."""
+def _is_foreign(folder: Path, model: str) -> bool:
+    """Whether a folder without run.json holds more than what a run that failed to start leaves."""
     if not folder.exists():
         return False
     own = {"data", model, f".{model}.new", f".{RECORD}.new", LOCK}
     return not folder.is_dir() or not {path.name for path in folder.iterdir()} <= own
 
 
-def install(package: Path, place: Path) -> None:
-    """Makes the run hold the package that it is trained by, so that it can be used alone."""
+def install_package(package: Path, place: Path) -> None:
+    """Copies the package into the run, so that the run can be used on its own."""
     manifests = [folder / "manifest.json" for folder in (package, place)]
     if (
         all(m.exists() for m in manifests)

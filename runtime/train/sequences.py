@@ -1,4 +1,4 @@
-"""Tokens to training sequences, and to those of a step."""
+"""Training and validation sequences, cut from tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .order import drawn, permuted
+from .order import permute_index, random_below
 from .settings import TrainError
 
 
 class Sequences:
-    """Sequences of `length` tokens and the one after them, endlessly.
+    """An endless series of sequences of `length` tokens and the one after them.
 
     Documents are packed: sequences are cut from each part (1-dim, of tokens) without regard to
     where a document ends, as in DeepSeek-V3 (report, section 4.1). In an epoch no token is trained
@@ -38,10 +38,10 @@ class Sequences:
     def __getitem__(self, index: int) -> Tensor:
         """The index-th sequence of training: int64 [length + 1]."""
         epoch, place = divmod(index, self.count)
-        place = permuted(place, self.count, f"{self.seed} {epoch}")
+        place = permute_index(place, self.count, f"{self.seed} {epoch}")
         number = bisect_right(self._ends, place)
         before = self._ends[number - 1] if number else 0
-        start = drawn(self.length, f"{self.seed} {epoch} {number} cut")
+        start = random_below(self.length, f"{self.seed} {epoch} {number} cut")
         start += (place - before) * self.length
         return self.parts[number][start : start + self.length + 1].to(torch.int64)
 
@@ -50,8 +50,8 @@ class Sequences:
         return torch.stack([self[index] for index in indices])
 
 
-class HeldOut:
-    """What is not trained on: each part's tokens, once, in order, in sequences of `length`."""
+class ValidationSet:
+    """The held-out tokens of each part, once, in order, in sequences of `length`."""
 
     def __init__(self, parts: Sequence[Tensor], length: int) -> None:
         self.parts, self.length = list(parts), length
@@ -66,9 +66,9 @@ class HeldOut:
 
 
 def positions(tokens: Tensor, config: Config) -> Tensor | None:
-    """Where each of tokens [batch, seq] stands in its document: from 0 anew behind each end.
+    """The position of each of tokens [batch, seq] in its document, from 0 after each EOS token.
 
-    None, which is 0, 1, 2, .. for a whole sequence, for models without a mask between documents.
+    None for models without a mask between documents: positions then count through a sequence.
     """
     if not config.train.document_mask:
         return None

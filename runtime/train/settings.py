@@ -1,4 +1,4 @@
-"""What the spec says of training, checked before anything begins."""
+"""The training settings of a spec, checked before training starts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ..config import Config, Schedule
 
 
 class TrainError(Exception):
-    """What a person has to change before training can begin or go on."""
+    """An error that the user has to fix before training can start or continue."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The section `train` of a spec, complete. Schedules go by tokens and steps."""
+    """The section `train` of a spec, complete. Schedules depend on tokens and steps."""
 
     sequence_length: int
     batch: Schedule
-    """Sequences of a step, all ranks together."""
+    """Sequences of a step, over all ranks."""
     micro_batch: int | None
-    """Sequences that a rank computes at a time; None: all of its share."""
+    """Sequences in one forward pass of a rank; None: all of its batch."""
     learning_rate: Schedule
     bias_update: Schedule
     optimizer: Config
@@ -33,7 +33,10 @@ class Settings:
         """The settings of a built model. Raises TrainError with all that is missing or wrong."""
         problems = list(_problems(config))
         if problems:
-            raise TrainError("the spec does not say how to train:\n  " + "\n  ".join(problems))
+            raise TrainError(
+                "the training settings of the spec are incomplete or wrong:\n  "
+                + "\n  ".join(problems)
+            )
         train = config.train
         return cls(**{name: train[name] for name in cls.__dataclass_fields__})
 
@@ -41,8 +44,8 @@ class Settings:
         """Sequences of the step that follows so many tokens and steps."""
         return max(1, round(self.batch.value_at(tokens, steps)))
 
-    def share_done(self, tokens: int, steps: int) -> float:
-        """How much of training is done, from 0 to 1: of the end that comes first."""
+    def fraction_done(self, tokens: int, steps: int) -> float:
+        """The fraction of training that is done, from 0 to 1; tokens or steps, which ends first."""
         ends = ((tokens, self.tokens), (steps, self.steps))
         return min(1.0, max(done / end for done, end in ends if end is not None))
 
@@ -58,9 +61,9 @@ def _problems(config: Config) -> Iterator[str]:
         if train[name] is None:
             yield f"train.{name} is missing ({example})"
     if train.steps is None and train.tokens is None:
-        yield "train.steps or train.tokens is missing: when training ends (10M)"
+        yield "train.steps or train.tokens is missing (when training ends, such as 10M)"
     longest = config.sequence.max_position_embeddings
     if train.sequence_length is not None and train.sequence_length > longest:
-        yield f"train.sequence_length is beyond sequence.max_position_embeddings, {longest}"
+        yield f"train.sequence_length exceeds sequence.max_position_embeddings ({longest})"
     if not (train.optimizer.beta1 < 1 and train.optimizer.beta2 < 1):
         yield "train.optimizer.beta1 and beta2 must be below 1"

@@ -1,4 +1,4 @@
-"""What training is at one moment: tensors, and numbers. Restored, it goes on bit for bit."""
+"""The state of training: tensors and numbers, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class State:
     values: Mapping[str, Any]
 
     def copied(self) -> State:
-        """The same on the CPU, of which training changes nothing any more."""
+        """A copy on the CPU, which further training does not change."""
         tensors = {
             folder: {name: t.detach().to("cpu", copy=True) for name, t in group.items()}
             for folder, group in self.tensors.items()
@@ -35,8 +35,8 @@ class State:
         return State(tensors, self.values)
 
 
-def state(trainer: Trainer) -> State:
-    """The state of a trainer, as views: whoever writes to them changes it.
+def training_state(trainer: Trainer) -> State:
+    """The state of a trainer, as views: writing to them changes it.
 
     `model` holds master weights and routing biases, and can be loaded as a model.
     """
@@ -52,13 +52,13 @@ def state(trainer: Trainer) -> State:
     return State(tensors, _values(trainer))
 
 
-def begin_with(trainer: Trainer, folder: Path) -> None:
-    """Takes weights and biases of a folder of safetensors; masters and average begin as they are.
+def load_weights(trainer: Trainer, folder: Path) -> None:
+    """Starts from the weights and biases of a folder of safetensors, masters and average included.
 
-    Nothing is rounded on the way to a master. Raises TrainError, with nothing changed, for tensors
-    that are missing, left over, or of the wrong shape or type.
+    They are not rounded on the way to a master. Raises TrainError, with nothing changed, for
+    tensors that are missing, left over, or of the wrong shape or type.
     """
-    tensors = state(trainer).tensors
+    tensors = training_state(trainer).tensors
     shapes = {name: tuple(view.shape) for name, view in tensors[MODEL].items()}
     try:
         with matched(folder, shapes, trainer.model.aliases) as (shards, sources):
@@ -77,13 +77,13 @@ def _values(trainer: Trainer) -> dict[str, Any]:
         "steps": position.steps,
         "sequences": position.sequences,
         "tokens": trainer.tokens,
-        # Nothing in a model draws numbers today; a block that does goes on as it would have.
+        # No block uses random numbers today; one that does resumes with the same ones.
         **random_state(trainer.model.device),
     }
 
 
-def restored(trainer: Trainer, values: Mapping[str, Any]) -> None:
-    """Takes up the numbers of a state whose tensors were written to the views of `state`."""
+def restore(trainer: Trainer, values: Mapping[str, Any]) -> None:
+    """Restores the numbers of a state, after its tensors were written to `training_state`."""
     trainer.position = Position(values["steps"], values["sequences"])
     set_random_state(trainer.model.device, values)
     trainer.optimizer.copy_masters()

@@ -14,7 +14,7 @@ FILE = "tokenizer.json"
 
 
 class Tokenizer(ABC):
-    """`vocab_size` is one more than the largest token; `key` tells tokenizers apart."""
+    """`vocab_size` is one more than the largest token; `key` identifies the tokenizer."""
 
     vocab_size: int
     key: str
@@ -24,15 +24,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens; what is no text becomes U+FFFD."""
+        """The text of tokens; bytes that are not text become U+FFFD."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Leaves in `folder` what `of_folder` needs to make the same tokenizer."""
+        """Writes to `folder` what `of_folder` needs to make the same tokenizer."""
 
 
 class Bytes(Tokenizer):
-    """The bytes of UTF-8: of plain English, characters."""
+    """UTF-8 bytes as tokens."""
 
     vocab_size = 256
     key = "bytes"
@@ -51,7 +51,7 @@ class Learned(Tokenizer):
     """A tokenizer.json, as published models have it; needs the `tokenizers` library."""
 
     def __init__(self, file: Path) -> None:
-        """Raises TrainError if the file or the library is missing, or the file is none."""
+        """Raises TrainError if the file or the library is missing, or the file is not valid."""
         try:
             self.data = file.read_bytes()
         except OSError as error:
@@ -59,8 +59,8 @@ class Learned(Tokenizer):
         try:
             self._tokenizer: Any = _library().Tokenizer.from_buffer(self.data)
         except ValueError as error:
-            raise TrainError(f"{file} is no file of the `tokenizers` library: {error}") from None
-        # Special tokens are the packer's: no document can write one.
+            raise TrainError(f"{file} is not a file of the `tokenizers` library: {error}") from None
+        # Only packing adds special tokens: no document can contain one.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.key = hashlib.sha256(self.data).hexdigest()
@@ -89,7 +89,7 @@ def of_folder(folder: Path) -> Tokenizer:
 def learn(texts: Iterable[str], vocab_size: int, special: list[str]) -> bytes:
     """A tokenizer.json of byte-level BPE with at most `vocab_size` tokens, learned from texts.
 
-    The special tokens come first. It can write any text, and gives every text back as it was.
+    The special tokens come first. Any text can be encoded, and decodes to itself.
     Raises TrainError without the `tokenizers` library.
     """
     library = _library()

@@ -1,7 +1,7 @@
-"""Folders of tokens: written once, then mapped into memory, whatever their size.
+"""Folders of tokens: written once, then mapped into memory.
 
 `tokens.json` says what the files `tokens-00000.bin`, .. hold: unsigned integers of 2 or 4 bytes,
-little-endian, one document behind the other. A tokenizer.json lies beside if it is not bytes.
+little-endian, the documents concatenated. The folder has a tokenizer.json unless tokens are bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands in tokens.json. `settings` says what documents were made into tokens with."""
+    """The content of tokens.json. `settings` are those that documents were tokenized with."""
 
     width: int
     tokenizer: str
@@ -45,7 +45,7 @@ class Header:
 
     @property
     def key(self) -> str:
-        """Equal for equal tokens."""
+        """A hash of the tokens."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
@@ -70,7 +70,9 @@ def write(
         for tokens in documents:
             largest = max(tokens, default=0)
             if largest >= vocab_size:
-                raise TrainError(f"token {largest} is beyond the model's vocabulary, {vocab_size}")
+                raise TrainError(
+                    f"token {largest} exceeds the vocabulary of the model ({vocab_size})"
+                )
             if pending and len(pending) + len(tokens) > max_file_tokens:
                 parts.append(_write_part(folder, len(parts), pending))
                 pending = array(TYPES[width][0])
@@ -103,27 +105,27 @@ class Tokens:
     """The tokens of a folder; `parts` are mapped, not read."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises TrainError for a folder that is damaged or none of tokens."""
+        """Raises TrainError for a folder that is damaged or holds no tokens."""
         self.folder = folder
         self.header = _read_header(folder)
         self.tokenizer = of_folder(folder)
         if self.tokenizer.key != self.header.tokenizer:
-            raise TrainError(f"{folder}: another tokenizer than its tokens were made with")
+            raise TrainError(f"{folder}: its tokens were made with another tokenizer")
         self.parts = [self._map(part) for part in self.header.parts]
 
     def _map(self, part: Part) -> Tensor:
         path, width = self.folder / part.file, self.header.width
         size = path.stat().st_size if path.exists() else -1
         if size != part.tokens * width:
-            raise TrainError(f"{path} is not as long as {INDEX} says, {part.tokens} tokens")
+            raise TrainError(f"{path} does not hold {part.tokens} tokens, as {INDEX} says")
         return torch.from_file(str(path), size=part.tokens, dtype=TYPES[width][1])
 
     def verify(self) -> None:
-        """Reads all files. Raises TrainError for one whose bytes are not those written."""
+        """Reads all files. Raises TrainError for one that has changed since it was written."""
         for part in self.header.parts:
             with (self.folder / part.file).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
-                    raise TrainError(f"{self.folder / part.file} is damaged: other bytes")
+                    raise TrainError(f"{self.folder / part.file} is damaged: its hash differs")
 
 
 def is_tokens(path: Path) -> bool:
@@ -137,7 +139,7 @@ def _read_header(folder: Path) -> Header:
         header = Header(**content, parts=parts)
         names = {part.file for part in parts}
         if header.width not in TYPES or any(Path(name).name != name for name in names):
-            raise ValueError("it is no such file")
+            raise ValueError("not a list of token files")
         return header
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TrainError(f"{folder} holds no tokens: {INDEX}: {error}") from None

@@ -1,4 +1,4 @@
-"""One step of training after the other."""
+"""The training step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel, Loss
 from ..weights import published
-from .balance import Balance, Use
+from .balance import Balance, ExpertUtilization
 from .optimizer import AdamW
-from .ranks import gathered
+from .ranks import all_gather_objects
 from .sequences import Sequences, positions
 from .settings import Settings, TrainError
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step did. Losses are means over its tokens, in nats; norms are before clipping."""
+class StepMetrics:
+    """Metrics of a step. Losses are means over its tokens, in nats; norms are before clipping."""
 
     number: int
     tokens: int
-    """Trained on so far, this step included."""
+    """Tokens trained on so far, including this step."""
     batch: int
     total: float
     main: float
@@ -33,16 +33,16 @@ class Step:
     learning_rate: float
     bias_update: float
     gradient_norm: float
-    experts: dict[str, Use]
+    experts: dict[str, ExpertUtilization]
 
 
 class NotFinite(TrainError):
-    """A step whose loss or gradients are NaN or infinite. Nothing was changed by it."""
+    """A step whose loss or gradients are NaN or infinite. It has changed nothing."""
 
 
 @dataclass
 class Position:
-    """How far training is. What comes next follows from it."""
+    """How far training is: it determines the data of the next step."""
 
     steps: int = 0
     sequences: int = 0
@@ -52,8 +52,8 @@ class Position:
 class Trainer:
     """Trains a model on sequences; every rank of `group` has one, and they stay equal.
 
-    Which sequences a step has does not depend on the number of ranks: they are dealt out one by
-    one. Without a group there is one rank.
+    The sequences of a step do not depend on the number of ranks: they are dealt out one by one.
+    Without a group there is one rank.
     """
 
     model: LanguageModel
@@ -76,9 +76,9 @@ class Trainer:
 
     @property
     def ended(self) -> bool:
-        return self.settings.share_done(self.tokens, self.position.steps) >= 1
+        return self.settings.fraction_done(self.tokens, self.position.steps) >= 1
 
-    def step(self) -> Step:
+    def step(self) -> StepMetrics:
         """Trains on one batch.
 
         Raises NotFinite, with the state as it was before, for a loss or gradients that are NaN or
@@ -87,7 +87,7 @@ class Trainer:
         settings, steps, before = self.settings, self.position.steps, self.tokens
         batch = settings.batch_at(before, steps)
         if batch < self.ranks:
-            raise TrainError(f"a batch of {batch} sequences cannot be dealt to {self.ranks} ranks")
+            raise TrainError(f"a batch of {batch} sequences is too small for {self.ranks} ranks")
         sums = self._gradients(batch, before)
         if self.group is not None:
             all_reduce(sums, group=self.group)
@@ -107,12 +107,12 @@ class Trainer:
             self.average.update(self.optimizer)
         self.position = Position(steps + 1, self.position.sequences + batch)
         total, main, balance, *mtp = losses
-        return Step(
+        return StepMetrics(
             steps + 1, after, batch, total, main, tuple(mtp), balance, rate, speed, norm, experts
         )
 
     def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
-        """Adds up the gradients of this rank's share; gives the sums of the parts of the loss.
+        """Accumulates the gradients of this rank's sequences; returns the sums of the losses.
 
         Every sequence has equally many labels, hence a mean over the batch is one over its tokens.
         """
@@ -139,7 +139,7 @@ class Trainer:
         names = self.optimizer.not_finite()
         self.optimizer.drop_gradients()
         self.balance.load = None
-        found = gathered(self.group, self._first_not_finite(batch))
+        found = all_gather_objects(self.group, self._first_not_finite(batch))
         where = next((text for text in found if text is not None), None)
         if where is None and not math.isfinite(losses[0]):
             where = "the head's scores, or their loss: all layers are finite"

@@ -43,7 +43,7 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     assert outcome.status == 0, outcome.err
     assert "MTP depth 2" in outcome.out
     told = json.loads(dslc("eval", str(run), "--format", "json").out)
-    assert f"{told['loss']:.4f} nats a token" in outcome.out
+    assert f"{told['loss']:.4f} nats per token" in outcome.out
     averaged = json.loads(dslc("eval", str(run), "--ema", "--format", "json").out)
     assert averaged["loss"] != told["loss"]
 
@@ -57,10 +57,10 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
 
 def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> None:
     for words, message in [
-        (["eval", str(tmp_path)], "is no run of dslc"),
-        (["sample", str(run), "--tokens", "1000"], "max_position_embeddings, 256"),
+        (["eval", str(tmp_path)], "is not a dslc run directory"),
+        (["sample", str(run), "--tokens", "1000"], "max_position_embeddings (256)"),
         (["sample", str(run), "--prompt", ""], "at least one token"),
-        (train(run, "--seed", "1"), "was begun with --seed 0"),
+        (train(run, "--seed", "1"), "was started with --seed 0"),
         (["train", "deepseek_v3_tiny", "--out", str(tmp_path / "x")], "train.batch is missing"),
     ]:
         outcome = dslc(*words)
@@ -80,14 +80,14 @@ def test_a_learned_tokenizer_serves_a_run(dslc: Run, run: Path, tmp_path: Path) 
     outcome = dslc(*train(tmp_path / "run", "--data", str(tokens)))
     assert outcome.status == 0, outcome.err
     found = json.loads(dslc("eval", str(tmp_path / "run"), "--format", "json").out)
-    # A token is more than a byte: bits a byte are fewer than bits a token.
+    # A token is more than a byte: bits per byte are fewer than bits per token.
     assert found["bits_per_byte"] < 0.8 * found["loss"] / 0.6931472
     assert dslc(*words, "--tokenizer", "bytes").status == 1  # the folder exists
     outcome = dslc("tokenizer", str(text), "-o", str(tmp_path / "b"), "--tokenizer", "bytes")
     assert outcome.status == 0
     outcome = dslc(*train(tmp_path / "other", "--data", str(tmp_path / "b")))
     assert outcome.status == 1
-    assert "make the tokens anew" in outcome.err
+    assert "tokenize the text again" in outcome.err
     outcome = dslc(*train(tmp_path / "other", "--data", str(text), "--data", str(tokens)))
     assert outcome.status == 1
-    assert f"{tokens} holds tokens, which cannot be joined with others" in outcome.err
+    assert f"{tokens} holds tokens, which cannot be joined with other files" in outcome.err

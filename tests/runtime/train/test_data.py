@@ -29,10 +29,10 @@ def test_files_are_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2 is no JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2 is not a JSON object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1"),
-        ("a.txt", b"abc\xff", "no UTF-8 text: byte 3"),
+        ("a.txt", b"abc\xff", "not UTF-8 text: byte 3"),
         ("a.txt", None, "cannot read .*a.txt: No such file"),
     ],
 )
@@ -63,7 +63,7 @@ def test_a_learned_tokenizer_comes_back(tmp_path: Path) -> None:
     # A document cannot end itself.
     assert 0 not in tokenizer.encode("a<eos>b")
     assert tokenizer.decode(tokenizer.encode("a<eos>b")) == "a<eos>b"
-    with pytest.raises(TrainError, match="no file of the `tokenizers` library"):
+    with pytest.raises(TrainError, match="not a file of the `tokenizers` library"):
         (tmp_path / "broken.json").write_text("{")
         open_tokenizer(str(tmp_path / "broken.json"))
 
@@ -105,7 +105,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     made(tmp_path / "t")
     with pytest.raises(TrainError, match="exists"):
         made(tmp_path / "t")
-    with pytest.raises(TrainError, match="token 300 is beyond"):
+    with pytest.raises(TrainError, match="token 300 exceeds"):
         made(tmp_path / "u", vocab_size=256)
     with pytest.raises(TrainError, match="no text"):
         write(tmp_path / "v", [[], []], Bytes(), 256, {})
@@ -119,7 +119,7 @@ def test_folders_that_are_damaged(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="damaged"):
         Tokens(tmp_path / "t").verify()
     file.write_bytes(data[:-1])
-    with pytest.raises(TrainError, match=r"not as long as tokens\.json says"):
+    with pytest.raises(TrainError, match=r"tokens, as tokens\.json says"):
         Tokens(tmp_path / "t")
     (tmp_path / "t" / "tokens.json").write_text("{}")
     with pytest.raises(TrainError, match="holds no tokens"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.train.device import chosen, random_state, set_random_state
+from runtime.train.device import random_state, select_device, set_random_state
 from runtime.train.settings import TrainError
 from tests.support.trained import part
 
@@ -26,31 +26,31 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_without_a_gpu_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chosen(None) == chosen("cpu") == torch.device("cpu")
+    assert select_device(None) == select_device("cpu") == torch.device("cpu")
     for name, message in [
-        ("cuda", "--device cuda: torch sees no GPU here"),
-        ("meta", "--device meta is none to train on: it is cpu, cuda or cuda:N"),
-        ("gpu", "--device gpu is none to train on"),
+        ("cuda", "--device cuda: torch finds no GPU"),
+        ("meta", "--device meta cannot train: use cpu, cuda or cuda:N"),
+        ("gpu", "--device gpu cannot train"),
     ]:
         with pytest.raises(TrainError, match=message):
-            chosen(name)
+            select_device(name)
 
 
 def test_a_process_has_one_gpu_and_each_rank_its_own(gpus: pytest.MonkeyPatch) -> None:
-    assert chosen(None) == chosen("cuda") == torch.device("cuda:0")
-    assert chosen("cuda:1") == torch.device("cuda:1")
-    assert chosen("cpu") == torch.device("cpu")
-    with pytest.raises(TrainError, match="there is no cuda:2: torch sees 2"):
-        chosen("cuda:2")
+    assert select_device(None) == select_device("cuda") == torch.device("cuda:0")
+    assert select_device("cuda:1") == torch.device("cuda:1")
+    assert select_device("cpu") == torch.device("cpu")
+    with pytest.raises(TrainError, match="there is no cuda:2: torch finds 2"):
+        select_device("cuda:2")
     gpus.setenv("WORLD_SIZE", "3")
     gpus.setenv("LOCAL_RANK", "1")
-    assert chosen(None) == chosen("cuda") == torch.device("cuda:1")
+    assert select_device(None) == select_device("cuda") == torch.device("cuda:1")
     assert current[-1] == 1
-    with pytest.raises(TrainError, match="--device cuda:0 would be that of all ranks"):
-        chosen("cuda:0")
+    with pytest.raises(TrainError, match="--device cuda:0 would be the device of all ranks"):
+        select_device("cuda:0")
     gpus.setenv("LOCAL_RANK", "2")
-    with pytest.raises(TrainError, match="there is no cuda:2: torch sees 2"):
-        chosen("cuda")
+    with pytest.raises(TrainError, match="there is no cuda:2: torch finds 2"):
+        select_device("cuda")
 
 
 def test_random_state_is_that_of_the_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,5 +74,5 @@ def test_a_run_without_its_device_does_not_begin(
 ) -> None:
     words = ["--out", str(tmp_path / "run"), "--data", "nowhere.txt", "--device", "gpu"]
     assert part(package, "command").main(package.Model, words) == 1
-    assert "--device gpu is none to train on" in capsys.readouterr().err
+    assert "--device gpu cannot train" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()

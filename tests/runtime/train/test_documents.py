@@ -63,7 +63,7 @@ def test_an_evaluation_masks_too(masked: Any) -> None:
     one = trainer(masked)
     tokens = text(one, 3)
     module = part(masked, "evaluation")
-    held_out = part(masked, "sequences").HeldOut(list(tokens), 16)
+    held_out = part(masked, "sequences").ValidationSet(list(tokens), 16)
     tokenizer = part(masked, "tokenizer").Bytes()
     found = module.evaluate(one.model, held_out, tokenizer, 2)
     position = positions(tokens[:, :-1], MASKED)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.train.order import permuted
-from runtime.train.sequences import HeldOut, Sequences, split
+from runtime.train.order import permute_index
+from runtime.train.sequences import Sequences, ValidationSet, split
 from runtime.train.settings import TrainError
 
 PARTS = st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(lambda n: max(n) >= 14)
@@ -22,11 +22,11 @@ def parts(lengths: list[int]) -> list[torch.Tensor]:
 
 @given(st.integers(1, 700), st.text(max_size=5))
 def test_an_epoch_is_a_permutation(count: int, key: str) -> None:
-    assert sorted(permuted(i, count, key) for i in range(count)) == list(range(count))
+    assert sorted(permute_index(i, count, key) for i in range(count)) == list(range(count))
 
 
 def test_epochs_and_seeds_have_other_orders() -> None:
-    orders = {tuple(permuted(i, 50, key) for i in range(50)) for key in ("0 0", "0 1", "1 0")}
+    orders = {tuple(permute_index(i, 50, key) for i in range(50)) for key in ("0 0", "0 1", "1 0")}
     assert len(orders) == 3
     assert list(range(50)) not in map(list, orders)
 
@@ -65,7 +65,7 @@ def test_epochs_cut_the_text_elsewhere() -> None:
 
 @given(PARTS, st.integers(1, 7))
 def test_held_out_text_is_read_once_and_in_order(lengths: list[int], length: int) -> None:
-    text = HeldOut(parts(lengths), length)
+    text = ValidationSet(parts(lengths), length)
     inputs = torch.cat([text[i][:-1] for i in range(text.count)]).tolist() if text.count else []
     assert inputs == sorted(set(inputs))
     assert text.count == sum(max(0, n - 1) // length for n in lengths)

@@ -31,13 +31,13 @@ one = trainer(tiny_ranks, group=group)
 for _ in range(3):
     did = one.step()
 checkpoints = part(tiny_ranks, "checkpoints").Checkpoints(Path(folder) / "two", 1, writers)
-checkpoints.save(part(tiny_ranks, "state").state(one))
+checkpoints.save(part(tiny_ranks, "state").training_state(one))
 checkpoints.wait()
 print(did.total, did.gradient_norm)
 again = trainer(tiny_ranks, group=group, seed=9)
-views = part(tiny_ranks, "state").state(again)
+views = part(tiny_ranks, "state").training_state(again)
 values = checkpoints.load(Path(folder) / "one" / "step-00000003", views)
-part(tiny_ranks, "state").restored(again, values)
+part(tiny_ranks, "state").restore(again, values)
 print(again.step().total)
 
 # What only one of them sees, both tell.
@@ -84,9 +84,9 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
     assert (total, norm) == pytest.approx((did.total, did.gradient_norm), rel=1e-4)
 
     alone = trainer(package, seed=8)
-    views = part(package, "state").state(alone)
+    views = part(package, "state").training_state(alone)
     checkpoints = part(package, "checkpoints").Checkpoints(tmp_path / "two", 1)
-    part(package, "state").restored(alone, checkpoints.load(checkpoints.newest(), views))
+    part(package, "state").restore(alone, checkpoints.load(checkpoints.newest(), views))
     for ours, theirs in zip(biases(alone.model), biases(one.model), strict=True):
         assert torch.equal(ours, theirs)
     assert alone.position == one.position
@@ -96,7 +96,7 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
 
 def save(package: Any, one: Any, folder: Path) -> None:
     checkpoints = part(package, "checkpoints").Checkpoints(folder, 1)
-    checkpoints.save(part(package, "state").state(one))
+    checkpoints.save(part(package, "state").training_state(one))
     checkpoints.wait()
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of a built package: begun, stopped, killed, damaged, gone on with."""
+"""Whole runs of a built package: started, stopped, killed, damaged, gone on with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_run_holds_what_happened(package: Any, whole: Path) -> None:
     )
     held_out = [line["held_out"] for line in lines(whole) if "held_out" in line]
     assert len(held_out) == 2
-    # Bytes are tokens, hence bits a byte are nats a token in another unit.
+    # Bytes are tokens, hence bits per byte are nats per token in another unit.
     assert held_out[-1]["bits_per_byte"] == pytest.approx(held_out[-1]["loss"] / 0.6931472)
     # 300 bytes are held out: 18 sequences of 16.
     assert held_out[-1]["tokens"] == 18 * 16
@@ -86,7 +86,8 @@ def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None
         "from pathlib import Path; import tiny_trained as t;"
         "import tiny_trained.runtime.train.command as c;"
         "print(c.evaluate(t.Model, Path('.'), False).loss);"
-        "print(len(c.sample(t.Model, Path('.'), c.Request('KING', 5, 0.8, 0.9, 1), False)) > 3)"
+        "request = c.SampleRequest('KING', 5, 0.8, 0.9, 1);"
+        "print(len(c.sample(t.Model, Path('.'), request, False)) > 3)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=moved, capture_output=True, text=True, check=True
@@ -180,7 +181,7 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_one_before(
     assert train(package, out) == 1
     error = capsys.readouterr().err
     assert "step-00000006 is damaged" in error
-    assert "step-00000004, which is good" in error
+    assert "step-00000004, which is intact" in error
     shutil.rmtree(path.parents[1] if "/" in file else path.parent)
     assert train(package, out) == 0
     assert content(out) == content(whole)
@@ -201,7 +202,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
     assert "cannot write the checkpoint" in error and "File too large" in error
-    assert "those before it are untouched" in error
+    assert "earlier checkpoints are intact" in error
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
     assert train(package, out) == 0
     assert content(out) == content(whole)
@@ -231,7 +232,7 @@ def test_what_may_change_is_told_and_what_may_not_is_refused(
     assert train(slower, out) == 0
     error = capsys.readouterr().err
     assert "changed: train.learning_rate: Schedule(phases=(Phase(value=0.003" in error
-    assert "changed: train.steps: 6 -> 7, from the next step on" in error
+    assert "changed: train.steps: 6 -> 7, from the next step" in error
     assert next(line for line in lines(out) if line["step"] == 7)["learning_rate"] == 1e-3
     forget()
     wider = built(tmp_path / "b", "tiny_trained", params__hidden_size="64", train__steps="7")
@@ -261,7 +262,7 @@ def test_a_run_that_cannot_begin(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert train(package, tmp_path / "other", "--data", text) == 1
-    assert "is no run, and not empty" in capsys.readouterr().err
+    assert "is not empty and not a run" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_written(
@@ -276,9 +277,9 @@ def test_a_run_that_cannot_be_written(
 def test_no_two_processes_train_a_run(
     package: Any, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with part(package, "interrupt").alone(whole):
+    with part(package, "interrupt").run_lock(whole):
         assert train(package, whole) == 1
-    assert f"another process trains {whole}" in capsys.readouterr().err
+    assert f"another process is training {whole}" in capsys.readouterr().err
     assert train(package, whole) == 0
 
 
@@ -292,9 +293,9 @@ def test_a_run_goes_on_with_the_options_it_began_with(
     assert (record["held_out"], record["seed"]) == (0.2, 4)
     capsys.readouterr()
     assert train(package, whole, "--seed", "3") == 1
-    assert "was begun with --seed 0, not 3" in capsys.readouterr().err
+    assert "was started with --seed 0, not 3" in capsys.readouterr().err
     assert train(package, whole, "--data", text.with_name("other.txt")) == 1
-    assert "was begun with --data" in capsys.readouterr().err
+    assert "was started with --data" in capsys.readouterr().err
 
 
 def test_a_spec_that_does_not_say_how_to_train(
@@ -306,7 +307,7 @@ def test_a_spec_that_does_not_say_how_to_train(
     error = capsys.readouterr().err
     assert "train.batch is missing" in error
     assert "train.steps or train.tokens is missing" in error
-    assert "beyond sequence.max_position_embeddings, 256" in error
+    assert "exceeds sequence.max_position_embeddings (256)" in error
 
 
 def test_a_run_whose_documents_are_filled_in_the_middle(text: Path, tmp_path: Path) -> None:

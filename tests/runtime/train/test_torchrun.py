@@ -133,7 +133,7 @@ def test_ranks_that_are_killed_or_stopped_go_on_bit_for_bit(
     out = tmp_path / "run"
     ranks = both(spread, out)
     assert after_a_checkpoint(out, ranks, ranks[1].kill) == [1, -signal.SIGKILL]
-    assert "another rank has ended" in ranks[0].communicate()[1]
+    assert "another rank has failed" in ranks[0].communicate()[1]
 
     ranks = both(spread, out)
     stop = lambda: ranks[1].send_signal(signal.SIGTERM)  # noqa: E731
@@ -151,11 +151,11 @@ def test_ranks_that_are_killed_or_stopped_go_on_bit_for_bit(
 
 
 def test_all_ranks_leave_when_the_first_refuses(spread: Any, whole: Path) -> None:
-    with part(spread, "interrupt").alone(whole):
+    with part(spread, "interrupt").run_lock(whole):
         ranks = both(spread, whole)
         assert ended(*ranks) == [1, 1]
     first, second = (rank.communicate()[1] for rank in ranks)
-    assert first == f"error: another process trains {whole}\n"
+    assert first == f"error: another process is training {whole}\n"
     assert second == ""
 
 
@@ -164,7 +164,10 @@ def test_another_number_of_ranks_is_told(
 ) -> None:
     assert part(spread, "command").main(spread.Model, ["--out", str(whole)]) == 0
     error = capsys.readouterr().err
-    assert "changed: 2 ranks before, 1 now: sums in another order, so not the same bits" in error
+    assert (
+        "changed: 2 ranks before, 1 now: sums have another order, results are not bit-identical"
+        in error
+    )
     assert json.loads((whole / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())[
         "ranks"
     ] == 2  # fmt: skip

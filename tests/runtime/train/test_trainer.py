@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.train.balance import use
+from runtime.train.balance import utilization
 from tests.support.trained import MASK, built, part, published, trainer
 
 
@@ -157,15 +157,15 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, policy: str) -> No
         one.step()
     checkpoints, states = part(package, "checkpoints"), part(package, "state")
     saved = checkpoints.Checkpoints(tmp_path / "checkpoints", 1)
-    saved.save(states.state(one))
+    saved.save(states.training_state(one))
     # Training goes on while the state is written; what is written is that of before.
     losses = [one.step().total for _ in range(3)]
     saved.wait()
     other = trainer(package, seed=5)
-    states.restored(other, saved.load(saved.newest(), states.state(other)))
+    states.restore(other, saved.load(saved.newest(), states.training_state(other)))
     assert [other.step().total for _ in range(3)] == losses
-    for name, tensors in states.state(one).tensors.items():
-        for key, tensor in states.state(other).tensors[name].items():
+    for name, tensors in states.training_state(one).tensors.items():
+        for key, tensor in states.training_state(other).tensors[name].items():
             assert torch.equal(tensor, tensors[key]), (name, key)
 
 
@@ -195,9 +195,9 @@ def test_what_is_not_finite_is_named_and_changes_nothing(
 
 
 def test_measures_of_balance() -> None:
-    even = use(torch.tensor([5, 5, 5, 5]), torch.zeros(4))
+    even = utilization(torch.tensor([5, 5, 5, 5]), torch.zeros(4))
     assert (even.max_vio, even.entropy, even.bias_range) == (0, 1, 0)
-    one = use(torch.tensor([0, 12, 0, 0]), torch.tensor([-1.0, 2.0, 0.0, 0.0]))
+    one = utilization(torch.tensor([0, 12, 0, 0]), torch.tensor([-1.0, 2.0, 0.0, 0.0]))
     assert (one.max_vio, one.entropy, one.bias_range) == (3, 0, 3)
-    two = use(torch.tensor([6, 6, 0, 0]), None)
+    two = utilization(torch.tensor([6, 6, 0, 0]), None)
     assert (two.max_vio, two.entropy, two.bias_range) == (1, 0.5, 0)

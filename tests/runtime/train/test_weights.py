@@ -22,7 +22,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def test_masters_biases_and_average_begin_with_the_weights_unrounded(tmp_path: Path) -> None:
     """Of a model in BF16, from float32, with one tensor in FP8 as published weights have them."""
-    package = built(tmp_path, "tiny_begun", precision__policy="bf16", train__ema="0.9")
+    package = built(tmp_path, "tiny_started", precision__policy="bf16", train__ema="0.9")
     given = {
         p.name: torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
         for number, p in enumerate(published(package, package.Model(device="meta")))
@@ -36,8 +36,8 @@ def test_masters_biases_and_average_begin_with_the_weights_unrounded(tmp_path: P
     save_file({**given, name: quantized, **scales}, tmp_path / "given" / "model.safetensors")
 
     one = trainer(package)
-    part(package, "state").begin_with(one, tmp_path / "given")
-    tensors = part(package, "state").state(one).tensors
+    part(package, "state").load_weights(one, tmp_path / "given")
+    tensors = part(package, "state").training_state(one).tensors
     assert tensors["model"].keys() == tensors["ema"].keys() == given.keys()
     for key, value in given.items():
         assert torch.equal(tensors["model"][key], value), key
@@ -81,9 +81,9 @@ def test_a_run_begins_with_given_weights_and_stays_with_them(
     assert run(package, out) == 0  # goes on without them
     capsys.readouterr()
     assert run(package, out, "--weights", tmp_path / "moved") == 1
-    assert f"was begun with --weights {given}, not" in capsys.readouterr().err
+    assert f"was started with --weights {given}, not" in capsys.readouterr().err
     assert run(package, tmp_path / "before", "--weights", tmp_path / "moved") == 1
-    assert "was begun without --weights, not" in capsys.readouterr().err
+    assert "was started without --weights, not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,48 +8,48 @@ from pathlib import Path
 import torch
 
 from runtime.config import Phase, Schedule, freeze
-from runtime.train.balance import use
+from runtime.train.balance import utilization
+from runtime.train.health import WINDOW, HealthMonitor
 from runtime.train.metrics import FILE, Metrics
-from runtime.train.trainer import Step
-from runtime.train.watch import WINDOW, Watch
+from runtime.train.trainer import StepMetrics
 from tests.support.trained import curve
 
 LOSS = {"mtp_weight": Schedule((Phase(0.3, until=1000), Phase(0.0))), "balance_alpha": 1e-4}
 CONFIG = freeze({"train": {"loss": LOSS}})
 
 
-def step(number: int, load: list[int], mtp: float = 1.0, balance: float = 1.0) -> Step:
-    experts = {"layers.1.mlp": use(torch.tensor(load), None)}
-    return Step(number, 10 * number, 2, 2.0, 1.0, (mtp,), balance, 1e-3, 1e-3, 0.5, experts)
+def step(number: int, load: list[int], mtp: float = 1.0, balance: float = 1.0) -> StepMetrics:
+    experts = {"layers.1.mlp": utilization(torch.tensor(load), None)}
+    return StepMetrics(number, 10 * number, 2, 2.0, 1.0, (mtp,), balance, 1e-3, 1e-3, 0.5, experts)
 
 
 def test_dead_and_overloaded_experts_are_told_once() -> None:
-    watch = Watch(CONFIG)
+    monitor = HealthMonitor(CONFIG)
     load = [5] * 16
     load[3], load[7] = 0, 100
-    told = [text for n in range(1, 3 * WINDOW) for text in watch.step(step(n, load))]
+    told = [text for n in range(1, 3 * WINDOW) for text in monitor.warnings(step(n, load))]
     assert told == [
         f"layers.1.mlp: expert 3 is dead: no token in {WINDOW} steps",
-        "layers.1.mlp: expert 7 has more than 8 times its share",
+        "layers.1.mlp: expert 7 has over 8 times the mean load",
     ]
 
 
 def test_an_expert_that_has_a_token_now_and_then_is_alive() -> None:
-    watch = Watch(CONFIG)
+    monitor = HealthMonitor(CONFIG)
     for n in range(1, 2 * WINDOW):
-        assert not watch.step(step(n, [5, 5 if n % (WINDOW - 1) == 0 else 0, 5]))
+        assert not monitor.warnings(step(n, [5, 5 if n % (WINDOW - 1) == 0 else 0, 5]))
 
 
 def test_parts_of_the_loss_that_are_zero_though_their_weight_is_not() -> None:
-    watch = Watch(CONFIG)
-    assert watch.step(step(1, [5, 5], mtp=0.0)) == [
+    monitor = HealthMonitor(CONFIG)
+    assert monitor.warnings(step(1, [5, 5], mtp=0.0)) == [
         "the loss of MTP depth 1 is 0, though mtp_weight is not"
     ]
-    (told,) = watch.step(step(2, [5, 5], balance=0.0))
+    (told,) = monitor.warnings(step(2, [5, 5], balance=0.0))
     assert "the balance loss is 0" in told
-    assert not watch.step(step(3, [5, 5], mtp=0.0, balance=0.0))
+    assert not monitor.warnings(step(3, [5, 5], mtp=0.0, balance=0.0))
     # After 1,000 tokens MTP has no weight, and may be what it likes.
-    assert not Watch(CONFIG).step(step(101, [5, 5], mtp=0.0))
+    assert not HealthMonitor(CONFIG).warnings(step(101, [5, 5], mtp=0.0))
 
 
 def test_metrics_go_on_after_a_step(tmp_path: Path) -> None:

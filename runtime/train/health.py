@@ -1,45 +1,45 @@
-"""What goes wrong in silence: experts that nothing or everything reaches, losses without effect."""
+"""Failures that raise no error: dead or overloaded experts, losses without effect."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ..config import Config
-from .trainer import Step
+from .trainer import StepMetrics
 
 WINDOW = 100
-"""Steps whose loads are judged together."""
+"""Steps over which loads are added before they are judged."""
 OVERLOADED = 8.0
-"""Times the mean load, over a window."""
+"""The largest ratio of a load to the mean, over a window, without a warning."""
 
 
-class Watch:
-    """Reads every step and says what a person should know; the same thing once."""
+class HealthMonitor:
+    """Checks every step; each warning is given once."""
 
     def __init__(self, config: Config) -> None:
         self.loss = config.train.loss
         self._loads: dict[str, list[int]] = {}
         self._steps = 0
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def step(self, step: Step) -> list[str]:
-        """Warnings that this step gives reason for."""
+    def warnings(self, step: StepMetrics) -> list[str]:
+        """New warnings after this step."""
         found = [*self._terms(step), *self._experts(step)]
-        new = [text for text in found if text not in self._told]
-        self._told.update(new)
+        new = [text for text in found if text not in self._reported]
+        self._reported.update(new)
         return new
 
-    def _terms(self, step: Step) -> Iterator[str]:
+    def _terms(self, step: StepMetrics) -> Iterator[str]:
         if step.experts and self.loss.balance_alpha and step.balance == 0:
-            yield "the balance loss is 0, though balance_alpha is not: it trains nothing"
+            yield "the balance loss is 0, though balance_alpha is not: it has no effect"
         for depth, loss in enumerate(step.mtp, 1):
             if loss == 0 and self.loss.mtp_weight.value_at(step.tokens):
                 yield f"the loss of MTP depth {depth} is 0, though mtp_weight is not"
 
-    def _experts(self, step: Step) -> Iterator[str]:
-        for name, use in step.experts.items():
-            before = self._loads.get(name, [0] * len(use.load))
-            self._loads[name] = [a + b for a, b in zip(before, use.load, strict=True)]
+    def _experts(self, step: StepMetrics) -> Iterator[str]:
+        for name, experts in step.experts.items():
+            before = self._loads.get(name, [0] * len(experts.load))
+            self._loads[name] = [a + b for a, b in zip(before, experts.load, strict=True)]
         self._steps += 1
         if self._steps < WINDOW:
             return
@@ -50,4 +50,4 @@ class Watch:
                 if tokens == 0:
                     yield f"{name}: expert {expert} is dead: no token in {WINDOW} steps"
                 elif tokens > OVERLOADED * mean:
-                    yield f"{name}: expert {expert} has more than {OVERLOADED:g} times its share"
+                    yield f"{name}: expert {expert} has over {OVERLOADED:g} times the mean load"
