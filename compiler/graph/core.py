@@ -150,6 +150,18 @@ class Derivative:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """The graphs that end a training step for the weights of a forward graph.
+
+    `reduce` sums gradients over ranks, saves what it has of the sums, and gives the sum of their
+    squares. `update` reads that, takes the factor that clips gradients, and assigns new weights.
+    """
+
+    reduce: str
+    update: str
+
+
+@dataclass(frozen=True, slots=True)
 class Boundary:
     """What crosses the boundaries of a pipeline stage, by the names that its root gives them.
 
@@ -170,7 +182,7 @@ class Program:
 
     `derivatives` says by forward graph which graphs give its gradients; `boundary`, of a pipeline
     stage, what it exchanges with its neighbours. `steps`, of a program that ends a training step,
-    says by forward graph which graph updates its weights.
+    says by forward graph which graphs update its weights.
     """
 
     name: str
@@ -179,7 +191,7 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     derivatives: dict[str, Derivative] = field(default_factory=dict)
     boundary: Boundary = Boundary()
-    steps: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
 
     @property
     def main(self) -> Graph:
@@ -198,7 +210,14 @@ class Program:
     @property
     def roots(self) -> tuple[str, ...]:
         """The graphs that no graph of the program calls."""
-        return tuple(name for name in (self.root, self.backward, self.weights) if name)
+        names = (self.root, self.backward, self.weights, self.update)
+        return tuple(name for name in names if name)
+
+    @property
+    def update(self) -> str:
+        """The graph that updates weights behind the root, of a program that ends a step."""
+        found = (step.update for step in self.steps.values() if step.reduce == self.root)
+        return next(found, "")
 
     @property
     def backward_boundary(self) -> Boundary:
@@ -224,13 +243,14 @@ class Program:
         return next(found, name)
 
     def saver_of(self, name: str) -> Graph | None:
-        """The graph that saves what a graph of gradients reads; None for any other graph."""
+        """The graph that saves what another one reads; None for a graph that reads nothing."""
         for forward, derivative in self.derivatives.items():
             if name == derivative.backward:
                 return self.graphs[forward]
             if name == derivative.weights:
                 return self.graphs[derivative.backward]
-        return None
+        found = (self.graphs[s.reduce] for s in self.steps.values() if name == s.update)
+        return next(found, None)
 
 
 def walk(ops: Sequence[Op]) -> Iterator[Op]:

@@ -6,7 +6,7 @@ a pipeline stage, and which graphs end a step. The graphs by themselves are soun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from compiler.graph.core import Derivative, Graph, Program
@@ -17,45 +17,57 @@ from dsl.diagnostic import Diagnostic
 
 def interface_problems(program: Program) -> list[Diagnostic]:
     """What is wrong between the graphs of a program (E516, E518)."""
+    chains = _chains(program)
     missing = [
         Diagnostic("E516", f"{line}: there is no graph @{name}")
-        for line, names in _named(program)
+        for line, names in chains.items()
         for name in names
-        if name and name not in program.graphs
+        if name not in program.graphs
     ]
     if missing:
         return missing
-    problems = [*_derivatives(program), *_saved(program)]
+    problems = [*_links(program, chains), *_saved(program, chains)]
     return problems or [
         Diagnostic("E518", f"boundary: {reason}", program.main.span)
         for reason in _boundary(program)
     ]
 
 
-def _named(program: Program) -> Iterator[tuple[str, Sequence[str]]]:
-    """Lines of a program, and the graphs that they name."""
-    for name, derivative in program.derivatives.items():
-        yield _line(name, derivative), (name, derivative.backward, derivative.weights)
-    for name, step in program.steps.items():
-        yield f"step @{name} = @{step}", (step,)
+# A line of a program, and the graphs of which each saves what the next one reads.
+_Chains = Mapping[str, Sequence[str]]
+
+
+def _chains(program: Program) -> _Chains:
+    derivatives = {
+        _line(name, one): tuple(filter(None, (name, one.backward, one.weights)))
+        for name, one in program.derivatives.items()
+    }
+    steps = {
+        f"step @{name} = @{one.reduce}, @{one.update}": (one.reduce, one.update)
+        for name, one in program.steps.items()
+    }
+    return {**derivatives, **steps}
 
 
 def _line(name: str, derivative: Derivative) -> str:
     return f"derivative @{name} = {print_derivative(derivative)}"
 
 
-def _chain(program: Program, name: str) -> list[Graph]:
-    """A forward graph, that of its gradients, and that of the gradients of its weights, if any."""
-    derivative = program.derivatives[name]
-    names = (name, derivative.backward, derivative.weights)
-    return [program.graphs[graph] for graph in names if graph]
+def _links(program: Program, chains: _Chains) -> Iterator[Diagnostic]:
+    """Interfaces that do not correspond, and what is saved otherwise than it is read."""
+    derivatives = {_line(name, one): one for name, one in program.derivatives.items()}
+    for line, names in chains.items():
+        graphs = [program.graphs[name] for name in names]
+        fits = _unfit(derivatives[line], *graphs) if line in derivatives else _unstep(*graphs)
+        for reason in [*fits, *_unread(graphs)]:
+            yield Diagnostic("E518", f"{line}: {reason}", graphs[0].span)
 
 
-def _derivatives(program: Program) -> Iterator[Diagnostic]:
-    for name, derivative in program.derivatives.items():
-        for reason in _unfit(derivative, *_chain(program, name)):
-            span = program.graphs[name].span
-            yield Diagnostic("E518", f"{_line(name, derivative)}: {reason}", span)
+def _unstep(reduce: Graph, update: Graph) -> Iterator[str]:
+    if reduce.args:
+        yield f"@{reduce.name} takes something"
+    if [v.type for v in update.args] != [Type("f32")] or update.results:
+        yield f"@{update.name} takes or gives anything but the factor of gradients"
 
 
 def _unfit(derivative: Derivative, forward: Graph, backward: Graph, *late: Graph) -> Iterator[str]:
@@ -77,7 +89,11 @@ def _unfit(derivative: Derivative, forward: Graph, backward: Graph, *late: Graph
     for graph in late:
         if graph.args or graph.results:
             yield f"@{graph.name} takes or gives something"
-    for saver, reader in pairwise((forward, backward, *late)):
+
+
+def _unread(graphs: Sequence[Graph]) -> Iterator[str]:
+    """Where a graph reads something else than the one before it saves."""
+    for saver, reader in pairwise(graphs):
         saved = [v.type for v in saver.saved]
         read = [v.type for v in reader.ops[0].results] if _reads_saved(reader) else []
         if saved != read:
@@ -89,11 +105,10 @@ def _reads_saved(graph: Graph) -> bool:
     return graph.ops[0].kind == "saved"
 
 
-def _saved(program: Program) -> Iterator[Diagnostic]:
+def _saved(program: Program, chains: _Chains) -> Iterator[Diagnostic]:
     """Nothing is saved without a reader, or read without having been saved."""
-    chains = [_chain(program, name) for name in program.derivatives]
-    savers = {graph.name for chain in chains for graph in chain[:-1]}
-    readers = {graph.name for chain in chains for graph in chain[1:]}
+    savers = {name for names in chains.values() for name in names[:-1]}
+    readers = {name for names in chains.values() for name in names[1:]}
     for name, graph in program.graphs.items():
         if graph.saved and name not in savers:
             yield Diagnostic("E518", f"graph @{name} saves what no graph reads", graph.span)

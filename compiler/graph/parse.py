@@ -24,6 +24,7 @@ from compiler.graph.core import (
     Op,
     Program,
     Region,
+    Step,
     Value,
     Weight,
 )
@@ -134,7 +135,7 @@ class _Reader:
             elif node.data == "derivative":
                 self._put(program.derivatives, of, self._derivative(other, *rest))
             else:
-                self._put(program.steps, of, other[1:])
+                self._put(program.steps, of, Step(other[1:], rest[0][1:]))
         for node in graphs:
             graph = self._graph(node)
             self._put(program.graphs, node.children[1], graph)

@@ -53,7 +53,7 @@ def link_lines(program: Program) -> Iterator[str]:
     if program.boundary:
         yield f"boundary {print_boundary(program.boundary)}"
     for forward, step in program.steps.items():
-        yield f"step @{forward} = @{step}"
+        yield f"step @{forward} = @{step.reduce}, @{step.update}"
 
 
 def print_derivative(derivative: Derivative) -> str:

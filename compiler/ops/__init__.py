@@ -117,6 +117,7 @@ _ALL: tuple[type[Operator], ...] = (
     fused.QuantizeBoth,
     fused.SwiGLUGradQuantize,
     optimizer.Gradient,
+    optimizer.SumSquares,
     optimizer.Update,
     optimizer.Assign,
     control.Call,

@@ -32,8 +32,21 @@ class Gradient(Operator):
         return (whole.spread_first(over).with_partial(axes_of(site.attrs["axes"])),)
 
 
+class SumSquares(Operator):
+    """The sum of the squares of a gradient's elements: on each rank of those that it has."""
+
+    kind = "sum_squares"
+    operands = ("d",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (Type("f32"),)
+
+
 class Update(Operator):
     """The new values of a weight, from its gradient: those of this rank's share, [shard].
+
+    Gradients are multiplied by `factor` first, which clips them: arXiv 1211.5063.
 
     The share is that of this rank among the `ranks` of `axes`; without axes it is the whole weight.
     What an optimizer remembers (AdamW's moments) is there for the share only: ZeRO-1, arXiv
@@ -41,7 +54,7 @@ class Update(Operator):
     """
 
     kind = "update"
-    operands = ("d",)
+    operands = ("d", "factor")
     symbols = ("weight",)
     attrs: ClassVar = {"experts": tuple, "axes": tuple, "ranks": int}
     sums = "own"
@@ -49,7 +62,7 @@ class Update(Operator):
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        (d,) = site.types
+        d, _ = site.types
         share = -(-_of_weight(site).count() // site.number("ranks"))
         if d.partial or d.count() != (share if site.number("ranks") > 1 else d.count()):
             raise TypeMismatch(f"update takes the whole gradient of a share of {share}, got {d}", 0)

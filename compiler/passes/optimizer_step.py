@@ -1,30 +1,36 @@
-"""The end of a training step as a program of each rank: gradients summed, weights renewed.
+"""The end of a training step as a program of each rank: gradients summed, weights updated.
 
-Gradients of weights that all data ranks hold are reduced and scattered, so that each rank renews
+Gradients of weights that all data ranks hold are reduced and scattered, so that each rank updates
 its share, and the shares are gathered again (ZeRO-1, arXiv 1910.02054; DeepSeek-V3 report, section
 3.2). Experts are there once in each replica, so that theirs are shared among the replicas only.
+
+There are two phases, since the norm that gradients are clipped by is one of all weights: `reduce`
+gives the sum of the squares of what a rank has of the sums, each element once on all ranks
+together, and `update` takes the factor that follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Graph, Op, Program, Region, Weight
-from compiler.graph.types import Dim
+from compiler.graph.core import Attr, Graph, Op, Program, Region, Step, Value, Weight
+from compiler.graph.types import Dim, Type
 from compiler.ops.base import dims_attr
 from compiler.parallel.layout import Layout, units
+from compiler.passes.differentiate import save
 from compiler.passes.partition import group_attrs
 
-# By convention the graph that ends a step is called so, behind the name of its forward graph.
-SUFFIX = "_step"
+# By convention the graphs that end a step are called so, behind the name of their forward graph.
+REDUCE, UPDATE = "_reduce", "_update"
 # What results are called, after the weight.
 NAMES = {
     "gradient": "d_{}",
     "recv": "d_{}_there",
     "add": "d_{}_of_stages",
     "reduce_scatter": "d_{}_share",
+    "sum_squares": "{}_squares",
     "update": "{}_share",
 }
 
@@ -45,18 +51,17 @@ def step_program(
     program: Program, layout: Layout, stage: int, shared: Mapping[str, tuple[int, ...]]
 ) -> Program:
     """The program that ends a training step on the ranks whose forward program is given."""
-    made = Program(program.name, program.root + SUFFIX)
+    made = Program(program.name, program.root + REDUCE)
     for name, graph in program.graphs.items():
-        if program.forward_of(name) != name:
-            continue
-        step = _Step(graph, program, made, layout, stage, shared).graph
-        if len(step.ops) > 1 or name == program.root:
-            made.graphs[step.name] = step
-            made.steps[name] = step.name
+        if program.forward_of(name) == name:
+            end = _Step(graph, program, made, layout, stage, shared)
+            if end.updates or name == program.root:
+                made.steps[name] = Step(end.reduce.name, end.update.name)
+                made.graphs |= {one.name: one for one in (end.reduce, end.update)}
     # The block updates the weights of its parts, which share its scope.
-    used = {made.root, *(c for graph in made.graphs.values() for c in graph.calls())}
+    used = {*made.roots, *(c for graph in made.graphs.values() for c in graph.calls())}
     made.graphs = {name: graph for name, graph in made.graphs.items() if name in used}
-    made.steps = {name: step for name, step in made.steps.items() if step in used}
+    made.steps = {name: step for name, step in made.steps.items() if step.reduce in used}
     return made
 
 
@@ -74,14 +79,34 @@ class _Step:
     ) -> None:
         self.layout, self.stage, self.shared = layout, stage, shared
         self.forward, self.program, self.made = graph, program, made
-        about = f"The end of a training step for the weights of {graph.name}."
-        self.graph = Graph(graph.name + SUFFIX, about=about, span=graph.span)
-        self.builder = Builder(self.graph, made.graphs)
-        for name, weight in self._weights(graph).items():
-            if weight.trainable and self._is_first(name):
-                self._renew(name, weight)
-        self.builder.ops += self._calls(graph.ops)
-        self.graph.ops.append(Op("return", spans=graph.ops[-1].spans))
+        self.spans = graph.ops[-1].spans
+        weights = f"for the weights of {graph.name}."
+        self.reduce = Graph(graph.name + REDUCE, about=f"Gradients summed {weights}")
+        self.update = Graph(graph.name + UPDATE, about=f"New values {weights}")
+        self.reduce.span = self.update.span = graph.span
+        self.factor = Value("factor", Type("f32"))
+        self.update.args = [self.factor]
+        self.reducing = Builder(self.reduce, made.graphs)
+        self.updating = Builder(self.update, made.graphs)
+        self.squares: list[Value] = []
+        saved = {
+            name: self._reduce(name, weight)
+            for name, weight in self._weights(graph).items()
+            if weight.trainable and self._is_first(name)
+        }
+        read = {name: Value(value.name, value.type) for name, value in saved.items()}
+        if saved:
+            self.update.ops.append(Op("saved", results=list(read.values()), spans=self.spans))
+        for name, d in read.items():
+            self._update(name, d)
+        self.squares += self._calls(self.reducing, graph.ops)
+        self._calls(self.updating, graph.ops, self.factor)
+        self.updates = bool(self.update.ops)
+        total = self._total(self.reducing, self.squares)
+        self.reduce.ops.append(Op("return", total, spans=self.spans))
+        self.reduce.result_names = ("squares",) * len(total)
+        self.update.ops.append(Op("return", spans=self.spans))
+        save(self.reduce, list(saved.values()))
 
     def _weights(self, graph: Graph) -> dict[str, Weight]:
         """Those of a graph and of its parts, which are called under no scope of their own."""
@@ -91,42 +116,66 @@ class _Step:
                 found |= self._weights(self.program.graphs[str(op.attrs["callee"])])
         return found
 
-    def _add(self, kind: str, *operands: Any, weight: str = "", **attrs: Any) -> Any:
-        names = [NAMES.get(kind, "{}").format(weight.removesuffix(".weight").rpartition(".")[2])]
+    def _add(
+        self, builder: Builder, kind: str, *operands: Value, weight: str = "", **attrs: Any
+    ) -> list[Value]:
+        module = weight.removesuffix(".weight").rpartition(".")[2]
+        names = [NAMES.get(kind, "{}").format(module) if module else "squares"]
         symbols = [weight] if kind in ("gradient", "update", "assign") else []
-        spans = self.forward.ops[-1].spans
-        made = self.builder.add(kind, operands, symbols, names=names, spans=spans, **attrs)
-        return made[0] if made else None
+        return builder.add(kind, operands, symbols, names=names, spans=self.spans, **attrs)
 
-    def _renew(self, name: str, weight: Weight) -> None:
-        self.graph.weights[name] = weight
-        mesh = self.layout.mesh
-        own = (Dim("experts", weight.stack),) if "*" in name else ()
-        experts = {"experts": dims_attr(*own)}
+    def _reduce(self, name: str, weight: Weight) -> Value:
+        """What this rank has of the gradient, summed over all that hold the weight."""
+        builder, mesh = self.reducing, self.layout.mesh
+        self.reduce.weights[name] = weight
         over = (weight.axis,) if weight.axis else ()
-        axes = tuple(axis for axis in self.layout.gradient_axes if axis not in over)
-        d = self._add("gradient", weight=name, **experts, over=over, axes=axes)
+        axes = self._axes(weight)
+        attrs: dict[str, Any] = {"experts": _experts(name, weight), "over": over, "axes": axes}
+        (d,) = self._add(builder, "gradient", weight=name, **attrs)
         here, sharing = self._rank(self.stage), sorted(set(map(self._rank, self._stages(name))))
         for other in sharing:
             if other != here:
-                self._add("send", d, pipeline=other)
-        total = None
+                self._add(builder, "send", d, pipeline=other)
+        parts = []
         for other in sharing:
-            # In the order of the ranks, so that all of them get the same sum.
-            part = d
+            part = [d]
             if other != here:
-                part = self._add("recv", weight=name, pipeline=other, type=str(d.type))
-            total = part if total is None else self._add("add", total, part, weight=name)
-        d = total
-        group = group_attrs(mesh, axes, mesh.rank(here, 0, 0)) if axes else {}
+                attrs = {"pipeline": other, "type": str(d.type)}
+                part = self._add(builder, "recv", weight=name, **attrs)
+            parts += part
+        # In the order of the ranks, so that all of them get the same sum.
+        (d,) = self._total(builder, parts, name)
         if axes:
-            d = self._add("reduce_scatter", d, weight=name, **group)
-        sizes = {"axes": axes, "ranks": group.get("ranks", 1)}
-        new = self._add("update", d, weight=name, **experts, **sizes)
+            group = group_attrs(mesh, axes, mesh.rank(here, 0, 0))
+            (d,) = self._add(builder, "reduce_scatter", d, weight=name, **group)
+        if here == sharing[0]:  # the others have the same elements
+            self.squares += self._add(builder, "sum_squares", d, weight=name)
+        return d
+
+    def _total(self, builder: Builder, parts: Sequence[Value], name: str = "") -> list[Value]:
+        """The sum of values; nothing of nothing."""
+        total = list(parts[:1])
+        for part in parts[1:]:
+            total = self._add(builder, "add", *total, part, weight=name)
+        return total
+
+    def _update(self, name: str, d: Value) -> None:
+        weight, mesh = self.reduce.weights[name], self.layout.mesh
+        builder, axes, experts = self.updating, self._axes(weight), _experts(name, weight)
+        self.update.weights[name] = weight
+        group: dict[str, Any] = {"ranks": 1}
         if axes:
-            into = dims_attr(*own, *weight.type.dims)
-            new = self._add("all_gather", new, weight=name, **group, into=into)
-        self._add("assign", new, weight=name, **experts)
+            group = group_attrs(mesh, axes, mesh.rank(self._rank(self.stage), 0, 0))
+        sizes = {"experts": experts, "axes": axes, "ranks": group["ranks"]}
+        (new,) = self._add(builder, "update", d, self.factor, weight=name, **sizes)
+        if axes:
+            into = (*experts, *dims_attr(*weight.type.dims))
+            (new,) = self._add(builder, "all_gather", new, weight=name, **group, into=into)
+        self._add(builder, "assign", new, weight=name, experts=experts)
+
+    def _axes(self, weight: Weight) -> tuple[str, ...]:
+        """The axes of the ranks that hold the same elements of a weight."""
+        return tuple(axis for axis in self.layout.gradient_axes if axis != weight.axis)
 
     def _rank(self, stage: int) -> int:
         """The first pipeline rank that holds a stage."""
@@ -141,20 +190,28 @@ class _Step:
         rank = self._rank(self.stage)
         return self.stage == min(s for s in self._stages(name) if self._rank(s) == rank)
 
-    def _calls(self, ops: list[Op]) -> list[Op]:
-        found: list[Op] = []
+    def _calls(self, builder: Builder, ops: Sequence[Op], *operands: Value) -> list[Value]:
+        """One phase of everything that operators call; the squares that it gives."""
+        squares: list[Value] = []
         for op in ops:
-            if op.kind == "call" and op.attrs["scope"]:
-                callee = self.made.steps.get(str(op.attrs["callee"]))
-                if callee:
-                    attrs = {"callee": callee, "scope": op.attrs["scope"]}
-                    found.append(Op("call", attrs=attrs, spans=op.spans))
+            given: dict[str, Any] = {"names": ["squares"], "spans": op.spans}
+            attrs: dict[str, Any] = dict(op.attrs)
+            # Without a scope it is a part of this block, which updates its weights itself.
+            if op.kind == "call" and attrs["scope"] and attrs["callee"] in self.made.steps:
+                step = self.made.steps[attrs["callee"]]
+                attrs["callee"] = step.reduce if builder is self.reducing else step.update
+                squares += builder.add("call", operands, **given, **attrs)
             elif op.kind == "repeat":
-                inside = self._calls(op.regions[0].ops)
+                outer, builder.ops = builder.ops, []
+                total = self._total(builder, self._calls(builder, op.regions[0].ops, *operands))
+                inside, builder.ops = builder.ops, outer
                 if inside:
-                    inside.append(Op("yield", spans=op.spans))
-                    region = Region([], inside)
-                    found.append(
-                        Op("repeat", attrs=dict(op.attrs), regions=[region], spans=op.spans)
-                    )
-        return found
+                    regions = [Region([], [*inside, Op("yield", total, spans=op.spans)])]
+                    stacked = builder.add("repeat", regions=regions, **given, **attrs)
+                    squares += [v for x in stacked for v in builder.add("sum", [x], **given)]
+        return squares
+
+
+def _experts(name: str, weight: Weight) -> tuple[Attr, ...]:
+    """The experts of a rank, as a dimension of what is of all of them at once."""
+    return dims_attr(Dim("experts", weight.stack)) if "*" in name else ()

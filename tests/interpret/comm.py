@@ -41,6 +41,7 @@ class World:
         self.barriers: dict[tuple[int, ...], Barrier] = {}
         self.posted: dict[tuple[int, ...], dict[int, Any]] = defaultdict(dict)
         self.mail: dict[tuple[int, int], Queue[Any]] = defaultdict(Queue)
+        self.barriers[tuple(range(mesh.size))] = Barrier(mesh.size)
         for rank in self.ranks:
             for n in range(1, len(MESH_AXES) + 1):
                 for axes in combinations(MESH_AXES, n):
@@ -88,7 +89,13 @@ class Rank:
 
     def exchange(self, axes: Sequence[str], value: Any) -> list[Any]:
         """What every rank of the group gave, in order."""
-        group = self.group(axes)
+        return self._exchange(self.group(axes), value)
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """What every rank of the world gave, in order."""
+        return self._exchange(tuple(range(self.world.mesh.size)), value)
+
+    def _exchange(self, group: tuple[int, ...], value: Any) -> list[Any]:
         barrier, posted = self.world.barriers[group], self.world.posted[group]
         posted[self.number] = value
         barrier.wait(WAIT)

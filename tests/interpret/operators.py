@@ -254,8 +254,9 @@ def _gradient(f: Frame, op: Op) -> Tensor:
     return torch.stack(found) if op.attrs["experts"] else found[0]
 
 
-def _update(f: Frame, op: Op, d: Tensor) -> Tensor:
+def _update(f: Frame, op: Op, d: Tensor, factor: Tensor) -> Tensor:
     """Plain gradient descent."""
+    d = d * factor
     whole = f.weight(op.symbols[0])
     if number(op, "ranks") == 1:
         return whole - LEARNING_RATE * d
@@ -409,6 +410,7 @@ RUN: dict[str, Run] = {
     "pad_last": _pad,
     "rename": lambda f, op, x: x,
     "gradient": _gradient,
+    "sum_squares": lambda f, op, d: d.square().sum(),
     "update": _update,
     "assign": _assign,
     **COMM,

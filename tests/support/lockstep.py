@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,20 +105,28 @@ def train_step(
 ) -> dict[str, Tensor]:
     """The weights after a step, of all ranks; whoever holds a weight has the same new values.
 
-    `programs` and `ends` are by stage, `batches` the micro-batches of all data ranks together.
+    Gradients are clipped to a norm of 1. `programs` and `ends` are by stage, `batches` the
+    micro-batches of all data ranks together.
     """
+    world = World(where.mesh)
 
     def one(rank: Rank) -> dict[str, Tensor]:
         row = Row(rank, programs, order, batches, weights)
         row.execute()
         renewed = dict(weights)
-        for stage in sorted(where.stages_of(rank.place.pipeline)):
-            state = State(grads=row.grads)
-            run(ends[stage], {}, renewed, rank=rank, state=state, dtype=torch.float64)
+        here = {s: State(grads=row.grads) for s in sorted(where.stages_of(rank.place.pipeline))}
+        squares = torch.zeros((), dtype=torch.float64)
+        options: Any = {"rank": rank, "dtype": torch.float64}
+        for stage, state in here.items():
+            squares += sum(run(ends[stage], {}, renewed, state=state, **options))
+        factor = (1 / sum(rank.everywhere(squares)).sqrt()).clamp(max=1)
+        for stage, state in here.items():
+            end, given = ends[stage], {"factor": factor}
+            run(end, given, renewed, graph=end.update, state=state, **options)
         return {name: value for name, value in renewed.items() if value is not weights[name]}
 
     found: dict[str, Tensor] = {}
-    for renewed in World(where.mesh).run(one):
+    for renewed in world.run(one):
         for name, value in renewed.items():
             assert torch.equal(found.setdefault(name, value), value), name
     return found

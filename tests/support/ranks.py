@@ -95,6 +95,8 @@ def run_ranks(
         end = ends[rank.place.pipeline]
         if end is not None:
             run(end, {}, renewed, rank=rank, state=state, dtype=dtype)
+            factor = {"factor": torch.ones((), dtype=dtype)}
+            run(end, factor, renewed, graph=end.update, rank=rank, state=state, dtype=dtype)
         return results, grads, {n: w for n, w in renewed.items() if w is not weights[n]}
 
     outcomes = world.run(one)

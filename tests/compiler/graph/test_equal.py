@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from compiler.graph.core import Boundary, Cache, Derivative, Op, Program, copy_program
+from compiler.graph.core import Boundary, Cache, Derivative, Op, Program, Step, copy_program
 from compiler.graph.equal import changed_graphs, equal, equal_graphs, first_difference
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
@@ -71,7 +71,7 @@ def boundary(p: Program) -> None:
 
 
 def step(p: Program) -> None:
-    p.steps["MLA"] = "MLA_step"
+    p.steps["MLA"] = Step("MLA_reduce", "MLA_update")
 
 
 def new_cache(p: Program) -> None:
@@ -124,7 +124,8 @@ CHANGES: dict[Callable[[Program], None], str] = {
     derivative: "program: line 5 is missing in the first, derivative @MLA = @MLA_backward "
     "<results=(0), arguments=(0)> in the second",
     boundary: "program: line 5 is missing in the first, boundary <sent=(h)> in the second",
-    step: "program: line 5 is missing in the first, step @MLA = @MLA_step in the second",
+    step: "program: line 5 is missing in the first, step @MLA = @MLA_reduce, "
+    "@MLA_update in the second",
     order_of_graphs: "program: graph 1 is @MLA in the first, @SwiGLU_192 in the second",
     graph_name: "graph @CausalLM: name is CausalLM in the first, Other in the second",
     argument_type: "graph @CausalLM: argument 1 is %tokens: i64[batch, seq] in the first, %tokens: "

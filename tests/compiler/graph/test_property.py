@@ -36,7 +36,7 @@ MADE_BY_PASSES = {
         "saved",
         "accumulate_grad",
     ),
-    *("gradient", "update", "assign"),
+    *("gradient", "sum_squares", "update", "assign"),
 }
 
 

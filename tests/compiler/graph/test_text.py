@@ -7,7 +7,7 @@ import math
 import pytest
 from lark import Token
 
-from compiler.graph.core import Attr, Boundary, Derivative, Graph, Op, Program, Value, Weight
+from compiler.graph.core import Attr, Boundary, Derivative, Graph, Op, Program, Step, Value, Weight
 from compiler.graph.parse import MAX_NESTING, grammar, parse_program
 from compiler.graph.text import print_graph, print_program
 from compiler.graph.types import Dim, Type, parse_type
@@ -53,14 +53,14 @@ DERIVED = """program @p root @G {
   derivative @G = @H
   derivative @F = @I, @W <results=(0, 2), lifted=(1), arguments=(0)>
   boundary <received=(h_in), sent=(h, "true")>
-  step @G = @S
+  step @G = @S, @U
 }
 """
 
 
 def test_what_a_program_says_of_its_graphs_reads_back() -> None:
     program = parsed(DERIVED)
-    assert program.aliases == {"a": "b"} and program.steps == {"G": "S"}
+    assert program.aliases == {"a": "b"} and program.steps == {"G": Step("S", "U")}
     assert program.derivatives == {
         "G": Derivative("H"),
         "F": Derivative("I", "W", results=(0, 2), lifted=(1,), arguments=(0,)),

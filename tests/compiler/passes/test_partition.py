@@ -238,8 +238,35 @@ def test_the_end_of_a_step(golden: Golden) -> None:
     where = layout(MESHES["2 replicas"], of)
     (program,) = rank_programs(of, where)
     end = end_of(of, where, 0, program)
-    texts = [print_graph(end.graphs[name]) for name in ("DeepSeekMoE_step", "CausalLM_step")]
+    texts = [
+        print_graph(end.graphs[name])
+        for name in (
+            "DeepSeekMoE_reduce",
+            "DeepSeekMoE_update",
+            "CausalLM_reduce",
+            "CausalLM_update",
+        )
+    ]
     golden("passes/optimizer_step.graph", "\n".join(texts))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update": "Other"}, "there is no graph @Other"),
+        ({"reduce": "CausalLM_update"}, "@CausalLM_update takes something"),
+        ({"update": "CausalLM_reduce"}, "takes or gives anything but the factor"),
+        ({"update": "DeepSeekMoE_update"}, "@DeepSeekMoE_update reads"),
+    ],
+)
+def test_the_phases_of_a_step_fit_each_other(change: dict[str, str], message: str) -> None:
+    of = description("architecture.mtp.depth=0")
+    where = layout(MESHES["2 replicas"], of)
+    end = end_of(of, where, 0, rank_programs(of, where)[0])
+    end.steps["CausalLM"] = replace(end.steps["CausalLM"], **change)
+    with pytest.raises(DiagnosticError) as error:
+        verify(end)
+    assert any(message in one.message for one in error.value.diagnostics)
 
 
 def test_three_stages(golden: Golden) -> None:
