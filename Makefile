@@ -9,6 +9,7 @@ TORCH  := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 # `make replay` compares with this commit.
 BASE   ?= HEAD~1
 REPLAY := build/replay
+ALL_CORES := -n auto --dist worksteal
 
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
@@ -18,10 +19,10 @@ build: $(READY)  ## set everything up and build the 671B model
 	$(BIN)/dslc build specs/deepseek_v3.yaml
 
 test: $(READY)  ## set everything up and run every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(ALL_CORES)
 
 check: lint  ## format, lint, types and the quick tests
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q $(ALL_CORES) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -34,7 +35,7 @@ format: $(READY)  ## rewrite the code in the project's format
 
 golden: $(READY)  ## rewrite the golden files and the tables of the grammar; read the diff
 	$(BIN)/python -m dsl.grammar
-	$(BIN)/pytest -q --update-golden
+	$(BIN)/pytest -q $(ALL_CORES) --update-golden
 
 replay: $(READY)  ## build every spec here and at BASE, and compare the bytes
 	@rm -rf $(REPLAY) && git worktree prune

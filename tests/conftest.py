@@ -27,6 +27,9 @@ settings.register_profile("explore", derandomize=False, deadline=None, max_examp
 settings.load_profile("default")
 
 
+# Folders whose tests interpret kernels, run random models or those of transformers, or train.
+SLOW = {"kernels", "oracle", "property", "train"}
+
 FILES = pytest.StashKey[GoldenFiles]()
 
 
@@ -65,8 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # Every one of them holds a model of transformers against ours.
-        if "oracle" in item.path.parts:
+        if SLOW & {*item.path.parts}:
             item.add_marker("slow")
 
 

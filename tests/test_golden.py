@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-CONFTEST = Path(__file__).parent / "conftest.py"
+from tests.support.places import ROOT
+
 SUITE = """
 def test_text(golden):
     golden("folder/a.txt", "one\\ntwo\\n")
@@ -20,7 +22,8 @@ def test_text(golden):
 def suite(tmp_path: Path) -> Path:
     """A project of one golden test whose file does not exist yet."""
     (tmp_path / "tests").mkdir()
-    shutil.copy(CONFTEST, tmp_path / "tests")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    shutil.copytree(ROOT / "tests" / "support", tmp_path / "tests" / "support")
     (tmp_path / "tests" / "test_a.py").write_text(SUITE, encoding="utf-8")
     (tmp_path / "pyproject.toml").write_text('[tool.pytest]\ntestpaths = ["tests"]\n')
     return tmp_path
@@ -28,10 +31,12 @@ def suite(tmp_path: Path) -> Path:
 
 def run(suite: Path, *arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=suite, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=suite, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_difference_fails_with_a_diff_until_it_is_accepted(suite: Path) -> None:
     status, out = run(suite)
     assert status == 1 and "golden/folder/a.txt does not exist yet" in out
@@ -56,3 +61,11 @@ def test_a_file_that_no_test_reads_fails_the_whole_suite_only(suite: Path) -> No
     status, out = run(suite)
     assert status == 1 and "tests/golden/folder/b.txt: no test reads it" in out
     assert run(suite, "tests/test_a.py")[0] == 0
+
+
+def test_workers_say_what_they_compared(suite: Path) -> None:
+    assert "golden file rewritten" in run(suite, "--update-golden", "-n", "2")[1]
+    assert run(suite, "-n", "2")[0] == 0
+    (suite / "tests" / "golden" / "b.txt").write_text("left over", encoding="utf-8")
+    status, out = run(suite, "-n", "2")
+    assert status == 1 and "tests/golden/b.txt: no test reads it" in out

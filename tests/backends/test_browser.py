@@ -45,6 +45,7 @@ def visible(browser: Browser, selector: str, what: str = "textContent.trim()") -
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["report.html", "steps.html"])
 def test_pages_open_without_errors_and_print(pages: Path, browser: Browser, name: str) -> None:
     browser.open(pages / name)
@@ -87,6 +88,7 @@ def test_a_person_steps_through_a_program(pages: Path, browser: Browser) -> None
     assert browser.errors == []
 
 
+@pytest.mark.slow
 def test_a_person_zooms_into_a_block_and_sees_what_a_pass_did(
     pages: Path, browser: Browser
 ) -> None:

@@ -47,6 +47,7 @@ def test_the_package_holds_what_the_manifest_says(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out], "nothing is left beside it"
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_hash_seed_and_the_folder(tmp_path: Path) -> None:
     build(load(TINY), tmp_path / "here")
     for seed, folder in (("1", tmp_path), ("2", ROOT)):

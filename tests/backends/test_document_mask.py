@@ -128,6 +128,7 @@ LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 SKIPS: list[tuple[str, ...]] = [(), ("recompute",), ("differentiate",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", SIZES)
 def test_scores_are_those_of_each_document_alone(folder: Path, attention: str) -> None:
     masked, plain = (model(folder, mask, sets(attention)) for mask in (True, False))
@@ -149,6 +150,7 @@ def test_scores_are_those_of_each_document_alone(folder: Path, attention: str) -
     one()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("attention", SIZES)
 def test_losses_and_gradients_are_those_of_each_document_alone(
@@ -170,6 +172,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(
     one()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", SIZES)
 def test_nothing_of_a_document_reaches_another(folder: Path, attention: str) -> None:
     """Not a bit, in scores and in gradients: of a dense model. Where there are experts, the number

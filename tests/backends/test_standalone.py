@@ -64,6 +64,7 @@ def run(script: str, folder: Path, build_folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_computes_trains_generates_and_keeps(tmp_path: Path) -> None:
     build(load(ROOT / "specs" / "deepseek_v3_tiny.yaml"), tmp_path / "b" / "deepseek_v3_tiny")
     elsewhere = tmp_path / "elsewhere"

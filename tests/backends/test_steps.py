@@ -68,6 +68,7 @@ def test_the_page_is_small_and_needs_nothing_but_itself() -> None:
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_again_and_in_every_folder(tmp_path: Path) -> None:
     again = load(SPECS / "deepseek_v3_tiny.yaml")
     copy = tmp_path / "deepseek_v3_tiny.yaml"

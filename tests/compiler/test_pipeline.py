@@ -76,6 +76,7 @@ def test_until_and_skip_leave_out_what_is_not_essential() -> None:
     assert chosen(PIPELINES["train"], until="absorb") == list(PIPELINES["train"])
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.sets(st.sampled_from(OPTIONAL)), st.none() | st.sampled_from(list(PASSES)))
 def test_a_package_can_be_written_without_any_optional_passes(
@@ -92,6 +93,7 @@ def builtin_compile(source: str) -> None:
     builtins.compile(source, "model.py", "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PIPELINES)
 def test_a_mask_between_documents_is_where_whole_sequences_are(program: str) -> None:
     path = TINY

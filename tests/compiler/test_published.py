@@ -42,6 +42,7 @@ def test_deepseek_v3_has_the_tensors_that_were_published() -> None:
     assert order[first : first + 4] == after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sets"),
     [

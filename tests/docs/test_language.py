@@ -47,6 +47,7 @@ def column(first: str, index: int = 0) -> list[str]:
 # ---- examples -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     assert follow(TEXT, tmp_path, partial(typed, dslc)) >= 5

@@ -20,6 +20,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_commands_are_those_that_there_are(dslc: Run, words: list[str], tmp_path: Path) -> None:
     """Their options are known, and what they train can be built."""

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from backends.weights import BESIDE, FP8
 from tests.support.command import Run
 from tests.support.documents import examples
@@ -15,6 +17,7 @@ from tests.support.trained import built, part
 TEXT_OF_IT = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_its_commands_run_one_after_another(dslc: Run, tmp_path: Path) -> None:
     package = built(tmp_path, "docs_weights_tiny", train__steps="2", train__ema="0.5")
     (tmp_path / "text.txt").write_bytes(TEXT.read_bytes()[:3000])

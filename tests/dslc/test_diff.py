@@ -61,6 +61,7 @@ def test_variants_and_changes_of_either_side(dslc: Run) -> None:
     assert dslc("diff", "two.yaml", *same).status == 0
 
 
+@pytest.mark.slow
 def test_a_build_says_the_same_as_its_spec(dslc: Run) -> None:
     assert dslc("build", TINY, "-o", "made").status == 0
     assert dslc("build", TINY, *FEWER, "-o", "fewer").status == 0
@@ -104,6 +105,7 @@ def _wrong_kinds(manifest: str) -> str:
     return json.dumps({**json.loads(manifest), "values": [1, 2]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [_cut, _foreign, _without_values, _without_graph, _wrong_kinds, lambda _: "[" * 10**5]
 )

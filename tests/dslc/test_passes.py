@@ -33,6 +33,7 @@ def test_what_each_pass_did_to_a_model(dslc: Run, golden: Golden) -> None:
     golden("cli/passes_tiny.txt", re.sub(r" +(\d+\.\d|ms)(?=  |$)", "  (ms)", out, flags=re.M))
 
 
+@pytest.mark.slow
 def test_the_graph_after_a_pass_is_that_of_this_step(dslc: Run) -> None:
     def mla(after: str, *more: str) -> str:
         options = ("--program", "decode", "--block", "MLA", "--after", after, *more)

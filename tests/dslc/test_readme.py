@@ -12,6 +12,7 @@ from tests.support.documents import follow
 from tests.support.places import ROOT, SPECS
 
 
+@pytest.mark.slow
 def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "specs").symlink_to(SPECS)

@@ -111,6 +111,7 @@ def test_a_scaling_law_is_found_again() -> None:
 # ---- plans --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_can_be_planned(dslc: Run, tmp_path: Path, path: Path) -> None:
     outcome = dslc("study", str(path), "--plan", "--out", str(tmp_path), "--format", "json")
@@ -131,6 +132,7 @@ def planned(dslc: Run, folder: Path, text: str) -> list[dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_parameters_are_held_equal_by_solving_one_value(dslc: Run, tmp_path: Path) -> None:
     text = TEXT[: TEXT.index("factors")] + "factors: {params.n_routed_experts: [16, 8]}\n"
     free = planned(dslc, tmp_path, text)

@@ -34,6 +34,7 @@ def train(run: Path, *more: str) -> list[str]:
     return ["train", "deepseek_v3_tiny", *sets, "--out", str(run), *more]
 
 
+@pytest.mark.slow
 def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -> None:
     outcome = dslc(*train(run, "--data", str(run.parent / "text.txt")))
     assert outcome.status == 0, outcome.err
@@ -69,6 +70,7 @@ def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> No
         assert "Traceback" not in outcome.err
 
 
+@pytest.mark.slow
 def test_a_learned_tokenizer_serves_a_run(dslc: Run, run: Path, tmp_path: Path) -> None:
     text, tokens = run.parent / "text.txt", tmp_path / "tokens"
     words = ["tokenizer", str(text), "-o", str(tokens)]

@@ -96,6 +96,7 @@ def test_fp8_goes_out_and_comes_in(dslc: Run, run: Path, tmp_path: Path) -> None
     assert {t.dtype for t in state(tmp_path / "in").values()} == {torch.bfloat16, torch.float32}
 
 
+@pytest.mark.slow
 def test_weights_that_did_not_move(dslc: Run, tmp_path: Path) -> None:
     run = trained(tmp_path, "untrained_tiny", train__learning_rate="0", train__bias_update="0")
     outcome = dslc("export", run, "--to", "out")
@@ -127,6 +128,7 @@ def test_runs_that_cannot_be_exported(dslc: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_read(dslc: Run, tmp_path: Path) -> None:
     assert "E100" in dslc("import", "nowhere", "--to", "out").err
     (tmp_path / "other").mkdir()

@@ -379,6 +379,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     """512 MB in one file, which is sparse: 64 tensors of 8 MB that are read, 2 MB when written."""
     names = [f"layers.{i}.weight" for i in range(64)]

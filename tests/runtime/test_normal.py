@@ -103,6 +103,7 @@ def test_the_moments_are_those_of_a_normal_distribution(many: Tensor) -> None:
     assert abs(many.pow(4).mean() - 3) < 4 * math.sqrt(96 / n) + 0.0006
 
 
+@pytest.mark.slow
 def test_the_distribution_is_normal_and_so_are_its_tails(many: Tensor) -> None:
     n = many.numel()
     ordered = many.sort().values
@@ -121,6 +122,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float((a * b).mean() * math.sqrt(a.numel()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 7, 8, 64, 1000, 4096, 7168, 1 << 16, 1 << 17, 1 << 20])
 def test_neighbours_are_not_correlated(many: Tensor, lag: int) -> None:
     a, b = many[:-lag], many[lag:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,7 @@ def test_values_in_a_buffer_never_live_at_once(
     assert not equal or total == most
 
 
+@pytest.mark.slow
 @given(programs())
 def test_memory_of_any_program(program: Program) -> None:
     for name, graph in program.graphs.items():

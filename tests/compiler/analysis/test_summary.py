@@ -265,6 +265,7 @@ def test_json_holds_every_number() -> None:
     assert layers["parameters"] == 11_507_286_272
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     dense=st.integers(1, 4),

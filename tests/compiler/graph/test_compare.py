@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ def test_both_programs_can_be_read_from_the_comparison(a: Program, b: Program, s
         assert sorted(before) == sorted(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(programs(), programs())
 def test_the_other_way_round_added_is_removed(a: Program, b: Program) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ MADE_BY_PASSES = {
 }
 
 
+@pytest.mark.slow
 def test_random_programs_are_valid_and_read_back_equal() -> None:
     seen: set[str] = set()
 
@@ -81,6 +83,7 @@ TINY = (GOLDEN / "graph" / "deepseek_v3_tiny.txt").read_text(encoding="utf-8")
 WORDS = sorted({*re.findall(r"[%@]?[\w.*+=]+", TINY), *'()<>{}[]|,:=@%-"\n'})
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.data())
 def test_a_changed_text_is_read_or_explained(data: st.DataObject) -> None:

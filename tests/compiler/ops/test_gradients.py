@@ -375,6 +375,7 @@ class Adjoint:
         return any(self.builder.graph.weights[s].trainable for s in symbols)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=settings().max_examples // 5)
 @pytest.mark.parametrize("kind", EXAMPLES)

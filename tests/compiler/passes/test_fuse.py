@@ -28,6 +28,7 @@ def kinds(program: Program) -> Counter[str]:
     return Counter(op.kind for graph in program.graphs.values() for op in graph.walk())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("sets", [(), ("precision.policy=bf16",)])
 def test_before_and_after_compute_the_same(name: str, sets: tuple[str, ...]) -> None:

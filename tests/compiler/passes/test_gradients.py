@@ -28,6 +28,7 @@ def derived(*sets: str) -> Program:
     return after(description(*sets), "train", "differentiate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", VARIANTS)
 def test_gradients_are_those_of_autograd(sets: tuple[str, ...], tmp_path: Path) -> None:
     ours, autograd = model(tmp_path, *sets), model(tmp_path, *sets, skip=("differentiate",))
@@ -89,6 +90,7 @@ def change_derivative(**changes: Any) -> Callable[[Program], None]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -137,6 +139,7 @@ def total(folder: Path, *sets: str, skip: tuple[str, ...] = ()) -> list[torch.Te
     return [loss.detach(), *(p.grad for p in one.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, 100_000, 17_000])
 def test_what_is_computed_again_has_the_same_bits(budget: int | None, tmp_path: Path) -> None:
     sets = () if budget is None else (f"train.saved_bytes_per_token={budget}",)

@@ -51,12 +51,14 @@ def check_step(name: str, mesh: Mesh, batches: int, *sets: str) -> None:
         torch.testing.assert_close(found[key], expected, rtol=1e-10, atol=1e-12, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
 def test_a_step_by_a_schedule_is_that_of_one_rank(name: str) -> None:
     """Under DualPipe two pipeline ranks hold each weight: their gradients add up."""
     check_step(name, Mesh(2, 1, 2, 2), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
 @pytest.mark.parametrize(
     ("mesh", "batches"), [(Mesh(4, 1, 1, 2), 10), (Mesh(2, 2, 2, 2), 4), (Mesh(2, 2, 1, 1), 6)]

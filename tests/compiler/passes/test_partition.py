@@ -73,6 +73,7 @@ def check_same(of: Description, where: Layout, name: str = "train") -> World:
     return world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward", "train"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_all_ranks_together_compute_what_one_does(mesh: str, name: str) -> None:
@@ -92,6 +93,7 @@ def test_gradients_of_weights_may_wait() -> None:
     check_same(of, where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(1, 2), (1, 4), (2, 3), (3, 4)])
 def test_stages_may_be_cut_anywhere_between_layers(cuts: tuple[int, int]) -> None:
     """Also with nothing but the embedding first, or nothing but head and MTP modules last."""
@@ -100,6 +102,7 @@ def test_stages_may_be_cut_anywhere_between_layers(cuts: tuple[int, int]) -> Non
 
 
 # Each example takes a second: what fails is small enough as it is.
+@pytest.mark.slow
 @settings(max_examples=12, phases=[Phase.generate])
 @given(st.data())
 def test_random_specs_on_random_meshes(data: st.DataObject) -> None:

@@ -93,6 +93,7 @@ def texts_of(program: Program) -> list[str]:
     return [print_graph(graph) for graph in program.graphs.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", VARIANTS)
 @pytest.mark.parametrize(
     "skip",

@@ -247,6 +247,7 @@ OVERRIDES = ["o_proj", "kv_a_proj_with_mqa", "experts", "experts.*.gate_proj", "
              "dense_feed_forward", "eh_proj", "gate_proj"]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     st.sampled_from(["forward", "train", "prefill"]),

@@ -30,6 +30,7 @@ def v3(parallel: str, *more: str) -> Description:
     return load(shipped()["deepseek_v3"], sets=[f"parallel={{{V3_WITH}, {parallel}}}", *more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CANNOT)
 def test_a_layout_that_cannot_be(case: str, golden: Golden) -> None:
     description = v3(CANNOT[case])

@@ -162,6 +162,7 @@ clusters = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.sampled_from(MODELS), layouts, clusters)
 def test_any_layout_that_can_be_owns_every_weight_and_shards_it_exactly(
