@@ -179,15 +179,15 @@ def attend(
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float) -> Tensor:
-    """`attention` of as many queries as keys within documents that `position` tells apart."""
-    return attend(q, k, v, seen_in_documents(position), scale)
+    """`attention` of as many queries as keys within documents; `position` counts from 0 in each."""
+    return attend(q, k, v, document_mask(position), scale)
 
 
-def seen_in_documents(position: Tensor) -> Tensor:
-    """Which keys a query sees, bool [batch, 1, query, key]: earlier ones of its document.
+def document_mask(position: Tensor) -> Tensor:
+    """The mask of documents, bool [batch, 1, query, key]: causal, within each document.
 
-    `position` [batch, seq] counts on within a document and begins anew with the next one: tokens of
-    one document, and no others, are equally far from where their position would be 0.
+    `position` [batch, seq] counts from 0 in each document, so the index of a token minus its
+    position is the start of its document.
     """
     start = torch.arange(position.shape[1], device=position.device) - position
     return (start.unsqueeze(2) == start.unsqueeze(1)).tril().unsqueeze(1)
@@ -197,31 +197,33 @@ def attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts_q: Tensor,
-    starts_k: Tensor,
-    longest: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
     scale: float,
 ) -> Tensor:
-    """`attention` of sequences that lie one behind another: [token, heads, v_dim].
+    """`attention` of packed sequences: [token, heads, v_dim].
 
     q [token, heads, dim], k [key, kv_heads, dim], v [key, kv_heads, v_dim]. Sequence i has the
-    tokens from starts_q[i] to starts_q[i + 1], int32 [sequences + 1], and the keys that `starts_k`
-    says: at least as many, and at most `longest`, which a kernel has to know. Zeros for tokens
-    behind the last sequence.
+    tokens cu_seqlens_q[i] to cu_seqlens_q[i + 1], int32 [sequences + 1], and likewise the keys of
+    `cu_seqlens_k`: at least as many, and at most `max_seqlen`, which kernels need. Tokens after the
+    last sequence get zeros.
     """
-    seen, none = seen_keys(len(q), len(k), starts_q, starts_k)
+    seen, none = varlen_mask(len(q), len(k), cu_seqlens_q, cu_seqlens_k)
     out = attend(q[None], k[None], v[None], seen, scale)[0]
     return out.masked_fill(none[:, None, None], 0)
 
 
-def seen_keys(queries: int, keys: int, starts_q: Tensor, starts_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Which keys a query of several sequences sees, [queries, keys], and which are in none."""
-    sequences = len(starts_q) - 1
+def varlen_mask(
+    queries: int, keys: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mask of packed sequences, bool [queries, keys], and which queries are in none."""
+    sequences = len(cu_seqlens_q) - 1
     of, left = [], []  # the sequence of each token, and how far its end is
-    for tokens, starts in ((queries, starts_q), (keys, starts_k)):
-        place = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
-        of.append(torch.bucketize(place, starts, right=True) - 1)
-        left.append(starts[(of[-1] + 1).clamp(max=sequences)] - place)
+    for tokens, cu_seqlens in ((queries, cu_seqlens_q), (keys, cu_seqlens_k)):
+        place = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        of.append(torch.bucketize(place, cu_seqlens, right=True) - 1)
+        left.append(cu_seqlens[(of[-1] + 1).clamp(max=sequences)] - place)
     seen = (of[0].unsqueeze(1) == of[1]) & (left[0].unsqueeze(1) <= left[1])
     return seen, of[0] == sequences
 

@@ -126,7 +126,7 @@ def document_attention_saving(
     q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`document_attention`, and what `attention_saving` gives besides."""
-    return _attend_saving(q, k, v, F.seen_in_documents(position), scale)
+    return _attend_saving(q, k, v, F.document_mask(position), scale)
 
 
 def document_attention_grad(
@@ -140,7 +140,7 @@ def document_attention_grad(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, from what `document_attention_saving` gave."""
-    return _attend_grad(d, q, k, v, o, lse, F.seen_in_documents(position), scale)
+    return _attend_grad(d, q, k, v, o, lse, F.document_mask(position), scale)
 
 
 def _attend_saving(
@@ -246,19 +246,19 @@ def attention_varlen_saving(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts_q: Tensor,
-    starts_k: Tensor,
-    longest: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`attention_varlen`, and the logarithm of each query's sum of exponentials [token, heads];
-    zeros for tokens behind the last sequence."""
-    seen, none = F.seen_keys(len(q), len(k), starts_q, starts_k)
+    zeros for tokens after the last sequence."""
+    seen, none = F.varlen_mask(len(q), len(k), cu_seqlens_q, cu_seqlens_k)
     times, levels = q.shape[1] // k.shape[1], []
     for head in range(q.shape[1]):  # the scores of all heads at once may be too many
         score = F.wide(q[:, head]) @ F.wide(k[:, head // times]).t() * scale
         levels.append(score.masked_fill(~seen, -torch.inf).logsumexp(-1).masked_fill(none, 0))
-    o = F.attention_varlen(q, k, v, starts_q, starts_k, longest, scale)
+    o = F.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale)
     return o, torch.stack(levels, -1)
 
 
@@ -269,13 +269,13 @@ def attention_varlen_grad(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    starts_q: Tensor,
-    starts_k: Tensor,
-    longest: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v, of sequences one behind another; zeros outside of all of them."""
-    seen, none = F.seen_keys(len(q), len(k), starts_q, starts_k)
+    """Of q, k and v of packed sequences; zeros outside of all of them."""
+    seen, none = F.varlen_mask(len(q), len(k), cu_seqlens_q, cu_seqlens_k)
     d = d.masked_fill(none[:, None, None], 0)
     dq, dk, dv = _attend_grad_by_autograd(d[None], q[None], k[None], v[None], seen, scale)
     return dq[0], dk[0], dv[0]

@@ -187,23 +187,23 @@ class Heads:
         )
 
     def packed(self, kind: str, sizes: tuple[int, int], lines: tuple[str, ...]) -> Case:
-        """Sequences of `longest` tokens one behind another: prompts, or documents of a batch."""
-        sequences, longest = sizes
-        tokens = sequences * longest
+        """Packed sequences of `max_seqlen` tokens: prompts, or documents of a batch."""
+        sequences, max_seqlen = sizes
+        tokens = sequences * max_seqlen
         q = Tensor((tokens, self.heads, self.dim))
         k = Tensor((tokens, self.kv_heads, self.dim))
         v = Tensor((tokens, self.kv_heads, self.width))
         o = Tensor((tokens, self.heads, self.width))
         lse = Tensor((tokens, self.heads), "float32")
-        starts = Tensor((sequences + 1,), "int32", "starts", longest)
-        seen, grad = sequences * longest * (longest + 1) // 2, kind == "attention_grad"
+        cu_seqlens = Tensor((sequences + 1,), "int32", "starts", max_seqlen)
+        seen, grad = sequences * max_seqlen * (max_seqlen + 1) // 2, kind == "attention_grad"
         given = {"attention": (o,), "attention_saving": (o, lse), "attention_grad": (q, k, v)}[kind]
         taken = (o, q, k, v, o, lse) if grad else (q, k, v)
         function = kind.replace("attention", "attention_varlen")
         return Case(
-            name=f"{function} h{self.heads} d{self.dim} b{sequences} k{longest}",
+            name=f"{function} h{self.heads} d{self.dim} b{sequences} k{max_seqlen}",
             function=function,
-            arguments=(*taken, starts, starts, longest, self.scale),
+            arguments=(*taken, cu_seqlens, cu_seqlens, max_seqlen, self.scale),
             flops=2 * self.heads * seen * _dot((3, 2) if grad else (1, 1), (self.dim, self.width)),
             bytes=nbytes(*taken, *given),
             unit="bf16",
