@@ -15,6 +15,7 @@ from compiler.parallel.layout import Layout
 from compiler.passes.absorb import ABSORB
 from compiler.passes.base import Pass
 from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
+from compiler.passes.count_step import COUNT_STEP
 from compiler.passes.cut_stages import cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.fuse_casts import FUSE_CASTS
@@ -114,7 +115,7 @@ def shared_passes(program: str) -> tuple[Pass, ...]:
 
 def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
     """What follows `shared_passes` for those ranks that hold a pipeline stage."""
-    cut = (cut_stages(layout, stage), partition(layout))
+    cut = (cut_stages(layout, stage), COUNT_STEP, partition(layout))
     rest = PIPELINES[program][len(shared_passes(program)) :]
     # Only 1F1B computes both kinds of gradients at once.
     split = () if layout.schedule == "1f1b" else (SPLIT_BACKWARD,)

@@ -182,7 +182,8 @@ class Program:
 
     `derivatives` says by forward graph which graphs give its gradients; `boundary`, of a pipeline
     stage, what it exchanges with its neighbours. `steps`, of a program that ends a training step,
-    says by forward graph which graphs update its weights.
+    says by forward graph which graphs update its weights. `counts` are arguments of the root that
+    say how many labels of another argument count in the whole step, on all ranks together.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     derivatives: dict[str, Derivative] = field(default_factory=dict)
     boundary: Boundary = Boundary()
+    counts: dict[str, str] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
 
     @property
@@ -330,6 +332,7 @@ def copy_program(program: Program) -> Program:
         dict(program.aliases),
         dict(program.derivatives),
         program.boundary,
+        dict(program.counts),
         dict(program.steps),
     )
 

@@ -28,7 +28,7 @@ def interface_problems(program: Program) -> list[Diagnostic]:
         return missing
     problems = [*_links(program, chains), *_saved(program, chains)]
     return problems or [
-        Diagnostic("E518", f"boundary: {reason}", program.main.span)
+        Diagnostic("E518", f"program @{program.name}: {reason}", program.main.span)
         for reason in _boundary(program)
     ]
 
@@ -117,11 +117,12 @@ def _saved(program: Program, chains: _Chains) -> Iterator[Diagnostic]:
 
 
 def _boundary(program: Program) -> Iterator[str]:
-    """It names arguments and results of the root, and their gradients cross it the other way."""
+    """Arguments and results that it names are there, and gradients cross it the other way."""
     boundary, main = program.boundary, program.main
     arguments = {v.name: v.type for v in main.args}
     results = dict(zip(main.result_names, (v.type for v in main.results), strict=True))
-    wrong = [f"argument {name}" for name in boundary.received if name not in arguments]
+    named = (*boundary.received, *program.counts, *program.counts.values())
+    wrong = [f"argument {name}" for name in named if name not in arguments]
     wrong += [f"single result {n}" for n in boundary.sent if main.result_names.count(n) != 1]
     if wrong:
         yield f"@{main.name} has no {wrong[0]}"

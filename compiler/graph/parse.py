@@ -134,6 +134,8 @@ class _Reader:
                 self._put(program.aliases, of, other[1:])
             elif node.data == "derivative":
                 self._put(program.derivatives, of, self._derivative(other, *rest))
+            elif node.data == "count":
+                self._put(program.counts, of, other[1:])
             else:
                 self._put(program.steps, of, Step(other[1:], rest[0][1:]))
         for node in graphs:

@@ -52,6 +52,8 @@ def link_lines(program: Program) -> Iterator[str]:
         yield f"derivative @{forward} = {print_derivative(derivative)}"
     if program.boundary:
         yield f"boundary {print_boundary(program.boundary)}"
+    for count, labels in program.counts.items():
+        yield f"count @{count} = @{labels}"
     for forward, step in program.steps.items():
         yield f"step @{forward} = @{step.reduce}, @{step.update}"
 

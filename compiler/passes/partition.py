@@ -3,7 +3,8 @@
 Every rank runs the same graphs on sequences of its own. Around the experts tokens are dispatched to
 the ranks that hold them and combined again; what is a sum over all ranks' tokens is reduced where
 somebody needs the whole. The ranks of a pipeline stage differ in nothing but their place in the
-mesh, so that one program serves them all. DeepSeek-V3 report, sections 2.1.2 and 3.2.
+mesh, so that one program serves them all. Results are sums: those of all ranks and micro-batches
+add up to what a step gives. DeepSeek-V3 report, sections 2.1.2 and 3.2.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def partition(layout: Layout) -> Pass:
     """Spreads a program over the data ranks of a mesh."""
 
     def run(program: Program, description: Description) -> Sequence[Miss]:
-        if layout.mesh.data > 1:
+        if layout.mesh.data * layout.micro_batches > 1:
             for graph in program.graphs.values():
                 _Sharder(graph, program, layout).run()
         return ()
@@ -57,8 +58,6 @@ class _Sharder:
         for value in self.graph.args:
             value.type = self._local_batch(value.type)
         self._ops(self.graph.ops, {})
-        if self.graph.name == self.program.root:
-            self._count_all()
 
     def _local_batch(self, type: Type) -> Type:
         """The type on one data rank, which has a part of the batch."""
@@ -84,11 +83,11 @@ class _Sharder:
             value.type = type
         self.builder.ops.append(op)
         if op.kind == "sequence_balance_loss":
-            # It is a mean over the sequences of a rank, of which all have equally many.
-            name = op.result.name
+            # A mean over the sequences of a micro-batch: all micro-batches have equally many.
+            name, parts = op.result.name, self.mesh.data * self.layout.micro_batches
             op.result.name = self.builder.unique(f"{name}_of_rank")
             self.builder.names.discard(name)
-            (mean,) = self._add(op, "scale", [op.result], [name], by=1 / self.mesh.data)
+            (mean,) = self._add(op, "scale", [op.result], [name], by=1 / parts)
             self._replace(op.result, mean)
 
     def _types(self, op: Op, reduced: dict[Value, Value]) -> tuple[Type, ...]:
@@ -161,15 +160,6 @@ class _Sharder:
             len(self.layout.nodes_of_group(group, groups, count)) for group in range(groups)
         )
         return min(k, nodes, sum(spans[-number(op, "topk_group") :]))
-
-    def _count_all(self) -> None:
-        """Counts that leave the program, as the load of the experts, are those of all ranks."""
-        end = self.graph.ops.pop()
-        self.builder.ops = self.graph.ops
-        for i, value in enumerate(end.operands):
-            if value.type.partial and value.type.dtype == "i64":
-                end.operands[i] = self._reduce(self.producers.get(value, end), value)
-        self.graph.ops.append(end)
 
     def _add(
         self,

@@ -13,7 +13,7 @@ from compiler.parallel.layout import Layout
 from compiler.plan.schedule import Chunk, Receive, Schedule, Send
 from tests.interpret import State, run
 from tests.interpret.comm import Rank, World
-from tests.support.ranks import share
+from tests.support.ranks import counts, share
 
 Tensors = Mapping[str, Tensor]
 
@@ -57,7 +57,7 @@ class Row:
         program, at = self.programs[chunk.stage], (chunk.stage, chunk.batch)
         if chunk.kind == "F":
             self.states[at] = State(grads=self.grads)
-            inputs = self.batches[chunk.batch]
+            inputs = {**self.batches[chunk.batch], **counts(program, self.batches)}
             given = {v.name: share(v, inputs[v.name], self.rank) for v in program.main.args
                      if v.name in inputs}  # fmt: skip
             self._cross(chunk, program.main, program.boundary.received, given)

@@ -20,6 +20,7 @@ from compiler.pipeline import before_cut, rank_passes
 from compiler.pipeline import run as run_passes
 from dsl.load import Description
 from dsl.source import Source
+from runtime import functional as F
 from tests.interpret import State, run
 from tests.interpret.comm import Rank, World
 
@@ -68,6 +69,14 @@ def share(value: Value, tensor: Tensor, rank: Rank) -> Tensor:
     return tensor.chunk(mesh.data)[here] if spread else tensor
 
 
+def counts(program: Program, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The arguments that count labels, of all micro-batches."""
+    return {
+        name: sum((F.count_labels(one[labels]).double() for one in batches), torch.zeros(()))
+        for name, labels in program.counts.items()
+    }
+
+
 def run_ranks(
     programs: list[Program],
     mesh: Mesh,
@@ -85,7 +94,8 @@ def run_ranks(
         program, state = programs[rank.place.pipeline], State()
         called = program.graphs[graph or program.root]
         here, crosses = rank.place.pipeline, program.boundary
-        own = {v.name: share(v, inputs[v.name], rank) for v in called.args if v.name in inputs}
+        given = {**inputs, **counts(program, [inputs])}
+        own = {v.name: share(v, given[v.name], rank) for v in called.args if v.name in given}
         own |= {name: rank.receive(here - 1) for name in crosses.received}
         results = run(program, own, weights, graph=graph, rank=rank, state=state, dtype=dtype)
         by_name = dict(zip(called.result_names, results, strict=True))

@@ -70,6 +70,10 @@ def boundary(p: Program) -> None:
     p.boundary = Boundary(sent=("h",))
 
 
+def count(p: Program) -> None:
+    p.counts["valid"] = "labels"
+
+
 def step(p: Program) -> None:
     p.steps["MLA"] = Step("MLA_reduce", "MLA_update")
 
@@ -124,6 +128,7 @@ CHANGES: dict[Callable[[Program], None], str] = {
     derivative: "program: line 5 is missing in the first, derivative @MLA = @MLA_backward "
     "<results=(0), arguments=(0)> in the second",
     boundary: "program: line 5 is missing in the first, boundary <sent=(h)> in the second",
+    count: "program: line 5 is missing in the first, count @valid = @labels in the second",
     step: "program: line 5 is missing in the first, step @MLA = @MLA_reduce, "
     "@MLA_update in the second",
     order_of_graphs: "program: graph 1 is @MLA in the first, @SwiGLU_192 in the second",

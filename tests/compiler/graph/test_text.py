@@ -53,6 +53,7 @@ DERIVED = """program @p root @G {
   derivative @G = @H
   derivative @F = @I, @W <results=(0, 2), lifted=(1), arguments=(0)>
   boundary <received=(h_in), sent=(h, "true")>
+  count @n = @labels
   step @G = @S, @U
 }
 """
@@ -60,6 +61,7 @@ DERIVED = """program @p root @G {
 
 def test_what_a_program_says_of_its_graphs_reads_back() -> None:
     program = parsed(DERIVED)
+    assert program.counts == {"n": "labels"}
     assert program.aliases == {"a": "b"} and program.steps == {"G": Step("S", "U")}
     assert program.derivatives == {
         "G": Derivative("H"),

@@ -31,13 +31,13 @@ def check_step(name: str, mesh: Mesh, batches: int, *sets: str) -> None:
     where = replace(layout(mesh, of), schedule=name, micro_batches=batches)
     single = after(of, "train", PIPELINES["train"][-1].name)
     weights = random_weights(single, dtype=torch.float64)
-    sizes = {"batch": mesh.data, "seq": SEQ}
-    inputs = [random_inputs(single, sizes, dtype=torch.float64, seed=n) for n in range(batches)]
-    grads: dict[str, torch.Tensor] = {}
-    for one in inputs:
-        state = State(grads=grads)
-        run(single, one, weights, state=state, dtype=torch.float64)
-        gradients(single, weights, state)
+    sizes = {"batch": mesh.data * batches, "seq": SEQ}
+    whole = random_inputs(single, sizes, dtype=torch.float64)
+    state = State()
+    run(single, whole, weights, state=state, dtype=torch.float64)
+    grads = gradients(single, weights, state)
+    cut = {name: x.chunk(batches) if x.dim() else [x] * batches for name, x in whole.items()}
+    inputs = [{name: parts[n] for name, parts in cut.items()} for n in range(batches)]
     programs = rank_programs(of, where)
     ends = [end_of(of, where, i, program) for i, program in enumerate(programs)]
     order = with_transfers(schedule(name, mesh.pipeline, batches))

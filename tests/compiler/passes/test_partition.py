@@ -285,6 +285,15 @@ def test_three_stages(golden: Golden) -> None:
     golden("passes/cut_stages.graph", "\n".join(texts))
 
 
+def test_a_count_is_one_of_an_argument() -> None:
+    of = description("architecture.mtp.depth=0")
+    program = rank_programs(of, layout(MESHES["3 stages"], of, 2, 3))[2]
+    assert program.counts == {"valid": "labels"}
+    program.counts["valid"] = "tokens"
+    with pytest.raises(DiagnosticError, match="has no argument tokens"):
+        verify(program)
+
+
 @pytest.mark.parametrize(
     ("boundary", "message"),
     [
