@@ -101,6 +101,7 @@ def package(
             compiled,
             about=about,
             dtype=DTYPES[description.spec.precision.policy],
+            params={name: value.value for name, value in description.params.items()},
             kernels=target is not None,
             **facts,
         ),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.torch.layout import Call, lay_out
-from backends.torch.names import class_name
+from backends.torch.sizes import Sizes
 from compiler.graph.core import Graph, Op, Weight, walk
 from compiler.lower.names import TAKEN
 from compiler.ops.control import Call as CallOp
@@ -141,43 +141,64 @@ def _place(node: Node, index: int, callee: str, count: int = 1) -> None:
     node.layers.append((callee, count))
 
 
-def declarations(graph: Graph, joined: Mapping[str, str], dtype: str) -> list[str]:
-    """Lines of the constructor. `dtype` is the model's own element type."""
-    lines: list[str] = []
-    for name, node in tree(graph, joined).children.items():
-        lines += lay_out(f"self.{name} = ", _expression(node, dtype))
-    return lines
+@dataclass(frozen=True)
+class Declarations:
+    """The constructor of the module of one graph.
 
+    `joined` is what `joined_names` gives; `made` how the module of a called graph is constructed;
+    `dtype` the model's own element type.
+    """
 
-def _expression(node: Node, dtype: str, stack: int = 0) -> Call | str:
-    if node.weight is not None:
-        return _weight(node.weight, dtype)
-    if node.block:
-        return f"{class_name(node.block)}()"
-    if node.layers:
-        return _list(node)
-    items = [(f"{name}=", _expression(child, dtype)) for name, child in node.children.items()]
-    if node.stack:
-        return Call("Stack(", (("", str(node.stack)), *items))
-    return Call("Joined(" if node.joined else "Tensors(", tuple(items))
+    graph: Graph
+    joined: Mapping[str, str]
+    made: Mapping[str, str]
+    sizes: Sizes
+    dtype: str
 
+    def lines(self) -> list[str]:
+        lines: list[str] = []
+        for name, node in tree(self.graph, self.joined).children.items():
+            lines += lay_out(f"self.{name} = ", self._expression(node))
+        return lines
 
-def _list(node: Node) -> Call | str:
-    items = [
-        ("", f"{block}()" if count == 1 else f"*({block}() for _ in range({count}))")
-        for block, count in ((class_name(b), n) for b, n in node.layers)
-    ]
-    return Call("nn.ModuleList([", tuple(items), "])")
+    def _expression(self, node: Node) -> Call | str:
+        if node.weight is not None:
+            return self._weight(node.weight)
+        if node.block:
+            return self.made[node.block]
+        if node.layers:
+            return self._list(node)
+        items = [(f"{name}=", self._expression(child)) for name, child in node.children.items()]
+        if node.stack:
+            return Call("Stack(", (("", self._stack(node)), *items))
+        return Call("Joined(" if node.joined else "Tensors(", tuple(items))
 
+    def _list(self, node: Node) -> Call | str:
+        items = [
+            ("", made if count == 1 else f"*({made} for _ in range({count}))")
+            for made, count in ((self.made[block], n) for block, n in node.layers)
+        ]
+        return Call("nn.ModuleList([", tuple(items), "])")
 
-def _weight(weight: Weight, dtype: str) -> str:
-    sizes = [str(d.size) for d in weight.type.dims]
-    if weight.stack > 1:
-        sizes.insert(0, str(weight.stack))
-    if weight.init == "normal":
-        sizes.append(f"std={weight.std!r}")
-    if weight.type.dtype != dtype:
-        sizes.append(f"dtype={TORCH_DTYPES[weight.type.dtype]}")
-    if not weight.trainable:
-        sizes.append("buffer=True")
-    return f"{weight.init}({', '.join(sizes)})"
+    def _stack(self, node: Node) -> str:
+        """How many experts there are, by the name that the dimension has in the equations."""
+        named = (
+            self.sizes.of(dim)
+            for op in walk(self.graph.ops)
+            for value in op.results
+            for dim in value.type.dims
+            if dim.size == node.stack
+        )
+        return next((text for text in named if not text.isdigit()), str(node.stack))
+
+    def _weight(self, weight: Weight) -> str:
+        arguments = [self.sizes.of(d) for d in weight.type.dims]
+        if weight.stack > 1:
+            arguments.insert(0, self._stack(Node(stack=weight.stack)))
+        if weight.init == "normal":
+            arguments.append(f"std={weight.std!r}")
+        if weight.type.dtype != self.dtype:
+            arguments.append(f"dtype={TORCH_DTYPES[weight.type.dtype]}")
+        if not weight.trainable:
+            arguments.append("buffer=True")
+        return f"{weight.init}({', '.join(arguments)})"

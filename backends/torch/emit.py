@@ -1,57 +1,78 @@
-"""Writing statements: lines, names, and the equation in the margin of each."""
+"""Any graph as Python: its statements, names of values, and the line of the block beside them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from backends.torch.declare import TORCH_DTYPES, stored_name
 from backends.torch.layout import WIDTH, lay_out, parse_call
 from backends.torch.names import Names
+from backends.torch.sizes import Sizes
 from compiler.graph.core import Attr, Graph, Op
-from compiler.graph.types import Type
+from compiler.graph.types import Dim, Type
 
 MARGIN = 62  # column of the remarks, where there is room
 
 
 @dataclass(frozen=True)
-class Part:
+class Callee:
+    """How a called graph is reached: by a method, or, without a name, by calling the module.
+
+    `trailing` is what the method takes behind its tensors: the cache, saved activations. Of its
+    results, the graph has those in `results`; none: all of them, and no others.
+    """
+
+    method: str = ""
+    trailing: tuple[str, ...] = ()
+    results: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Segment:
     """What autograd is told of a part of the outermost block: its weights and `Gradients`."""
 
     weights: tuple[str, ...]
     gradients: str
 
 
-class Emitter:
-    """Statements of one graph, each by the function of its operator in `statements`.
+@dataclass(frozen=True)
+class Context:
+    """What an emitter must know beyond its graph.
 
-    `methods` says by which method each called graph is to be reached, `trailing` what those of a
-    program pass on: the cache, what is kept; `joined` is what `joined_names` gives. Given `units`,
-    calls are made in the way of autograd (`runtime/unit.py`): each graph with its weights and its
-    derivative's `Gradients`.
+    `callees` are the graphs that it calls, `joined` is what `joined_names` gives, `sizes` names
+    numbers, `bound` has the operators whose attributes are bound once for the whole module. Given
+    `segments`, calls are made in the way of autograd (`runtime/unit.py`).
+    """
+
+    statements: Mapping[str, Emit]
+    callees: Mapping[str, Callee]
+    joined: Mapping[str, str]
+    sizes: Sizes
+    bound: Mapping[str, str] = field(default_factory=dict)
+    segments: Mapping[str, Segment] | None = None
+
+
+class Emitter:
+    """Statements of one graph, each by the function of its operator in `context.statements`.
+
+    `saves` says that the method takes `saved` and saves activations there, `saved` what those that
+    it reads are called where they were saved.
     """
 
     def __init__(
-        self,
-        graph: Graph,
-        statements: Mapping[str, Emit],
-        methods: Mapping[str, str],
-        trailing: Mapping[str, Sequence[str]],
-        joined: Mapping[str, str],
-        units: Mapping[str, Part] | None = None,
+        self, graph: Graph, context: Context, *, saves: bool = False, saved: Sequence[str] = ()
     ) -> None:
         self.graph = graph
-        self.statements = statements
-        self.methods = methods
-        self.trailing = trailing
-        self.joined = joined
-        self.units = units
+        self.context = context
+        self.saves = saves
+        self.saved = saved
         self.names = Names(graph)
         self.parts: dict[str, str] = {}  # weight of all experts: the name of its parts
         self.lines: list[str] = []
         self.indent = 0
-        self._comment = ""
+        self._remark = self._last_remark = ""
 
     def body(self) -> list[str]:
         """Lines of the method without its `return`."""
@@ -65,16 +86,16 @@ class Emitter:
     # ---- lines ----------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
-        """Adds a line; the comment of the block's line stands beside it where there is room."""
+        """Adds a line; the remark stands beside it, or above it where there is no room."""
         text = "    " * self.indent + text
-        comment, self._comment = self._comment, ""
+        remark, self._remark = self._remark, ""
         lines = wrap(text)
-        if comment and len(lines) == 1 and len(text) + len(comment) + 4 <= WIDTH:
-            lines = [f"{text:<{MARGIN}}  # {comment}"]
+        if remark and len(lines) == 1 and len(text) + len(remark) + 4 <= WIDTH:
+            lines = [f"{text:<{MARGIN}}  # {remark}"]
             if len(lines[0]) > WIDTH:
-                lines = [f"{text}  # {comment}"]
-        elif comment:
-            lines.insert(0, f"{'    ' * self.indent}# {comment}")
+                lines = [f"{text}  # {remark}"]
+        elif remark:
+            lines.insert(0, f"{'    ' * self.indent}# {remark}")
         self.lines += lines
 
     def assign(self, op: Op, expression: str) -> None:
@@ -86,11 +107,19 @@ class Emitter:
 
     def statement(self, op: Op) -> None:
         self.remark(op)
-        self.statements[op.kind](self, op)
+        bound = self.context.bound.get(constants(op))
+        if bound:
+            self.assign(op, f"{bound}({self.operands(op)})")
+        else:
+            self.context.statements[op.kind](self, op)
 
     def remark(self, op: Op) -> None:
-        """Puts the place of `op` in the block beside the next line, where it stands for one."""
-        self._comment = "" if op.kind in ("save", "saved", "accumulate_grad") else margin(op)
+        """Puts the place of `op` in the block beside the next line; once for its statements."""
+        if op.kind in ("save", "saved", "accumulate_grad"):
+            return
+        remark = margin(op)
+        self._remark = remark if remark != self._last_remark else ""
+        self._last_remark = remark
 
     # ---- pieces of expressions ---------------------------------------------------------------
 
@@ -99,6 +128,14 @@ class Emitter:
 
     def operands(self, op: Op) -> str:
         return ", ".join(self.names[v] for v in op.operands)
+
+    def size(self, dim: Dim) -> str:
+        """The size of a dimension, by name where it has one."""
+        return self.context.sizes.of(dim)
+
+    def named(self, op: Op, *attrs: str) -> list[str]:
+        """`attr=value` for each of the attributes; values by name where the spec has one."""
+        return [f"{a}={self.context.sizes.number(a, op.attrs[a])}" for a in attrs]
 
     def dtype(self, name: Attr) -> str:
         """An element type as torch calls it; the model's own is that of the model at hand."""
@@ -116,14 +153,71 @@ class Emitter:
 
     def stored(self, op: Op) -> str:
         """The stored tensor of an operator's weights; of all experts where it is for all."""
-        return f"self.{stored_name(op.symbols[0], self.joined).replace('.*.', '.')}"
+        return f"self.{stored_name(op.symbols[0], self.context.joined).replace('.*.', '.')}"
 
     def weight(self, symbol: str) -> str:
         """The stored tensor, or the part of it that belongs to the expert at hand."""
-        name = stored_name(symbol, self.joined)
+        name = stored_name(symbol, self.context.joined)
         if name in self.parts:
             return f"{self.parts[name]}[expert]"
         return f"self.{name}"
+
+
+class TrainingEmitter(Emitter):
+    """A method that serves scores and training: it saves only if `saved` is given.
+
+    `scored` are the results, by number, that scores need. The others are None without `saved`.
+    """
+
+    def __init__(self, graph: Graph, context: Context, scored: Sequence[int]) -> None:
+        self.scored = scored
+        needed = set(_needed(graph, [graph.results[i] for i in scored]))
+        self.always = [op for op in graph.ops[:-1] if op in needed]
+        self.training = [op for op in graph.ops[:-1] if op not in needed]
+        # Names are given in the order in which the statements will stand.
+        ordered = Graph(graph.name, graph.args, [*self.always, *self.training, graph.ops[-1]])
+        ordered.weights = graph.weights
+        super().__init__(ordered, context, saves=True)
+
+    def body(self) -> list[str]:
+        for op in self.always:
+            self.statement(op)
+        everything = len(self.scored) == len(self.graph.results)
+        if self.training and everything:
+            self.line("if saved is not None:")
+            self.indent += 1
+        elif self.training:
+            values = (
+                self.names[v] if i in self.scored else "None"
+                for i, v in enumerate(self.graph.results)
+            )
+            self.line("if saved is None:")
+            self.line(f"    return {', '.join(values)}")
+        for op in self.training:
+            self.statement(op)
+        self.indent = 0
+        return self.lines
+
+
+def _needed(graph: Graph, results: Sequence[object]) -> Iterator[Op]:
+    """The operators of a graph that some of its results follow from."""
+    wanted = set(map(id, results))
+    for op in reversed(graph.ops[:-1]):
+        if any(id(v) in wanted for v in op.results):
+            wanted |= {id(v) for inner in _walk(op) for v in inner.operands}
+            yield op
+
+
+def _walk(op: Op) -> Iterator[Op]:
+    yield op
+    for region in op.regions:
+        for inner in region.ops:
+            yield from _walk(inner)
+
+
+def constants(op: Op) -> str:
+    """What tells an operator with its attributes from others."""
+    return f"{op.kind} {sorted(op.attrs.items())!r}"
 
 
 def margin(op: Op) -> str:
@@ -154,11 +248,6 @@ def wrap(text: str) -> list[str]:
     return [f"{space}(", *broken, *lay_out(") = ", call, indent)]
 
 
-def literal(value: Attr) -> str:
-    """A number, flag or word as Python text."""
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
 Emit = Callable[[Emitter, Op], None]
 
 
@@ -167,8 +256,7 @@ def call_f(name: str, *attrs: str, module: str = "F") -> Emit:
 
     def emit(e: Emitter, op: Op) -> None:
         parts = [e.names[v] for v in op.operands] + [e.weight(s) for s in op.symbols]
-        parts += [f"{a}={literal(op.attrs[a])}" for a in attrs]
-        e.assign(op, f"{module}.{name}({', '.join(parts)})")
+        e.assign(op, f"{module}.{name}({', '.join([*parts, *e.named(op, *attrs)])})")
 
     return emit
 
@@ -181,8 +269,7 @@ def call_fp8(name: str, *attrs: str) -> Emit:
     """`fp8.name(operands, attr=..)`; products say in which element type they give their result."""
 
     def emit(e: Emitter, op: Op) -> None:
-        parts = [e.names[v] for v in op.operands]
-        parts += [f"{a}={literal(op.attrs[a])}" for a in attrs]
+        parts = [*(e.names[v] for v in op.operands), *e.named(op, *attrs)]
         if op.attrs.get("parts"):
             parts.append(f"parts={op.attrs['parts']}")
         if "dtype" in op.attrs:

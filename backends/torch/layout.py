@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WIDTH = 100
+WIDTH = 92
+"""Columns of the body of a method, which is indented by 8: lines end at column 100."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ def flat(node: Call | str) -> str:
 
 
 def lay_out(prefix: str, node: Call | str, indent: int = 0, suffix: str = "") -> list[str]:
-    """Lines of `prefix node suffix`: on one line if it fits, else one item a line."""
+    """Lines of `prefix node suffix`: one if it fits, else all items on one, or one for each."""
     space = " " * indent
     line = f"{space}{prefix}{flat(node)}{suffix}"
     if isinstance(node, str) or len(line) <= WIDTH:
         return [line]
+    inside = f"{space}    {', '.join(k + flat(v) for k, v in node.items)}"
+    if len(inside) <= WIDTH:
+        return [f"{space}{prefix}{node.head}", inside, f"{space}{node.close}{suffix}"]
     lines = [f"{space}{prefix}{node.head}"]
     for keyword, value in node.items:
         lines += lay_out(keyword, value, indent + 4, ",")

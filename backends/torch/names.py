@@ -5,22 +5,26 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from compiler.graph.core import Graph, Op, Value
 
 # Names that generated code uses for itself: in methods, and for classes.
 _PYTHON = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 RESERVED = _PYTHON | {
-    "self", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "cache", "kept", "grads",
-    "layer", "expert", "chosen", "Loss", "Output", "Gradients", "differentiable",
+    "self", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "cache", "saved", "grads",
+    "layer", "expert", "chosen", "Loss", "Output", "Gradients", "differentiable", "rope_table",
 }  # fmt: skip
 _GLOBALS = _PYTHON | {
-    "F", "G", "fp8", "nn", "torch", "Tensor", "config", "Loss", "Output", "Block", "Cache",
+    "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "Loss", "Output", "Block", "Cache",
     "HF_CONFIG", "Joined", "LanguageModel", "Model", "Stack", "Tensors", "annotations", "normal",
-    "ones",
-    "zeros", "Gradients", "Grads", "Kept", "Unit", "differentiable",
+    "ones", "zeros", "Gradients", "Grads", "Saved", "Unit", "differentiable", "partial",
+    "rope_table",
 }  # fmt: skip
+
+
+# What tells values of one name apart in a graph.
+_NUMBER = re.compile(r"_\d+(?=_|$)")
 
 
 def identifier(name: str) -> str:
@@ -41,8 +45,9 @@ def _apart(name: str, reserved: frozenset[str]) -> str:
 class Names:
     """A Python name for each value of a graph, given out in program order.
 
-    A value takes the name of its equation; while an earlier value of that name is still needed, it
-    takes a number besides. So `x = x + ..` reads as in the block.
+    A value takes the name of its equation, so that `x = x + ..` reads as in the block. While an
+    earlier value of that name is still needed it is called by its role, and by a number where that
+    is taken, too.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -53,8 +58,9 @@ class Names:
         self._holder: dict[str, Value] = {}
         self._name: dict[Value, str] = {}
         self._kept: set[str] = set()
-        for value in graph.args:
-            self.share(value, identifier(value.name))
+        bases = [identifier(_NUMBER.sub("", value.name)) for value in graph.args]
+        for value, base in zip(graph.args, bases, strict=True):
+            self.share(value, base if bases.count(base) == 1 else identifier(value.name))
 
     def _measure(self, ops: Sequence[Op]) -> None:
         """When each operator is done, and the last time at which each value is read."""
@@ -83,7 +89,7 @@ class Names:
 
         Not so `beside_operands`, where the result exists before the operands are read.
         """
-        base = identifier(re.sub(r"_\d+$", "", value.name))
+        base = identifier(_NUMBER.sub("", value.name))
         now = self._done[op] - beside_operands
 
         def free(name: str) -> bool:
@@ -92,7 +98,8 @@ class Names:
                 return False
             return holder is None or self._last_use.get(holder, 0) <= now
 
-        return self.share(value, _first(base, free))
+        names = (base, *(identifier(name) for name in _roles(base, value, op)))
+        return self.share(value, next((n for n in names if free(n)), _first(base, free)))
 
     def keep(self, base: str) -> str:
         """A name for something that is no value of the graph; it is never used again."""
@@ -100,6 +107,31 @@ class Names:
         name = _first(base, lambda n: n not in self._holder and n not in self._kept)
         self._kept.add(name)
         return name
+
+
+# What the result of an operator is called behind the name of its equation, where that is taken.
+_ROLES = {
+    "rms_norm": "normed",
+    "flatten": "flat",
+    "unflatten": "heads",
+    "concat": "joined",
+    "rotate": "rotated",
+    "cast": "cast",
+    "linear": "projected",
+    "add": "sum",
+    "sum": "total",
+    "drop_last": "shortened",
+}
+
+
+def _roles(base: str, value: Value, op: Op) -> Iterator[str]:
+    """Other names for a result: by what the operator does."""
+    if base.startswith("d_"):  # a gradient that another is added to: by the way it came
+        yield f"{base}_{op.kind.removesuffix('_grad').removesuffix('_input')}"
+    elif op.kind in ("add", "add_rms_norm") and value is op.results[0] and len(value.type.dims) > 1:
+        yield from ("residual", "out")
+    elif op.kind in _ROLES:
+        yield f"{base}_{_ROLES[op.kind]}"
 
 
 def _first(base: str, free: Callable[[str], bool]) -> str:

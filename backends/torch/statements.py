@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from backends.torch.declare import stored_name
-from backends.torch.emit import Emit, Emitter, Part, call_f, call_fp8, index_of, literal
+from backends.torch.emit import Callee, Emit, Emitter, Segment, call_f, call_fp8, index_of
 from backends.torch.names import identifier
+from backends.torch.sizes import literal
 from backends.torch.statements_grad import GRADIENTS
 from compiler.graph.core import Op
 from compiler.ops.base import dims_of
@@ -32,10 +33,10 @@ def _gate(e: Emitter, op: Op) -> None:
     """`topk_groups`, `gate`, and `gate_saving`."""
     bias = e.weight(op.symbols[0]) if op.symbols else "None"
     (k,) = dims_of(op.attrs["k"])
-    numbers = [f"{a}={literal(op.attrs[a])}" for a in ("n_group", "topk_group")]
-    rest = [f"{a}={literal(op.attrs[a])}" for a in ("group_score", "normalize", "scale")]
-    scoring = [f"scoring={literal(op.attrs['scoring'])}"] if "scoring" in op.attrs else []
-    arguments = [e.operand(op, 0), bias, *scoring, *numbers, f"k={k.size}", *rest]
+    numbers = e.named(op, "n_group", "topk_group")
+    rest = e.named(op, "group_score", "normalize", "scale")
+    scoring = e.named(op, "scoring") if "scoring" in op.attrs else []
+    arguments = [e.operand(op, 0), bias, *scoring, *numbers, f"k={e.size(k)}", *rest]
     e.assign(op, f"F.{op.kind}({', '.join(arguments)})")
 
 
@@ -43,7 +44,7 @@ def _experts(e: Emitter, op: Op) -> None:
     x, route, weight = (e.names[v] for v in op.operands)
     (region,) = op.regions
     symbols = (s for o in region.ops for s in o.symbols)
-    for name in dict.fromkeys(stored_name(s, e.joined) for s in symbols):
+    for name in dict.fromkeys(stored_name(s, e.context.joined) for s in symbols):
         path, inside = name.split(".*.", 1)
         e.parts[name] = e.names.keep(f"{inside.replace('.', '_')}s")
         e.line(f"{e.parts[name]} = self.{path}.{inside}.unbind()")
@@ -63,7 +64,7 @@ def _experts(e: Emitter, op: Op) -> None:
 
 def _permute(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    e.assign(op, f"F.permute({e.operands(op)}, {count.size})")
+    e.assign(op, f"F.permute({e.operands(op)}, {e.size(count)})")
 
 
 def _grouped_linear(e: Emitter, op: Op) -> None:
@@ -81,7 +82,7 @@ def _quantize_weight(e: Emitter, op: Op) -> None:
 
 def _permute_quantized(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    e.assign(op, f"fp8.permute_quantized({e.operands(op)}, {count.size})")
+    e.assign(op, f"fp8.permute_quantized({e.operands(op)}, {e.size(count)})")
 
 
 def _head_linear(e: Emitter, op: Op) -> None:
@@ -99,12 +100,12 @@ def _head_linear(e: Emitter, op: Op) -> None:
 
 def _expert_load(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    e.assign(op, f"F.expert_load({e.operand(op, 0)}, {count.size})")
+    e.assign(op, f"F.expert_load({e.operand(op, 0)}, {e.size(count)})")
 
 
 def _split(e: Emitter, op: Op) -> None:
-    sizes = [d.size for d in dims_of(op.attrs["into"])]
-    e.assign(op, f"{e.operand(op, 0)}.split({sizes}, dim=-1)")
+    sizes = ", ".join(e.size(d) for d in dims_of(op.attrs["into"]))
+    e.assign(op, f"{e.operand(op, 0)}.split([{sizes}], dim=-1)")
 
 
 def _concat(e: Emitter, op: Op) -> None:
@@ -116,14 +117,15 @@ def _flatten(e: Emitter, op: Op) -> None:
 
 
 def _unflatten(e: Emitter, op: Op) -> None:
-    sizes = tuple(d.size for d in dims_of(op.attrs["dims"]))
-    e.assign(op, f"{e.operand(op, 0)}.unflatten(-1, {sizes})")
+    sizes = [e.size(d) for d in dims_of(op.attrs["dims"])]
+    shape = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+    e.assign(op, f"{e.operand(op, 0)}.unflatten(-1, {shape})")
 
 
 def _broadcast(e: Emitter, op: Op) -> None:
     (dim,) = dims_of(op.attrs["dim"])
     x, rank = e.operand(op, 0), len(op.result.type.dims)
-    sizes = ", ".join(["-1"] * (rank - 2) + [str(dim.size), "-1"])
+    sizes = ", ".join(["-1"] * (rank - 2) + [e.size(dim), "-1"])
     e.assign(op, f"{x}.unsqueeze(-2).expand({sizes})")
 
 
@@ -170,25 +172,35 @@ def _cache_append(e: Emitter, op: Op) -> None:
 
 
 def _call_graph(e: Emitter, op: Op, module: str) -> None:
-    callee = str(op.attrs["callee"])
+    name = str(op.attrs["callee"])
     arguments = [e.names[v] for v in op.operands]
-    if e.units is not None and callee in e.units:
-        _call_part(e, op, e.units[callee], arguments)
+    segments = e.context.segments
+    if segments is not None and name in segments:
+        _call_segment(e, op, segments[name], arguments)
         return
-    if e.units is not None:
+    if segments is not None:
         e.assign(op, f"{module}({', '.join([*arguments, 'train=True'])})")
         return
-    method = e.methods[callee]
-    arguments += e.trailing.get(callee, ())
-    function = module if method == "forward" else f"{module}.{method}"
-    e.assign(op, f"{function}({', '.join(arguments)})")
+    callee = e.context.callees[name]
+    function = f"{module}.{callee.method}" if callee.method else module
+    call = f"{function}({', '.join([*arguments, *callee.trailing])})"
+    e.line(f"{_targets(e, op, callee)}{call}")
 
 
-def _call_part(e: Emitter, op: Op, part: Part, arguments: Sequence[str]) -> None:
-    name = e.methods[str(op.attrs["callee"])]
+def _targets(e: Emitter, op: Op, callee: Callee) -> str:
+    """`y, _ = `: names for the results of a graph among those of the method that serves it."""
+    names = iter([e.names.give(v, op) for v in op.results])
+    places = callee.results or (True,) * len(op.results)
+    targets = ", ".join(next(names) if taken else "_" for taken in places)
+    return f"{targets} = " if targets else ""
+
+
+def _call_segment(e: Emitter, op: Op, segment: Segment, arguments: Sequence[str]) -> None:
+    name = e.context.callees[str(op.attrs["callee"])].method
     methods = [f"self.{name}", f"self.{name}_backward"]
-    weights = f"[{', '.join(f'self.{w}' for w in part.weights)}]"
-    e.assign(op, f"differentiable({', '.join([*methods, part.gradients, weights, *arguments])})")
+    weights = f"[{', '.join(f'self.{w}' for w in segment.weights)}]"
+    given = [*methods, segment.gradients, weights, *arguments]
+    e.assign(op, f"differentiable({', '.join(given)})")
 
 
 def _call(e: Emitter, op: Op) -> None:

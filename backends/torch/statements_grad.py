@@ -1,4 +1,4 @@
-"""Statements of the backward pass: derivatives, what is kept for them, gradients of weights."""
+"""Statements of the backward pass: derivatives, saved activations, gradients of weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ def _call_g(name: str, *attrs: str) -> Emit:
 
 
 def _save(e: Emitter, op: Op) -> None:
-    if e.units is not None:  # autograd takes care of what is between the units
-        return
-    e.line(f"kept.keep(self, {e.operands(op)})")
+    if e.context.segments is None:  # else autograd takes care of what is between the units
+        e.line(f"saved.save(self, {e.operands(op)})")
 
 
 def _saved(e: Emitter, op: Op) -> None:
     if not op.results:
         return
-    targets = [e.names.give(v, op) for v in op.results]
+    arguments = {e.names[v] for v in e.graph.args}
+    wanted = e.saved or [""] * len(op.results)
+    targets = [
+        e.names.share(v, name) if name and name not in arguments else e.names.give(v, op)
+        for v, name in zip(op.results, wanted, strict=True)
+    ]
     left = f"({targets[0]},)" if len(targets) == 1 else ", ".join(targets)
-    e.line(f"{left} = kept.take(self)")
+    e.line(f"{left} = saved.pop(self)")
 
 
 def _accumulate_grad(e: Emitter, op: Op) -> None:
@@ -40,18 +44,18 @@ def _linear_input_grad(e: Emitter, op: Op) -> None:
 
 
 def _linear_cross_entropy(e: Emitter, op: Op) -> None:
-    if "kept" not in e.trailing.get(e.graph.name, ()):  # autograd has to find its way
+    if not e.saves:  # autograd has to find its way
         x, labels = (e.names[v] for v in op.operands)
         loss = e.names.give(op.results[0], op)
         e.line(f"{loss} = F.cross_entropy(F.linear({x}, {e.stored(op)}), {labels})")
         return
-    arguments = [e.operands(op), e.stored(op), "gradients=kept.wanted"]
+    arguments = [e.operands(op), e.stored(op), "gradients=saved.wanted"]
     e.assign(op, f"G.linear_cross_entropy({', '.join(arguments)})")
 
 
 def _embedding_grad(e: Emitter, op: Op) -> None:
     (rows,) = dims_of(op.attrs["rows"])
-    e.assign(op, f"G.embedding_grad({e.operands(op)}, {rows.size})")
+    e.assign(op, f"G.embedding_grad({e.operands(op)}, {e.size(rows)})")
 
 
 def _sum_over(e: Emitter, op: Op) -> None:

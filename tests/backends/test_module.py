@@ -195,6 +195,28 @@ def test_a_hook_may_change_what_a_layer_gives(model: Any) -> None:
     assert down_proj.grad.abs().sum() > 0
 
 
+def test_hooks_inside_a_layer_run_for_scores_and_not_in_training(model: Any) -> None:
+    """The backward pass is generated: what such a hook changes would have no gradient."""
+    seen: list[Any] = []
+    model.model.layers[2].mlp.register_forward_hook(lambda *_: seen.append(1))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    model(tokens)
+    assert len(seen) == 1
+    loss(model).backward()
+    assert len(seen) == 1
+
+
+def test_a_layer_with_experts_gives_balance_and_load_in_training_only(model: Any) -> None:
+    layer = model.model.layers[2]
+    dtype = layer.input_layernorm.weight.dtype
+    x = torch.randn(1, 4, model.config.params.hidden_size).to(dtype)
+    cos = torch.ones(1, 4, model.config.params.qk_rope_head_dim // 2)
+    _, balance, load = layer(x, cos, 0 * cos)
+    assert balance is None and load is None
+    _, balance, load = layer(x, cos, 0 * cos, train=True)
+    assert balance.shape == () and load.sum() == 4 * model.config.params.num_experts_per_tok
+
+
 def first_of(value: Any) -> Any:
     """The hidden states, where a module gives losses beside them."""
     return value if isinstance(value, Tensor) else value[0]

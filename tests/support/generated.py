@@ -1,0 +1,31 @@
+"""The generated files of the models whose text is compared."""
+
+from __future__ import annotations
+
+from backends.build import package
+from compiler.analysis import summary
+from compiler.pipeline import compile
+from dsl.load import load
+from tests.support.places import SPECS
+
+SMALL = [
+    "params={vocab_size: 32, hidden_size: 8, num_attention_heads: 2, num_key_value_heads: 1, "
+    "head_dim: 4, intermediate_size: 8, tie_word_embeddings: true}",
+    "blocks=[causal_lm, decoder, gqa, swiglu]",
+    "architecture={layers: [{repeat: 2, attention: GQA, feed_forward: SwiGLU}]}",
+    "train={}",
+]
+CASES: dict[str, tuple[str, list[str]]] = {
+    "deepseek_v3": ("deepseek_v3", []),
+    "deepseek_v3_tiny": ("deepseek_v3_tiny", []),
+    "deepseek_v2_lite": ("deepseek_v2_lite", []),
+    "dense_gqa_tied": ("deepseek_v3_tiny", SMALL),
+}
+
+
+def generated(case: str) -> dict[str, str]:
+    spec, sets = CASES[case]
+    description = load(SPECS / f"{spec}.yaml", sets=sets)
+    compiled = compile(description)
+    numbers = summary(compiled.lowered, compiled.programs["decode"])
+    return {name: data.decode() for name, data in package(description, compiled, numbers).items()}
