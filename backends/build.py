@@ -120,7 +120,8 @@ def package(
         from backends.triton.package import kernel_files, kernels_package
 
         kernels = kernel_files(compiled.programs, description, target, choices)
-        texts |= kernels_package(kernels, target)
+        callers = texts["model.py"] + texts["runtime/train/optimizer.py"]
+        texts |= kernels_package(kernels, target, callers)
     for i, step in enumerate(step for step in compiled.steps if step.changed):
         name = f"graph/{i:02d}-{step.program_name}-{step.name}.graph"
         texts[name] = print_program(step.program)

@@ -1,12 +1,12 @@
-"""Which implementation of a function runs: a Triton kernel on its target, torch elsewhere."""
+"""Runs the kernel of a function where it can serve a call, the function itself elsewhere."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -14,68 +14,46 @@ import torch
 from torch import Tensor
 
 VARIABLE = "DSLC_KERNELS"
-"""Environment variable: `torch` makes every kernel give way to the reference, for debugging."""
+"""Environment variable: `torch` turns all kernels off, for debugging."""
 
 Function = Callable[..., Any]
 
 
-class Kernels:
-    """The functions of a module of `runtime`; `kernels` names those that have a kernel.
+def with_kernel(
+    reference: Function, dtype: torch.dtype, *files: str, package: str, target: str
+) -> Function:
+    """`reference`, for which launchers of the same name in `files` of `package` stand in.
 
-    A kernel is the function of the same name and arguments in a file of `package`. It serves
-    tensors on the target whose first one has the element type given with it, where autograd asks
-    for no gradient; every other call goes to the module. Of several files the first one serves that
-    can: one whose library is not installed cannot, nor one that returns NotImplemented. Files are
-    imported at their first call, so that a machine without Triton needs none.
+    They are asked in order, on the GPU `target`, where the first argument is a tensor (or a list of
+    tensors) of type `dtype` and autograd records no gradient of the call. The first launcher serves
+    that can: one whose library is not installed cannot, nor one that returns NotImplemented. Files
+    are imported at the first call, so that a machine without Triton needs none.
     """
 
-    def __init__(
-        self,
-        reference: ModuleType,
-        package: str,
-        target: str,
-        kernels: Mapping[str, tuple[torch.dtype, Sequence[str]]],
-    ) -> None:
-        missing = [name for name in kernels if not hasattr(reference, name)]
-        if missing:
-            raise AttributeError(f"{reference.__name__} has no {', '.join(missing)}")
-        self._reference = reference
-        self._package = package
-        self._target = target
-        self._kernels = kernels
-
-    def __getattr__(self, name: str) -> Any:
-        reference = getattr(self._reference, name)
-        if name not in self._kernels:
-            return reference
-        function = self._choosing(name, reference)
-        setattr(self, name, function)
-        return function
-
-    def _choosing(self, name: str, reference: Function) -> Function:
-        dtype, files = self._kernels[name]
-
-        def function(*arguments: Any, **keywords: Any) -> Any:
-            first = _first_tensor(arguments)
-            if first is None or first.dtype != dtype or not serves(self._target, first.device):
-                return reference(*arguments, **keywords)
-            if torch.is_grad_enabled() and any(_wants_gradient(a) for a in arguments):
-                return reference(*arguments, **keywords)
-            for file in files:
-                module = _file(f"{self._package}.{file}")
-                result = getattr(module, name)(*arguments, **keywords) if module else NotImplemented
-                if result is not NotImplemented:
-                    return result
+    @wraps(reference)
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        first = arguments[0] if arguments else None
+        if isinstance(first, list | tuple):
+            first = first[0] if first else None
+        if not isinstance(first, Tensor) or first.dtype != dtype:
             return reference(*arguments, **keywords)
+        if not serves(target, first.device) or _records_gradient(arguments):
+            return reference(*arguments, **keywords)
+        for file in files:
+            module = _file(f"{package}.{file}")
+            if module is None:
+                continue
+            result = getattr(module, reference.__name__)(*arguments, **keywords)
+            if result is not NotImplemented:
+                return result
+        return reference(*arguments, **keywords)
 
-        function.__name__ = name
-        function.__doc__ = reference.__doc__
-        return function
+    return function
 
 
 @cache
 def _file(path: str) -> ModuleType | None:
-    """A file of kernels; none where the library that it calls is missing, which is told once."""
+    """A file of kernels, or None with one warning where the library that it calls is missing."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -83,35 +61,27 @@ def _file(path: str) -> ModuleType | None:
         return None
 
 
-def _first_tensor(arguments: Iterable[Any]) -> Tensor | None:
-    """The first one that is a tensor, or a list of them."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return argument
-        if isinstance(argument, list | tuple) and any(isinstance(a, Tensor) for a in argument):
-            return _first_tensor(argument)
-    return None
-
-
-def _wants_gradient(argument: object) -> bool:
-    return isinstance(argument, Tensor) and argument.requires_grad
+def _records_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
 
 
 def serves(target: str, device: torch.device) -> bool:
-    """Whether kernels of a target run on a device; a GPU that is another one is told of once."""
+    """Whether kernels of a target run on a device. One warning names a GPU of another kind."""
     if device.type != "cuda" or wanted() == "torch":
         return False
     found = name_of(device.index if device.index is not None else torch.cuda.current_device())
     if found != target:
-        _tell(target, found)
+        _warn(target, found)
     return found == target
 
 
 @cache
 def wanted() -> str:
-    """What `DSLC_KERNELS` asks for: `torch`, or `triton`, which is the rule.
+    """The value of `DSLC_KERNELS`: `torch`, or `triton`, which is the default.
 
-    Raises ValueError for any other word.
+    Raises ValueError for any other value.
     """
     word = os.environ.get(VARIABLE, "") or "triton"
     if word not in ("torch", "triton"):
@@ -121,7 +91,7 @@ def wanted() -> str:
 
 @cache
 def name_of(index: int) -> str:
-    """A GPU as targets are called: `sm_90`, `gfx942`."""
+    """A GPU by the name of its target: `sm_90`, `gfx942`."""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
@@ -129,7 +99,7 @@ def name_of(index: int) -> str:
 
 
 @cache
-def _tell(target: str, found: str) -> None:
+def _warn(target: str, found: str) -> None:
     warnings.warn(
         f"the kernels of this build are for {target}, this GPU is {found}: torch's own run instead."
         f" Build with `--target {found}` if dslc has that target",

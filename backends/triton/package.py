@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,9 @@ Where two serve a function the earlier one is asked first: libraries stand befor
 MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
 """What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
 
+CALLERS = {"optimizer": "functions"}
+"""Who calls functions by another name: `runtime/train/optimizer.py` those of the optimizer."""
+
 
 def kernel_files(
     programs: Mapping[str, Program],
@@ -76,12 +80,21 @@ def kernel_files(
     return [file for file in files if file is not None]
 
 
-def kernels_package(files: Sequence[KernelFile], target: Target) -> dict[str, str]:
-    """Texts by path inside the build."""
+def kernels_package(
+    files: Sequence[KernelFile], target: Target, callers: str = ""
+) -> dict[str, str]:
+    """Texts by path inside the build. `callers` is the code that calls `F.rms_norm(..)`: what it
+    calls is listed in `kernels/__init__.py` beside the functions that have a kernel."""
+    functions = {name: _functions(name, files, callers) for name in MODULES}
+    namespaces = {name: lines for name, lines in functions.items() if lines}
     texts = {f"kernels/{file.name}.py": file.text for file in files}
-    served = {module: _served(files, module) for module in MODULES}
-    modules = {module: _mapping(functions) for module, functions in served.items()}
-    texts["kernels/__init__.py"] = render("triton/init.py.jinja", target=target, modules=modules)
+    texts["kernels/__init__.py"] = render(
+        "triton/init.py.jinja",
+        target=target,
+        imports=sorted(f"from ..runtime import {MODULES[n]} as torch_{n}" for n in namespaces),
+        modules=MODULES,
+        namespaces=namespaces,
+    )
     texts["kernels/kernels.json"] = _record(files, target)
     return texts
 
@@ -93,26 +106,27 @@ def write(texts: Mapping[str, str], folder: Path) -> None:
         (folder / Path(path).name).write_text(text, encoding="utf-8")
 
 
-def _served(files: Sequence[KernelFile], module: str) -> dict[str, tuple[str, list[str]]]:
-    """Function: the element type that its kernel takes, and the files that have one, in order."""
-    served: dict[str, tuple[str, list[str]]] = {}
-    for file in files:
-        for path, dtype in file.serves.items():
-            place, _, function = path.partition(".")
-            if place == module:
-                served.setdefault(function, (dtype, []))[1].append(file.name)
-    return dict(sorted(served.items()))
-
-
-def _mapping(functions: Mapping[str, tuple[str, list[str]]]) -> str:
-    """Functions with element types and files, as Python text."""
-    if not functions:
-        return "{}"
-    lines = [
-        f'    "{name}": (torch.{dtype}, {json.dumps(files)}),'
-        for name, (dtype, files) in functions.items()
+def _functions(namespace: str, files: Sequence[KernelFile], callers: str) -> list[str]:
+    """A class of `kernels/__init__.py`: an assignment for each of its functions."""
+    called = re.findall(rf"\b{CALLERS.get(namespace, namespace)}\.(\w+)\(", callers)
+    paths = {f"{namespace}.{function}" for function in called}
+    paths |= {p for file in files for p in file.serves if p.startswith(f"{namespace}.")}
+    return [
+        line
+        for path in sorted(paths)
+        for line in _assignment(path, [file for file in files if path in file.serves])
     ]
-    return "\n".join(["{", *lines, "}"])
+
+
+def _assignment(path: str, serving: Sequence[KernelFile]) -> list[str]:
+    """`rms_norm = kernel(torch_F.rms_norm, torch.bfloat16, "norm")`, in 96 columns."""
+    name, reference = path.rpartition(".")[2], f"torch_{path}"
+    if not serving:
+        return [f"{name} = {reference}"]
+    dtype = f"torch.{serving[0].serves[path]}"
+    operands = ", ".join([reference, dtype, *(f'"{file.name}"' for file in serving)])
+    line = f"{name} = kernel({operands})"
+    return [line] if len(line) <= 96 else [f"{name} = kernel(", f"    {operands}", ")"]
 
 
 def _record(files: Sequence[KernelFile], target: Target) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from backends.triton.package import kernels_package
 from backends.triton.target import TARGETS
 from tests.support.golden import Golden
 from tests.support.kernels import FILES, SPECS, files_of, package_of
@@ -22,6 +23,16 @@ def test_text(golden: Golden) -> None:
     texts = package_of("deepseek_v3", "sm_90")
     for name in ("__init__", *files):
         golden(f"kernels/text/{name}.py.txt", texts[f"kernels/{name}.py"])
+
+
+def test_functions_without_a_kernel_are_those_of_runtime() -> None:
+    files = files_of("deepseek_v3_tiny", "sm_90")
+    code = "x = F.embedding(tokens, self.w)\nself.functions.clip_factor(x)\nF.rms_norm(x)"
+    text = kernels_package(files, TARGETS["sm_90"], code)["kernels/__init__.py"]
+    assert "    embedding = torch_F.embedding\n" in text
+    assert "    clip_factor = torch_optimizer.clip_factor\n" in text
+    assert '    rms_norm = kernel(torch_F.rms_norm, torch.bfloat16, "norm")\n' in text
+    assert "positions" not in text
 
 
 @pytest.mark.parametrize("target", TARGETS)
