@@ -1,4 +1,4 @@
-"""The program `dslc`: its commands, and what becomes of errors that are not the user's."""
+"""The program `dslc`: its commands, exit statuses and internal errors."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ EXAMPLES = """
 \b
 Examples:
   dslc init my_model                       start a small spec of your own
-  dslc check my_model.yaml                 every mistake at once, with its place
+  dslc check my_model.yaml                 every error at once, with its place
   dslc show deepseek_v3                    modules, parameters, FLOPs, cache bytes
   dslc build specs/deepseek_v3.yaml        write the package build/deepseek_v3
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
-  dslc kernels deepseek_v3 --target sm_90  its Triton kernels as compiled code, without a GPU
+  dslc kernels deepseek_v3 --target sm_90  its compiled Triton kernels, without a GPU
   dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
-  dslc import DeepSeek-V3 --to v3_bf16     published weights, checked, in BF16
+  dslc import DeepSeek-V3 --to v3_bf16     published weights, verified, in BF16
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
   dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
 
 \b
-Exit status: 0 done, 1 the input is wrong, 2 wrong usage, 70 a fault of dslc, 130 interrupted.
+Exit status: 0 success, 1 wrong input, 2 wrong usage, 70 internal error, 130 interrupted.
 """
 
 app = typer.Typer(
@@ -73,7 +73,8 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     pass
@@ -90,7 +91,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Runs the command line and exits; no traceback unless DSLC_DEBUG is set."""
-    # The process lives for half a second: looking for garbage would take a sixth of it in vain.
+    # The process lives for half a second: garbage collection would take a sixth of it.
     gc.disable()
     try:
         status = run()
@@ -101,8 +102,8 @@ def main() -> None:
             traceback.print_exc()
         print(
             f"dslc: internal error: {type(error).__name__}: {error}\n"
-            "This is a fault of dslc, not of your spec. Please report it with the spec and the "
-            "command; DSLC_DEBUG=1 adds the traceback to send along.",
+            "This is a bug in dslc, not in your spec. Please report it with the spec and the "
+            "command; DSLC_DEBUG=1 prints the traceback.",
             file=sys.stderr,
         )
         status = 70
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def run() -> str | int | None:
-    """The exit status of the command; what it printed is written out, or the reason given."""
+    """Runs the command and flushes its output; returns the exit status."""
     status: str | int | None = 0
     try:
         try:
@@ -121,9 +122,9 @@ def run() -> str | int | None:
             status = stop.code
         sys.stdout.flush()
     except OSError as error:
-        # Python flushes once more when it ends: let that succeed.
+        # Python flushes again at exit: let that succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-        if not isinstance(error, BrokenPipeError):  # a reader that left early wants no message
+        if not isinstance(error, BrokenPipeError):  # the reader has left, which is not an error
             print(f"dslc: cannot write standard output: {error.strerror}", file=sys.stderr)
     return status

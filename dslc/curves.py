@@ -1,4 +1,4 @@
-"""What `dslc plot` draws: the metrics of runs as charts."""
+"""The charts of `dslc plot`, from the metrics of runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dsl.diagnostic import Diagnostic, DiagnosticError
 Record = dict[str, Any]
 SMOOTHING = 0.9
 FEW_LINES = 6
-"""With more layers of all runs, the worst and the mean of each run's are drawn instead."""
+"""With more layers in all runs, only the worst and the mean of each run are drawn."""
 CELLS = 12_000
-"""Of all pictures of expert load together."""
+"""Cells in all heat maps of expert load together."""
 
 
 def read_metrics(run: Path) -> list[Record]:
     """The records of a run in the order of its steps. Raises `DiagnosticError` if it has none."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        # The last line may be under way.
+        # The last line may be incomplete.
         records = [json.loads(line) for line in lines if line.endswith("}")]
         if not any("main" in record for record in records):
             raise ValueError("no step is recorded yet")
@@ -36,7 +36,7 @@ def read_metrics(run: Path) -> list[Record]:
 
 
 def charts(runs: Mapping[str, Sequence[Record]]) -> Iterator[Chart]:
-    """Each has a line of every run, over tokens."""
+    """Charts over tokens, each with a line for every run."""
     steps = {name: [r for r in records if "main" in r] for name, records in runs.items()}
     tests = {name: list(_tests(records)) for name, records in runs.items()}
     held_out = _lines(tests, _at("held_out", "loss"), " held out", dots=True)
@@ -50,15 +50,17 @@ def charts(runs: Mapping[str, Sequence[Record]]) -> Iterator[Chart]:
         _lines(tests, _at("held_out", "acceptance", k), f" depth {k + 1}", dots=True)
         for k in depths
     ]
-    yield Chart("Acceptance of multi-token prediction", "share of tokens", tuple(_flat(accepted)))
+    yield Chart(
+        "Acceptance of multi-token prediction", "fraction of tokens", tuple(_flat(accepted))
+    )
     norms = tuple(_lines(steps, _at("gradient_norm")))
-    yield Chart("Norm of gradients", "before clipping", norms, log=True)
-    yield Chart("MaxVio", "busiest over mean, less 1", tuple(_max_vio(steps)))
+    yield Chart("Gradient norm", "before clipping", norms, log=True)
+    yield Chart("MaxVio", "largest load over mean, minus 1", tuple(_max_vio(steps)))
     yield Chart("Learning rate", "", tuple(_lines(steps, _at("learning_rate"))))
 
 
 def heats(runs: Mapping[str, Sequence[Record]]) -> Iterator[Heat]:
-    """The load of the experts of each layer over time, 1 being their share; layer by layer."""
+    """The load of the experts of each layer over time, relative to the mean."""
     loads: dict[tuple[str, str], list[tuple[int, list[int]]]] = {}
     for layer in _layers(runs):
         for run, records in runs.items():
@@ -120,7 +122,7 @@ def _lines(
 
 
 def _at(*path: str | int) -> Callable[[Record], float]:
-    """What stands at a path of keys and indices."""
+    """The value at a path of keys and indices."""
 
     def value(record: Record) -> float:
         found: Any = record

@@ -35,8 +35,8 @@ class ChangedValue:
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number of both models, None where one has no such thing."""
+class ComparedNumber:
+    """A number of both models; None where one does not have it."""
 
     name: str
     a: int | None
@@ -66,7 +66,7 @@ class Difference:
     a: str
     b: str
     values: tuple[ChangedValue, ...]
-    numbers: tuple[Number, ...]
+    numbers: tuple[ComparedNumber, ...]
     blocks: tuple[ChangedBlock, ...]
 
     @property
@@ -106,7 +106,7 @@ def _value(value: Resolved | None) -> dict[str, str] | None:
 
 
 def difference(a: Side, b: Side) -> Difference:
-    """Everything in which two models differ. Raises `DiagnosticError` where one is beyond it."""
+    """All differences of two models. Raises `DiagnosticError` for a plan that cannot be read."""
     return Difference(
         a.name,
         b.name,
@@ -124,10 +124,10 @@ def _values(a: Side, b: Side) -> Iterator[ChangedValue]:
             yield ChangedValue(path, old, new)
 
 
-def _numbers(a: Side, b: Side) -> Iterator[Number]:
-    told = [_summed(side) | _planned(side.plan) for side in (a, b)]
-    for name in dict.fromkeys([*told[0], *told[1]]):
-        yield Number(name, told[0].get(name), told[1].get(name))
+def _numbers(a: Side, b: Side) -> Iterator[ComparedNumber]:
+    found = [_summed(side) | _planned(side.plan) for side in (a, b)]
+    for name in dict.fromkeys([*found[0], *found[1]]):
+        yield ComparedNumber(name, found[0].get(name), found[1].get(name))
 
 
 def _summed(side: Side) -> dict[str, int]:
@@ -135,19 +135,19 @@ def _summed(side: Side) -> dict[str, int]:
     train = side.programs["train"]
     return {
         "parameters": numbers.parameters,
-        "activated parameters": numbers.activated,
+        "active parameters": numbers.activated,
         "bytes of a checkpoint": numbers.stored_bytes,
-        "training FLOPs a token": total(numbers.training_flops),
-        "training FLOPs a token, MTP": total(numbers.mtp_training_flops),
-        "decoding FLOPs a token": total(numbers.decoding_flops),
-        "cache bytes a token": numbers.cache_bytes,
+        "training FLOPs per token": total(numbers.training_flops),
+        "training FLOPs per token, MTP": total(numbers.mtp_training_flops),
+        "decoding FLOPs per token": total(numbers.decoding_flops),
+        "cache bytes per token": numbers.cache_bytes,
         # Of activations, from the forward to the backward pass.
-        **({"saved bytes a token": int(saved_bytes_per_token(train))} if train.backward else {}),
+        **({"saved bytes per token": int(saved_bytes_per_token(train))} if train.backward else {}),
     }
 
 
 def _planned(plan: Mapping[str, Any] | None) -> dict[str, int]:
-    """Of the rank that has most of each; a step is one batch. The plan may be a stranger's."""
+    """The largest value of any rank, per step. The plan may come from an untrusted build."""
     if plan is None:
         return {}
 
@@ -158,16 +158,16 @@ def _planned(plan: Mapping[str, Any] | None) -> dict[str, int]:
         ranks = list(plan["ranks"])
         return {
             "peak bytes of a rank": max(int(rank["peak_bytes"]) for rank in ranks),
-            "bytes sent inside a node": max(sent(rank, "inside") for rank in ranks),
-            "bytes sent across nodes": max(sent(rank, "across") for rank in ranks),
+            "bytes sent intra-node": max(sent(rank, "inside") for rank in ranks),
+            "bytes sent inter-node": max(sent(rank, "across") for rank in ranks),
         }
     except (KeyError, TypeError, ValueError):
-        message = "plan.json is none that this dslc understands"
+        message = "plan.json is not of a form that this version of dslc reads"
         raise DiagnosticError([Diagnostic("E604", message, help="build the model again")]) from None
 
 
 def _blocks(a: Side, b: Side) -> Iterator[ChangedBlock]:
-    """Blocks that differ, callers first; what several programs share is told once."""
+    """Blocks that differ, callers first; a change in several programs is listed once."""
     marks: dict[str, set[Mark]] = {}
     changes: dict[str, dict[tuple[str, ...], tuple[Line, list[str]]]] = {}
     for program, before, after in _pairs(a, b):

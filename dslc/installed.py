@@ -1,4 +1,4 @@
-"""What a command needs besides dslc, and what it says where that is absent."""
+"""Packages that commands need, and the error where one is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def require(what: str, *packages: str, by: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         message = f"{what} needs {' and '.join(missing)}, not installed here"
-        raise DiagnosticError([Diagnostic("E605", message, help=f"{by}; a build needs neither")])
+        raise DiagnosticError(
+            [Diagnostic("E605", message, help=f"{by}; `dslc build` needs neither")]
+        )
 
 
 def require_triton(what: str) -> None:

@@ -1,4 +1,4 @@
-"""The arguments that commands share, so that each means the same everywhere."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import typer
 
 
 class Format(StrEnum):
-    """How results and problems are printed: for people, or for tools."""
+    """How results and problems are printed: as text for people, as JSON for tools."""
 
     text = "text"
     json = "json"
 
 
 class TargetName(StrEnum):
-    """The GPUs that kernels are written for, as `backends.triton.target` knows them."""
+    """The GPUs that have kernels: the names of `backends.triton.target`."""
 
     sm_90 = "sm_90"
     sm_100 = "sm_100"
@@ -43,7 +43,7 @@ SetOption = Annotated[
 VariantOption = Annotated[
     str | None,
     typer.Option(
-        "--variant", metavar="NAME", help="Use a variant that the spec names.", show_default=False
+        "--variant", metavar="NAME", help="Use a variant of the spec.", show_default=False
     ),
 ]
 SkipOption = Annotated[
@@ -51,7 +51,7 @@ SkipOption = Annotated[
     typer.Option(
         "--skip",
         metavar="PASS",
-        help="Leave a pass out, for debugging. Repeatable.",
+        help="Skip a pass, for debugging. Repeatable.",
         show_default=False,
     ),
 ]
@@ -60,10 +60,10 @@ UntilOption = Annotated[
     typer.Option(
         "--only-until",
         metavar="PASS",
-        help="Leave out what follows this pass, but for essential passes.",
+        help="Skip the passes after this one, except essential ones.",
         show_default=False,
     ),
 ]
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="Print for people, or as JSON on standard output.")
+    Format, typer.Option("--format", help="Print text, or JSON on standard output.")
 ]

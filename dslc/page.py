@@ -1,4 +1,4 @@
-"""The page of `dslc graph --html`: where it goes, and over what."""
+"""The page of `dslc graph --html`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dslc.specs import shown
 
 
 def write(description: Description, compiled: Compiled, output: Path | None, start: str) -> None:
-    """Writes the page and says where. Raises `DiagnosticError` rather than replace others' files.
+    """Writes the page and prints its path. Raises `DiagnosticError` to protect other files.
 
-    `start` is what it opens with, as in `render_steps`.
+    `start` is the view it opens with, as in `render_steps`.
     """
     text = render_steps(description, compiled, version=VERSION, start=start)
     path = output or Path(f"{description.spec.model}.html")
     if path.exists() and not _ours(path):
-        message = f"{path} exists and is no page of dslc"
+        message = f"{path} exists and was not written by dslc"
         raise DiagnosticError([Diagnostic("E692", message, help="choose another file with -o")])
     path.write_text(text, encoding="utf-8")
     print(f"wrote {shown(path)}: {len(text.encode()) // 1000:,} KB")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check(skip: Sequence[str] | None, until: str | None) -> None:
-    """Raises `DiagnosticError` for a pass that does not exist, or that cannot be left out."""
+    """Raises `DiagnosticError` for a pass that does not exist or cannot be skipped."""
     known = passes()
     problems = [
         unknown("pass", name, known)
@@ -22,8 +22,8 @@ def check(skip: Sequence[str] | None, until: str | None) -> None:
     problems += [
         Diagnostic(
             "E693",
-            f"`{name}` cannot be left out: it makes a program what it is",
-            help=f"these can be: {', '.join(n for n, one in known.items() if not one.essential)}",
+            f"`{name}` cannot be skipped: programs need it",
+            help=f"others can: {', '.join(n for n, one in known.items() if not one.essential)}",
         )
         for name in skip or ()
         if name in known and known[name].essential
@@ -47,8 +47,8 @@ def programs_of(name: str) -> list[str]:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> Diagnostic:
-    """That a model has no such program, block or pass, and the nearest that it has."""
+    """The error for an unknown program, block or pass, with the nearest known one."""
     from dsl.suggest import did_you_mean
 
-    help = did_you_mean(name, known) or f"there are {', '.join(known)}"
+    help = did_you_mean(name, known) or f"it has {', '.join(known)}"
     return Diagnostic("E691", f"the model has no {what} {name!r}", help=help)

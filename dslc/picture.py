@@ -36,7 +36,7 @@ def write_png(path: Path, charts: Sequence[Chart], heats: Sequence[Heat], runs: 
         problem = Diagnostic("E601", "a picture needs matplotlib", help=help)
         raise DiagnosticError([problem]) from None
     some = [chart for chart in charts if chart.lines]
-    # The load of one layer in all runs stands side by side.
+    # The loads of one layer in all runs are side by side.
     columns = min(max(runs, 2), 4)
     rows, heat_rows = -(-len(some) // 2), -(-len(heats) // columns)
     heights = [CHART * rows, HEAT * heat_rows + 0.5] if heats else [CHART * rows]
@@ -70,7 +70,7 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.set_ylabel(chart.unit)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    # Outside, so that it hides nothing.
+    # Outside the axes, so that it hides nothing.
     axes.legend(
         fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2
     )
@@ -89,7 +89,7 @@ def _tokens(axes: Any) -> None:
 def _colour(figure: Any, heats: Sequence[Heat], rows: int, columns: int) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    figure.suptitle("Load of experts (1: an even share)", fontweight="bold", fontsize="medium")
+    figure.suptitle("Load of experts (1: the mean)", fontweight="bold", fontsize="medium")
     colours = LinearSegmentedColormap.from_list("load", [WEAKEST, "white", STRONGEST])
     drawn = []
     for number, heat in enumerate(heats, 1):

@@ -1,4 +1,4 @@
-"""Printing: results on standard output, problems where the chosen format wants them."""
+"""Printing: results on standard output, problems as the chosen format requires."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ RED, BLUE, RESET = "\033[1;31m", "\033[34m", "\033[0m"
 
 @contextmanager
 def reporting(as_json: bool = False) -> Iterator[None]:
-    """Turns the problems of a stage, and files that cannot be read or written, into exit status 1.
+    """Prints the problems of a stage, or of reading and writing files, and exits with status 1.
 
-    Text goes to standard error; JSON, which is a command's one result, to standard output.
+    Text goes to standard error; JSON, the single result of a command, to standard output.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
-    """Columns as wide as what stands in them; `align` has `<` or `>` for each."""
+    """Prints aligned columns; `align` has `<` or `>` for each."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(row, align, widths, strict=True)
@@ -62,7 +62,7 @@ def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
 
 
 def note(text: str) -> None:
-    """A remark that is no result, on standard error."""
+    """Prints a remark to standard error."""
     print(f"dslc: {text}", file=sys.stderr)
 
 

@@ -36,9 +36,9 @@ def find(spec: str) -> Path:
         note(f"there is no file {spec!r} here; using the shipped {found}")
         return Path(found)
     folder = path.parent
-    beside = [str(folder / f.name) for f in folder.glob("*.yaml")] if folder.is_dir() else []
+    siblings = [str(folder / f.name) for f in folder.glob("*.yaml")] if folder.is_dir() else []
     # `v3.yml` or `other/deepseek_v3.yaml` may mean the shipped spec of that name.
-    near = nearest(spec, [*beside, *shipped()]) or nearest(path.stem, shipped())
+    near = nearest(spec, [*siblings, *shipped()]) or nearest(path.stem, shipped())
     help = f"did you mean `{near}`?" if near else "`dslc init NAME` starts a new spec"
     raise DiagnosticError([Diagnostic("E100", f"there is no spec {spec!r}", help=help)])
 
@@ -49,6 +49,6 @@ def shipped() -> dict[str, Path]:
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be said from here."""
+    """A path relative to the working directory, if it is below it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

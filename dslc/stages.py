@@ -1,4 +1,4 @@
-"""The programs that a command line names: of the whole model, or of a pipeline stage."""
+"""The program that a command line names: of the whole model, or of a pipeline stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def compiled_for(
 ) -> tuple[Compiled, str]:
     """All programs of a model, and the name of the wanted one among them.
 
-    With a stage there is one program more: what the ranks that hold it compute of `program`.
+    With a stage there is one more program: the part of `program` that this stage computes.
     Raises `DiagnosticError`.
     """
     compiled = compile(description, skip=skip, until=until)

@@ -1,4 +1,4 @@
-"""Built packages, used from the command line: imported, and their errors told."""
+"""Built packages used from the command line: their import, and the report of their errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import typer
 def using(parent: Path, package: str) -> Iterator[Any]:
     """The module `runtime.train.command` of a package in `parent`, and the package's `Model`.
 
-    What the package says is wrong with a run ends the command with status 1.
+    A TrainError of the package is printed and ends the command with status 1.
     """
-    # dslc looks for no garbage, which is right for half a second only.
+    # Off in dslc, whose other commands take half a second.
     gc.enable()
     # Another build of the same name may have been used before.
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:

@@ -1,4 +1,4 @@
-"""What `dslc import` and `dslc export` have in common: a conversion, watched and told."""
+"""What `dslc import` and `dslc export` share: a conversion with progress and a report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from backends.weights import Checkpoint, Progress
 
 SECONDS = 10.0
-"""From one line of progress to the next where lines cannot be written over."""
+"""Seconds between lines of progress where a line cannot be rewritten."""
 
 TargetOption = Annotated[
     Path, typer.Option("--to", metavar="DIR", help="The folder to write.", show_default=False)
 ]
 FirstValuesOption = Annotated[
-    bool, typer.Option("--first-values", help="Allow weights that still are what they began as.")
+    bool, typer.Option("--first-values", help="Allow weights that still have their initial values.")
 ]
 
 
@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if not isinstance(size, int) or size < 1:
-        raise typer.BadParameter(f"{text} is no number of bytes: write it as 5GB")
+        raise typer.BadParameter(f"{text} is not a number of bytes: write it as 5GB")
     return size
 
 
@@ -68,17 +68,17 @@ def converted(
     from dslc.report import print_json, print_table
     from dslc.specs import shown
 
-    gc.enable()  # dslc looks for no garbage, which is right for half a second only
-    watched = Watched()
+    gc.enable()  # off in dslc, whose other commands take half a second
+    progress = ProgressPrinter()
     table = convert(
-        checkpoint, to, fp8=fp8, first_values=first_values, max_file=max_file, report=watched
+        checkpoint, to, fp8=fp8, first_values=first_values, max_file=max_file, report=progress
     )
-    watched.end()
+    progress.end()
     rows = list(table.rows())
     if format is Format.json:
         names = ("names", "count", "shape", "read", "written", "how", "bytes")
-        said = [dict(zip(names, row, strict=True)) for row in rows]
-        print_json({"ok": True, "diagnostics": [], "folder": str(to), "tensors": said})
+        listed = [dict(zip(names, row, strict=True)) for row in rows]
+        print_json({"ok": True, "diagnostics": [], "folder": str(to), "tensors": listed})
         return
     heads = ("tensors", "", "shape", "read", "written", "", "bytes")
     print_table([heads, *rows], "<><<<<>")
@@ -86,20 +86,22 @@ def converted(
 
 
 @dataclass
-class Watched:
-    """Lines on standard error: one that is written over on a terminal, else one now and then."""
+class ProgressPrinter:
+    """Progress on standard error: one line that is rewritten on a terminal, else one at times."""
 
-    began: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=time.monotonic)
     terminal: bool = field(default_factory=sys.stderr.isatty)
 
     def __call__(self, now: Progress) -> None:
         at = time.monotonic()
         ended = now.bytes == now.total
-        if at - self.told < (0.1 if self.terminal else SECONDS) and not (ended and self.terminal):
+        if at - self.printed < (0.1 if self.terminal else SECONDS) and not (
+            ended and self.terminal
+        ):
             return
-        self.told = at
-        line = progress_line(now, at - self.began)
+        self.printed = at
+        line = progress_line(now, at - self.started)
         print(
             f"\r{line:<79}" if self.terminal else line, end=self._end, file=sys.stderr, flush=True
         )
@@ -114,10 +116,10 @@ class Watched:
 
 
 def progress_line(now: Progress, seconds: float) -> str:
-    """Files, bytes, and, once there is one, the rate and the time that is left at it."""
+    """Files, bytes, and, once known, the rate and the remaining time."""
     line = (
         f"file {now.shard} of {now.shards}, {now.bytes / 1e9:.2f} of {now.total / 1e9:.2f} GB"
-        f"{f', {now.kept / 1e9:.2f} GB kept' if now.kept else ''}"
+        f"{f', {now.kept / 1e9:.2f} GB from before' if now.kept else ''}"
     )
     rate = (now.bytes - now.kept) / max(seconds, 1e-3)
     if not rate:

@@ -30,7 +30,7 @@ Examples:
   dslc build my_model.yaml --variant small -o build/small
   dslc build deepseek_v3 --set params.n_routed_experts=128 --set model=v3_128
   dslc build deepseek_v3 --target sm_90                with Triton kernels for that GPU
-  dslc build deepseek_v3 --skip fuse_experts -o build/loop    to see what a pass does
+  dslc build deepseek_v3 --skip fuse_experts -o build/loop    without one of the passes
 
 \b
 Use the result where build/ is on sys.path; it needs torch and safetensors, but not dslc:
@@ -49,11 +49,11 @@ def run(
     ] = None,
     target: Annotated[
         TargetName | None,
-        typer.Option(help="Add Triton kernels for this GPU; on any other, torch's own run."),
+        typer.Option(help="Add Triton kernels for this GPU; other devices run plain torch."),
     ] = None,
     tuned: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What `dslc tune` measured; needs --target."),
+        typer.Option(metavar="FILE", help="The output of `dslc tune`; needs --target."),
     ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
@@ -63,8 +63,8 @@ def run(
 ) -> None:
     """Write a model as a package of readable torch code.
 
-    The package runs without dslc. Its folder appears whole or not at all, and a folder that dslc
-    did not write is never replaced.
+    The package runs without dslc. It is written completely or not at all, and never replaces a
+    folder that dslc did not write.
     """
     from backends.build import build
     from backends.triton.target import TARGETS
@@ -83,11 +83,11 @@ def run(
             files = dict(result.files)
             print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})
         else:
-            print("\n".join(told(result)))
+            print("\n".join(summary_lines(result)))
 
 
 def measured(tuned: Path | None, target: Target | None) -> Choices | None:
-    """What the file of `--tuned` says. Raises `DiagnosticError`."""
+    """The choices in the file of `--tuned`. Raises `DiagnosticError`."""
     if tuned is None:
         return None
 
@@ -95,19 +95,19 @@ def measured(tuned: Path | None, target: Target | None) -> Choices | None:
     from dsl.diagnostic import Diagnostic, DiagnosticError
 
     if target is None:
-        why = "--tuned says how kernels are cut, and only a build with --target has any"
+        why = "--tuned sets the tiles of kernels, which only a build with --target has"
         raise DiagnosticError([Diagnostic("E607", why, help="add --target")])
     return tune.read(tuned, target)
 
 
-def told(result: BuildResult) -> list[str]:
-    """What was built, for people."""
+def summary_lines(result: BuildResult) -> list[str]:
+    """A summary of the build as text."""
     from dsl.units import format_count
     from dslc.specs import shown
 
     numbers = result.summary
-    parameters, activated = format_count(numbers.parameters), format_count(numbers.activated)
-    lines = [f"{numbers.name}: {parameters} parameters, {activated} activated a token"]
+    parameters, active = format_count(numbers.parameters), format_count(numbers.activated)
+    lines = [f"{numbers.name}: {parameters} parameters, {active} active per token"]
     if result.changed:
         kilobytes = sum(result.files.values()) // 1000
         lines.append(
@@ -118,5 +118,7 @@ def told(result: BuildResult) -> list[str]:
         lines.append(f"{shown(result.path)} is up to date")
     if result.plan is not None and not result.plan.fits:
         cluster = result.plan.cluster.cluster
-        lines.append(f"its plan does not fit {cluster}; `dslc plan --why` says what takes the room")
+        lines.append(
+            f"its plan does not fit {cluster}; `dslc plan --why` lists the largest tensors"
+        )
     return lines

@@ -1,4 +1,4 @@
-"""`dslc check`: every mistake of a spec at once."""
+"""`dslc check`: all errors of a spec."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run(
     variant: VariantOption = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Say whether a spec is right, or show every mistake.
+    """Check a spec and show every error.
 
-    Each comes with its place, its cause and a fix."""
+    Each comes with its place, cause and fix."""
     from compiler.pipeline import compile
     from compiler.plan.make import make_plan
     from dslc.report import print_json, reporting
@@ -33,4 +33,4 @@ def run(
         if format is Format.json:
             print_json({"ok": True, "diagnostics": []})
         else:
-            print(f"{description.spec.model}: no mistakes found")
+            print(f"{description.spec.model}: no errors found")

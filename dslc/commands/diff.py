@@ -12,20 +12,20 @@ from dslc.options import Format, FormatOption, SetOption, VariantOption
 
 if TYPE_CHECKING:
     from compiler.graph.compare import Line
-    from dslc.difference import ChangedBlock, ChangedValue, Difference, Number, Side
+    from dslc.difference import ChangedBlock, ChangedValue, ComparedNumber, Difference, Side
 
 EXAMPLES = """
 \b
 Examples:
   dslc diff deepseek_v2_236b deepseek_v3
-  dslc diff deepseek_v3 --set params.n_routed_experts=128   the spec and a change of it
+  dslc diff deepseek_v3 --set params.n_routed_experts=128   a spec and a change to it
   dslc diff ablation.yaml --variant half_as_deep
-  dslc diff build/before build/after                        two builds; or one and a spec
+  dslc diff build/before build/after                        two builds, or a build and a spec
   dslc diff a.yaml b.yaml --format json
 
 \b
-Exit status: 0 equal, 1 different. Where an input is wrong it is 1 as well, and nothing stands on
-standard output; in JSON the answer then has no `equal`, and its `ok` is false.
+Exit status: 0 equal, 1 different. For wrong input it is 1 too, and standard output is empty; with
+--format json the answer then has no `equal`, and its `ok` is false.
 """
 
 
@@ -75,8 +75,8 @@ def run(
         if format is Format.json:
             print_json({"ok": True, "diagnostics": [], **found.to_json()})
         else:
-            # A build may come from a stranger.
-            print("\n\n".join("\n".join(map(printable, part)) for part in told(found)))
+            # A build may come from an untrusted source.
+            print("\n\n".join("\n".join(map(printable, part)) for part in as_tables(found)))
     raise typer.Exit(0 if found.equal else 1)
 
 
@@ -94,7 +94,7 @@ def side(spec: str, sets: Sequence[str], variant: str | None) -> Side:
     folder = Path(spec)
     if is_build(folder):
         if changes:
-            message = f"{spec} is a build, and a build does not change: {', '.join(changes)}"
+            message = f"{spec} is a build, which cannot be changed: {', '.join(changes)}"
             raise DiagnosticError([Diagnostic("E695", message, help="name its spec")])
         built = read_build(folder)
         return Side(spec, built.values, built.lowered, built.programs, built.plan)
@@ -102,11 +102,11 @@ def side(spec: str, sets: Sequence[str], variant: str | None) -> Side:
     compiled = compile(description)
     name = " ".join([spec, *changes])
     plan = make_plan(description, compiled)
-    told = record(description.spec.model, plan) if plan else None
-    return Side(name, description.resolved(), compiled.lowered, compiled.programs, told)
+    planned = record(description.spec.model, plan) if plan else None
+    return Side(name, description.resolved(), compiled.lowered, compiled.programs, planned)
 
 
-def told(found: Difference) -> Iterator[list[str]]:
+def as_tables(found: Difference) -> Iterator[list[str]]:
     """The tables, for people."""
     from dslc.commands.show import table
 
@@ -124,18 +124,18 @@ def told(found: Difference) -> Iterator[list[str]]:
 def _value_row(value: ChangedValue) -> tuple[str, ...]:
     sides = (value.a, value.b)
     texts = ("" if one is None else one.value for one in sides)
-    # The side that does not leave the default says most.
+    # Both origins, if they differ.
     origins = dict.fromkeys(one.origin for one in sides if one is not None)
     return (value.path, *texts, " -> ".join(origins))
 
 
-def _number_row(number: Number) -> tuple[str, ...]:
+def _number_row(number: ComparedNumber) -> tuple[str, ...]:
     a, b = number.a, number.b
     cells = ("" if n is None else f"{n:,}" for n in (a, b))
     if a is None or b is None or a == b:
         return (number.name, *cells, "" if a == b else "?")
-    share = f" ({100 * (b - a) / a:+.1f} %)" if a else ""
-    return (number.name, *cells, f"{b - a:+,}{share}")
+    percent = f" ({100 * (b - a) / a:+.1f} %)" if a else ""
+    return (number.name, *cells, f"{b - a:+,}{percent}")
 
 
 def _block_lines(block: ChangedBlock) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`dslc eval`: how good a trained model is."""
+"""`dslc eval`: evaluation of a trained model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from dslc.options import Format, FormatOption
 EXAMPLES = """
 \b
 Examples:
-  dslc eval runs/mini              loss and bits per byte on the text that was held out
-  dslc eval runs/mini --ema        of the moving average of the weights
+  dslc eval runs/mini              loss and bits per byte on held-out text
+  dslc eval runs/mini --ema        with the moving average of the weights
 """
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder of `dslc train`.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory of `dslc train`.")
+]
 AverageOption = Annotated[
     bool, typer.Option("--ema", help="Use the moving average of the weights (train.ema).")
 ]
@@ -26,7 +28,7 @@ AverageOption = Annotated[
 def run(
     folder: RunArgument, ema: AverageOption = False, format: FormatOption = Format.text
 ) -> None:
-    """Measure the newest checkpoint of a run on the text that was held out."""
+    """Measure the newest checkpoint of a run on held-out text."""
     from dslc.report import print_json
     from dslc.trained import using_run
 

@@ -1,4 +1,4 @@
-"""`dslc explain`: what an error code means, and what a pass does or why it did nothing."""
+"""`dslc explain`: what an error code means, what a pass does, or why it changed nothing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ EXAMPLES = """
 Examples:
   dslc explain E401
   dslc explain                                 every code with its title
-  dslc explain absorb                          what a pass is for
-  dslc explain absorb my_model.yaml --at GQA   what it did to a block, or why nothing
+  dslc explain absorb                          the purpose of a pass
+  dslc explain absorb my_model.yaml --at GQA   what it changed in a block, or why nothing
 """
 # One section a code: `## E401 title`.
 CATALOG = Path(__file__).parent.parent / "errors.md"
@@ -36,12 +36,12 @@ def run(
     spec: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SPEC]", help="Say what the pass does to this model.", show_default=False
+            metavar="[SPEC]", help="Show what the pass changes in this model.", show_default=False
         ),
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(metavar="BLOCK", help="Only what it does to this block.", show_default=False),
+        typer.Option(metavar="BLOCK", help="Only the changes in this block.", show_default=False),
     ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,
@@ -98,7 +98,7 @@ def done(compiled: Compiled, name: str, block: str | None) -> Iterator[str]:
 
 
 def _places(before: Step, step: Step, block: str | None) -> Iterator[str]:
-    """Which blocks are another way, and which operators stay as they were, and why."""
+    """The blocks that changed, and the operators that a rule left unchanged, with the reason."""
     from compiler.graph.equal import equal_graphs
     from dslc.commands.passes import remark
 
@@ -107,7 +107,7 @@ def _places(before: Step, step: Step, block: str | None) -> Iterator[str]:
         if block not in (None, name):
             continue
         if after is None:
-            yield f"  {name}: gone"
+            yield f"  {name}: removed"
         elif not equal_graphs(graph, after):
             yield f"  {name}: changed"
     for miss in step.misses:

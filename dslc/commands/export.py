@@ -1,4 +1,4 @@
-"""`dslc export`: weights as Hugging Face, vLLM and SGLang read them."""
+"""`dslc export`: weights for Hugging Face, vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Examples:
   dslc export runs/mini --to published              the newest weights of a run
   dslc export runs/mini --to published --ema        their moving average
   dslc export saved --to published                  a folder of Model.save
-  dslc export v3_bf16 --to v3_fp8 --dtype fp8       with 128 x 128 scales, as DeepSeek-V3
+  dslc export v3_bf16 --to v3_fp8 --dtype fp8       with 128 x 128 scales, as in DeepSeek-V3
 
 \b
-Killed, the same command goes on where it stopped.
+The same command resumes an export that was interrupted.
 """
 
 
 class Stored(StrEnum):
-    """What exported weights are stored as."""
+    """The dtype of exported weights."""
 
     bf16 = "bf16"
     fp8 = "fp8"
@@ -37,12 +37,12 @@ def run(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN_OR_FOLDER", help="A run of dslc train, or a folder with weights."
+            metavar="RUN_OR_FOLDER", help="A run directory of dslc train, or a folder with weights."
         ),
     ],
     to: TargetOption,
     dtype: Annotated[
-        Stored, typer.Option(help="fp8: the weights of FP8 products, as DeepSeek-V3 has them.")
+        Stored, typer.Option(help="fp8: the weights of FP8 GEMMs in FP8, as in DeepSeek-V3.")
     ] = Stored.bf16,
     ema: AverageOption = False,
     spec: SpecOption = None,
@@ -52,7 +52,7 @@ def run(
 ) -> None:
     """Write weights as a Hugging Face folder: safetensors, an index, config.json.
 
-    Copies of tensors that the MTP modules share are written out.
+    Tensors that MTP modules share with the model are written for each.
     """
     from backends.weights import checkpoint_in, checkpoint_of, is_run
     from dslc.report import reporting

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 EXAMPLES = """
 \b
 Examples:
-  dslc graph deepseek_v3                               all of it, as text
+  dslc graph deepseek_v3                               the whole graph, as text
   dslc graph deepseek_v3 --block MLA                   one block
-  dslc graph deepseek_v3 --block MLA --program decode  what decoding computes
-  dslc graph deepseek_v3 --program decode --after simplify   before the passes that follow
+  dslc graph deepseek_v3 --block MLA --program decode  the program of decoding
+  dslc graph deepseek_v3 --program decode --after simplify   before the passes after simplify
   dslc graph deepseek_v3 --program decode --skip absorb      without one of them
-  dslc graph deepseek_v3 --program train --stage 3           what a rank of that stage computes
+  dslc graph deepseek_v3 --program train --stage 3           the part of pipeline stage 3
   dslc graph deepseek_v3 --format svg > v3.svg         a picture
-  dslc graph deepseek_v3 --html                        a page that steps through all passes
+  dslc graph deepseek_v3 --html                        an HTML page that steps through all passes
 """
 
 
@@ -49,7 +49,7 @@ def run(
         str | None,
         typer.Option(
             metavar="PASS",
-            help="As it is after this pass; `dslc passes` lists them, `lower` is before all.",
+            help="The graph after this pass; `dslc passes` lists them, `lower` is the first.",
             show_default=False,
         ),
     ] = None,
@@ -57,18 +57,18 @@ def run(
         int | None,
         typer.Option(
             metavar="N",
-            help="The program of ranks that hold this pipeline stage, by the spec's `parallel:`.",
+            help="The part of this pipeline stage, by `parallel:` of the spec.",
             show_default=False,
         ),
     ] = None,
     skip: SkipOption = None,
     until: UntilOption = None,
-    format: Annotated[GraphFormat, typer.Option(help="How to print it.")] = GraphFormat.text,
+    format: Annotated[GraphFormat, typer.Option(help="Output format.")] = GraphFormat.text,
     html: Annotated[
         bool,
         typer.Option(
             "--html",
-            help="Write a page that steps through the passes of all programs, and opens here.",
+            help="Write an HTML page that steps through the passes of all programs.",
         ),
     ] = False,
     output: Annotated[
@@ -80,7 +80,7 @@ def run(
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
-    """Print the graph that a spec compiles to, or write a page that shows how it came to be."""
+    """Print the graph that a spec compiles to, or write a page that shows the passes."""
     from compiler.pipeline import PIPELINES
     from dsl.diagnostic import DiagnosticError
     from dslc.passes import check, unknown
@@ -89,7 +89,7 @@ def run(
     from dslc.stages import compiled_for
 
     if output and not html:
-        raise typer.BadParameter("-o goes with --html; redirect other formats with >")
+        raise typer.BadParameter("-o needs --html; redirect other formats with >")
     with reporting(as_json=format is GraphFormat.json):
         if program not in PIPELINES:
             raise DiagnosticError([unknown("program", program, PIPELINES)])
@@ -105,7 +105,7 @@ def run(
         if html:
             from dslc.page import write
 
-            # Without a step or a block it begins at the beginning.
+            # Without a pass or a block it starts at the first step.
             first = f"{name}-{at if after or block else 0}"
             write(description, compiled, output, f"{first}/{block}" if block else first)
         else:

@@ -1,4 +1,4 @@
-"""`dslc import`: published weights, checked and in BF16."""
+"""`dslc import`: published weights, verified, in BF16."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ Then, to use the weights:
   dslc init --from-hf v3_bf16 -o v3.yaml
   dslc build v3.yaml
   python -c 'import v3; model = v3.load("v3_bf16")'           where build/ is on sys.path
-Killed, the same command goes on where it stopped.
+The same command resumes an import that was interrupted.
 """
 
 SpecOption = Annotated[
     str | None,
     typer.Option(
-        metavar="SPEC", help="The model, if config.json does not say it.", show_default=False
+        metavar="SPEC",
+        help="The spec of the model, if config.json does not describe it.",
+        show_default=False,
     ),
 ]
 
@@ -45,7 +47,7 @@ def run(
 ) -> None:
     """Read published weights, in BF16 or FP8, into a checkpoint in BF16.
 
-    Every tensor of the model must be there, and nothing else. Copies are compared.
+    All tensors of the model must be present, and no others. Copies must be equal.
     """
     from backends.weights import checkpoint_in
     from dslc.report import reporting

@@ -1,4 +1,4 @@
-"""`dslc kernels`: what the kernels of a build are as compiled code, without a GPU."""
+"""`dslc kernels`: the compiled kernels of a build, without a GPU."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Examples:
   dslc kernels deepseek_v3 --target sm_90 --save kernels    sources, PTX and SASS side by side
 
 \b
-Everything in the table is read from compiled code. The floor is the least time that the published
-peaks of a GPU allow; nothing was run, and no speed is claimed.
-Exit status 1 if a kernel breaks one of the rules that shipped kernels keep.
+The table is read from compiled code. The floor is the lower bound on time by the published peaks
+of the GPU; nothing is run, and no speed is claimed.
+Exit status 1 if a kernel breaks one of the rules for shipped kernels.
 """
 
 
 def run(
     spec: SpecArgument,
     target: Annotated[
-        TargetName, typer.Option(help="The GPU to compile for; it need not be there.")
+        TargetName, typer.Option(help="The GPU to compile for; the machine does not need one.")
     ],
     file: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Only this file of kernels. Repeatable."),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep sources and assembly there.")
+        Path | None, typer.Option(metavar="DIR", help="Write sources and assembly to this folder.")
     ] = None,
     sets: SetOption = None,
     variant: VariantOption = None,

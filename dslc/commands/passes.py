@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 \b
 Examples:
-  dslc passes                                                what runs for which program
-  dslc passes deepseek_v3                                    what each one does to a model
+  dslc passes                                                the passes of each program
+  dslc passes deepseek_v3                                    what each pass changes in a model
   dslc graph deepseek_v3 --program decode --after absorb     the graph after a pass
 """
 
@@ -27,7 +27,7 @@ def run(
         str | None,
         typer.Argument(
             metavar="[SPEC]",
-            help="Run them on this spec, and say what each one changed.",
+            help="Run the passes on this spec and show what each one changed.",
             show_default=False,
         ),
     ] = None,
@@ -36,7 +36,7 @@ def run(
     skip: SkipOption = None,
     until: UntilOption = None,
 ) -> None:
-    """List the passes of each program, what they need and ensure, or what they do to a model."""
+    """List the passes with their conditions, or show what they change in a model."""
     from dslc.passes import check
     from dslc.report import reporting
     from dslc.specs import read
@@ -49,7 +49,7 @@ def run(
     with reporting():
         check(skip, until)
         compiled = compile(read(spec, sets, variant), skip=skip or (), until=until)
-        print("\n".join(told(compiled)))
+        print("\n".join(pass_table(compiled)))
 
 
 def listed() -> Iterator[list[str]]:
@@ -63,7 +63,7 @@ def listed() -> Iterator[list[str]]:
 
 
 def about(name: str) -> list[str]:
-    """All about one pass."""
+    """The description of one pass."""
     from dslc.passes import passes, programs_of
 
     one = passes()[name]
@@ -75,11 +75,11 @@ def about(name: str) -> list[str]:
     ]
 
 
-def told(compiled: Compiled) -> Iterator[str]:
+def pass_table(compiled: Compiled) -> Iterator[str]:
     """What each pass changed in each program, and how long it took on this machine."""
     from dslc.commands.show import table
 
-    rows: list[tuple[str, ...]] = [("program", "pass", "operators", "ms", "what it did")]
+    rows: list[tuple[str, ...]] = [("program", "pass", "operators", "ms", "changes")]
     rows.append(_row("all", compiled.steps[0]))
     remarks = []
     for program in compiled.programs:
@@ -99,7 +99,7 @@ def _row(program: str, step: Step) -> tuple[str, ...]:
 
 
 def remark(miss: Miss) -> str:
-    """Why a rule left an operator as it is, in one line."""
+    """Why a rule left an operator unchanged, in one line."""
     from compiler.graph.text import print_op
 
-    return f"{miss.block}: {print_op(miss.op)} stays as it is: {miss.reason}"
+    return f"{miss.block}: {print_op(miss.op)} unchanged: {miss.reason}"

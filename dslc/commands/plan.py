@@ -1,4 +1,4 @@
-"""`dslc plan`: where a model lies on a cluster, what that takes, and whether it fits."""
+"""`dslc plan`: how a model is placed on a cluster, what that takes, and whether it fits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EXAMPLES = """
 \b
 Examples:
   dslc plan deepseek_v3
-  dslc plan deepseek_v3 --why                             what takes the room, and layouts nearby
+  dslc plan deepseek_v3 --why                             the largest tensors, and similar layouts
   dslc plan deepseek_v3 --set parallel.expert=32
-  dslc plan my_model.yaml --cluster h100_8 --format json  what builds hold as plan.json
+  dslc plan my_model.yaml --cluster h100_8 --format json  the plan.json of builds
 
 \b
-Exit status: 0 it fits, 1 it cannot be or does not fit.
+Exit status: 0 the plan fits, 1 it is impossible or does not fit.
 """
 
 Row = tuple[str, ...]
@@ -33,18 +33,20 @@ def run(
     spec: SpecArgument,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Another cluster than the spec's.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="Use this cluster instead of that of the spec.", show_default=False
+        ),
     ] = None,
     why: Annotated[
-        bool, typer.Option("--why", help="Print the largest tensors, and layouts nearby.")
+        bool, typer.Option("--why", help="Print the largest tensors, and similar layouts.")
     ] = False,
     sets: SetOption = None,
     variant: VariantOption = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Show which rank of a cluster holds and does what, and whether it fits.
+    """Show memory, computation and communication of each rank of a cluster, and whether it fits.
 
-    Memory, arithmetic and messages of a training step, by stage of the pipeline."""
+    For a training step, by pipeline rank."""
     from compiler.pipeline import compile
     from compiler.plan.explain import misfit
     from compiler.plan.make import make_plan, planner_of
@@ -54,8 +56,8 @@ def run(
     from dslc.specs import read
 
     with reporting(as_json=format is Format.json):
-        chosen = [*(sets or ()), *([f"parallel.cluster={cluster}"] if cluster else ())]
-        description = read(spec, chosen, variant)
+        changes = [*(sets or ()), *([f"parallel.cluster={cluster}"] if cluster else ())]
+        description = read(spec, changes, variant)
         compiled = compile(description)
         plan = make_plan(description, compiled)
         if plan is None:
@@ -75,7 +77,7 @@ def no_section(description: Description) -> Diagnostic:
     from dsl.diagnostic import Diagnostic
 
     help = "add `parallel: {cluster: h800_2048, batch: .., sequence_length: ..}`, or with --set"
-    message = f"{description.spec.model} says nothing of how it is spread"
+    message = f"{description.spec.model} has no parallel layout"
     return Diagnostic("E532", message, description.span(), "there is no `parallel` here", help=help)
 
 
@@ -107,7 +109,7 @@ def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
     yield ("mesh", f"{mesh.pipeline} pipeline x {mesh.replicas} replicas x {mesh.expert} expert")
     done, fast = (sum(getattr(r.flops, what) for r in plan.ranks) for what in ("total", "fp8"))
     yield ("in FP8", f"{fast / done:.1%} of the FLOPs")
-    ways = ", half of them from each end" if layout.bidirectional else ""
+    ways = ", half of them in each direction" if layout.bidirectional else ""
     yield ("schedule", f"{layout.schedule}, {layout.micro_batches} micro-batches{ways}")
     length = plan.parallel.sequence_length
     yield ("micro-batch", f"{layout.micro_batch} x {length:,} tokens on each rank")
@@ -115,12 +117,12 @@ def layout_rows(plan: Plan, model: str) -> Iterator[Row]:
     yield ("optimizer", f"{zero} (ZeRO-{layout.zero})")
     if (step := plan.step_seconds()) is not None:
         rate = format_count(plan.parallel.batch * length / step)
-        pace = f"{step:.2f} s or {rate} tokens/s at full speed, with the bubble"
-        yield ("step", f"{pace}, were all sending hidden")
+        pace = f"{step:.2f} s or {rate} tokens/s at peak rates, with the bubble"
+        yield ("step", f"{pace}, if communication is hidden")
 
 
 def expert_rows(plan: Plan) -> Iterator[Row]:
-    yield ("experts of", "in all", "on a rank", "nodes a token", "dispatch bytes", "combine bytes")
+    yield ("experts of", "total", "per rank", "nodes per token", "dispatch bytes", "combine bytes")
     for one in plan.exchanges:
         on_rank = one.experts // plan.layout.mesh.expert
         numbers = (one.experts, on_rank, one.nodes, one.dispatch, one.combine)
@@ -134,7 +136,7 @@ def stage_rows(plan: Plan) -> Iterator[Row]:
 
     kinds = [kind.words for kind in Kind]
     limit, (scale, unit) = plan.cluster.memory, unit_of(plan)
-    yield ("rank", "stages", "layers", "parameters", *kinds, f"peak {unit}", "of a GPU")
+    yield ("rank", "stages", "layers", "parameters", *kinds, f"peak {unit}", "of GPU")
     for rank in plan.ranks:
         memory, stages = rank.memory, plan.layout.stages_of(rank.pipeline)
         yield (
@@ -154,15 +156,15 @@ def unit_of(plan: Plan) -> tuple[int, str]:
 
 
 def work_rows(plan: Plan) -> Iterator[Row]:
-    """A step of one rank: what it computes and sends, and how long that takes at full speed."""
+    """Computation and communication of one rank in a step, with times at peak rates."""
     from dsl.units import format_count
 
     scale, unit = unit_of(plan)
     yield (
         "rank",
         "FLOPs",
-        *("messages inside", f"{unit} inside", "messages across", f"{unit} across"),
-        *("s computing", "s in memory", "s inside", "s across"),
+        *("messages intra", f"{unit} intra-node", "messages inter", f"{unit} inter-node"),
+        *("s compute", "s memory", "s intra-node", "s inter-node"),
     )
     for rank in plan.ranks:
         seconds = plan.seconds(rank)
@@ -181,11 +183,11 @@ def work_rows(plan: Plan) -> Iterator[Row]:
 
 
 def sent_rows(plan: Plan) -> Iterator[Row]:
-    """What the rank that sends most sends, by purpose."""
+    """The communication of the rank that sends most, by purpose."""
     busiest = max(plan.ranks, key=lambda rank: sum(one.bytes_across for one in rank.sent))
     scale, unit = unit_of(plan)
     sends = f"rank {busiest.pipeline} sends"
-    yield (sends, "messages inside", f"{unit} inside", "messages across", f"{unit} across")
+    yield (sends, "messages intra", f"{unit} intra-node", "messages inter", f"{unit} inter-node")
     for one in busiest.sent:
         yield (
             one.purpose,
@@ -207,7 +209,7 @@ def explained(plan: Plan, planner: Planner, description: Description) -> str:
         equation = use.span.location if use.span else ""
         spec = spec_span(use, description).location
         largest.append((f"{use.bytes / scale:.2f}", use.kind.words, equation, spec, use.name))
-    near: list[Row] = [("layouts nearby", "peak", "fits", "most on its fullest rank")]
+    near: list[Row] = [("similar layouts", "peak", "fits", "largest part of the fullest rank")]
     near += [
         (one.changes, gigabytes(one.peak), "yes" if one.fits else "no", one.reason)
         for one in alternatives(plan, planner)

@@ -1,4 +1,4 @@
-"""`dslc plot`: what happened in runs, as pictures."""
+"""`dslc plot`: charts of the metrics of runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ EXAMPLES = """
 \b
 Examples:
   dslc plot runs/mini                          writes runs/mini/curves.html
-  dslc plot runs/mini runs/no_mtp -o both.html     one over the other
-  dslc plot runs/mini -o mini.png                  a picture; needs matplotlib
+  dslc plot runs/mini runs/no_mtp -o both.html     both in each chart
+  dslc plot runs/mini -o mini.png                  an image; needs matplotlib
 """
 
 
 def run(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Folders of `dslc train`.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="Run directories of `dslc train`.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -28,7 +30,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Draw losses, balance, gradients and the load of experts, several runs over one another."""
+    """Plot losses, balance, gradient norms and the load of experts, of one or several runs."""
     from backends import VERSION
     from backends.report.curves import render_curves
     from dslc.curves import charts, heats, read_metrics
@@ -51,7 +53,7 @@ def run(
 
 
 def _name(run: Path, runs: Sequence[Path]) -> str:
-    """The last folder, or the whole path where another run has the same one."""
+    """The name of the folder, or the whole path if another run has the same name."""
     names = [one.resolve().name for one in runs]
     name = run.resolve().name
     return name if names.count(name) == 1 else str(run)

@@ -1,4 +1,4 @@
-"""`dslc sample`: a text continued by a trained model."""
+"""`dslc sample`: text from a trained model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ EXAMPLES = """
 \b
 Examples:
   dslc sample runs/mini --prompt "ROMEO:"
-  dslc sample runs/mini --prompt "ROMEO:" --tokens 200 --temperature 0      the likeliest text
+  dslc sample runs/mini --prompt "ROMEO:" --tokens 200 --temperature 0      greedy decoding
 """
 
 
 def run(
     folder: RunArgument,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "\n",
-    tokens: Annotated[int, typer.Option(min=1, help="How many more tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.8,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of new tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding.")] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Of the likeliest tokens with this probability.")
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Sample from the most likely tokens with this total probability."
+        ),
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     ema: AverageOption = False,

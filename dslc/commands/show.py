@@ -1,4 +1,4 @@
-"""`dslc show`: what a model is, without building it."""
+"""`dslc show`: parameters, FLOPs and cache of a model, without building it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Examples:
   dslc show specs/deepseek_v3.yaml
   dslc show deepseek_v3 --seq 32768 --context 131072
   dslc show deepseek_v3 --set params.n_routed_experts=128 --format json
-  dslc show my_model.yaml --variant small --resolved    every value and where it comes from
+  dslc show my_model.yaml --variant small --resolved    every value and its origin
 """
 
 OUTLINE = (
     "A line of the first table counts all the modules or tensors that its name and the names around"
-    " it stand for: experts.{0..255} in layers.{3..60} are 58 times 256."
+    " it denote: experts.{0..255} in layers.{3..60} are 58 times 256."
 )
-# A longer cell moves those at its right, rather than the whole column.
+# A longer cell shifts only its own row, not the whole column.
 MAX_WIDTH = 48
 Row = tuple[str, ...]
 
@@ -89,7 +89,7 @@ def as_text(facts: Summary, about: str, saved: list[Row]) -> str:
 
     parts = [
         [f"{facts.name}: {about}" if about else facts.name],
-        table([("module", "block or shape", "parameters", "activated"), *tree(facts)], "<<>>"),
+        table([("module", "block or shape", "parameters", "active"), *tree(facts)], "<<>>"),
         table(shares(facts), "<>>>>"),
         table(saved, "<>><") if saved else [],
         table(totals(facts), "<><"),
@@ -105,10 +105,10 @@ def wrapped(sentences: Iterable[str]) -> list[str]:
 
 
 def tree(facts: Summary) -> Iterator[Row]:
-    """The modules as an outline, those of multi-token prediction behind the others."""
+    """The modules as an outline, those of multi-token prediction last."""
     yield from below(facts.model, facts.model.block, "", 1, 1)
     if facts.mtp.parameters:
-        yield from below(facts.mtp, "multi-token prediction, beside the model", "", 1, 1)
+        yield from below(facts.mtp, "multi-token prediction, not in the total", "", 1, 1)
 
 
 def below(module: Module, name: str, indent: str, count: int, active: int) -> Iterator[Row]:
@@ -131,7 +131,7 @@ def row(name: str, what: str, parameters: int, activated: int) -> Row:
 
 
 def shares(facts: Summary) -> Iterator[Row]:
-    """How parameters and arithmetic divide among the kinds of work."""
+    """Parameters and FLOPs by kind of work."""
     from compiler.analysis import Work
     from dsl.units import format_count
 
@@ -141,7 +141,7 @@ def shares(facts: Summary) -> Iterator[Row]:
         facts.training_flops,
         facts.decoding_flops,
     )
-    yield ("share", "parameters", "activated", "training FLOPs", "decoding FLOPs")
+    yield ("kind", "parameters", "active", "training FLOPs", "decoding FLOPs")
     for work in Work:
         if any(column.get(work) for column in columns):
             yield (work.words, *(format_count(column.get(work, 0)) for column in columns))
@@ -152,43 +152,43 @@ def totals(facts: Summary) -> Iterator[Row]:
 
     training, decoding = total(facts.training_flops), total(facts.decoding_flops)
     yield ("parameters", f"{facts.parameters:,}", "the model without multi-token prediction")
-    yield ("activated", f"{facts.activated:,}", "those that one token meets")
+    yield ("active", f"{facts.activated:,}", "parameters per token")
     stored = f"in {facts.tensor_count:,} tensors of {facts.stored_bytes:,} bytes"
     yield ("stored", f"{facts.stored:,}", f"{stored}, with multi-token prediction")
-    length = f"a token, in sequences of {facts.sequence_length:,} tokens"
+    length = f"per token, in sequences of {facts.sequence_length:,} tokens"
     yield ("training FLOPs", f"{training:,}", length)
     if mtp := total(facts.mtp_training_flops):
         yield ("", f"+ {mtp:,}", "for multi-token prediction")
     if facts.model.fp8_elements:
         share = 100 * facts.fp8_flops / facts.product_flops
         weights = 100 * facts.model.fp8_elements / facts.parameters
-        parts = f"of the training FLOPs of products with weights, {weights:.2f} % of the parameters"
+        parts = f"of the training FLOPs of GEMMs with weights, {weights:.2f} % of the parameters"
         yield ("in FP8", f"{share:.2f} %", parts)
-    context = f"a token, in a context of {facts.context_length:,} tokens"
+    context = f"per token, in a context of {facts.context_length:,} tokens"
     yield ("decoding FLOPs", f"{decoding:,}", context)
     with_mtp = f"; {facts.cache_bytes_with_mtp:,} with multi-token prediction"
     more = with_mtp if facts.cache_bytes_with_mtp != facts.cache_bytes else ""
-    yield ("cache bytes", f"{facts.cache_bytes:,}", f"a token{more}")
+    yield ("cache bytes", f"{facts.cache_bytes:,}", f"per token{more}")
 
 
 def saved(compiled: Compiled) -> list[Row]:
-    """What each block saves for the backward pass, and what it recomputes instead."""
+    """The activations that each block saves for the backward pass, and what it recomputes."""
     from compiler.analysis.saved import saved_blocks
 
     train = compiled.programs["train"]
     if not train.backward:
         return []
-    rows: list[Row] = [("saved for the backward pass", "times", "bytes a token", "recomputed")]
+    rows: list[Row] = [("saved for the backward pass", "times", "bytes per token", "recomputed")]
     for one in saved_blocks(train):
-        again = ", ".join(f"{kind} {n}" for kind, n in one.recomputed.items())
-        rows.append((one.block, str(one.runs), f"{one.bytes:,}", again))
+        recomputed = ", ".join(f"{kind} {n}" for kind, n in one.recomputed.items())
+        rows.append((one.block, str(one.runs), f"{one.bytes:,}", recomputed))
     numbers = saved_json(compiled)
-    unless = f"{numbers['all']:,} without recomputation"
-    return [*rows, ("all of them", "", f"{numbers['saved']:,}", unless)]
+    without = f"{numbers['all']:,} without recomputation"
+    return [*rows, ("total", "", f"{numbers['saved']:,}", without)]
 
 
 def saved_json(compiled: Compiled) -> dict[str, int]:
-    """Bytes for one token: those that are saved, and all that the backward pass needs."""
+    """Bytes per token: saved for the backward pass, and saved without recomputation."""
     from compiler.analysis.saved import saved_bytes_per_token
 
     steps = {step.name: step.program for step in compiled.steps_of("train")}

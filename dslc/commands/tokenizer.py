@@ -1,4 +1,4 @@
-"""`dslc tokenizer`: texts made tokens, once for many runs."""
+"""`dslc tokenizer`: text tokenized once for many runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Examples:
   dslc tokenizer a.txt -o tokens --tokenizer bytes
 
 \b
-The folder is what `dslc train --data` takes; its tokenizer.json serves other programs, too.
+`dslc train --data` reads the folder; other programs can use its tokenizer.json.
 """
 
 
@@ -28,21 +28,23 @@ def run(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder.")],
     vocab_size: Annotated[
         int | None,
-        typer.Option(min=257, help="Learn a byte-level BPE tokenizer with so many tokens."),
+        typer.Option(
+            min=257, help="Train a byte-level BPE tokenizer with at most this many tokens."
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Or take a tokenizer.json, or `bytes`.")
+        str | None, typer.Option(metavar="FILE", help="Use this tokenizer.json, or `bytes`.")
     ] = None,
     special: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="A token that no text has; the first is 0. Repeatable."),
+        typer.Option(metavar="TEXT", help="A special token; ids count from 0. Repeatable."),
     ] = None,
     eos: Annotated[
         int | None,
-        typer.Option(min=0, help="The token behind each document: eos_token_id of the spec."),
+        typer.Option(min=0, help="The token after each document: eos_token_id of the spec."),
     ] = None,
 ) -> None:
-    """Make tokens of texts, with a tokenizer that is learned from them or given."""
+    """Tokenize text, with a tokenizer that is trained on it or given."""
     from runtime.train.documents import documents, encode
     from runtime.train.settings import TrainError
     from runtime.train.tokenizer import FILE, learn, open_tokenizer
@@ -63,4 +65,4 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     tokens = sum(part.tokens for part in header.parts)
-    print(f"wrote {output}: {tokens:,} tokens, of {size:,}, in {len(header.parts)} file(s)")
+    print(f"wrote {output}: {tokens:,} tokens, vocabulary {size:,}, in {len(header.parts)} file(s)")

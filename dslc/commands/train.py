@@ -25,7 +25,7 @@ Examples:
 \b
 The run holds the built package, checkpoints and metrics. Without dslc:
   python -m deepseek_v3_mini.train --data data/tinyshakespeare.txt --out runs/mini
-Several processes that share the work of each step:
+Several ranks, with data parallelism:
   torchrun --nproc-per-node 2 -m dslc train deepseek_v3_mini --data a.txt --out runs/mini
 """
 

@@ -1,4 +1,4 @@
-"""`dslc tune`: the fastest way to cut each kernel, measured on the GPU at hand."""
+"""`dslc tune`: the fastest tiles of each kernel, measured on the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Examples:
   dslc build deepseek_v3 --target sm_90 --tuned h800.json
 
 \b
-Without it, a model of the GPU chooses, which was never held against one.
+Without it, a cost model of the GPU chooses, which has not been compared with measurements.
 """
 
 
@@ -41,8 +41,8 @@ def run(
         require_triton("measuring kernels")
         name, gpu = tune.gpu_here()
         if name not in TARGETS:
-            why = f"measuring needs a GPU of {', '.join(TARGETS)}; here is {gpu}"
-            help = "run it where the model will run; builds do without, by a model of the GPU"
+            why = f"measuring needs a GPU of {', '.join(TARGETS)}; this machine has {gpu}"
+            help = "run it on the GPU of the model; builds without it use a cost model"
             raise DiagnosticError([Diagnostic("E608", why, help=help)])
         description = read(spec, sets, variant)
         rounds = []

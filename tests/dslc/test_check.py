@@ -17,7 +17,7 @@ SPECS = ("deepseek_v3", "deepseek_v3_mini", "deepseek_v3_tiny", "deepseek_v2_lit
 def test_a_right_spec(dslc: Run, name: str) -> None:
     outcome = dslc("check", shipped()[name])
     assert (outcome.status, outcome.err) == (0, "")
-    assert outcome.out == f"{name}: no mistakes found\n"
+    assert outcome.out == f"{name}: no errors found\n"
     assert json.loads(dslc("check", shipped()[name], "--format", "json").out)["ok"] is True
 
 

@@ -82,7 +82,7 @@ def test_a_build_does_not_change(dslc: Run, variant: tuple[str, str]) -> None:
     dslc("build", TINY, "-o", "made")
     outcome = dslc("diff", TINY, "made", *variant)
     assert (outcome.status, outcome.out) == (1, "")
-    assert "error[E695]: made is a build, and a build does not change" in outcome.err
+    assert "error[E695]: made is a build, which cannot be changed" in outcome.err
 
 
 def _cut(manifest: str) -> str:
@@ -147,8 +147,8 @@ def test_plans_of_two_builds_are_compared(dslc: Run) -> None:
     found = json.loads(dslc("diff", "a", "b", "--format", "json").out)
     numbers = {n["name"]: (n["a"], n["b"]) for n in found["numbers"]}
     assert numbers["peak bytes of a rank"] == (200, 600)
-    assert numbers["bytes sent inside a node"] == (10, 10)
-    assert numbers["bytes sent across nodes"] == (14, 14)
+    assert numbers["bytes sent intra-node"] == (10, 10)
+    assert numbers["bytes sent inter-node"] == (14, 14)
     Path("b/plan.json").write_text('{"ranks": [{}]}', encoding="utf-8")
     outcome = dslc("diff", "a", "b")
     assert outcome.status == 1 and "error[E604]: plan.json" in outcome.err

@@ -23,7 +23,7 @@ def test_the_published_numbers_of_v3(dslc: Run) -> None:
     out = dslc("show", V3).out
     lines = dict(re.findall(r"^(\w[\w ]+?)  +([\d,]+)  ", out, re.M))
     assert lines["parameters"] == "671,026,419,200"
-    assert lines["activated"] == "37,552,297,472"
+    assert lines["active"] == "37,552,297,472"
     assert lines["stored"] == "684,489,845,504"
     assert lines["cache bytes"] == "70,272"
     assert lines["training FLOPs"].startswith("250,44") or lines["training FLOPs"].startswith(
