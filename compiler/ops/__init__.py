@@ -74,6 +74,7 @@ _ALL: tuple[type[Operator], ...] = (
     tensor.DropLast,
     tensor.LastEntry,
     comm.Dispatch,
+    comm.DispatchAgain,
     comm.Combine,
     comm.Send,
     comm.Recv,

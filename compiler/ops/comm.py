@@ -37,13 +37,12 @@ class _Exchange(Operator):
             raise TypeMismatch(f"limit is {site.number('limit')}, of {nodes} nodes")
 
     @classmethod
-    def spread(cls, site: Site, bytes_a_token: int, route: Type, sizes: Mapping[str, int]) -> Moved:
+    def spread(cls, site: Site, bytes_a_token: int, tokens: int, k: int) -> Moved:
         """Bytes sent when each token goes once to each of its nodes, and inside to its ranks.
 
-        To another node it goes to the rank of the same place, which passes it on inside.
+        To another node it goes to the rank of the same place, which passes it on inside. Each of
+        the `tokens` has `k` experts.
         """
-        k = route.last.size or 1
-        tokens = route.count(sizes) // k
         nodes, limit = site.number("nodes"), site.number("limit")
         others = site.number("ranks") // nodes - 1  # on a node, beside the one that it arrives at
         across = min(k, limit, nodes - 1)
@@ -57,9 +56,10 @@ class Dispatch(_Exchange):
 
     rows [.., width], any number of them, then route -> for each of them [arrived, width], in the
     order of the ranks and of their tokens; then route [arrived, k] with the experts of this rank
-    counted from 0 and -1 for all others, and source [arrived], which rank and token each came from.
-    A token goes once to each node that it needs (at most `limit`) and there to the ranks.
-    DeepSeek-V3 report, sections 2.1.2 and 3.2.2.
+    counted from 0 and -1 for all others, and a handle [arrived]: all that is needed to send rows
+    the same way again or back, as the rank and token that each came from. A token goes once to each
+    node that it needs (at most `limit`) and there to the ranks. DeepSeek-V3 report, sections 2.1.2
+    and 3.2.2.
     """
 
     kind = "dispatch"
@@ -80,15 +80,16 @@ class Dispatch(_Exchange):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         *rows, route = op.operands
-        source, attrs = op.results[-1], _attrs(op)
-        back: list[Value | None] = []
-        for row, dy in zip(rows, d, strict=False):
-            if dy is None or not at.needs_grad(row):
-                back.append(None)
-                continue
-            names = [f"d_{row.name}"]
-            back += at.add("combine", [dy, source, route], names=names, **attrs)
-        return [*back, None]
+        given = zip(rows, d, strict=False)
+        needed = [(row, dy) for row, dy in given if dy is not None and at.needs_grad(row)]
+        if not needed:
+            return [None for _ in op.operands]
+        # One message with the gradients of all rows of a token.
+        operands = [*(dy for _, dy in needed), op.results[-1], route]
+        names = [f"d_{row.name}" for row, _ in needed]
+        found = at.add("combine", operands, names=names, **_attrs(op))
+        gradients = {row: back for (row, _), back in zip(needed, found, strict=True)}
+        return [*(gradients.get(row) for row in rows), None]
 
     @classmethod
     def token_bytes(cls, site: Site) -> int:
@@ -98,7 +99,7 @@ class Dispatch(_Exchange):
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
-        return cls.spread(site, sum(map(_row_bytes, site.types)), site.types[-1], sizes)
+        return cls.spread(site, sum(map(_row_bytes, site.types)), *_tokens(site.types[-1], sizes))
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -109,11 +110,37 @@ class Dispatch(_Exchange):
         return {"slot": slots, "arrived": slots // k * min(k, site.number("ranks"))}
 
 
+class DispatchAgain(_Exchange):
+    """Other rows of the same tokens, sent as an earlier `dispatch` sent its rows.
+
+    rows [.., width], any number of them, then its handle [arrived] -> for each [arrived, width], in
+    the same order. No rank needs to be told how many come. A token has `k` experts.
+    """
+
+    kind = "dispatch_again"
+    attrs: ClassVar = {**_Exchange.attrs, "k": int}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        cls.check(site)
+        if len(site.types) < 2:
+            raise TypeMismatch("dispatch_again takes rows and a handle")
+        *rows, handle = site.types
+        return tuple(row.with_dims(*handle.dims, row.last) for row in rows)
+
+    @classmethod
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+        *rows, _ = site.types
+        tokens = rows[0].count(sizes) // (rows[0].last.size or 1)
+        return cls.spread(site, sum(map(_row_bytes, rows)), tokens, site.number("k"))
+
+
 class Combine(_Exchange):
     """The rows of each token back from the ranks it was sent to, summed: `dispatch` transposed.
 
-    y [arrived, width], source [arrived] and the route [.., k] that was dispatched -> [.., width].
-    Sums are made on each node, by rank, and then over the nodes, in order.
+    y [arrived, width], any number of them, then the handle [arrived] of the `dispatch` and the
+    route [.., k] that it was given -> for each of them [.., width]. Sums are made on each node, by
+    rank, and then over the nodes, in order.
     """
 
     kind = "combine"
@@ -121,25 +148,30 @@ class Combine(_Exchange):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         cls.check(site)
-        if len(site.types) != 3:
-            raise TypeMismatch("combine takes rows, their source and the route")
-        y, source, route = site.types
-        if y.dims[:-1] != source.dims:
-            raise TypeMismatch(f"combine: {source.words} does not fit the rows {y.words}", 1)
-        return (y.with_dims(*route.dims[:-1], y.last),)
+        if len(site.types) < 3:
+            raise TypeMismatch("combine takes rows, a handle and the route")
+        *rows, handle, route = site.types
+        for i, y in enumerate(rows):
+            if y.dims[:-1] != handle.dims:
+                raise TypeMismatch(f"combine: {handle.words} does not fit the rows {y.words}", i)
+        return tuple(y.with_dims(*route.dims[:-1], y.last) for y in rows)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        y, source, route = op.operands
-        if d[0] is None:
-            return [None, None, None]
-        # The same route: they arrive in the same order.
-        names = [f"d_{y.name}", route.name, source.name]
-        return [at.add("dispatch", [d[0], route], names=names, **_attrs(op))[0], None, None]
+        *rows, handle, route = op.operands
+        given = [(y, dx) for y, dx in zip(rows, d, strict=True) if dx is not None]
+        if not given:
+            return [None for _ in op.operands]
+        names = [f"d_{y.name}" for y, _ in given]
+        operands, k = [*(dx for _, dx in given), handle], route.type.last.size or 1
+        found = at.add("dispatch_again", operands, names=names, **_attrs(op), k=k)
+        gradients = {y: dy for (y, _), dy in zip(given, found, strict=True)}
+        return [*(gradients.get(y) for y in rows), None, None]
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
-        return cls.spread(site, _row_bytes(site.types[0]), site.types[2], sizes)
+        *rows, _, route = site.types
+        return cls.spread(site, sum(map(_row_bytes, rows)), *_tokens(route, sizes))
 
 
 class Send(Operator):
@@ -276,6 +308,12 @@ def axes_of(value: Attr) -> tuple[str, ...]:
 
 def _attrs(op: Op) -> dict[str, Any]:
     return dict(op.attrs)
+
+
+def _tokens(route: Type, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """How many tokens a route is for, and how many experts each has."""
+    k = route.last.size or 1
+    return route.count(sizes) // k, k
 
 
 def _row_bytes(row: Type) -> int:

@@ -125,8 +125,8 @@ class _Sharder:
             "nodes": self.nodes,
             "limit": self._limit(route, count),
         }
-        names = ["arrived", "arrived_weight", "arrived_route", "source"]
-        *there, source = self._add(op, "dispatch", [x, weight, route], names, **sizes)
+        names = ["arrived", "arrived_weight", "arrived_route", "handle"]
+        *there, handle = self._add(op, "dispatch", [x, weight, route], names, **sizes)
         rows, weights, routes = there
         for inner in op.regions[0].ops:
             for name in inner.symbols:
@@ -137,7 +137,7 @@ class _Sharder:
             op, "experts", [rows, routes, weights], [f"arrived_{name}"],
             regions=op.regions, count=count // ranks,
         )  # fmt: skip
-        (back,) = self._add(op, "combine", [y, source, route], [name], **sizes)
+        (back,) = self._add(op, "combine", [y, handle, route], [name], **sizes)
         self._replace(op.result, back)
 
     def _own_experts(self, name: str, count: int) -> None:

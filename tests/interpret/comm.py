@@ -28,6 +28,8 @@ from compiler.parallel.mesh import Coordinates, Mesh
 if TYPE_CHECKING:
     from tests.interpret.frame import Frame
 
+TOKEN = 0xFFFFFFFF
+"""The bits of a handle that are the token; those above are the rank it came from."""
 WAIT = 60.0
 """Seconds after which a rank that waits for the others gives up: they have failed."""
 
@@ -130,7 +132,7 @@ def _rank(f: Frame) -> Rank:
 def _dispatch(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
     rank, each = _rank(f), number(op, "count") // number(op, "ranks")
     rows = [x.flatten(0, -2) for x in given]
-    _count_tokens(f, op, rows[-1] // each, sum(x[:1].nbytes for x in rows))
+    _count_tokens(f, op, (rows[-1] // each).tolist(), sum(x[:1].nbytes for x in rows))
     first = rank.place.expert * each
     arrived: list[list[Tensor]] = []
     for source, (*theirs, route) in enumerate(rank.exchange(("expert",), rows)):
@@ -141,15 +143,15 @@ def _dispatch(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*arrived, strict=True)]
 
 
-def _count_tokens(f: Frame, op: Op, ranks: Tensor, size: int) -> None:
+def _count_tokens(f: Frame, op: Op, ranks: Sequence[Sequence[int]], size: int) -> None:
     """Each token once to each node, and there from the rank it arrives at to the others.
 
-    `ranks` [tokens, k] are the ranks of the experts. What is passed on is counted as sent by the
+    `ranks` are those of the experts of each token. What is passed on is counted as sent by the
     rank of the token: a balanced load makes the two alike.
     """
     rank, mesh = _rank(f), _rank(f).world.mesh
     group = rank.group(("expert",))
-    for chosen in ranks.tolist():
+    for chosen in ranks:
         to = {group[r] for r in chosen}
         nodes = {mesh.node(r) for r in to}
         assert len(nodes) <= number(op, "limit"), f"a token goes to {len(nodes)} nodes"
@@ -159,16 +161,37 @@ def _count_tokens(f: Frame, op: Op, ranks: Tensor, size: int) -> None:
         rank.count(op, size * len(to - landings), size * across)
 
 
-def _combine(f: Frame, op: Op, y: Tensor, source: Tensor, route: Tensor) -> Tensor:
-    rank, each = _rank(f), number(op, "count") // number(op, "ranks")
-    flat = route.flatten(0, -2)
-    _count_tokens(f, op, flat // each, y[:1].nbytes if len(y) else y.shape[-1] * y.element_size())
+def _dispatch_again(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
+    """By the handle alone, in which each rank finds the rank and token of every row."""
+    rank = _rank(f)
+    here, rows = rank.place.expert, [x.flatten(0, -2) for x in given[:-1]]
+    arrived: list[list[Tensor]] = []
+    ranks = torch.full((len(rows[0]), number(op, "ranks")), -1)
+    for source, (*theirs, handle) in enumerate(rank.exchange(("expert",), [*rows, given[-1]])):
+        token = given[-1][given[-1] >> 32 == source] & TOKEN
+        arrived.append([x[token] for x in theirs])
+        ranks[handle[handle >> 32 == here] & TOKEN, source] = source
+    to = [[r for r in chosen if r >= 0] for chosen in ranks.tolist()]
+    _count_tokens(f, op, to, sum(x[:1].nbytes for x in rows))
+    return [torch.cat(parts) for parts in zip(*arrived, strict=True)]
+
+
+def _combine(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
+    *rows, handle, route = given
+    size = sum(y.shape[-1] * y.element_size() for y in rows)
+    ranks = route.flatten(0, -2) // (number(op, "count") // number(op, "ranks"))
+    _count_tokens(f, op, ranks.tolist(), size)
+    return [_combined(f, op, y, handle, route) for y in rows]
+
+
+def _combined(f: Frame, op: Op, y: Tensor, handle: Tensor, route: Tensor) -> Tensor:
+    rank, tokens = _rank(f), route.flatten(0, -2).shape[0]
     on_node = number(op, "ranks") // number(op, "nodes")
-    total = y.new_zeros(len(flat), y.shape[-1])
+    total = y.new_zeros(tokens, y.shape[-1])
     part = torch.zeros_like(total)
-    for i, (rows, sources) in enumerate(rank.exchange(("expert",), (y, source))):
+    for i, (rows, sources) in enumerate(rank.exchange(("expert",), (y, handle))):
         (back,) = (sources >> 32 == rank.place.expert).nonzero(as_tuple=True)
-        part.index_add_(0, sources[back] & 0xFFFFFFFF, rows[back])
+        part.index_add_(0, sources[back] & TOKEN, rows[back])
         if (i + 1) % on_node == 0:
             total, part = total + part, torch.zeros_like(part)
     return total.view(*route.shape[:-1], -1)
@@ -212,6 +235,7 @@ def _recv(f: Frame, op: Op) -> Tensor:
 
 COMM: dict[str, Callable[..., Any]] = {
     "dispatch": _dispatch,
+    "dispatch_again": _dispatch_again,
     "combine": _combine,
     "all_reduce": _summed,
     "reduce_scatter": _reduce_scatter,

@@ -325,8 +325,9 @@ def _exchange(m: Maker) -> None:
     if route and x and x.type.dims[:-1] == route.type.dims[:-1]:
         sizes = {"count": 8, "ranks": 4, "nodes": 2, "limit": m.draw(st.integers(1, 2))}
         m.add("dispatch", x, route, **sizes)
-        arrived, _, source = m.pool[-3:]
-        m.add("combine", arrived, source, route, **sizes)
+        arrived, _, handle = m.pool[-3:]
+        m.add("dispatch_again", x, handle, **sizes, k=K.size)
+        m.add("combine", arrived, handle, route, **sizes)
 
 
 def _collective(m: Maker) -> None:

@@ -95,12 +95,13 @@ def test_shards_of_experts_stay_with_their_ranks() -> None:
 def test_tokens_arrive_and_go_back() -> None:
     sizes = {"count": 8, "ranks": 4, "nodes": 2, "limit": 2}
     route, weight = "i64[batch@expert, seq, k=2]", "f32[batch@expert, seq, k=2]"
-    x, *rest, source = results("dispatch", X.replace("(replica, expert)", "expert"), weight, route,
+    x, *rest, handle = results("dispatch", X.replace("(replica, expert)", "expert"), weight, route,
                                **sizes)  # fmt: skip
-    assert (x, source) == ("f32[arrived@expert, hidden=8]", "i64[arrived@expert]")
+    assert (x, handle) == ("f32[arrived@expert, hidden=8]", "i64[arrived@expert]")
     assert rest == ["f32[arrived@expert, k=2]", "i64[arrived@expert, k=2]"]
-    back = results("combine", x, source, route, **sizes)
-    assert back == ["f32[batch@expert, seq, hidden=8]"]
+    back = results("combine", x, x, handle, route, **sizes)
+    assert back == 2 * ["f32[batch@expert, seq, hidden=8]"]
+    assert results("dispatch_again", back[0], handle, **sizes, k=2) == [x]
 
 
 @pytest.mark.parametrize(

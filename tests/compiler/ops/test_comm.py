@@ -28,6 +28,8 @@ def test_a_token_of_v3_costs_7392_bytes_a_node_to_dispatch_and_14336_to_combine(
                                                   4096 * 4 * (7392 + routing))  # fmt: skip
     back = site("bf16[arrived@expert, hidden_size=7168]", "i64[arrived@expert]", ROUTE, **V3)
     assert OPS["combine"].moved(back, TOKENS) == Moved(4096 * 8 * 14336, 4096 * 4 * 14336)
+    again = site("bf16[batch, seq, hidden_size=7168]", "i64[arrived@expert]", **V3, k=8)
+    assert OPS["dispatch_again"].moved(again, TOKENS) == OPS["combine"].moved(back, TOKENS)
 
 
 def test_the_rank_at_which_a_token_arrives_need_not_pass_it_on() -> None:

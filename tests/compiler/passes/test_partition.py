@@ -186,6 +186,21 @@ def test_bytes_are_those_of_tokens_and_their_nodes(groups: int) -> None:
             assert sent[op.kind][0] <= most.inside and sent[op.kind][1] <= most.across
 
 
+def test_the_backward_pass_sends_each_token_once_out_and_once_back() -> None:
+    """By the handle of the forward pass, gradients of weights in the message of those of rows."""
+    of = description()
+    (program,) = rank_programs(of, layout(MESHES["2 nodes x 2 ranks"], of))
+    backward = program.backward_of("DeepSeekMoE")
+    assert backward is not None
+    exchanges = [
+        op for op in backward.walk() if op.kind in ("dispatch", "dispatch_again", "combine")
+    ]
+    assert [(op.kind, len(op.results)) for op in exchanges] == [
+        ("dispatch_again", 1),
+        ("combine", 2),
+    ]
+
+
 def test_a_token_that_goes_to_too_many_nodes_is_noticed() -> None:
     of, mesh = description(), MESHES["2 nodes x 2 ranks"]
     single, ranks = moe_layer(of, mesh)
