@@ -13,11 +13,12 @@ from compiler.ops.base import Operator, PartialSum, Site
 
 def placed(operator: type[Operator], site: Site, results: tuple[Type, ...]) -> tuple[Type, ...]:
     """The types of results with what is partial of them. Raises `PartialSum`."""
-    axes = ordered(axis for t in site.types for axis in (*t.axes, *t.partial))
+    axes = {axis for t in site.types for dim in t.dims for axis in dim.axes}
+    axes = axes.union(*(t.partial for t in site.types))
     if not axes or operator.sums == "own":
         return results
     _check(operator, site)
-    return tuple(r.with_partial(ordered({*axes} - {*r.axes})) for r in results)
+    return tuple(r.with_partial(ordered(axes - {*r.axes})) for r in results)
 
 
 def _check(operator: type[Operator], site: Site) -> None:

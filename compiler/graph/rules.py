@@ -78,9 +78,7 @@ def need_axes(axes: tuple[str, ...]) -> None:
 
 def need_counts(op: Op, operator: type[Operator]) -> None:
     """As many operands, weights and regions as the kind of operator declares."""
-    least = sum(not name.endswith("?") for name in operator.symbols)
-    most = math.inf if any(name.endswith("*") for name in operator.symbols) else least
-    most = max(most, len(operator.symbols))
+    least, most = _weights_taken(operator.symbols)
     wanted = len(operator.operands)
     if not operator.variadic and len(op.operands) != wanted:
         words = ", ".join(operator.operands) or "none"
@@ -92,6 +90,13 @@ def need_counts(op: Op, operator: type[Operator]) -> None:
         raise Broken("E512", "takes a weight twice")
     if len(op.regions) != operator.regions:
         raise Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")
+
+
+@cache
+def _weights_taken(symbols: tuple[str, ...]) -> tuple[int, float]:
+    """The least and the most that an operator takes: `name?` may be left out, `name*` is many."""
+    least = sum(not name.endswith("?") for name in symbols)
+    return least, math.inf if any(name.endswith("*") for name in symbols) else len(symbols)
 
 
 def need_attributes(attrs: Mapping[str, Attr], wanted: Mapping[str, type]) -> None:

@@ -85,7 +85,8 @@ class Type:
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes of the mesh along which ranks hold parts of this tensor."""
-        return ordered([axis for dim in self.dims for axis in dim.axes])
+        found = [axis for dim in self.dims for axis in dim.axes]
+        return ordered(found) if found else ()
 
     @property
     def words(self) -> str:
@@ -131,8 +132,6 @@ class Type:
 def ordered(axes: Iterable[str]) -> tuple[str, ...]:
     """Axes of a mesh, each once, in the order in which ranks are numbered."""
     found = set(axes)
-    if not found:  # as a rule: only the programs of ranks have any
-        return ()
     return (*(a for a in MESH_AXES if a in found), *sorted(found - MESH_AXES.keys()))
 
 
