@@ -84,7 +84,7 @@ def placement(schedule: str, pipeline: int) -> tuple[tuple[int, ...], ...]:
 class Layout:
     """Where everything lies, and in how many micro-batches a step is executed.
 
-    `schedule` is `1f1b`, `zero_bubble` or `dualpipe`.
+    `schedule` is `1f1b`, `zero_bubble`, `dualpipe` or `dualpipe_v`.
     """
 
     mesh: Mesh
@@ -104,7 +104,7 @@ class Layout:
         return len(self.placement) > 1
 
     def stages_of(self, pipeline: int) -> tuple[int, ...]:
-        """The stages on one pipeline rank, by direction: from rank 0, then from the last rank."""
+        """The stages on one pipeline rank, in the order in which a micro-batch visits it."""
         ranks = (enumerate(direction) for direction in self.placement)
         return tuple(stage for one in ranks for stage, rank in one if rank == pipeline)
 
@@ -126,7 +126,8 @@ class Layout:
         schedule weight gradients wait until all ranks keep as many as there are (report, table 2).
         """
         first = 0 if self.schedule == "zero_bubble" else stage
-        return min(self.mesh.pipeline - first, self.micro_batches // len(self.placement))
+        stages = len(self.placement[0])
+        return min(stages - first, self.micro_batches // len(self.placement))
 
     def experts_of(self, expert: int, count: int) -> range:
         """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""

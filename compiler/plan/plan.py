@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compiler.analysis.summary import TRAINING_PASSES
 from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
-from compiler.parallel.layout import Layout, Unit, units
+from compiler.parallel.layout import Layout, Unit, placement, units
 from compiler.parallel.mesh import Mesh
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
@@ -136,7 +136,7 @@ class Planner:
         return Layout(
             mesh,
             parallel.schedule,
-            cut(self.units, costs, parallel.pipeline),
+            cut(self.units, costs, len(placement(parallel.schedule, parallel.pipeline)[0])),
             parallel.micro_batch,
             parallel.batch // (data * parallel.micro_batch),
             parallel.zero,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from compiler.parallel.layout import placement
 from dsl.schema import Cluster, Parallel
 
 
@@ -31,11 +32,12 @@ def problems(
             f"a sequence of {parallel.sequence_length} tokens is longer than the model takes,"
             f" {longest}",
         )
-    if pipeline > units:
+    stages = len(placement(parallel.schedule, pipeline)[0])
+    if stages > units:
         yield Problem(
             "pipeline",
             f"the model has {units} parts, layers and what stands around them: too few for"
-            f" {pipeline} stages",
+            f" {stages} stages",
         )
     if ranks % pipeline:
         yield Problem("pipeline", f"{ranks} ranks cannot be cut into {pipeline} equal stages")
@@ -77,10 +79,18 @@ def _batch_problems(parallel: Parallel, data: int) -> Iterator[Problem]:
             f" of {parallel.micro_batch}",
         )
         return
+    count = parallel.batch // share
+    if parallel.schedule == "dualpipe_v" and parallel.pipeline < 2:
+        yield Problem("schedule", "dualpipe_v turns back at the last of several ranks, not of 1")
+    if parallel.schedule == "dualpipe_v" and count < 2 * parallel.pipeline:
+        yield Problem(
+            "batch",
+            f"dualpipe_v needs at least {2 * parallel.pipeline} micro-batches for"
+            f" {parallel.pipeline} ranks; each rank has {count}",
+        )
     if parallel.schedule != "dualpipe":
         return
     # Half of them enter at each end (DualPipe: an even number of ranks, two chunks for each).
-    count = parallel.batch // share
     if parallel.pipeline % 2:
         yield Problem(
             "schedule", f"dualpipe needs an even number of stages, not {parallel.pipeline}"

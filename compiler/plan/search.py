@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import get_args
 
+from compiler.parallel.layout import placement
 from compiler.plan.plan import Plan, Planner
 from compiler.plan.possible import Problem, problems
 from dsl.schema import Parallel
@@ -68,8 +69,8 @@ def _with_batch(
     """The layout with micro-batches of the same size or smaller, and a batch that can be dealt."""
     base = {"pipeline": pipeline, "expert": expert, "schedule": schedule}
     for size in _divisors(parallel.micro_batch):
-        share = data * size * (2 if schedule == "dualpipe" else 1)
-        least = pipeline if schedule == "dualpipe" else 1
+        share = data * size * len(placement(schedule, pipeline))
+        least = {"dualpipe": pipeline, "dualpipe_v": 2 * pipeline}.get(schedule, 1)
         for batch in (parallel.batch, share * max(least, round(parallel.batch / share))):
             yield parallel.model_copy(update={**base, "micro_batch": size, "batch": batch})
 

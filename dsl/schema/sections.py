@@ -19,7 +19,7 @@ from dsl.schema.values import (
     choice,
 )
 
-ScheduleName = Literal["1f1b", "zero_bubble", "dualpipe"]
+ScheduleName = Literal["1f1b", "zero_bubble", "dualpipe", "dualpipe_v"]
 
 
 class LayerGroup(Section):
@@ -123,7 +123,9 @@ class Parallel(Section):
         1, description="1: optimizer state is sharded over the ranks that hold a weight; 0: not"
     )
     schedule: Annotated[ScheduleName, choice(*get_args(ScheduleName))] = Field(
-        "1f1b", description="In which order a pipeline rank works: 1f1b, zero_bubble or dualpipe"
+        "1f1b",
+        description="In which order a pipeline rank works: 1f1b, zero_bubble, dualpipe or "
+        "dualpipe_v",
     )
     sequence_length: Annotated[int, Number("sequence_length", 1)] = Field(
         description="Tokens of a training sequence"

@@ -13,7 +13,7 @@ from compiler.graph.parse import parse_program
 from compiler.graph.text import print_program
 from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
-from compiler.parallel.layout import Layout, Stage, units
+from compiler.parallel.layout import Layout, Stage, placement, units
 from compiler.parallel.mesh import Mesh
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.pipeline import before_cut, rank_passes
@@ -30,14 +30,14 @@ def uncut(of: Description) -> Program:
     return before_cut("train", lower(of), of)
 
 
-def layout(mesh: Mesh, of: Description, *cuts: int) -> Layout:
+def layout(mesh: Mesh, of: Description, *cuts: int, schedule: str = "1f1b") -> Layout:
     """Stages that end before the units in `cuts`; without any, as even as it goes."""
     found = units(uncut(of).main)
-    n = mesh.pipeline
+    n = len(placement(schedule, mesh.pipeline)[0])
     cuts = cuts or tuple(len(found) * i // n for i in range(1, n))
     ends = [0, *cuts, len(found)]
     stages = tuple(Stage(i, found[ends[i] : ends[i + 1]]) for i in range(n))
-    return Layout(mesh, "1f1b", stages, 1, 1, 1)
+    return Layout(mesh, schedule, stages, 1, 1, 1)
 
 
 def rank_programs(of: Description, where: Layout, name: str = "train") -> list[Program]:

@@ -10,7 +10,7 @@ from compiler.graph.types import MESH_AXES
 from compiler.parallel.layout import Layout, Stage, units
 from compiler.parallel.mesh import Mesh
 from compiler.pipeline import compile
-from compiler.plan.schedule import schedule
+from compiler.plan.schedule import SCHEDULES, schedule
 from compiler.plan.simulate import under_way
 from dsl.load import load
 from dslc.specs import shipped
@@ -69,7 +69,7 @@ def test_v3_as_published_keeps_each_group_of_experts_on_one_node() -> None:
     assert (mesh.rank(1, 0, 0) - mesh.rank(0, 0, 0)) % mesh.node_size == 0
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("pipeline", "batches"), [(2, 8), (4, 8), (16, 120), (6, 12)])
 def test_as_many_are_in_flight_as_the_schedule_has_under_way(
     name: str, pipeline: int, batches: int

@@ -14,7 +14,7 @@ import torch
 from compiler.parallel.layout import Layout
 from compiler.parallel.mesh import Mesh
 from compiler.pipeline import PIPELINES, after
-from compiler.plan.schedule import schedule
+from compiler.plan.schedule import SCHEDULES, schedule
 from compiler.plan.transfers import with_transfers
 from tests.interpret import State, random_inputs, random_weights, run
 from tests.interpret.operators import LEARNING_RATE
@@ -28,7 +28,7 @@ SEQ = 5
 def check_step(name: str, mesh: Mesh, batches: int, *sets: str) -> None:
     """That all weights after a step are those of one rank, in float64; gradients are clipped."""
     of = description(*sets)
-    where = replace(layout(mesh, of), schedule=name, micro_batches=batches)
+    where = replace(layout(mesh, of, schedule=name), micro_batches=batches)
     single = after(of, "train", PIPELINES["train"][-1].name)
     weights = random_weights(single, dtype=torch.float64)
     sizes = {"batch": mesh.data * batches, "seq": SEQ}
@@ -52,9 +52,10 @@ def check_step(name: str, mesh: Mesh, batches: int, *sets: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1f1b", "zero_bubble", "dualpipe"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_step_by_a_schedule_is_that_of_one_rank(name: str) -> None:
-    """Under DualPipe two pipeline ranks hold each weight: their gradients add up."""
+    """Under DualPipe two pipeline ranks hold each weight: their gradients add up. Under DualPipeV a
+    rank holds two stages, the first rank embedding and head."""
     check_step(name, Mesh(2, 1, 2, 2), 4)
 
 

@@ -22,6 +22,8 @@ CANNOT = {
     "batch": "pipeline: 16, expert: 64, batch: 15000, schedule: dualpipe",
     "too_few_micro_batches": "pipeline: 16, expert: 64, batch: 2048, schedule: dualpipe",
     "units": "pipeline: 64, expert: 32, batch: 2048",
+    "dualpipe_v": "pipeline: 16, expert: 64, batch: 2048, schedule: dualpipe_v",
+    "folded_at_once": "pipeline: 1, expert: 64, batch: 4096, schedule: dualpipe_v",
     "odd_dualpipe": "pipeline: 1, expert: 64, batch: 4096, schedule: dualpipe",
 }
 
