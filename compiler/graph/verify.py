@@ -43,12 +43,13 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
     names: dict[str, Sequence[Name]] = {}
     for key, graph in program.graphs.items():
         check = _Check(program, graph)
-        if changed is None or key in changed or not changed.isdisjoint(graph.calls()):
+        checked = changed is None or key in changed or not changed.isdisjoint(graph.calls())
+        if checked:
             check.run(key)
         problems += check.problems
         # Names mean something only where every operator is what it should be.
         names[key] = [] if check.problems else names_of(graph)
-        problems += [] if check.problems else check.clashes(names[key])
+        problems += check.clashes(names[key]) if checked else []
     problems += _recursion(program) or ([] if problems else _outside(program, names))
     if problems:
         raise DiagnosticError(problems)
