@@ -211,7 +211,9 @@ def permute_quantized(
 
 
 def _scale_of(amax: Tensor, scale: str) -> Tensor:
-    s = amax.clamp(min=LEAST_AMAX) / E4M3_MAX
+    # Torch on CUDA divides by a number as it multiplies by the number's reciprocal, with two
+    # roundings where IEEE division has one; by a tensor it divides.
+    s = amax.clamp(min=LEAST_AMAX) / torch.full((), E4M3_MAX, device=amax.device)
     if scale == "fp32":
         return s
     mantissa, exponent = torch.frexp(s)  # the mantissa is in [0.5, 1)
