@@ -41,10 +41,10 @@ def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[
     """The arguments of a case with numbers in them; the same for the same seed."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def make(value: Case) -> Tensor:
-        made = filled(value, generator).to(device)
+        made = filled(value, generator)
         if not value.get("strides"):
             return made
         pairs = zip(made.shape, value["strides"], strict=True)
@@ -82,44 +82,66 @@ def _saved(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return functional.attention(q, k, v, scale), torch.stack(levels, -1)
 
 
+PIECE = 1 << 26
+"""How many random numbers are made at a time, so that a large tensor needs no second one."""
+
+
 def filled(value: Case, generator: torch.Generator) -> Tensor:
-    """A tensor as `backends.triton.kernel.Tensor` describes it, on the CPU."""
+    """A tensor as `backends.triton.kernel.Tensor` describes it, on the device of the generator."""
     import torch
 
     shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
-    fill, limit = value["fill"], value["limit"]
-    if fill == "normal":
-        return torch.randn(shape, generator=generator).to(dtype)
+    fill, limit, device = value["fill"], value["limit"], generator.device
+    if fill in RANDOM:
+        made = torch.empty(shape, dtype=dtype, device=device)
+        for piece in torch.split(made.view(-1), PIECE):
+            piece.copy_(RANDOM[fill](len(piece), generator))
+        return made
     if fill in ("zeros", "ones"):
-        return torch.full(shape, float(fill == "ones")).to(dtype)
-    if fill == "scale":
-        return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
+        return torch.full(shape, float(fill == "ones"), device=device).to(dtype)
     if fill == "ends":
-        expert = torch.randint(shape[0], (limit,), generator=generator)
+        expert = torch.randint(shape[0], (limit,), generator=generator, device=device)
         return torch.bincount(expert, minlength=shape[0]).cumsum(0).to(dtype)
     if fill == "starts":
-        return torch.arange(0, _count(shape) * limit, limit).to(dtype)
+        return torch.arange(0, math.prod(shape) * limit, limit, device=device).to(dtype)
     if fill == "index":
         return _distinct(shape, limit, generator).to(dtype)
     if fill == "order":
-        return torch.randperm(shape[0], generator=generator).to(dtype)
+        return torch.randperm(shape[0], generator=generator, device=device).to(dtype)
     if fill == "pages":
-        return torch.randperm(limit, generator=generator)[: _count(shape)].view(shape).to(dtype)
+        pages = torch.randperm(limit, generator=generator, device=device)
+        return pages[: math.prod(shape)].view(shape).to(dtype)
     if fill == "lengths":
-        return torch.randint(1, limit + 1, shape, generator=generator).to(dtype)
+        return torch.randint(1, limit + 1, shape, generator=generator, device=device).to(dtype)
     raise ValueError(f"a case fills a tensor with {fill!r}, which nothing here knows")
+
+
+def _normal(count: int, generator: torch.Generator) -> Tensor:
+    import torch
+
+    return torch.randn(count, generator=generator, device=generator.device)
+
+
+def _scale(count: int, generator: torch.Generator) -> Tensor:
+    import torch
+
+    return torch.rand(count, generator=generator, device=generator.device) + 0.5
+
+
+RANDOM: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "normal": _normal,
+    "scale": _scale,
+    "affinity": lambda count, generator: _normal(count, generator).sigmoid(),
+}
+"""By what a case fills a tensor with: so many random numbers in float32."""
 
 
 def _distinct(shape: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:
     """Whole numbers below `limit`, those of a row distinct, as the experts of a token are."""
     import torch
 
+    device = generator.device
     if len(shape) < 2 or shape[-1] > limit:
-        return torch.randint(limit, shape, generator=generator)
-    rows = _count(shape[:-1])
-    scores = torch.rand(rows, limit, generator=generator)
+        return torch.randint(limit, shape, generator=generator, device=device)
+    scores = torch.rand(math.prod(shape[:-1]), limit, generator=generator, device=device)
     return scores.topk(shape[-1], dim=-1).indices.view(shape)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

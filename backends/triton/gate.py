@@ -65,7 +65,9 @@ def _case(use: Use, tokens: int, lines: tuple[str, ...]) -> Case:
     weight = Tensor((tokens, k), "float32")
     bias = Tensor((experts,), "float32") if use.op.symbols else None
     if use.kind == "gate_grad":
-        taken: tuple[Tensor | None, ...] = (weight, scores, scores, route)
+        # Weights are divided by the sum of the affinities chosen, which is not near zero.
+        affinity = Tensor((tokens, experts), "float32", "affinity")
+        taken: tuple[Tensor | None, ...] = (weight, scores, affinity, route)
         given: tuple[Tensor, ...] = (scores,)
     else:
         taken, keywords["k"] = (scores, bias), k

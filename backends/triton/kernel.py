@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 Unit = Literal["fp8", "bf16", "memory"]
 Fill = Literal[
-    "normal", "zeros", "ones", "scale", "ends", "starts", "index", "order", "lengths", "pages"
+    "normal", "scale", "affinity", "zeros", "ones",
+    "ends", "starts", "index", "order", "lengths", "pages",
 ]  # fmt: skip
 
 
@@ -16,9 +17,9 @@ Fill = Literal[
 class Tensor:
     """An argument of a case: shape, element type as torch names it, and what stands in it.
 
-    `fill` tells a GPU run what to put there; `limit` bounds whole numbers (for `ends` the last one,
-    for `index` one more than the largest; `starts` are so far apart). `strides`, if not those of a
-    contiguous tensor.
+    `fill` tells a GPU run what to put there (`scale` is near 1, `affinity` between 0 and 1);
+    `limit` bounds whole numbers (for `ends` the last one, for `index` one more than the largest;
+    `starts` are so far apart). `strides`, if not those of a contiguous tensor.
     """
 
     shape: tuple[int, ...]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
 import json
 import subprocess
 import sys
+import types
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from backends.triton.arguments import read, without_memory
 from backends.triton.kernel import Case
+from backends.triton.target import TARGETS
 from tests.support.kernels import FILES, Kernels, files_of, package_of
 from tests.support.places import ROOT
 
@@ -55,6 +61,63 @@ def test_cases_are_checked_against_the_reference(
             assert check.checked(kernel, reference, case, "cpu") == "", case["name"]
             assert check.checked(broken(kernel), reference, case, "cpu"), case["name"]
         assert seen
+
+
+@pytest.fixture
+def benchmark(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/gpu/__main__.py`, with a CPU for the GPU and a clock that stands still."""
+    path = ROOT / "benchmarks/gpu/__main__.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "timed", lambda run: (run(), 2.0)[1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "no GPU")
+    return module
+
+
+def test_a_row_is_a_time_with_libraries_or_a_failure(
+    benchmark: ModuleType, kernels: Kernels, tmp_path: Path
+) -> None:
+    sets = ("precision.policy=bf16",)
+    listed = json.loads(package_of("deepseek_v3_tiny", "sm_90", sets)["kernels/kernels.json"])
+    (file,) = (file for file in listed["files"] if file["name"] == "attention.py")
+    module = kernels("attention", "deepseek_v3_tiny", "sm_90", sets)
+    case = min((c for c in file["cases"] if c["function"] == "attention"), key=numbers)
+    report = benchmark.Report("deepseek_v3_tiny", TARGETS["sm_90"], tmp_path)
+    report.add(benchmark.row_of(module, file, case, TARGETS["sm_90"]))
+    report.add(benchmark.row_of(types.ModuleType("empty"), file, case, TARGETS["sm_90"]))
+    timed, failed = json.loads((tmp_path / "gpu_report.json").read_text())["rows"]
+    assert timed["check"] == "ok" and timed["us"] == timed["peers_us"]["SDPA"] == 2.0
+    assert "RuntimeError" in timed["peers_us"]["SDPA cuDNN"]  # it is refused on a CPU
+    assert failed["check"].startswith("AttributeError") and "us" not in failed
+    assert (tmp_path / "gpu_report.md").read_text().count(case["name"]) == 2
+
+
+def test_peers_are_called_as_they_are_declared(benchmark: ModuleType) -> None:
+    """Each case of V3 binds to its reference; those with libraries have the arguments of these."""
+    named = {}
+    for file in json.loads(package_of("deepseek_v3", "sm_90")["kernels/kernels.json"])["files"]:
+        for case in file["cases"]:
+            arguments, keywords = read(case, without_memory)
+            reference = benchmark.reference_of(file, case)
+            bound = inspect.signature(reference).bind(*arguments, **keywords).arguments
+            names = [name for name, _ in benchmark.peers_of(case["function"], bound)]
+            named.setdefault(case["function"], set()).update(names)
+    assert named["linear"] == {"cuBLAS bf16", "cuBLAS fp8"}
+    assert named["grouped_linear"] == {"grouped_mm bf16"}
+    assert named["attention"] == {"SDPA", "SDPA cuDNN", "SDPA flash"}
+
+
+def test_the_longest_case_of_each_function_comes_first(benchmark: ModuleType) -> None:
+    listed = json.loads(package_of("deepseek_v3", "sm_90")["kernels/kernels.json"])["files"]
+    cases = [(file, case) for file in listed for case in file["cases"]]
+    order = benchmark.by_importance(cases, TARGETS["sm_90"])
+    functions = [f"{file['name']}: {case['function']}" for file, case in order]
+    count = len(set(functions))
+    assert len(set(functions[:count])) == count and len(order) == len(cases)
+    assert order[0][1]["bytes"] > 1e9
 
 
 def numbers(case: dict[str, Any]) -> int:

@@ -31,6 +31,15 @@ def sum_kernel(x, y, N: tl.constexpr):
     tl.store(y + at, value + value)
 
 
+@triton.jit
+def divide_kernel(x, y, z, N: tl.constexpr, ROUNDED: tl.constexpr):
+    at = tl.arange(0, N)
+    if ROUNDED:
+        tl.store(z + at, tl.div_rn(tl.load(x + at), tl.load(y + at)))
+    else:
+        tl.store(z + at, tl.load(x + at) / tl.load(y + at))
+
+
 def edge_cases() -> torch.Tensor:
     """Ties, carries, subnormals, what saturates, infinities, NaN, and noise of every size."""
     generator = torch.Generator().manual_seed(0)
@@ -74,3 +83,13 @@ def test_arithmetic_on_bfloat16_is_an_error() -> None:
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="cast to float32"):
         sum_kernel[(1,)](x, x, N=16)
+
+
+def test_a_division_is_approximate_unless_it_is_div_rn() -> None:
+    x, y = torch.rand(2, 1024, generator=torch.Generator().manual_seed(0)) + 0.5
+    z = torch.empty(1024)
+    divide_kernel[(1,)](x, y, z, N=1024, ROUNDED=True)
+    assert torch.equal(z, x / y)
+    divide_kernel[(1,)](x, y, z, N=1024, ROUNDED=False)
+    off = (z.view(torch.int32) - (x / y).view(torch.int32)).abs()
+    assert off.min() == off.max() == 1

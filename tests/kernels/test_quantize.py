@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from backends.triton.launches import load
 from runtime import fp8
 from tests.support.kernels import Kernels
 
@@ -51,6 +53,21 @@ def same(found: fp8.Quantized, expected: fp8.Quantized) -> None:
 
 
 E4M3 = torch.float8_e4m3fn
+
+
+def test_a_scale_that_is_not_rounded_as_a_division_is_found(
+    kernels: Kernels, tmp_path: Path
+) -> None:
+    """`/` is approximate on a GPU, and in the interpreter that tests use."""
+    text = Path(str(kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8).__file__)).read_text()
+    rounded = "tl.div_rn(tl.maximum(largest, LEAST).to(tl.float32, bitcast=True), 448.0)"
+    assert rounded in text
+    plain = "tl.maximum(largest, LEAST).to(tl.float32, bitcast=True) / 448.0"
+    (tmp_path / "approximate.py").write_text(text.replace(rounded, plain))
+    x = wild(40, 96)[2:]
+    (q, s), (want_q, want_s) = load(tmp_path / "approximate.py").quantize(x), fp8.quantize(x)
+    assert not torch.equal(s, want_s)
+    assert not torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -3,6 +3,8 @@
 - Casts to bfloat16 cut bits off, casts to FP8 lose carries and wrap beyond the largest number. Here
   torch casts: to the nearest, ties to even, FP8 saturating, which is what the hardware does.
 - `fma` rounds the product, too.
+- `/` of float32 is exact, where a GPU has `div.full.f32`, up to 2 ulp off. Here it is 1 ulp off:
+  a kernel whose bits depend on a division fails unless it asks for `tl.div_rn`.
 - bfloat16 is kept as its bit pattern, and arithmetic on it computes with the pattern. Products of
   matrices are mended; any other arithmetic on bfloat16 is an error that tells to cast first.
 """
@@ -44,6 +46,7 @@ def repair() -> None:
     interpreter._convert_float = lambda *arguments: _converted(shipped, *arguments)
     builder.create_dot = _dot(builder.create_dot)
     builder.create_fma = _fma
+    builder.create_fdiv = _fdiv(builder.create_fdiv)
     for name in ARITHMETIC:
         if hasattr(builder, name):
             setattr(builder, name, _guarded(name, getattr(builder, name)))
@@ -82,6 +85,18 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     wide = np.float64 if x.data.dtype == np.float32 else x.data.dtype
     exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
     return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _fdiv(shipped: Callable[..., Any]) -> Callable[..., Any]:
+    def fdiv(self: Any, x: Any, y: Any) -> Any:
+        if y.dtype.scalar != tl.float32:
+            return shipped(self, x, y)
+        exact = shipped(self, x, y)
+        off = np.nextafter(exact.data, np.float32(0))
+        off = np.where(np.isfinite(exact.data) & (np.frexp(y.data)[0] != 0.5), off, exact.data)
+        return interpreter.TensorHandle(off, exact.dtype)
+
+    return fdiv
 
 
 def _guarded(name: str, shipped: Callable[..., Any]) -> Callable[..., Any]:
