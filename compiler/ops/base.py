@@ -131,9 +131,14 @@ class Operator:
         return {}
 
 
+def module_of(weight: str) -> str:
+    """The last name of the module that a weight belongs to: `q_b_proj`."""
+    return weight.removesuffix(".weight").rpartition(".")[2]
+
+
 def grad_name(symbols: Sequence[str]) -> str:
     """What the gradient of a weight is called: `d_` and the name of its layer."""
-    return f"d_{symbols[0].removesuffix('.weight').rpartition('.')[2]}"
+    return f"d_{module_of(symbols[0])}"
 
 
 def same_shape(kind: str, a: Type, b: Type) -> None:

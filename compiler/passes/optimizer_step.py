@@ -17,7 +17,7 @@ from typing import Any
 from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Graph, Op, Program, Region, Step, Value, Weight
 from compiler.graph.types import Dim, Type
-from compiler.ops.base import dims_attr
+from compiler.ops.base import dims_attr, module_of
 from compiler.parallel.layout import Layout, units
 from compiler.passes.differentiate import save
 from compiler.passes.partition import group_attrs
@@ -119,7 +119,7 @@ class _Step:
     def _add(
         self, builder: Builder, kind: str, *operands: Value, weight: str = "", **attrs: Any
     ) -> list[Value]:
-        module = weight.removesuffix(".weight").rpartition(".")[2]
+        module = module_of(weight)
         names = [NAMES.get(kind, "{}").format(module) if module else "squares"]
         symbols = [weight] if kind in ("gradient", "update", "assign") else []
         return builder.add(kind, operands, symbols, names=names, spans=self.spans, **attrs)

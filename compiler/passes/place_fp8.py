@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight, lists
-from compiler.ops.base import dims_attr
+from compiler.ops.base import dims_attr, module_of
 from compiler.ops.quantize import parts_attr
 from compiler.passes.base import Pass
 from compiler.passes.differentiate import save
@@ -151,7 +151,7 @@ def _names(x: Value) -> tuple[str, str]:
 def _quantized_weight(at: Place, ends: Sequence[Value]) -> list[Value]:
     """The weights of a product, named by their module."""
     symbols = at.op.symbols
-    name = symbols[0].removesuffix(".weight").rpartition(".")[2]
+    name = module_of(symbols[0])
     return at.add(
         "quantize_weight", [], symbols, names=(f"{name}_q", f"{name}_s"),
         scale="ue8m0" if _weights(at, symbols)[0].fp8 == "ue8m0" else "fp32",

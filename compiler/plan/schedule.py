@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 from compiler.parallel.layout import placement
 
@@ -135,15 +134,8 @@ class Schedule:
             "messages": [[getattr(one, name) for name in fields] for one in self.messages],
             "rows": [[word(entry) for entry in row] for row in self.rows],
         }
-        lines = (f"{json.dumps(key)}: {_lines(value)}" for key, value in values.items())
-        return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _lines(value: Any) -> str:
-    """JSON of a value, of a list of lists with a line for each."""
-    if not (isinstance(value, list) and value):
-        return json.dumps(value)
-    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        return ("{\n" + ",\n".join(lines) + "\n}\n").replace("], [", "],\n[")
 
 
 def word(entry: Entry) -> str:
