@@ -51,31 +51,31 @@ def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quant
     return (tiles / s.unsqueeze(-1)).flatten(-2)[..., :size].to(E4M3), s
 
 
-def quantize_columns(x: Tensor, ends: Tensor | None = None, *, scale: str = "fp32") -> Quantized:
+def quantize_columns(x: Tensor, offs: Tensor | None = None, *, scale: str = "fp32") -> Quantized:
     """x [.., n] with a scale for each number of 128 tokens: [tiles, n, 128], [tiles, n].
 
     The 128 numbers of a scale lie next to one another, as a product that sums over tokens reads
     them; zeros fill the last tile.
 
-    With `ends`, x is [slots, n] and tiles begin anew with each expert: tile i of expert e is number
+    With `offs`, x is [slots, n] and tiles begin anew with each expert: tile i of expert e is number
     `begin_e // 128 + e + i` of `slots // 128 + experts`, begin_e being its first slot. No two meet,
-    and where one is follows from `ends` alone, so that nobody has to wait for a sum of counts.
+    and where one is follows from `offs` alone, so that nobody has to wait for a sum of counts.
     Tiles that hold no slot are those of zeros.
     """
     rows = _without_gradient(x).float().flatten(0, -2)
-    if ends is None:
+    if offs is None:
         return _columns(rows, scale)
-    tiles, n = len(rows) // RUN + len(ends), x.shape[-1]
+    tiles, n = len(rows) // RUN + len(offs), x.shape[-1]
     s = _scale_of(rows.new_zeros(1), scale).expand(tiles, n).clone()
     q = torch.zeros(tiles, n, RUN, dtype=E4M3, device=x.device)
-    for slots, own in _experts(ends):
+    for slots, own in _experts(offs):
         q[own], s[own] = _columns(rows[slots], scale)
     return q, s
 
 
-def requantize(q: Tensor, s: Tensor, ends: Tensor | None = None, *, scale: str) -> Quantized:
+def requantize(q: Tensor, s: Tensor, offs: Tensor | None = None, *, scale: str) -> Quantized:
     """From a scale for each run in a row to one for each run of tokens, as `quantize_columns`."""
-    return quantize_columns(dequantize(q, s), ends, scale=scale)
+    return quantize_columns(dequantize(q, s), offs, scale=scale)
 
 
 def dequantize(q: Tensor, s: Tensor) -> Tensor:
@@ -100,10 +100,10 @@ def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = 
 
 
 def quantize_both(
-    x: Tensor, ends: Tensor | None = None, *, scale: str = "fp32"
+    x: Tensor, offs: Tensor | None = None, *, scale: str = "fp32"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize` and `quantize_columns` of the same x."""
-    return *quantize(x, scale), *quantize_columns(x, ends, scale=scale)
+    return *quantize(x, scale), *quantize_columns(x, offs, scale=scale)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale: str = "fp32") -> Quantized:
@@ -117,13 +117,13 @@ def swiglu_quantize(gate: Tensor, up: Tensor, scale: str = "fp32") -> Quantized:
 
 
 def swiglu_grad_quantize(
-    d: Tensor, gate: Tensor, up: Tensor, ends: Tensor | None = None, *, scale: str = "fp32"
+    d: Tensor, gate: Tensor, up: Tensor, offs: Tensor | None = None, *, scale: str = "fp32"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_both` of the gradients of gate and up [.., n] behind one another.
 
     n is a multiple of 128.
     """
-    return quantize_both(G.swiglu_grad_joined(d, gate, up), ends, scale=scale)
+    return quantize_both(G.swiglu_grad_joined(d, gate, up), offs, scale=scale)
 
 
 def linear(
@@ -159,7 +159,7 @@ def linear_weight_grad(
 def grouped_linear(
     q: Tensor,
     s: Tensor,
-    ends: Tensor,
+    offs: Tensor,
     wq: Tensor,
     ws: Tensor,
     *,
@@ -167,14 +167,14 @@ def grouped_linear(
     parts: Sequence[int] = (),
 ) -> Tensor:
     """`linear` for the slots of each expert: q [slots, in], wq [experts, out, in]."""
-    groups = zip(*_groups(ends, q, s), wq, ws, strict=True)
+    groups = zip(*_groups(offs, q, s), wq, ws, strict=True)
     return torch.cat([linear(*group, dtype=dtype, parts=parts) for group in groups])
 
 
 def grouped_linear_input_grad(
     q: Tensor,
     s: Tensor,
-    ends: Tensor,
+    offs: Tensor,
     wq: Tensor,
     ws: Tensor,
     *,
@@ -182,18 +182,18 @@ def grouped_linear_input_grad(
     parts: Sequence[int] = (),
 ) -> Tensor:
     """`linear_input_grad` for the slots of each expert: q [slots, out], wq [experts, out, in]."""
-    groups = zip(*_groups(ends, q, s), wq, ws, strict=True)
+    groups = zip(*_groups(offs, q, s), wq, ws, strict=True)
     return torch.cat([linear_input_grad(*group, dtype=dtype, parts=parts) for group in groups])
 
 
 def grouped_linear_weight_grad(
-    dq: Tensor, ds: Tensor, q: Tensor, s: Tensor, ends: Tensor, *, dtype: torch.dtype
+    dq: Tensor, ds: Tensor, q: Tensor, s: Tensor, offs: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
     """`linear_weight_grad` for the slots of each expert: [experts, out, in]; zeros for idle ones.
 
     dq [tiles, out, 128], q [tiles, in, 128]; `quantize_columns` says which tiles are an expert's.
     """
-    tiles = [own for _, own in _experts(ends)]
+    tiles = [own for _, own in _experts(offs)]
     groups = [(dq[own], ds[own], q[own], s[own]) for own in tiles]
     return torch.stack([linear_weight_grad(*group, dtype=dtype) for group in groups])
 
@@ -202,9 +202,9 @@ def permute_quantized(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized tokens q [.., hidden] and their scales as `functional.permute` sorts tokens."""
-    rows, ends, order = F.permute(q, index, experts)
-    token = torch.div(order, index.shape[-1], rounding_mode="floor")
-    return rows, s.flatten(0, -2)[token], ends, order
+    rows, offs, sort_indices = F.permute(q, index, experts)
+    token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
+    return rows, s.flatten(0, -2)[token], offs, sort_indices
 
 
 # ---- pieces ---------------------------------------------------------------------------------
@@ -228,10 +228,10 @@ def _columns(x: Tensor, scale: str) -> Quantized:
     return (tiles / s.unsqueeze(1)).to(E4M3).transpose(1, 2).contiguous(), s
 
 
-def _experts(ends: Tensor) -> list[tuple[slice, slice]]:
+def _experts(offs: Tensor) -> list[tuple[slice, slice]]:
     """The slots of each expert, and its tiles of 128 of them."""
     cut, begin = [], 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(offs.tolist()):
         first = begin // RUN + expert
         cut.append((slice(begin, end), slice(first, first - (begin - end) // RUN)))
         begin = end
@@ -277,14 +277,14 @@ def _padded(x: Tensor, dim: int) -> Tensor:
     return torch_f.pad(x, (*sides, 0, missing))
 
 
-def _counts(ends: Tensor) -> list[int]:
+def _counts(offs: Tensor) -> list[int]:
     """How many slots each expert has."""
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return offs.diff(prepend=offs.new_zeros(1)).tolist()
 
 
-def _groups(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def _groups(offs: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Each tensor cut where the slots of an expert end."""
-    counts = _counts(ends)
+    counts = _counts(offs)
     return [tensor.split(counts) for tensor in tensors]
 
 

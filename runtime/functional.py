@@ -288,8 +288,8 @@ def gate(
 
     `choice` is what `topk_groups` takes by name.
     """
-    route, weight, _ = gate_saving(x, bias, scoring=scoring, **choice)
-    return route, weight
+    topk_indices, weight, _ = gate_saving(x, bias, scoring=scoring, **choice)
+    return topk_indices, weight
 
 
 def gate_saving(
@@ -330,10 +330,10 @@ def dispatch(index: Tensor, experts: int) -> list[Chosen]:
     index [..., k] as `topk_groups` gives it.
     """
     flat = index.flatten()
-    order = flat.argsort(stable=True)
+    sort_indices = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts).tolist()
-    token = torch.div(order, index.shape[-1], rounding_mode="floor")
-    choice = order % index.shape[-1]
+    token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
+    choice = sort_indices % index.shape[-1]
     return list(zip(token.split(counts), choice.split(counts), strict=True))
 
 
@@ -415,39 +415,41 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of x [..., hidden] once for each expert in index [..., k], sorted by expert.
 
-    Gives the rows [slots, hidden], where each expert's rows end (int32 [experts]), and the place in
-    the flattened `index` that each row came from (int64 [slots]). No token is dropped.
+    Returns the rows [slots, hidden], the offsets at which each expert's rows end (int32 [experts]),
+    and the place in the flattened `index` of each row (int64 [slots]). No token is dropped.
     """
     flat = index.flatten()
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
-    token = torch.div(order, index.shape[-1], rounding_mode="floor")
-    return x.flatten(0, -2).index_select(0, token), ends, order
+    sort_indices = flat.argsort(stable=True)
+    offs = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
+    token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
+    return x.flatten(0, -2).index_select(0, token), offs, sort_indices
 
 
-def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in]."""
-    return matmul.grouped_product(x, ends, weight)
+    return matmul.grouped_product(x, offs, weight)
 
 
-def unpermute(y: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+def unpermute(y: Tensor, sort_indices: Tensor, weight: Tensor) -> Tensor:
     """Rows y [slots, hidden] back at their tokens, times weight [..., k], summed, eq. 12.
 
     The sum runs in the order of each token's choices, whatever the batch: [..., hidden].
     """
-    return sum_choices(y, order, weight.flatten(0, -2).to(y.dtype)).view(
+    return sum_choices(y, sort_indices, weight.flatten(0, -2).to(y.dtype)).view(
         *weight.shape[:-1], y.shape[-1]
     )
 
 
-def sum_choices(y: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+def sum_choices(y: Tensor, sort_indices: Tensor, weight: Tensor) -> Tensor:
     """Rows y [slots, hidden] times weight [tokens, k], summed for each token: [tokens, hidden].
 
-    `order` is what `permute` gave. As a bag of embeddings this is one pass over the rows (8192 x
-    512: 0.9 ms on one core, against 12.7 for look-up, product and sum). In bfloat16 the bag rounds
-    halves up; the sum of float32 is rounded to nearest, ties to even, as kernels do.
+    `sort_indices` are those of `permute`. As a bag of embeddings this is one pass over the rows
+    (8192 x 512: 0.9 ms on one core, against 12.7 for look-up, product and sum). In bfloat16 the bag
+    rounds halves up; the sum of float32 is rounded to nearest, ties to even, as kernels do.
     """
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=y.device))
+    place = torch.empty_like(sort_indices).scatter_(
+        0, sort_indices, torch.arange(len(sort_indices), device=y.device)
+    )
     rows, factor = wide(y), wide(weight)
     bag = torch_f.embedding_bag(
         place.view(weight.shape), rows, mode="sum", per_sample_weights=factor

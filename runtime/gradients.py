@@ -26,14 +26,14 @@ def linear_weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     return matmul.product(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
 
 
-def grouped_linear_input_grad(dy: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear_input_grad(dy: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """`dy W_e` for the rows of each expert: dy [slots, out], weight [experts, out, in]."""
-    return matmul.grouped_product(dy, ends, weight.transpose(-1, -2))
+    return matmul.grouped_product(dy, offs, weight.transpose(-1, -2))
 
 
-def grouped_linear_weight_grad(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear_weight_grad(dy: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     """`dy^T x` over the rows of each expert: [experts, out, in], zeros where it has none."""
-    return matmul.grouped_outer(dy, x, ends)
+    return matmul.grouped_outer(dy, x, offs)
 
 
 def embedding_grad(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
@@ -292,46 +292,48 @@ def _attend_grad_by_autograd(
 
 
 def topk_groups_grad(
-    d: Tensor, score: Tensor, route: Tensor, *, normalize: bool, scale: float
+    d: Tensor, score: Tensor, topk_indices: Tensor, *, normalize: bool, scale: float
 ) -> Tensor:
     """Of the scores [..., experts], of which only the chosen ones have a gradient."""
     part = d * scale
     if normalize:
-        chosen = score.gather(-1, route)
+        chosen = score.gather(-1, topk_indices)
         total = chosen.sum(-1, keepdim=True) + F.TINY
         part = part / total - (part * chosen).sum(-1, keepdim=True) / total.square()
-    return torch.zeros_like(score).scatter(-1, route, part)
+    return torch.zeros_like(score).scatter(-1, topk_indices, part)
 
 
 def gate_grad(
     d: Tensor,
     d_affinity: Tensor,
     affinity: Tensor,
-    route: Tensor,
+    topk_indices: Tensor,
     *,
     scoring: F.Scoring,
     normalize: bool,
     scale: float,
 ) -> Tensor:
     """Of x, from the gradients of the weights d [..., k] and of the affinities [..., experts]."""
-    chosen = topk_groups_grad(d, affinity, route, normalize=normalize, scale=scale)
+    chosen = topk_groups_grad(d, affinity, topk_indices, normalize=normalize, scale=scale)
     through = sigmoid_grad if scoring == "sigmoid" else softmax_grad
     return through(d_affinity + chosen, affinity)
 
 
-def permute_grad(d: Tensor, order: Tensor, route: Tensor) -> Tensor:
+def permute_grad(d: Tensor, sort_indices: Tensor, topk_indices: Tensor) -> Tensor:
     """Rows d [slots, hidden] back at their tokens, summed: [..., hidden]."""
-    ones = d.new_ones(route.shape).flatten(0, -2)
-    return F.sum_choices(d, order, ones).view(*route.shape[:-1], d.shape[-1])
+    ones = d.new_ones(topk_indices.shape).flatten(0, -2)
+    return F.sum_choices(d, sort_indices, ones).view(*topk_indices.shape[:-1], d.shape[-1])
 
 
-def unpermute_grad(d: Tensor, y: Tensor, order: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def unpermute_grad(
+    d: Tensor, y: Tensor, sort_indices: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     """Of the rows y [slots, hidden] and of the weights [..., k]."""
-    token = torch.div(order, weight.shape[-1], rounding_mode="floor")
+    token = torch.div(sort_indices, weight.shape[-1], rounding_mode="floor")
     rows = d.flatten(0, -2).index_select(0, token)
     dots = (F.wide(rows) * y).sum(-1).to(weight.dtype)
-    dy = rows.mul_(weight.flatten()[order].to(y.dtype).unsqueeze(-1))
-    return dy, torch.empty_like(dots).scatter_(0, order, dots).view(weight.shape)
+    dy = rows.mul_(weight.flatten()[sort_indices].to(y.dtype).unsqueeze(-1))
+    return dy, torch.empty_like(dots).scatter_(0, sort_indices, dots).view(weight.shape)
 
 
 def sequence_balance_loss_grad(d: Tensor, score: Tensor, k: int) -> Tensor:

@@ -33,45 +33,45 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch_f.linear(x, weight)
 
 
-def grouped_product(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+def grouped_product(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in].
 
-    `ends` int32 [experts] says where each expert's rows end.
+    `offs` int32 [experts] says where each expert's rows end.
     """
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         out = x.new_empty(len(x), weight.shape[1])
         if len(x) <= FEW:
-            _row_by_row(x, ends, weight, out)
+            _row_by_row(x, offs, weight, out)
             return out
-        for part in _parts(ends, len(x)):
+        for part in _parts(offs, len(x)):
             out[part.exact] = product(x[part.wider], weight[part.expert])[part.inside]
         return out
     if grouped_mm_takes(x, weight):
-        return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=offs)
+    counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
     parts = zip(x.split(counts), weight.unbind(), strict=True)
     return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
 
 
-def _row_by_row(x: Tensor, ends: Tensor, weight: Tensor, out: Tensor) -> None:
+def _row_by_row(x: Tensor, offs: Tensor, weight: Tensor, out: Tensor) -> None:
     """What decoding asks for: the calls around a product take longer than the product."""
-    place = torch.arange(len(x), dtype=ends.dtype, device=ends.device)
-    expert_of = torch.searchsorted(ends, place, right=True).tolist()
+    place = torch.arange(len(x), dtype=offs.dtype, device=offs.device)
+    expert_of = torch.searchsorted(offs, place, right=True).tolist()
     matrices = weight.transpose(-1, -2)
     # Not strict: no rows at all are split into one part.
     for expert, row, result in zip(expert_of, x.split(1), out.split(1), strict=False):
         torch.mm(row, matrices[expert], out=result)
 
 
-def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def grouped_outer(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """`a_e^T b_e` over the rows of each expert, zeros where it has none: [experts, m, n].
 
     a [slots, m], b [slots, n]; no gradient follows from it.
     """
     if a.device.type != "cpu" and grouped_mm_takes(a, b):
-        return torch_f.grouped_mm(a.t(), b, offs=ends)
-    out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
-    for part in _parts(ends, len(a)):
+        return torch_f.grouped_mm(a.t(), b, offs=offs)
+    out = a.new_zeros(len(offs), a.shape[1], b.shape[1])
+    for part in _parts(offs, len(a)):
         # Rows of other experts count as zero.
         columns = a.new_zeros(a.shape[1], part.wider.stop - part.wider.start)
         columns[:, part.inside] = a[part.exact].t()
@@ -90,10 +90,10 @@ class _Part:
     """Where the exact ones stand among the wider."""
 
 
-def _parts(ends: Tensor, slots: int) -> Iterator[_Part]:
+def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:
     """Those of the experts that have any rows."""
     start = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(offs.tolist()):
         rows = end - start
         if not rows:
             continue

@@ -41,7 +41,7 @@ def _gate(e: Emitter, op: Op) -> None:
 
 
 def _experts(e: Emitter, op: Op) -> None:
-    x, route, weight = (e.names[v] for v in op.operands)
+    x, topk_indices, weight = (e.names[v] for v in op.operands)
     (region,) = op.regions
     symbols = (s for o in region.ops for s in o.symbols)
     for name in dict.fromkeys(stored_name(s, e.context.joined) for s in symbols):
@@ -51,7 +51,7 @@ def _experts(e: Emitter, op: Op) -> None:
     y = e.names.give(op.result, op, beside_operands=True)
     e.remark(op)
     e.line(f"{y} = torch.zeros_like({x})")
-    e.line(f"for expert, chosen in enumerate(F.dispatch({route}, {op.attrs['count']})):")
+    e.line(f"for expert, chosen in enumerate(F.dispatch({topk_indices}, {op.attrs['count']})):")
     e.indent += 1
     z = e.names.share(region.args[0], identifier(region.args[0].name))
     e.line(f"{z} = F.gather_tokens({x}, chosen)")

@@ -305,7 +305,7 @@ FORMS: dict[str, Form] = {
     ),
     "experts": Form(
         "each token through the experts chosen for it, weighted and summed",
-        ("x", "route", "weight"),
+        ("x", "topk_indices", "weight"),
         _experts,
         {"count": Kind.DIM, "expert": Kind.BLOCK, "name": Kind.PATH},
     ),
@@ -315,7 +315,9 @@ FORMS: dict[str, Form] = {
         _simple("sequence_balance_loss"),
         {"k": Kind.INT},
     ),
-    "expert_load": Form("tokens for each expert", ("route",), _expert_load, {"count": Kind.DIM}),
+    "expert_load": Form(
+        "tokens for each expert", ("topk_indices",), _expert_load, {"count": Kind.DIM}
+    ),
     "cross_entropy": Form(
         "sum of -log p(label); -100 is left out", ("logits", "labels"), _simple("cross_entropy")
     ),

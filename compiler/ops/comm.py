@@ -52,14 +52,14 @@ class _Exchange(Operator):
 
 
 class Dispatch(_Exchange):
-    """Rows of tokens to the ranks that hold the experts in route [.., k].
+    """Rows of tokens to the ranks that hold the experts in topk_indices [.., k].
 
-    rows [.., width], any number of them, then route -> for each of them [arrived, width], in the
-    order of the ranks and of their tokens; then route [arrived, k] with the experts of this rank
-    counted from 0 and -1 for all others, and a handle [arrived]: all that is needed to send rows
-    the same way again or back, as the rank and token that each came from. A token goes once to each
-    node that it needs (at most `limit`) and there to the ranks. DeepSeek-V3 report, sections 2.1.2
-    and 3.2.2.
+    rows [.., width], any number of them, then topk_indices -> for each of them [arrived, width], in
+    the order of the ranks and of their tokens; then topk_indices [arrived, k], with the experts of
+    this rank counted from 0 and -1 for all others, and a handle [arrived]: all that is needed to
+    send rows the same way again or back, as the rank and token that each came from. A token goes
+    once to each node that it needs (at most `limit`) and there to the ranks. DeepSeek-V3 report,
+    sections 2.1.2 and 3.2.2.
     """
 
     kind = "dispatch"
@@ -68,24 +68,26 @@ class Dispatch(_Exchange):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         cls.check(site)
         if len(site.types) < 2:
-            raise TypeMismatch("dispatch takes rows and a route")
-        *rows, route = site.types
+            raise TypeMismatch("dispatch takes rows and topk_indices")
+        *rows, topk_indices = site.types
         for i, row in enumerate(rows):
-            if row.dims[:-1] != route.dims[:-1]:
-                raise TypeMismatch(f"dispatch: {route.words} does not fit the rows {row.words}", i)
-        arrived = Dim("arrived", axes=route.axes)
-        there = [row.with_dims(arrived, row.last) for row in (*rows, route)]
+            if row.dims[:-1] != topk_indices.dims[:-1]:
+                raise TypeMismatch(
+                    f"dispatch: {topk_indices.words} does not fit the rows {row.words}", i
+                )
+        arrived = Dim("arrived", axes=topk_indices.axes)
+        there = [row.with_dims(arrived, row.last) for row in (*rows, topk_indices)]
         return (*there, Type("i64", (arrived,)))
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        *rows, route = op.operands
+        *rows, topk_indices = op.operands
         given = zip(rows, d, strict=False)
         needed = [(row, dy) for row, dy in given if dy is not None and at.needs_grad(row)]
         if not needed:
             return [None for _ in op.operands]
         # One message with the gradients of all rows of a token.
-        operands = [*(dy for _, dy in needed), op.results[-1], route]
+        operands = [*(dy for _, dy in needed), op.results[-1], topk_indices]
         names = [f"d_{row.name}" for row, _ in needed]
         found = at.add("combine", operands, names=names, **_attrs(op))
         gradients = {row: back for (row, _), back in zip(needed, found, strict=True)}
@@ -94,8 +96,8 @@ class Dispatch(_Exchange):
     @classmethod
     def token_bytes(cls, site: Site) -> int:
         """Bytes of one token for one destination, without its routing: weights and experts."""
-        *rows, route = site.types
-        return sum(_row_bytes(row) for row in rows if row.last != route.last)
+        *rows, topk_indices = site.types
+        return sum(_row_bytes(row) for row in rows if row.last != topk_indices.last)
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
@@ -104,9 +106,9 @@ class Dispatch(_Exchange):
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
         """As many as every rank gets when all experts get the same number of tokens, at most."""
-        route = site.types[-1]
-        k = route.last.size or 1
-        slots = route.count(sizes)
+        topk_indices = site.types[-1]
+        k = topk_indices.last.size or 1
+        slots = topk_indices.count(sizes)
         return {"slot": slots, "arrived": slots // k * min(k, site.number("ranks"))}
 
 
@@ -139,8 +141,8 @@ class Combine(_Exchange):
     """The rows of each token back from the ranks it was sent to, summed: `dispatch` transposed.
 
     y [arrived, width], any number of them, then the handle [arrived] of the `dispatch` and the
-    route [.., k] that it was given -> for each of them [.., width]. Sums are made on each node, by
-    rank, and then over the nodes, in order.
+    topk_indices [.., k] that it was given -> for each of them [.., width]. Sums are made on each
+    node, by rank, and then over the nodes, in order.
     """
 
     kind = "combine"
@@ -149,29 +151,29 @@ class Combine(_Exchange):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         cls.check(site)
         if len(site.types) < 3:
-            raise TypeMismatch("combine takes rows, a handle and the route")
-        *rows, handle, route = site.types
+            raise TypeMismatch("combine takes rows, a handle and topk_indices")
+        *rows, handle, topk_indices = site.types
         for i, y in enumerate(rows):
             if y.dims[:-1] != handle.dims:
                 raise TypeMismatch(f"combine: {handle.words} does not fit the rows {y.words}", i)
-        return tuple(y.with_dims(*route.dims[:-1], y.last) for y in rows)
+        return tuple(y.with_dims(*topk_indices.dims[:-1], y.last) for y in rows)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        *rows, handle, route = op.operands
+        *rows, handle, topk_indices = op.operands
         given = [(y, dx) for y, dx in zip(rows, d, strict=True) if dx is not None]
         if not given:
             return [None for _ in op.operands]
         names = [f"d_{y.name}" for y, _ in given]
-        operands, k = [*(dx for _, dx in given), handle], route.type.last.size or 1
+        operands, k = [*(dx for _, dx in given), handle], topk_indices.type.last.size or 1
         found = at.add("dispatch_again", operands, names=names, **_attrs(op), k=k)
         gradients = {y: dy for (y, _), dy in zip(given, found, strict=True)}
         return [*(gradients.get(y) for y in rows), None, None]
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
-        *rows, _, route = site.types
-        return cls.spread(site, sum(map(_row_bytes, rows)), *_tokens(route, sizes))
+        *rows, _, topk_indices = site.types
+        return cls.spread(site, sum(map(_row_bytes, rows)), *_tokens(topk_indices, sizes))
 
 
 class Send(Operator):
@@ -310,10 +312,10 @@ def _attrs(op: Op) -> dict[str, Any]:
     return dict(op.attrs)
 
 
-def _tokens(route: Type, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """How many tokens a route is for, and how many experts each has."""
-    k = route.last.size or 1
-    return route.count(sizes) // k, k
+def _tokens(topk_indices: Type, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """The number of tokens, and of experts of each."""
+    k = topk_indices.last.size or 1
+    return topk_indices.count(sizes) // k, k
 
 
 def _row_bytes(row: Type) -> int:

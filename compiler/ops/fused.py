@@ -124,7 +124,7 @@ class QuantizeBoth(Operator):
     """`quantize` and `quantize_columns` of the same x, with one kind of scales."""
 
     kind = "quantize_both"
-    operands = ("x", "ends")
+    operands = ("x", "offs")
     variadic = True  # without ends where there are no experts
     attrs: ClassVar = {"scale": str}
 
@@ -142,17 +142,17 @@ class SwiGLUGradQuantize(Operator):
     """`quantize_both` of `swiglu_grad_joined`, whose halves are whole runs."""
 
     kind = "swiglu_grad_quantize"
-    operands = ("d", "gate", "up", "ends")
+    operands = ("d", "gate", "up", "offs")
     variadic = True
     attrs: ClassVar = {"into": tuple, "scale": str}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        _, gate, up, *ends = site.types
+        _, gate, up, *offs = site.types
         if (gate.last.size or 0) % RUN:
             raise TypeMismatch(f"{cls.kind}: {gate.last.words} ends inside of a run of {RUN}", 1)
         both = Concat.infer(replace(site, types=(gate, up)))
-        return QuantizeBoth.infer(replace(site, types=(*both, *ends)))
+        return QuantizeBoth.infer(replace(site, types=(*both, *offs)))
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -53,11 +53,11 @@ class LinearWeightGrad(Operator):
 
 
 class GroupedLinearInputGrad(Operator):
-    """dx = dy W_e for the slots of each expert e: dy [slot, out], ends [experts] -> [slot, in]."""
+    """dx = dy W_e for the slots of each expert e: dy [slot, out], offs [experts] -> [slot, in]."""
 
     kind = "grouped_linear_input_grad"
     sums = "first"
-    operands = ("dy", "ends")
+    operands = ("dy", "offs")
     symbols = ("weight*",)
 
     @classmethod
@@ -74,18 +74,18 @@ class GroupedLinearInputGrad(Operator):
 class GroupedLinearWeightGrad(Operator):
     """dW_e = dy^T x over the slots of each expert e.
 
-    dy [slot, out], x [slot, in], ends [experts] -> [experts, out, in]; zeros for idle experts.
+    dy [slot, out], x [slot, in], offs [experts] -> [experts, out, in]; zeros for idle experts.
     """
 
     kind = "grouped_linear_weight_grad"
-    operands = ("dy", "x", "ends")
+    operands = ("dy", "x", "offs")
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        dy, x, ends = site.types
+        dy, x, offs = site.types
         if dy.dims[:-1] != x.dims[:-1]:
             raise TypeMismatch(f"{cls.kind}: {dy.words} is not about the slots of {x.words}", 0)
-        return (Type(dy.dtype, (*ends.dims, dy.last, x.last)),)
+        return (Type(dy.dtype, (*offs.dims, dy.last, x.last)),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
@@ -230,11 +230,11 @@ class DocumentAttentionGrad(AttentionGrad):
 class TopkGroupsGrad(Operator):
     """Gradient of the scores: of the chosen ones only, through the division by their sum.
 
-    d and route [.., k], score [.., experts]. The bias has none: it selects.
+    d and topk_indices [.., k], score [.., experts]. The bias has none: it selects.
     """
 
     kind = "topk_groups_grad"
-    operands = ("d", "score", "route")
+    operands = ("d", "score", "topk_indices")
     attrs: ClassVar = {"normalize": bool, "scale": float}
 
     @classmethod
@@ -256,11 +256,11 @@ class GateSaving(Gate):
 class GateGrad(Operator):
     """Gradient of what the affinities are made of: through the weights, and through themselves.
 
-    d and route [.., k], d_affinity and affinity [.., experts].
+    d and topk_indices [.., k], d_affinity and affinity [.., experts].
     """
 
     kind = "gate_grad"
-    operands = ("d", "d_affinity", "affinity", "route")
+    operands = ("d", "d_affinity", "affinity", "topk_indices")
     attrs: ClassVar = {"scoring": str, "normalize": bool, "scale": float}
 
     @classmethod
@@ -271,23 +271,23 @@ class GateGrad(Operator):
 class PermuteGrad(Operator):
     """Gradient of the tokens: the sum over the slots that each was copied to.
 
-    d [slot, hidden], order [slot], route [.., k] -> [.., hidden].
+    d [slot, hidden], sort_indices [slot], topk_indices [.., k] -> [.., hidden].
     """
 
     kind = "permute_grad"
-    operands = ("d", "order", "route")
+    operands = ("d", "sort_indices", "topk_indices")
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        d, _, route = site.types
-        return (Type(d.dtype, (*route.dims[:-1], d.last)),)
+        d, _, topk_indices = site.types
+        return (Type(d.dtype, (*topk_indices.dims[:-1], d.last)),)
 
 
 class UnpermuteGrad(Operator):
     """Gradients of the slots y [slot, hidden] and of the weights [.., k]."""
 
     kind = "unpermute_grad"
-    operands = ("d", "y", "order", "weight")
+    operands = ("d", "y", "sort_indices", "weight")
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:

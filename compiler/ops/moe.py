@@ -21,13 +21,13 @@ from compiler.ops.base import (
 from compiler.ops.linear import out_dim
 
 
-def slots(route: Type, sizes: Mapping[str, int]) -> int:
+def slots(topk_indices: Type, sizes: Mapping[str, int]) -> int:
     """Rows that the experts of one rank work on, all together: for each token its k choices.
 
     Tokens that arrived from other ranks chose experts elsewhere, too: `dispatch` knows the slots.
     """
-    arrived = any(dim.name == "arrived" for dim in route.dims)
-    return sizes["slot"] if arrived else route.count(sizes)
+    arrived = any(dim.name == "arrived" for dim in topk_indices.dims)
+    return sizes["slot"] if arrived else topk_indices.count(sizes)
 
 
 class TopkGroups(Operator):
@@ -107,18 +107,18 @@ class Gate(TopkGroups):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        route, _, affinity = op.results
+        topk_indices, _, affinity = op.results
         _, d_weight, d_affinity = d
         names, scoring = [f"d_{x.name}"], op.attrs["scoring"]
         normalize, scale = op.attrs["normalize"], op.attrs["scale"]
         if d_weight is not None and d_affinity is not None:
             return at.add(
-                "gate_grad", [d_weight, d_affinity, affinity, route], names=names,
+                "gate_grad", [d_weight, d_affinity, affinity, topk_indices], names=names,
                 scoring=scoring, normalize=normalize, scale=scale,
             )  # fmt: skip
         if d_weight is not None:
             (d_affinity,) = at.add(
-                "topk_groups_grad", [d_weight, affinity, route], names=["d_affinity"],
+                "topk_groups_grad", [d_weight, affinity, topk_indices], names=["d_affinity"],
                 normalize=normalize, scale=scale,
             )  # fmt: skip
         if d_affinity is None:
@@ -129,22 +129,24 @@ class Gate(TopkGroups):
 class Experts(Operator):
     """sum_k weight_k * expert_{route_k}(x): each token through the experts that were chosen for it.
 
-    x [.., hidden], route and weight [.., k]. The region is one expert on its tokens
-    [token, hidden]; its weights are named `experts.*`. No token is dropped. A route of -1 is an
+    x [.., hidden], topk_indices and weight [.., k]. The region is one expert on its tokens
+    [token, hidden]; its weights are named `experts.*`. No token is dropped. An index of -1 is an
     expert of another rank, and adds nothing here. Equation 12.
     """
 
     kind = "experts"
-    operands = ("x", "route", "weight")
+    operands = ("x", "topk_indices", "weight")
     attrs: ClassVar = {"count": int}
     regions = 1
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, route, weight = site.types
+        x, topk_indices, weight = site.types
         (arguments, yields) = site.regions[0]
-        if route.dims != weight.dims or route.dims[:-1] != x.dims[:-1]:
-            raise TypeMismatch(f"experts: {route.words} does not fit the tokens {x.words}", 1)
+        if topk_indices.dims != weight.dims or topk_indices.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(
+                f"experts: {topk_indices.words} does not fit the tokens {x.words}", 1
+            )
         inside = Type(x.dtype, (Dim("token"), x.last))
         if arguments != (inside,):
             raise TypeMismatch(
@@ -165,29 +167,31 @@ class Experts(Operator):
 
 
 class Permute(Operator):
-    """Copies of the tokens x [.., hidden], one for each expert in route [.., k], sorted by expert.
+    """Copies of the tokens x [.., hidden], one for each of topk_indices [.., k], sorted by expert.
 
-    -> sorted [slot, hidden]; ends [experts], where each expert's slots end; order [slot], the place
-    in the flattened route that each slot came from. Equal experts keep the order of the tokens.
-    A route of -1 is an expert of another rank: no slot.
+    -> sorted [slot, hidden]; offs [experts], the offset at which each expert's slots end, as in
+    `torch.grouped_mm`; sort_indices [slot], the place in the flattened topk_indices that each slot
+    came from. The sort is stable. An index of -1 is an expert of another rank: no slot.
     """
 
     kind = "permute"
     sums = "own"
-    operands = ("x", "route")
+    operands = ("x", "topk_indices")
     attrs: ClassVar = {"count": tuple}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, route = site.types
-        if route.dims[:-1] != x.dims[:-1]:
-            raise TypeMismatch(f"permute: {route.words} does not fit the tokens {x.words}", 1)
-        slot = Dim("slot", axes=route.axes)
+        x, topk_indices = site.types
+        if topk_indices.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(
+                f"permute: {topk_indices.words} does not fit the tokens {x.words}", 1
+            )
+        slot = Dim("slot", axes=topk_indices.axes)
         (experts,) = dims_of(site.attrs["count"])
         # Each rank counts the slots of its own experts.
-        spread = tuple(axis for axis in route.axes if axis == "expert")
-        ends = Type("i32", (replace(experts, axes=spread),))
-        return (Type(x.dtype, (slot, x.last)), ends, Type("i64", (slot,)))
+        spread = tuple(axis for axis in topk_indices.axes if axis == "expert")
+        offs = Type("i32", (replace(experts, axes=spread),))
+        return (Type(x.dtype, (slot, x.last)), offs, Type("i64", (slot,)))
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -195,23 +199,26 @@ class Permute(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        x, route = op.operands
+        x, topk_indices = op.operands
         if d[0] is None:
             return [None, None]
-        _, _, order = op.results
-        return [*at.add("permute_grad", [d[0], order, route], names=[f"d_{x.name}"]), None]
+        _, _, sort_indices = op.results
+        return [
+            *at.add("permute_grad", [d[0], sort_indices, topk_indices], names=[f"d_{x.name}"]),
+            None,
+        ]
 
 
 class GroupedLinear(Operator):
     """y = x W_e^T for the slots of each expert e: one product for all experts.
 
-    x [slot, in], ends [experts]; weight [out, in] of each expert, named `experts.*`. The results of
+    x [slot, in], offs [experts]; weight [out, in] of each expert, named `experts.*`. The results of
     several weights stand side by side, as those of `linear` do.
     """
 
     kind = "grouped_linear"
     sums = "first"
-    operands = ("x", "ends")
+    operands = ("x", "offs")
     symbols = ("weight*",)
 
     @classmethod
@@ -226,17 +233,17 @@ class GroupedLinear(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        x, ends = op.operands
+        x, offs = op.operands
         if d[0] is None:
             return [None, None]
         dx = None
         if at.needs_grad(x):
             (dx,) = at.add(
-                "grouped_linear_input_grad", [d[0], ends], op.symbols, names=[f"d_{x.name}"]
+                "grouped_linear_input_grad", [d[0], offs], op.symbols, names=[f"d_{x.name}"]
             )
         if at.trainable(op.symbols):
             names = [grad_name(op.symbols)]
-            dw = at.add("grouped_linear_weight_grad", [d[0], x, ends], names=names)
+            dw = at.add("grouped_linear_weight_grad", [d[0], x, offs], names=names)
             at.add("accumulate_grad", dw, op.symbols)
         return [dx, None]
 
@@ -244,27 +251,27 @@ class GroupedLinear(Operator):
 class Unpermute(Operator):
     """sum_k weight_k * y of the slots that each token was copied to: the inverse of `permute`.
 
-    y [slot, hidden], order [slot], weight [.., k] -> [.., hidden]. Equation 12.
+    y [slot, hidden], sort_indices [slot], weight [.., k] -> [.., hidden]. Equation 12.
     """
 
     kind = "unpermute"
     sums = "first"
-    operands = ("y", "order", "weight")
+    operands = ("y", "sort_indices", "weight")
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        y, order, weight = site.types
-        if order.dims != y.dims[:1]:
-            raise TypeMismatch(f"unpermute: {order.words} does not fit {y.words}", 1)
+        y, sort_indices, weight = site.types
+        if sort_indices.dims != y.dims[:1]:
+            raise TypeMismatch(f"unpermute: {sort_indices.words} does not fit {y.words}", 1)
         return (Type(y.dtype, (*weight.dims[:-1], y.last)),)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        y, order, weight = op.operands
+        y, sort_indices, weight = op.operands
         if d[0] is None:
             return [None, None, None]
         names = [f"d_{y.name}", f"d_{weight.name}"]
-        dy, dweight = at.add("unpermute_grad", [d[0], y, order, weight], names=names)
+        dy, dweight = at.add("unpermute_grad", [d[0], y, sort_indices, weight], names=names)
         return [dy, None, dweight]
 
 
@@ -301,7 +308,7 @@ class ExpertLoad(Operator):
     """Number of tokens that went to each expert."""
 
     kind = "expert_load"
-    operands = ("route",)
+    operands = ("topk_indices",)
     attrs: ClassVar = {"count": tuple}
 
     @classmethod

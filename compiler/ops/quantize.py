@@ -55,12 +55,12 @@ class Quantize(Operator):
 class QuantizeColumns(Operator):
     """x in E4M3, a scale for each number of 128 tokens in a row (128 x 1).
 
-    x [.., n] -> [tile, n, 128], [tile, n]: the 128 numbers of a scale lie together. With `ends`, x
+    x [.., n] -> [tile, n, 128], [tile, n]: the 128 numbers of a scale lie together. With `offs`, x
     is [slot, n] and the tiles begin anew with each expert: [slot_tile, n, 128].
     """
 
     kind = "quantize_columns"
-    operands = ("x", "ends")
+    operands = ("x", "offs")
     variadic = True  # without ends where there are no experts
     attrs: ClassVar = {"scale": str}
 
@@ -78,11 +78,11 @@ class Requantize(Operator):
     """From runs of the last dimension to runs of tokens: multiplied out and quantized again.
 
     The weight gradient sums over tokens and takes the input that the forward product was made of
-    (report, section 3.5.2). q [.., n] and its scales; with `ends` as `quantize_columns`.
+    (report, section 3.5.2). q [.., n] and its scales; with `offs` as `quantize_columns`.
     """
 
     kind = "requantize"
-    operands = ("q", "s", "ends")
+    operands = ("q", "s", "offs")
     variadic = True
     attrs: ClassVar = {"scale": str}
 
@@ -121,22 +121,22 @@ class QuantizeWeight(Operator):
 class PermuteQuantized(Operator):
     """`permute` of numbers in E4M3 and their scales, so that tokens travel to experts in FP8.
 
-    q [.., hidden], s [.., tiles], route [.., k] -> both sorted by expert; ends; order.
+    q [.., hidden], s [.., tiles], topk_indices [.., k] -> both sorted; offs; sort_indices.
     """
 
     kind = "permute_quantized"
     sums = "own"
-    operands = ("q", "s", "route")
+    operands = ("q", "s", "topk_indices")
     attrs: ClassVar = {"count": tuple}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        q, s, route = site.types
+        q, s, topk_indices = site.types
         _need_fp8(cls.kind, q, 0)
         if s.dims[:-1] != q.dims[:-1]:
             raise TypeMismatch(f"{cls.kind}: the scales {s.words} are of other tokens", 1)
-        rows, ends, order = Permute.infer(Site((q, route), attrs=site.attrs))
-        return (rows, s.with_dims(rows.dims[0], s.last), ends, order)
+        rows, offs, sort_indices = Permute.infer(Site((q, topk_indices), attrs=site.attrs))
+        return (rows, s.with_dims(rows.dims[0], s.last), offs, sort_indices)
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -225,24 +225,24 @@ class Fp8LinearWeightGrad(_Fp8LinearWeightGrad):
 
 
 class Fp8GroupedLinear(_Fp8Linear):
-    """`grouped_linear` in FP8: q [slot, in], its scales, ends, all experts' weights, theirs."""
+    """`grouped_linear` in FP8: q [slot, in], its scales, offs, all experts' weights, theirs."""
 
     kind = "fp8_grouped_linear"
-    operands = ("q", "s", "ends", "wq", "ws")
+    operands = ("q", "s", "offs", "wq", "ws")
 
 
 class Fp8GroupedLinearInputGrad(_Fp8LinearInputGrad):
-    """`grouped_linear_input_grad` in FP8: dy [slot, out], its scales, ends, weights, theirs."""
+    """`grouped_linear_input_grad` in FP8: dy [slot, out], its scales, offs, weights, theirs."""
 
     kind = "fp8_grouped_linear_input_grad"
-    operands = ("q", "s", "ends", "wq", "ws")
+    operands = ("q", "s", "offs", "wq", "ws")
 
 
 class Fp8GroupedLinearWeightGrad(_Fp8LinearWeightGrad):
     """`grouped_linear_weight_grad` in FP8; the runs of tokens begin anew with each expert."""
 
     kind = "fp8_grouped_linear_weight_grad"
-    operands = ("dq", "ds", "q", "s", "ends")
+    operands = ("dq", "ds", "q", "s", "offs")
 
 
 def _rows(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
@@ -266,9 +266,9 @@ def _columns(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
 def _tiles(site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
     """The tiles of tokens that there are, or those that there may be with any number of slots for
     each expert."""
-    x, ends = site.types[0], _ends(site)
+    x, offs = site.types[0], _ends(site)
     rows = x.count(sizes) // (x.last.size or 1)
-    return {"slot_tile": rows // RUN + ends[-1].count()} if ends else {"tile": -(-rows // RUN)}
+    return {"slot_tile": rows // RUN + offs[-1].count()} if offs else {"tile": -(-rows // RUN)}
 
 
 def _ends(site: Site) -> list[Type]:

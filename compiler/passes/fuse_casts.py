@@ -69,7 +69,7 @@ def _both(at: Place) -> Sequence[Value] | Miss:
 
 
 def _gradients_cast(at: Place) -> Sequence[Value] | Miss:
-    x, *ends = at.op.operands
+    x, *offs = at.op.operands
     made = at.producer(x, "swiglu_grad_joined")
     if made is None:
         return Miss("what is cast is no gradient of gate and up", at.op)
@@ -78,5 +78,5 @@ def _gradients_cast(at: Place) -> Sequence[Value] | Miss:
     if (made.operands[1].type.last.size or 0) % RUN:
         return Miss("a run is of gate and of up", at.op)
     names = [v.name for v in at.op.results]
-    operands, attrs = [*made.operands, *ends], {**made.attrs, "scale": at.op.attrs["scale"]}
+    operands, attrs = [*made.operands, *offs], {**made.attrs, "scale": at.op.attrs["scale"]}
     return at.add("swiglu_grad_quantize", operands, (), names=names, like=None, **attrs)

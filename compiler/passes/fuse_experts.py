@@ -44,7 +44,7 @@ FUSE_EXPERTS = Pass(
 
 
 def _fuse(at: Place) -> Sequence[Value] | Miss:
-    x, route, weight = at.op.operands
+    x, topk_indices, weight = at.op.operands
     (region,) = at.op.regions
     for inner in region.ops[:-1]:
         if inner.kind != "linear" and inner.kind not in ROWWISE:
@@ -54,24 +54,24 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
             return Miss(f"an expert reads {outside[0]} from outside", inner)
     count = at.op.attrs["count"]
     assert isinstance(count, int)
-    rows, ends, order = at.add(
-        "permute", [x, route], names=["rows", "ends", "order"],
+    rows, offs, sort_indices = at.add(
+        "permute", [x, topk_indices], names=["rows", "offs", "sort_indices"],
         count=dims_attr(Dim("n_routed_experts", count)),
     )  # fmt: skip
     inside: dict[Value, Value] = {region.args[0]: rows}
     for inner in region.ops[:-1]:
-        _grouped(at, inner, inside, ends)
+        _grouped(at, inner, inside, offs)
     return at.add(
-        "unpermute", [inside[region.yielded[0]], order, weight], names=[at.op.result.name]
+        "unpermute", [inside[region.yielded[0]], sort_indices, weight], names=[at.op.result.name]
     )
 
 
-def _grouped(at: Place, inner: Op, inside: dict[Value, Value], ends: Value) -> None:
+def _grouped(at: Place, inner: Op, inside: dict[Value, Value], offs: Value) -> None:
     """The same equation on the slots of all experts."""
     operands = [inside[v] for v in inner.operands]
     kind = inner.kind
     if kind == "linear":
-        kind, operands = "grouped_linear", [*operands, ends]
+        kind, operands = "grouped_linear", [*operands, offs]
     names = [v.name for v in inner.results]
     results = at.add(kind, operands, inner.symbols, names=names, like=inner, **inner.attrs)
     inside.update(zip(inner.results, results, strict=True))

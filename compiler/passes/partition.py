@@ -117,16 +117,16 @@ class _Sharder:
 
     def _experts(self, op: Op) -> None:
         """Tokens to the ranks of their experts, and what the experts make of them back."""
-        x, route, weight = op.operands
+        x, topk_indices, weight = op.operands
         count, ranks = number(op, "count"), self.mesh.expert
         sizes: dict[str, Any] = {
             "count": count,
             "ranks": ranks,
             "nodes": self.nodes,
-            "limit": self._limit(route, count),
+            "limit": self._limit(topk_indices, count),
         }
         names = ["arrived", "arrived_weight", "arrived_route", "handle"]
-        *there, handle = self._add(op, "dispatch", [x, weight, route], names, **sizes)
+        *there, handle = self._add(op, "dispatch", [x, weight, topk_indices], names, **sizes)
         rows, weights, routes = there
         for inner in op.regions[0].ops:
             for name in inner.symbols:
@@ -137,7 +137,7 @@ class _Sharder:
             op, "experts", [rows, routes, weights], [f"arrived_{name}"],
             regions=op.regions, count=count // ranks,
         )  # fmt: skip
-        (back,) = self._add(op, "combine", [y, handle, route], [name], **sizes)
+        (back,) = self._add(op, "combine", [y, handle, topk_indices], [name], **sizes)
         self._replace(op.result, back)
 
     def _own_experts(self, name: str, count: int) -> None:
@@ -145,14 +145,14 @@ class _Sharder:
         if "*" in name:
             self.graph.weights[name] = replace(weight, stack=count, axis="expert")
 
-    def _limit(self, route: Value, count: int) -> int:
+    def _limit(self, topk_indices: Value, count: int) -> int:
         """On how many nodes the experts of a token lie at most, given how they are chosen.
 
         Node-limited routing: the router's groups lie on nodes (report, section 2.1.2).
         """
-        k = route.type.last.size or 1
+        k = topk_indices.type.last.size or 1
         nodes = self.nodes
-        op = self.producers.get(route)
+        op = self.producers.get(topk_indices)
         if op is None or op.kind != "topk_groups":
             return min(k, nodes)
         groups = number(op, "n_group")

@@ -71,20 +71,20 @@ class _Products:
         weights = _weights(at, at.op.symbols)
         if not weights[0].fp8:
             return _stays(at)
-        x, *ends = at.op.operands
+        x, *offs = at.op.operands
         scale = self.scale_of(at, x, weights[0])
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
-        return _fp8(at, [q, s, *ends, *_quantized_weight(at, ends)], parts=_parts(weights))
+        return _fp8(at, [q, s, *offs, *_quantized_weight(at, offs)], parts=_parts(weights))
 
     def input_grad(self, at: Place) -> Sequence[Value] | Miss:
         """dx = dy W: dy in runs of a row, the weights as the forward product has them."""
         weights = _weights(at, at.op.symbols)
         if not weights[0].fp8:
             return _stays(at)
-        dy, *ends = at.op.operands
+        dy, *offs = at.op.operands
         scale, parts = self.scale_of(at, dy, weights[0]), _parts(weights)
         q, s = at.add("quantize", [dy], names=_names(dy), scale=scale, parts=parts)
-        return _fp8(at, [q, s, *ends, *_quantized_weight(at, ends)], parts=parts)
+        return _fp8(at, [q, s, *offs, *_quantized_weight(at, offs)], parts=parts)
 
     def weight_grad(self, at: Place) -> Sequence[Value] | Miss:
         """dW = dy^T x: both in runs of tokens; x from what the forward product was made of."""
@@ -94,15 +94,15 @@ class _Products:
         weights = _weights(at, symbols)
         if not weights or not weights[0].fp8:
             return _stays(at)
-        dy, x, *ends = at.op.operands
-        return _fp8(at, [*self.columns(at, dy, ends, weights, dispatched=_is_dispatched(at, dy)),
-                         *self.columns(at, x, ends, weights, dispatched=True), *ends])  # fmt: skip
+        dy, x, *offs = at.op.operands
+        return _fp8(at, [*self.columns(at, dy, offs, weights, dispatched=_is_dispatched(at, dy)),
+                         *self.columns(at, x, offs, weights, dispatched=True), *offs])  # fmt: skip
 
     def columns(
         self,
         at: Place,
         x: Value,
-        ends: Sequence[Value],
+        offs: Sequence[Value],
         weights: Sequence[Weight],
         *,
         dispatched: bool,
@@ -111,9 +111,9 @@ class _Products:
         scale = self.scale_of(at, x, weights[0])
         names = (f"{x.name}_columns_q", f"{x.name}_columns_s")
         if not dispatched:
-            return at.add("quantize_columns", [x, *ends], names=names, scale=scale)
+            return at.add("quantize_columns", [x, *offs], names=names, scale=scale)
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
-        return at.add("requantize", [q, s, *ends], names=names, scale=scale)
+        return at.add("requantize", [q, s, *offs], names=names, scale=scale)
 
     def scale_of(self, at: Place, x: Value, weight: Weight) -> str:
         """Powers of two for what is tiled again, and for what travels: report, section 3.3.3."""
@@ -148,14 +148,14 @@ def _names(x: Value) -> tuple[str, str]:
     return f"{x.name}_q", f"{x.name}_s"
 
 
-def _quantized_weight(at: Place, ends: Sequence[Value]) -> list[Value]:
+def _quantized_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
     """The weights of a product, named by their module."""
     symbols = at.op.symbols
     name = module_of(symbols[0])
     return at.add(
         "quantize_weight", [], symbols, names=(f"{name}_q", f"{name}_s"),
         scale="ue8m0" if _weights(at, symbols)[0].fp8 == "ue8m0" else "fp32",
-        experts=dims_attr(*ends[0].type.dims) if ends else (),
+        experts=dims_attr(*offs[0].type.dims) if offs else (),
     )  # fmt: skip
 
 
@@ -224,14 +224,15 @@ def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[V
 
 def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
     """quantize(permute(x)) is permute(quantize(x)): each token is quantized once, not k times."""
-    rows, ends, order = at.op.results
+    rows, offs, sort_indices = at.op.results
     cast = _only_cast(at, rows)
     if cast is None:
         return Miss("tokens are not only read in FP8", at.op)
-    x, route = at.op.operands
+    x, topk_indices = at.op.operands
     moved = at.add(
-        "permute_quantized", [*_cast_of(at, x, cast), route],
-        names=[v.name for v in (*cast.results, ends, order)], count=dims_attr(*ends.type.dims),
+        "permute_quantized", [*_cast_of(at, x, cast), topk_indices],
+        names=[v.name for v in (*cast.results, offs, sort_indices)],
+        count=dims_attr(*offs.type.dims),
     )  # fmt: skip
     _drop_cast(at, cast, moved[:2])
     return [moved[0], *moved[2:]]
@@ -239,7 +240,7 @@ def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
 
 def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
     """Tokens travel to the ranks of their experts in FP8, with their scales as further rows."""
-    *rows, route = at.op.operands
+    *rows, topk_indices = at.op.operands
     casts = [_only_cast(at, value) for value in at.op.results[: len(rows)]]
     if not any(casts):
         return Miss("tokens are not only read in FP8", at.op)
@@ -250,7 +251,7 @@ def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
         names += [v.name for v in cast.results] if cast else [result.name]
     names += [v.name for v in at.op.results[len(rows) :]]
     attrs = {**at.op.attrs}
-    moved = at.add("dispatch", [*sent, route], (), names=names, like=None, **attrs)
+    moved = at.add("dispatch", [*sent, topk_indices], (), names=names, like=None, **attrs)
     results, left = [], list(moved)
     for cast in casts:
         results.append(left[0])

@@ -12,11 +12,11 @@ block DeepSeekMoE(x: [batch, seq, hidden_size]) -> [batch, seq, hidden_size]:
   require num_experts_per_tok <= topk_group * n_routed_experts // n_group, "{num_experts_per_tok} experts cannot be chosen from {topk_group} groups of {n_routed_experts // n_group}", "lower num_experts_per_tok to at most {topk_group * n_routed_experts // n_group}, or raise topk_group"
 
   affinity = sigmoid(linear(float32(x), to = n_routed_experts, name = gate))                     # eq. 15
-  route, weight = topk_groups(affinity, k = num_experts_per_tok, bias = gate.e_score_correction_bias, n_group = n_group, topk_group = topk_group, group_score = "top2_sum", normalize = norm_topk_prob, scale = routed_scaling_factor)  # eq. 13, 14, 16
-  y = experts(x, route, weight, count = n_routed_experts, expert = expert, name = experts)       # eq. 12
+  topk_indices, weight = topk_groups(affinity, k = num_experts_per_tok, bias = gate.e_score_correction_bias, n_group = n_group, topk_group = topk_group, group_score = "top2_sum", normalize = norm_topk_prob, scale = routed_scaling_factor)  # eq. 13, 14, 16
+  y = experts(x, topk_indices, weight, count = n_routed_experts, expert = expert, name = experts)       # eq. 12
   if n_shared_experts > 0:
     y = y + SwiGLU(x, intermediate_size = n_shared_experts * moe_intermediate_size, name = shared_experts)
 
   collect balance = sequence_balance_loss(affinity, k = num_experts_per_tok)                     # eq. 17 to 20
-  collect load = expert_load(route, count = n_routed_experts)
+  collect load = expert_load(topk_indices, count = n_routed_experts)
   return y
