@@ -33,8 +33,8 @@ from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
 if TYPE_CHECKING:
-    from backends.triton.choices import Choices
     from backends.triton.target import Target
+    from backends.triton.tuning_table import TuningTable
 
 GENERATOR = "dslc"
 MANIFEST = "manifest.json"
@@ -59,11 +59,11 @@ def build(
     skip: Collection[str] = (),
     until: str | None = None,
     target: Target | None = None,
-    choices: Choices | None = None,
+    tuning: TuningTable | None = None,
 ) -> BuildResult:
     """Writes the package of a model to `out`, which is replaced whole or left alone.
 
-    With `target` it holds kernels for that GPU, too, cut as `choices` says.
+    With `target` it holds kernels for that GPU, too, cut as `tuning` says.
     `skip` and `until` leave passes out, for debugging (`compiler.pipeline.chosen`).
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
@@ -71,7 +71,7 @@ def build(
     compiled = compile(description, skip=skip, until=until)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     plan = make_plan(description, compiled)
-    files = package(description, compiled, numbers, plan, target, choices)
+    files = package(description, compiled, numbers, plan, target, tuning)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
     return BuildResult(out, sizes, numbers, plan, time.perf_counter() - started, changed)
@@ -83,7 +83,7 @@ def package(
     numbers: Summary,
     plan: Plan | None = None,
     target: Target | None = None,
-    choices: Choices | None = None,
+    tuning: TuningTable | None = None,
 ) -> dict[str, bytes]:
     """Every file of a build by its path inside the package. Same inputs, same bytes."""
     # What was extended comes first.
@@ -119,7 +119,7 @@ def package(
     if target is not None:
         from backends.triton.package import kernel_files, kernels_package
 
-        kernels = kernel_files(compiled.programs, description, target, choices)
+        kernels = kernel_files(compiled.programs, description, target, tuning)
         callers = texts["model.py"] + texts["runtime/train/optimizer.py"]
         texts |= kernels_package(kernels, target, callers)
     for i, step in enumerate(step for step in compiled.steps if step.changed):

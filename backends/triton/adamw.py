@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 
 from backends.render import render
+from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 
 BLOCK = 1024
 """Numbers of a program: 8 for each of 128 threads, 128 bits of each tensor in BF16."""
@@ -24,29 +24,31 @@ V3 = {"lr": 2.2e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.
 """With what cases are run: DeepSeek-V3's numbers (report, section 4.2)."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/adamw.py`, for models that are trained."""
-    trained = uses.of("accumulate_grad")
+    trained = instances.of("accumulate_grad")
     if not trained:
         return None
     programs = WAVES * target.multiprocessors
     text = render("triton/adamw.py.jinja", block=BLOCK, programs=programs)
     serves = {"optimizer.adamw_step": "float32", "optimizer.square_sum": "float32"}
-    weights = {math.prod(_stored(use)[0]): use for use in trained}
+    weights = {math.prod(_stored(instance)[0]): instance for instance in trained}
     shown = [weights[size] for size in dict.fromkeys((min(weights), max(weights)))]
-    return KernelFile("adamw", text, serves, tuple(c for use in shown for c in _cases(use)))
+    return KernelFile(
+        "adamw", text, serves, tuple(c for instance in shown for c in _cases(instance))
+    )
 
 
-def _stored(use: Use) -> tuple[tuple[int, ...], str]:
+def _stored(instance: OpInstance) -> tuple[tuple[int, ...], str]:
     """Shape and element type of the tensor that holds the weights, of all experts if of one."""
-    rows = sum(w.type.dims[0].size or 0 for w in use.weights)
-    first = use.weights[0]
+    rows = sum(w.type.dims[0].size or 0 for w in instance.weights)
+    first = instance.weights[0]
     shape = (rows, *(d.size or 0 for d in first.type.dims[1:]))
     return ((first.stack, *shape) if first.stack > 1 else shape), TORCH[first.type.dtype]
 
 
-def _cases(use: Use) -> Iterator[Case]:
-    shape, dtype = _stored(use)
+def _cases(instance: OpInstance) -> Iterator[Case]:
+    shape, dtype = _stored(instance)
     master, grad = Tensor(shape, "float32"), Tensor(shape, "float32")
     moments = Tensor(shape, dtype), Tensor(shape, dtype, "scale")  # of squares: above zero
     factor = Tensor((), "float32", "ones")
@@ -60,7 +62,7 @@ def _cases(use: Use) -> Iterator[Case]:
         keywords={**V3, "factor": factor, "weight": weight},
         bytes=nbytes(master, grad, *moments, factor) + nbytes(*written),
         access=128 if math.prod(shape) % 16 == 0 else 32,
-        spans=spans([use]),
+        spans=spans([instance]),
         main="adamw_kernel",
     )
     yield Case(
@@ -69,5 +71,5 @@ def _cases(use: Use) -> Iterator[Case]:
         arguments=((grad,),),
         bytes=nbytes(grad),
         access=32,  # each program stores one number
-        spans=spans([use]),
+        spans=spans([instance]),
     )

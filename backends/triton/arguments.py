@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Case = dict[str, Any]
+CaseRecord = dict[str, Any]
 
 
-def read(case: Case, make: Callable[[Case], Tensor]) -> tuple[list[Any], Case]:
+def read(case: CaseRecord, make: Callable[[CaseRecord], Tensor]) -> tuple[list[Any], CaseRecord]:
     """Positional and keyword arguments of a case of `kernels.json`; `make` makes its tensors."""
     import torch
 
@@ -29,7 +29,7 @@ def read(case: Case, make: Callable[[Case], Tensor]) -> tuple[list[Any], Case]:
     return [argument(value) for value in case["arguments"]], {n: argument(v) for n, v in named}
 
 
-def without_memory(value: Case) -> Tensor:
+def without_memory(value: CaseRecord) -> Tensor:
     """A tensor of which only the shape is there."""
     import torch
 
@@ -37,13 +37,15 @@ def without_memory(value: Case) -> Tensor:
     return made.as_strided(value["shape"], value["strides"]) if value.get("strides") else made
 
 
-def arguments_of(case: Case, device: torch.device, seed: int = 0) -> tuple[list[Any], Case]:
+def arguments_of(
+    case: CaseRecord, device: torch.device, seed: int = 0
+) -> tuple[list[Any], CaseRecord]:
     """The arguments of a case with numbers in them; the same for the same seed."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
 
-    def make(value: Case) -> Tensor:
+    def make(value: CaseRecord) -> Tensor:
         made = filled(value, generator)
         if not value.get("strides"):
             return made
@@ -86,34 +88,34 @@ PIECE = 1 << 26
 """How many random numbers are made at a time, so that a large tensor needs no second one."""
 
 
-def filled(value: Case, generator: torch.Generator) -> Tensor:
+def filled(value: CaseRecord, generator: torch.Generator) -> Tensor:
     """A tensor as `backends.triton.kernel.Tensor` describes it, on the device of the generator."""
     import torch
 
     shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
-    fill, limit, device = value["fill"], value["limit"], generator.device
-    if fill in RANDOM:
+    init, limit, device = value["init"], value["limit"], generator.device
+    if init in RANDOM:
         made = torch.empty(shape, dtype=dtype, device=device)
         for piece in torch.split(made.view(-1), PIECE):
-            piece.copy_(RANDOM[fill](len(piece), generator))
+            piece.copy_(RANDOM[init](len(piece), generator))
         return made
-    if fill in ("zeros", "ones"):
-        return torch.full(shape, float(fill == "ones"), device=device).to(dtype)
-    if fill == "ends":
+    if init in ("zeros", "ones"):
+        return torch.full(shape, float(init == "ones"), device=device).to(dtype)
+    if init == "ends":
         expert = torch.randint(shape[0], (limit,), generator=generator, device=device)
         return torch.bincount(expert, minlength=shape[0]).cumsum(0).to(dtype)
-    if fill == "starts":
+    if init == "starts":
         return torch.arange(0, math.prod(shape) * limit, limit, device=device).to(dtype)
-    if fill == "index":
+    if init == "index":
         return _distinct(shape, limit, generator).to(dtype)
-    if fill == "order":
+    if init == "order":
         return torch.randperm(shape[0], generator=generator, device=device).to(dtype)
-    if fill == "pages":
+    if init == "pages":
         pages = torch.randperm(limit, generator=generator, device=device)
         return pages[: math.prod(shape)].view(shape).to(dtype)
-    if fill == "lengths":
+    if init == "lengths":
         return torch.randint(1, limit + 1, shape, generator=generator, device=device).to(dtype)
-    raise ValueError(f"a case fills a tensor with {fill!r}, which nothing here knows")
+    raise ValueError(f"a case fills a tensor with {init!r}, which nothing here knows")
 
 
 def _normal(count: int, generator: torch.Generator) -> Tensor:

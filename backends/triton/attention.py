@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backends.render import render
-from backends.triton.choices import Choices
+from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
+from backends.triton.tuning_table import TuningTable
 
 FUNCTIONS = {
     "attention": "F.attention",
@@ -18,15 +18,15 @@ FUNCTIONS = {
 }
 """What serves each kind of operator."""
 
-LEAST = 16
+MIN_DOT_DIM = 16
 """The narrowest operand of a matrix instruction."""
 
-LINE = 320
-"""Numbers of a head that tiles are for: 192 of a query and a key, 128 of a value."""
+REFERENCE_HEAD_DIM = 320
+"""The head dimension that tiles are made for: 192 of a query and a key, 128 of a value."""
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """Queries (m) and keys (n) of a tile of scores."""
 
     m: int
@@ -48,33 +48,33 @@ class Tile:
 FORWARD = {
     # Sums and scores in registers: m (value + 1.5 n) / 256 = 160 of a thread's 255 for the first;
     # the next larger one spills, and 4 warps do at half of it.
-    "sm_90": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
+    "sm_90": (AttentionTile(128, 128, 8, 2), AttentionTile(128, 64, 8, 3)),
     # Sums in tensor memory, 128 rows of 512 columns; scores pass through registers.
-    "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    "sm_100": (AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 2)),
     # Operands take registers, too: 512 of a thread with 4 warps, 256 with 8.
-    "gfx942": (Tile(128, 32, 4, 2), Tile(128, 32, 4, 1)),
+    "gfx942": (AttentionTile(128, 32, 4, 2), AttentionTile(128, 32, 4, 1)),
 }
 """Tiles without spills. All operands are read again for the next tile: the largest reads least, and
 comes first. `dslc tune` measures the others, which read ahead more, or less."""
 
 GRAD_QUERIES = {
-    "sm_90": Tile(128, 64, 8, 2),
-    "sm_100": Tile(128, 64, 8, 2),
-    "gfx942": Tile(128, 32, 8, 1),
+    "sm_90": AttentionTile(128, 64, 8, 2),
+    "sm_100": AttentionTile(128, 64, 8, 2),
+    "gfx942": AttentionTile(128, 32, 8, 1),
 }
 """The largest tiles of dQ without spills."""
 
 GRAD_KEYS = {
-    "sm_90": Tile(32, 128, 8, 2),
-    "sm_100": Tile(32, 128, 8, 2),
-    "gfx942": Tile(32, 64, 8, 1),
+    "sm_90": AttentionTile(32, 128, 8, 2),
+    "sm_100": AttentionTile(32, 128, 8, 2),
+    "gfx942": AttentionTile(32, 64, 8, 1),
 }
 """Those of dK and dV, whose sums are n times 320 numbers: 192 of a thread's 255 registers on sm_90,
 with two tiles of scores."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     """Heads of some width: `dim` of queries and keys, cut in `low` and `rest`; `width` of values.
 
     `rest` and `value` are rounded up to powers of two.
@@ -83,49 +83,49 @@ class Shape:
     dim: int
     width: int
     target: str
-    choices: Choices
+    tuning: TuningTable
 
     @property
     def low(self) -> int:
-        return max(LEAST, _power(self.dim) // 2)
+        return max(MIN_DOT_DIM, _power(self.dim) // 2)
 
     @property
     def rest(self) -> int:
-        return max(LEAST, _power(self.dim - self.low))
+        return max(MIN_DOT_DIM, _power(self.dim - self.low))
 
     @property
     def value(self) -> int:
-        return max(LEAST, _power(self.width))
+        return max(MIN_DOT_DIM, _power(self.width))
 
     @property
-    def tiles(self) -> dict[str, Tile]:
-        """By kernel. Narrower heads than `LINE` take the same; each doubling halves the keys."""
+    def tiles(self) -> dict[str, AttentionTile]:
+        """By kernel: half of the keys for each doubling of `REFERENCE_HEAD_DIM`."""
         forward = {tile.name: tile for tile in FORWARD[self.target]}
         return {
             "FORWARD": self._fitting(
-                self.choices.pick(question(self.dim, self.width), forward, next(iter(forward)))
+                self.tuning.pick(tuning_key(self.dim, self.width), forward, next(iter(forward)))
             ),
             "GRAD_QUERIES": self._fitting(GRAD_QUERIES[self.target]),
             "GRAD_KEYS": self._fitting(GRAD_KEYS[self.target]),
         }
 
-    def _fitting(self, tile: Tile) -> Tile:
+    def _fitting(self, tile: AttentionTile) -> AttentionTile:
         head = self.low + self.rest + self.value
-        while head > LINE and tile.n > LEAST:
+        while head > REFERENCE_HEAD_DIM and tile.n > MIN_DOT_DIM:
             tile, head = replace(tile, n=tile.n // 2, stages=min(tile.stages, 2)), head // 2
         return tile
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/attention.py`, for the widths of heads that occur."""
-    found = {kind: uses.of(kind) for kind in FUNCTIONS if uses.of(kind)}
+    found = {kind: instances.of(kind) for kind in FUNCTIONS if instances.of(kind)}
     if not found:
         return None
     grad = "attention_grad" in found
     text = render(
         "triton/attention.py.jinja",
         kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
-        shapes=_shapes(found, target, uses.choices),
+        shapes=_shapes(found, target, instances.tuning),
         kernels=("FORWARD", "GRAD_QUERIES", "GRAD_KEYS") if grad else ("FORWARD",),
     )
     serves = {FUNCTIONS[kind]: "bfloat16" for kind in found}
@@ -133,16 +133,18 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         serves["F.attention_varlen"] = "bfloat16"
     if grad:
         serves["G.attention_varlen_saving"] = serves["G.attention_varlen_grad"] = "bfloat16"
-    return KernelFile("attention", text, serves, tuple(_cases(found, uses)))
+    return KernelFile("attention", text, serves, tuple(_cases(found, instances)))
 
 
-def _shapes(found: Mapping[str, Sequence[Use]], target: Target, choices: Choices) -> list[Shape]:
-    heads = (_heads(use) for those in found.values() for use in those)
+def _shapes(
+    found: Mapping[str, Sequence[OpInstance]], target: Target, tuning: TuningTable
+) -> list[HeadShape]:
+    heads = (_heads(instance) for those in found.values() for instance in those)
     widths = sorted({(head.dim, head.width) for head in heads})
-    return [Shape(dim, width, target.name, choices) for dim, width in widths]
+    return [HeadShape(dim, width, target.name, tuning) for dim, width in widths]
 
 
-def question(dim: int, width: int) -> str:
+def tuning_key(dim: int, width: int) -> str:
     """Which tile the forward pass of such heads takes."""
     return f"attention d{dim} v{width}"
 
@@ -181,9 +183,9 @@ class Heads:
             arguments=(*taken, self.scale),
             flops=2 * batch * self.heads * seen * _dot(products, (self.dim, self.width)),
             bytes=nbytes(*taken, *given),
-            unit="bf16",
+            bound_by="bf16",
             spans=lines,
-            choice="" if kind == "attention_grad" else question(self.dim, self.width),
+            tuning_key="" if kind == "attention_grad" else tuning_key(self.dim, self.width),
         )
 
     def packed(self, kind: str, sizes: tuple[int, int], lines: tuple[str, ...]) -> Case:
@@ -206,7 +208,7 @@ class Heads:
             arguments=(*taken, cu_seqlens, cu_seqlens, max_seqlen, self.scale),
             flops=2 * self.heads * seen * _dot((3, 2) if grad else (1, 1), (self.dim, self.width)),
             bytes=nbytes(*taken, *given),
-            unit="bf16",
+            bound_by="bf16",
             spans=lines,
         )
 
@@ -215,16 +217,18 @@ def _dot(a: tuple[int, int], b: tuple[int, int]) -> int:
     return a[0] * b[0] + a[1] * b[1]
 
 
-def _heads(use: Use) -> Heads:
-    q = 1 if use.kind == "attention_grad" else 0
-    scale = use.op.attrs["scale"]
+def _heads(instance: OpInstance) -> Heads:
+    q = 1 if instance.kind == "attention_grad" else 0
+    scale = instance.op.attrs["scale"]
     assert isinstance(scale, float)
-    return Heads(use.size(q, 2), use.size(q + 1, 2), use.size(q), use.size(q + 2), scale)
+    return Heads(
+        instance.size(q, 2), instance.size(q + 1, 2), instance.size(q), instance.size(q + 2), scale
+    )
 
 
-def _cases(found: Mapping[str, Sequence[Use]], uses: Uses) -> Iterator[Case]:
+def _cases(found: Mapping[str, Sequence[OpInstance]], instances: OpInstances) -> Iterator[Case]:
     """A sequence as in training; less than a tile; behind a cached prefix, where there is one."""
-    rows = uses.train_rows
+    rows = instances.train_rows
     for kind, those in found.items():
         sizes = [(1, rows, rows), (2, 33, 33)]
         if kind == "attention":

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from backends.render import render
+from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 
 SCORES = 1024
 """Affinities that a program holds: 8 for each of 128 threads."""
@@ -27,13 +27,13 @@ FUNCTIONS = {
 """What serves each kind of operator."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/balance.py`, with the functions that occur on float32."""
-    found = {kind: [u for u in uses.of(kind) if _in_float32(u)] for kind in FUNCTIONS}
+    found = {kind: [u for u in instances.of(kind) if _in_float32(u)] for kind in FUNCTIONS}
     found = {kind: those for kind, those in found.items() if those}
     if not found:
         return None
-    experts = sorted({_experts(use) for those in found.values() for use in those})
+    experts = sorted({_experts(instance) for those in found.values() for instance in those})
     text = render(
         "triton/balance.py.jinja",
         kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
@@ -41,20 +41,20 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         steps=STEPS,
     )
     serves = {FUNCTIONS[kind]: "float32" for kind in found}
-    return KernelFile("balance", text, serves, tuple(_cases(found, uses.train_rows)))
+    return KernelFile("balance", text, serves, tuple(_cases(found, instances.train_rows)))
 
 
-def _in_float32(use: Use) -> bool:
-    return use.op.operands[-1].type.dtype == "f32"
+def _in_float32(instance: OpInstance) -> bool:
+    return instance.op.operands[-1].type.dtype == "f32"
 
 
-def _experts(use: Use) -> int:
-    return use.size(-1)
+def _experts(instance: OpInstance) -> int:
+    return instance.size(-1)
 
 
-def _cases(found: Mapping[str, Sequence[Use]], tokens: int) -> Iterator[Case]:
+def _cases(found: Mapping[str, Sequence[OpInstance]], tokens: int) -> Iterator[Case]:
     for kind, those in found.items():
-        sizes = dict.fromkeys((_experts(use), use.op.attrs["k"]) for use in those)
+        sizes = dict.fromkeys((_experts(instance), instance.op.attrs["k"]) for instance in those)
         d = (Tensor((), "float32"),) if kind.endswith("_grad") else ()
         for (experts, k), seq in product(sizes, (FEW, tokens)):
             score = Tensor((1, seq, experts), "float32", "scale")  # above zero, as affinities are

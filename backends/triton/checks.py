@@ -50,21 +50,21 @@ def _is_whole(row: Row) -> Iterator[str]:
 
 def _uses_the_right_unit(row: Row, target: Target) -> Iterator[str]:
     found, case = row["metrics"], row["cases"][0]
-    unit = case["unit"]
-    if unit == "memory" or not _multiplies(row):
+    bound_by = case["bound_by"]
+    if bound_by == "memory" or not _multiplies(row):
         access = case["access"] if _is_main(row) or row["kernel"] == case.get("main") else 0
         for name in ("load", "store"):
             if found[f"{name}_bits"] < access and not found["bulk_copies"]:
                 yield f"its widest {name} has {found[f'{name}_bits']} bits, {access} expected"
         return
-    wanted = MATRIX[target.name][unit]
+    wanted = MATRIX[target.name][bound_by]
     if not any(wanted in name for name in found["matrix"]):
         yield f"no {wanted}, but {', '.join(found['matrix']) or 'no matrix instruction'}"
     if target.name == "sm_90" and "HMMA" in found["matrix"]:
         yield "it multiplies by mma.sync, at half of the speed of wgmma"
     if target.backend == "cuda" and row["stages"] < 2 and not found["bulk_copies"]:
         yield "nothing is loaded ahead"
-    if unit == "fp8" and target.name == "sm_90":
+    if bound_by == "fp8" and target.name == "sm_90":
         yield from _promotes(row, target)
 
 

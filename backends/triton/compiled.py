@@ -126,5 +126,5 @@ def floor(case: Mapping[str, Any], target: Target) -> tuple[float, str]:
     """Microseconds below which the target's published peaks do not let a case come, and what bounds
     it: not a measurement."""
     by_memory = 1e6 * case.get("bytes", 0) / target.bandwidth
-    by_unit = 1e6 * case.get("flops", 0) / target.flops.get(case["unit"], math.inf)
-    return max((by_memory, "memory"), (by_unit, case["unit"]), key=lambda bound: bound[0])
+    by_unit = 1e6 * case.get("flops", 0) / target.flops.get(case["bound_by"], math.inf)
+    return max((by_memory, "memory"), (by_unit, case["bound_by"]), key=lambda bound: bound[0])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from backends.render import render
+from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 
 SCORES = 2**27
 """Scores that are there at a time: 256 MB in BF16, of 1,024 tokens of V3. Products of so many rows
@@ -30,12 +30,12 @@ TORCH = {"bf16": "bfloat16", "f32": "float32"}
 """What torch calls element types."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/cross_entropy.py`, with the functions that occur."""
-    found = {kind: uses.of(kind) for kind in FUNCTIONS if uses.of(kind)}
+    found = {kind: instances.of(kind) for kind in FUNCTIONS if instances.of(kind)}
     if not found:
         return None
-    words = sorted({_vocab(use) for those in found.values() for use in those})
+    words = sorted({_vocab(instance) for those in found.values() for instance in those})
     text = render(
         "triton/cross_entropy.py.jinja",
         kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
@@ -43,19 +43,19 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         chunks={vocab: _rows(vocab) for vocab in words},
     )
     serves = {FUNCTIONS[kind]: TORCH[_first(those[0])] for kind, those in found.items()}
-    cases = tuple(case for rows in (FEW, uses.train_rows) for case in _cases(found, rows))
+    cases = tuple(case for rows in (FEW, instances.train_rows) for case in _cases(found, rows))
     return KernelFile("cross_entropy", text, serves, cases)
 
 
-def _first(use: Use) -> str:
+def _first(instance: OpInstance) -> str:
     """The element type of its first tensor."""
-    return use.op.operands[0].type.dtype
+    return instance.op.operands[0].type.dtype
 
 
-def _vocab(use: Use) -> int:
-    if use.kind == "linear_cross_entropy":
-        return use.weights[0].type.dims[0].size or 0
-    return use.size(1 if use.kind == "cross_entropy_grad" else 0)
+def _vocab(instance: OpInstance) -> int:
+    if instance.kind == "linear_cross_entropy":
+        return instance.weights[0].type.dims[0].size or 0
+    return instance.size(1 if instance.kind == "cross_entropy_grad" else 0)
 
 
 def _cut(vocab: int, target: Target) -> tuple[int, int]:
@@ -68,14 +68,16 @@ def _rows(vocab: int) -> int:
     return max(128, SCORES // vocab // 128 * 128)
 
 
-def _cases(found: Mapping[str, Sequence[Use]], tokens: int) -> Iterator[Case]:
+def _cases(found: Mapping[str, Sequence[OpInstance]], tokens: int) -> Iterator[Case]:
     for kind, those in found.items():
-        for use in {(_vocab(u), u.op.operands[-2].type.last): u for u in those}.values():
-            dtype, vocab = TORCH[use.op.operands[-2].type.dtype], _vocab(use)
+        for instance in {(_vocab(u), u.op.operands[-2].type.last): u for u in those}.values():
+            dtype, vocab = TORCH[instance.op.operands[-2].type.dtype], _vocab(instance)
             labels, scalar = Tensor((tokens,), "int64", "index", vocab), Tensor((), "float32")
             logits = Tensor((tokens, vocab), dtype)
             if kind == "linear_cross_entropy":
-                yield _head(use, Tensor((tokens, use.size(0)), dtype), labels, spans(those))
+                yield _head(
+                    instance, Tensor((tokens, instance.size(0)), dtype), labels, spans(those)
+                )
                 continue
             grad = kind == "cross_entropy_grad"
             yield Case(
@@ -88,8 +90,8 @@ def _cases(found: Mapping[str, Sequence[Use]], tokens: int) -> Iterator[Case]:
             )
 
 
-def _head(use: Use, x: Tensor, labels: Tensor, lines: tuple[str, ...]) -> Case:
-    (tokens, hidden), vocab = x.shape, _vocab(use)
+def _head(instance: OpInstance, x: Tensor, labels: Tensor, lines: tuple[str, ...]) -> Case:
+    (tokens, hidden), vocab = x.shape, _vocab(instance)
     weight = Tensor((vocab, hidden), x.dtype)
     return Case(
         name=f"linear_cross_entropy v{vocab} n{hidden} m{tokens}",
@@ -98,7 +100,7 @@ def _head(use: Use, x: Tensor, labels: Tensor, lines: tuple[str, ...]) -> Case:
         keywords={"gradients": True},
         flops=3 * 2 * tokens * hidden * vocab,
         bytes=2 * nbytes(x, weight) + nbytes(labels),
-        unit="bf16",
+        bound_by="bf16",
         spans=lines,
         main="cross_entropy_kernel",
     )

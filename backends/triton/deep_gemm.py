@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from backends.render import render
+from backends.triton.instances import OpInstances
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
-from backends.triton.uses import Uses
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/deep_gemm.py`. On sm_100 the library wants scales in a packed form of its own."""
-    asked = uses.spec.kernels.products == "deep_gemm" and target.name == "sm_90"
-    if not asked or not uses.of("fp8_linear"):
+    asked = instances.spec.kernels.products == "deep_gemm" and target.name == "sm_90"
+    if not asked or not instances.of("fp8_linear"):
         return None
     text = render("triton/deep_gemm.py.jinja")
     return KernelFile("deep_gemm", text, {"fp8.linear": "float8_e4m3fn"}, ())

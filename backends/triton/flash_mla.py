@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from backends.render import render
+from backends.triton.instances import OpInstance, OpInstances
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses
 
 LATENT, ROPE, PAGE = 512, 64, 64
 """The only sizes that the library has."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/flash_mla.py`. The library's dense decoding is for sm_90 alone."""
-    asked = uses.spec.kernels.attention == "flash_mla" and target.name == "sm_90"
-    decoders = [use for use in uses.of("latent_attention") if _fits(use)]
+    asked = instances.spec.kernels.attention == "flash_mla" and target.name == "sm_90"
+    decoders = [instance for instance in instances.of("latent_attention") if _fits(instance)]
     if not asked or not decoders:
         return None
     text = render("triton/flash_mla.py.jinja", latent=LATENT, rope=ROPE, page=PAGE)
     return KernelFile("flash_mla", text, {"F.latent_attention": "bfloat16"}, ())
 
 
-def _fits(use: Use) -> bool:
-    return (use.size(0), use.size(1)) == (LATENT, ROPE)
+def _fits(instance: OpInstance) -> bool:
+    return (instance.size(0), instance.size(1)) == (LATENT, ROPE)

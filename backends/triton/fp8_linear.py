@@ -25,17 +25,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, of_parts, once
+from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
+from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
-from backends.triton.tiles import FP8, FP8_OUTER, RUN, Product, by_columns, key
-from backends.triton.uses import Use, Uses, kinds_of, spans
+from backends.triton.tiles import FP8, FP8_OUTER, GROUP_SIZE, Gemm, by_columns, tuning_key
 
 KINDS = ("fp8_linear", "fp8_linear_input_grad", "fp8_linear_weight_grad")
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/fp8_linear.py`, for the weights that occur."""
-    found = uses.of(*KINDS)
+    found = instances.of(*KINDS)
     if not found:
         return None
     kinds, products = kinds_of(found, KINDS), _products(found)
@@ -44,45 +44,53 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         target=target,
         kinds=kinds,
         products=kinds != ["fp8_linear_weight_grad"],
-        tiles=by_columns("fp8_linear", FP8[target.name], products, target, uses.choices),
+        tiles=by_columns("fp8_linear", FP8[target.name], products, target, instances.tuning),
         outer=FP8_OUTER[target.name],
-        block_k=2 * RUN if target.name == "sm_90" else RUN,
+        block_k=2 * GROUP_SIZE if target.name == "sm_90" else GROUP_SIZE,
     )
     serves = {f"fp8.{kind.removeprefix('fp8_')}": "float8_e4m3fn" for kind in kinds}
-    return KernelFile("fp8_linear", text, serves, once(_cases(found, uses)))
+    return KernelFile("fp8_linear", text, serves, deduplicate(_cases(found, instances)))
 
 
-def _products(found: Sequence[Use]) -> Iterator[Product]:
+def _products(found: Sequence[OpInstance]) -> Iterator[Gemm]:
     """One for each number of columns that a launch has: parts of a weight have launches of their
     own."""
-    for use in found:
-        if use.kind != "fp8_linear_weight_grad":
-            out, width, forward = use.size(2, -2), use.size(2), use.kind == "fp8_linear"
-            for columns in (out, *parts_of(use)) if forward else (width,):
-                yield Product(0, columns, width if forward else out, 1)
+    for instance in found:
+        if instance.kind != "fp8_linear_weight_grad":
+            out, width, forward = (
+                instance.size(2, -2),
+                instance.size(2),
+                instance.kind == "fp8_linear",
+            )
+            for columns in (out, *parts_of(instance)) if forward else (width,):
+                yield Gemm(0, columns, width if forward else out, 1)
 
 
-def parts_of(use: Use) -> tuple[int, ...]:
-    parts = use.op.attrs.get("parts", ())
+def parts_of(instance: OpInstance) -> tuple[int, ...]:
+    parts = instance.op.attrs.get("parts", ())
     assert isinstance(parts, tuple)
     return tuple(part for part in parts if isinstance(part, int))
 
 
-def _cases(found: Sequence[Use], uses: Uses) -> Iterator[Case]:
-    for use in found:
-        case = _outer if "weight" in use.kind else _product
-        for rows in uses.rows if use.kind == "fp8_linear" else (uses.train_rows,):
-            yield case(use, rows)
+def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case]:
+    for instance in found:
+        case = _outer if "weight" in instance.kind else _product
+        for rows in instances.rows if instance.kind == "fp8_linear" else (instances.train_rows,):
+            yield case(instance, rows)
 
 
-def _product(use: Use, rows: int) -> Case:
-    out, width, (blocks, runs) = use.size(2, -2), use.size(2), (use.size(3, 0), use.size(3))
-    x = Tensor((rows, use.size(0)), "float8_e4m3fn")
-    x_scale = Tensor((rows, use.size(1)), "float32", fill="scale")
+def _product(instance: OpInstance, rows: int) -> Case:
+    out, width, (blocks, runs) = (
+        instance.size(2, -2),
+        instance.size(2),
+        (instance.size(3, 0), instance.size(3)),
+    )
+    x = Tensor((rows, instance.size(0)), "float8_e4m3fn")
+    x_scale = Tensor((rows, instance.size(1)), "float32", init="scale")
     w = Tensor((out, width), "float8_e4m3fn")
-    w_scale = Tensor((blocks, runs), "float32", fill="scale")
-    y = Tensor((rows, out if use.kind == "fp8_linear" else width))
-    function, parts = use.kind.removeprefix("fp8_"), parts_of(use)
+    w_scale = Tensor((blocks, runs), "float32", init="scale")
+    y = Tensor((rows, out if instance.kind == "fp8_linear" else width))
+    function, parts = instance.kind.removeprefix("fp8_"), parts_of(instance)
     return Case(
         name=f"{function} {out}x{width}{of_parts(parts)} m{rows}",
         function=function,
@@ -90,20 +98,20 @@ def _product(use: Use, rows: int) -> Case:
         keywords={"dtype": "bfloat16", **({"parts": parts} if parts else {})},
         flops=2 * rows * out * width,
         bytes=nbytes(x, x_scale, w, w_scale, y),
-        unit="fp8",
-        spans=spans([use]),
-        choice=key("fp8_linear", y.shape[1], rows),
+        bound_by="fp8",
+        spans=spans([instance]),
+        tuning_key=tuning_key("fp8_linear", y.shape[1], rows),
     )
 
 
-def _outer(use: Use, rows: int) -> Case:
-    out, width, tiles = use.size(0, -2), use.size(2, -2), -(-rows // RUN)
+def _outer(instance: OpInstance, rows: int) -> Case:
+    out, width, tiles = instance.size(0, -2), instance.size(2, -2), -(-rows // GROUP_SIZE)
     operands = [
         made
         for n in (out, width)
         for made in (
-            Tensor((tiles, n, RUN), "float8_e4m3fn"),
-            Tensor((tiles, n), "float32", fill="scale"),
+            Tensor((tiles, n, GROUP_SIZE), "float8_e4m3fn"),
+            Tensor((tiles, n), "float32", init="scale"),
         )
     ]
     return Case(
@@ -113,6 +121,6 @@ def _outer(use: Use, rows: int) -> Case:
         keywords={"dtype": "bfloat16"},
         flops=2 * rows * out * width,
         bytes=nbytes(*operands, Tensor((out, width))),
-        unit="fp8",
-        spans=spans([use]),
+        bound_by="fp8",
+        spans=spans([instance]),
     )

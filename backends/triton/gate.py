@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from backends.render import render
+from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 from compiler.ops.base import dims_of
 
 SCORES = 1024
@@ -18,9 +18,9 @@ FUNCTIONS = {"gate": "F.gate", "gate_saving": "F.gate_saving", "gate_grad": "G.g
 """What serves each kind of operator."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/gate.py`, with the functions that occur on float32."""
-    found = {kind: [u for u in uses.of(kind) if _in_float32(u)] for kind in FUNCTIONS}
+    found = {kind: [u for u in instances.of(kind) if _in_float32(u)] for kind in FUNCTIONS}
     found = {kind: those for kind, those in found.items() if those}
     if not found:
         return None
@@ -35,50 +35,54 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         chooses=bool(choosing),
     )
     serves = {FUNCTIONS[kind]: "float32" for kind in found}
-    return KernelFile("gate", text, serves, tuple(_cases(found, uses.rows)))
+    return KernelFile("gate", text, serves, tuple(_cases(found, instances.rows)))
 
 
-def _in_float32(use: Use) -> bool:
-    return use.op.operands[0].type.dtype == "f32"
+def _in_float32(instance: OpInstance) -> bool:
+    return instance.op.operands[0].type.dtype == "f32"
 
 
-def _experts(use: Use) -> int:
-    return use.size(2 if use.kind == "gate_grad" else 0)
+def _experts(instance: OpInstance) -> int:
+    return instance.size(2 if instance.kind == "gate_grad" else 0)
 
 
 def _tokens(experts: int) -> int:
     return max(1, SCORES // (1 << (experts - 1).bit_length()))
 
 
-def _cases(found: Mapping[str, Sequence[Use]], rows: Sequence[int]) -> Iterator[Case]:
+def _cases(found: Mapping[str, Sequence[OpInstance]], rows: Sequence[int]) -> Iterator[Case]:
     for those in found.values():
-        for use in {(_experts(u), *sorted(u.op.attrs.items())): u for u in those}.values():
+        for instance in {(_experts(u), *sorted(u.op.attrs.items())): u for u in those}.values():
             for tokens in rows:
-                yield _case(use, tokens, spans(those))
+                yield _case(instance, tokens, spans(those))
 
 
-def _case(use: Use, tokens: int, lines: tuple[str, ...]) -> Case:
-    experts, keywords = _experts(use), dict(use.op.attrs)
-    k = use.size(3) if use.kind == "gate_grad" else dims_of(keywords.pop("k"))[0].size or 0
+def _case(instance: OpInstance, tokens: int, lines: tuple[str, ...]) -> Case:
+    experts, keywords = _experts(instance), dict(instance.op.attrs)
+    k = (
+        instance.size(3)
+        if instance.kind == "gate_grad"
+        else dims_of(keywords.pop("k"))[0].size or 0
+    )
     scores = Tensor((tokens, experts), "float32")
     route = Tensor((tokens, k), "int64", "index", experts)
     weight = Tensor((tokens, k), "float32")
-    bias = Tensor((experts,), "float32") if use.op.symbols else None
-    if use.kind == "gate_grad":
+    bias = Tensor((experts,), "float32") if instance.op.symbols else None
+    if instance.kind == "gate_grad":
         # Weights are divided by the sum of the affinities chosen, which is not near zero.
         affinity = Tensor((tokens, experts), "float32", "affinity")
         taken: tuple[Tensor | None, ...] = (weight, scores, affinity, route)
         given: tuple[Tensor, ...] = (scores,)
     else:
         taken, keywords["k"] = (scores, bias), k
-        given = (route, weight, scores) if use.kind == "gate_saving" else (route, weight)
+        given = (route, weight, scores) if instance.kind == "gate_saving" else (route, weight)
     return Case(
-        name=f"{use.kind} e{experts} k{k} m{tokens}",
-        function=use.kind,
+        name=f"{instance.kind} e{experts} k{k} m{tokens}",
+        function=instance.kind,
         arguments=taken,
         keywords=keywords,
         bytes=nbytes(*(t for t in taken if t is not None), *given),
-        access=64 if use.kind == "gate" else 128,  # what it writes is k numbers for each token
+        access=64 if instance.kind == "gate" else 128,  # what it writes is k numbers for each token
         spans=lines,
         main="gate_kernel",
     )

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Unit = Literal["fp8", "bf16", "memory"]
-Fill = Literal[
+BoundBy = Literal["fp8", "bf16", "memory"]
+Init = Literal[
     "normal", "scale", "affinity", "zeros", "ones",
     "ends", "starts", "index", "order", "lengths", "pages",
 ]  # fmt: skip
@@ -17,14 +17,14 @@ Fill = Literal[
 class Tensor:
     """An argument of a case: shape, element type as torch names it, and what stands in it.
 
-    `fill` tells a GPU run what to put there (`scale` is near 1, `affinity` between 0 and 1);
+    `init` tells a GPU run what to put there (`scale` is near 1, `affinity` between 0 and 1);
     `limit` bounds whole numbers (for `ends` the last one, for `index` one more than the largest;
     `starts` are so far apart). `strides`, if not those of a contiguous tensor.
     """
 
     shape: tuple[int, ...]
     dtype: str = "bfloat16"
-    fill: Fill = "normal"
+    init: Init = "normal"
     limit: int = 0
     strides: tuple[int, ...] | None = None
 
@@ -33,10 +33,10 @@ class Tensor:
 class Case:
     """One call of a launcher at sizes of the spec.
 
-    `flops` and `bytes` count every input read once and every output written once. `unit` is what
-    must do the work: FP8 or BF16 matrix instructions, or the memory alone; `access` the width in
-    bits that the widest load and store must have at least, in the kernel that is called like the
-    function or `main`. `choice` is the question, asked of `Choices`, that decided how it is cut.
+    `flops` and `bytes` count every input read once and every output written once. `bound_by` says
+    what limits it: FP8 or BF16 matrix instructions, or memory. `access` is the least width in bits
+    of the widest load and store, in the kernel that is called like the function or `main`.
+    `tuning_key` is the entry of `TuningTable` that decided its tile.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Case:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     flops: int = 0
     bytes: int = 0
-    unit: Unit = "memory"
+    bound_by: BoundBy = "memory"
     access: int = 128
     spans: tuple[str, ...] = ()
-    choice: str = ""
+    tuning_key: str = ""
     main: str = ""
 
 
-def once(cases: Iterable[Case]) -> tuple[Case, ...]:
+def deduplicate(cases: Iterable[Case]) -> tuple[Case, ...]:
     """Cases of the same name as one, which comes from where all of them do: blocks may ask for the
     same sizes."""
     known: dict[str, Case] = {}

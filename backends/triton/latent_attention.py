@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backends.render import render
+from backends.triton.instances import DECODE_ROWS, OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import DECODE_ROWS, Use, Uses, spans
 
 PAGE = 64
 """Tokens of a page, as FlashMLA has them."""
@@ -16,7 +16,7 @@ PAGE = 64
 CONTEXT = 4096
 """Tokens that sequences have in the cases that are looked at."""
 
-LEAST = 16
+MIN_DOT_DIM = 16
 """The narrowest operand of a matrix instruction."""
 
 WARPGROUP = 64
@@ -31,7 +31,7 @@ COMBINED = 4
 
 
 @dataclass(frozen=True)
-class Tile:
+class LatentTile:
     """Rows (m, queries times heads) and keys (n) of a tile."""
 
     m: int
@@ -41,7 +41,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LatentShape:
     """What the spec fixes of one attention to latents."""
 
     heads: int
@@ -50,13 +50,15 @@ class Shape:
 
     @property
     def latent_block(self) -> int:
-        return max(LEAST, 1 << (self.latent - 1).bit_length())
+        return max(MIN_DOT_DIM, 1 << (self.latent - 1).bit_length())
 
     @property
     def rope_block(self) -> int:
-        return max(LEAST, 1 << (self.rope - 1).bit_length())
+        return max(MIN_DOT_DIM, 1 << (self.rope - 1).bit_length())
 
-    def case(self, function: str, sizes: tuple[int, int, int], uses: Sequence[Use]) -> Case:
+    def case(
+        self, function: str, sizes: tuple[int, int, int], instances: Sequence[OpInstance]
+    ) -> Case:
         batch, queries, keys = sizes
         q = Tensor((batch, queries, self.heads, self.latent))
         q_rope = Tensor((batch, queries, self.heads, self.rope))
@@ -68,7 +70,7 @@ class Shape:
             lengths = Tensor((batch,), "int32", "lengths", keys)
             stored = (Tensor((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
             taken = (q, q_rope, *stored, table, lengths)
-        scale = uses[0].op.attrs["scale"]
+        scale = instances[0].op.attrs["scale"]
         assert isinstance(scale, float)
         dim = 2 * self.latent + self.rope
         return Case(
@@ -77,17 +79,22 @@ class Shape:
             arguments=(*taken, scale),
             flops=2 * batch * queries * self.heads * keys * dim,
             bytes=nbytes(*taken, q),
-            unit="bf16",
-            spans=spans(uses),
+            bound_by="bf16",
+            spans=spans(instances),
         )
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/latent_attention.py`, for the sizes that occur."""
-    found = uses.of("latent_attention")
+    found = instances.of("latent_attention")
     if not found:
         return None
-    shapes = list(dict.fromkeys(Shape(use.size(0, 2), use.size(0), use.size(1)) for use in found))
+    shapes = list(
+        dict.fromkeys(
+            LatentShape(instance.size(0, 2), instance.size(0), instance.size(1))
+            for instance in found
+        )
+    )
     keys_first = all(_keys_first(shape, target) for shape in shapes)
     row, key = ("[None, :]", "[:, None]") if keys_first else ("[:, None]", "[None, :]")
     text = render(
@@ -108,32 +115,32 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     return KernelFile("latent_attention", text, serves, tuple(cases))
 
 
-def _keys_first(shape: Shape, target: Target) -> bool:
+def _keys_first(shape: LatentShape, target: Target) -> bool:
     """Few heads on sm_90: keys and latents take the place of the 64 rows that it wants, and no row
     is empty. The queries of several heads are 16 columns."""
-    return target.name == "sm_90" and shape.heads <= LEAST and shape.latent_block >= WARPGROUP
+    return target.name == "sm_90" and shape.heads <= MIN_DOT_DIM and shape.latent_block >= WARPGROUP
 
 
-def _tile(shape: Shape, target: Target, keys_first: bool) -> Tile:
+def _tile(shape: LatentShape, target: Target, keys_first: bool) -> LatentTile:
     """All of a tile's output stays where it is summed: m times 512 numbers."""
     if keys_first:
-        return Tile(LEAST, PAGE, 8, 2)
+        return LatentTile(MIN_DOT_DIM, PAGE, 8, 2)
     if target.backend == "hip":
         # Operands of products are in registers, too: 512 of each thread of 4 warps hold 32 rows.
-        few = shape.heads <= LEAST
-        return Tile(LEAST, 32, 4, 1) if few else Tile(32, 16, 4, 1)
+        few = shape.heads <= MIN_DOT_DIM
+        return LatentTile(MIN_DOT_DIM, 32, 4, 1) if few else LatentTile(32, 16, 4, 1)
     # Two warpgroups hold 64 rows of 512 at 128 registers a thread: no other tile has no spills.
     # Each of them computes all scores, which Triton wants of a product that feeds another: that is
     # (2 576 + 512) / (576 + 512) = 1.5 times the arithmetic, and no tile was found that avoids it.
     # In tensor memory the rows take all of its 512 columns, and scores the room of rows that are
     # not used. What sm_100 reads ahead leaves shared memory for 32 keys.
-    return Tile(WARPGROUP, PAGE if target.name == "sm_90" else 32, 8, 2)
+    return LatentTile(WARPGROUP, PAGE if target.name == "sm_90" else 32, 8, 2)
 
 
-def _cases(shape: Shape, uses: Sequence[Use]) -> Iterator[Case]:
+def _cases(shape: LatentShape, instances: Sequence[OpInstance]) -> Iterator[Case]:
     """A token of each sequence; two, as when a draft is verified; short sequences; pages."""
     sizes = [*((batch, 1, CONTEXT) for batch in DECODE_ROWS), (DECODE_ROWS[-1], 2, CONTEXT)]
     for size in (*sizes, (3, 1, 100)):
-        yield shape.case("latent_attention", size, uses)
+        yield shape.case("latent_attention", size, instances)
     for size in (sizes[0], sizes[-2], (3, 1, 100)):
-        yield shape.case("paged_latent_attention", size, uses)
+        yield shape.case("paged_latent_attention", size, instances)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
+from backends.triton.instances import OpInstance, OpInstances, spans
+from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 from compiler.ops.quantize import runs
 
 FORWARD = {"rms_norm": "F", "add_rms_norm": "F", "rms_norm_quantize": "fp8"}
@@ -34,12 +34,12 @@ class Rows:
     spans: tuple[str, ...]
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/norm.py`, for the widths that occur."""
-    norms, grads = uses.of(*FORWARD), uses.of(*BACKWARD)
+    norms, grads = instances.of(*FORWARD), instances.of(*BACKWARD)
     if not norms and not grads:
         return None
-    kinds = list(dict.fromkeys(use.kind for use in (*norms, *grads)))
+    kinds = list(dict.fromkeys(instance.kind for instance in (*norms, *grads)))
     text = render(
         "triton/norm.py.jinja",
         kinds=kinds,
@@ -47,17 +47,21 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         grads=_widths(grads, target),
         target=target,
     )
-    cases = once(case for use in (*norms, *grads) for case in _cases(use, uses))
+    cases = deduplicate(
+        case for instance in (*norms, *grads) for case in _cases(instance, instances)
+    )
     serves = {f"{(FORWARD | BACKWARD)[kind]}.{kind}": "bfloat16" for kind in kinds}
     return KernelFile("norm", text, serves, cases)
 
 
-def _widths(norms: Sequence[Use], target: Target) -> list[Rows]:
-    widths = sorted({use.size(0) for use in norms})
-    return [_rows(n, [use for use in norms if use.size(0) == n], target) for n in widths]
+def _widths(norms: Sequence[OpInstance], target: Target) -> list[Rows]:
+    widths = sorted({instance.size(0) for instance in norms})
+    return [
+        _rows(n, [instance for instance in norms if instance.size(0) == n], target) for n in widths
+    ]
 
 
-def _rows(hidden: int, norms: Sequence[Use], target: Target) -> Rows:
+def _rows(hidden: int, norms: Sequence[OpInstance], target: Target) -> Rows:
     block = 1 << (hidden - 1).bit_length()
     rows = max(1, ELEMENTS // block)
     # 16 numbers a thread, two reads of 128 bits of each operand; 8 where a sum of a row's length
@@ -68,16 +72,16 @@ def _rows(hidden: int, norms: Sequence[Use], target: Target) -> Rows:
     return Rows(hidden, rows, block, warps, programs, spans(norms))
 
 
-def _cases(use: Use, uses: Uses) -> list[Case]:
+def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     """Forward for any number of tokens; gradients are taken in training alone."""
-    hidden, kind = use.size(0), use.kind
-    weight = Tensor((hidden,), fill="ones")
-    operands = len(use.op.operands)
+    hidden, kind = instance.size(0), instance.kind
+    weight = Tensor((hidden,), init="ones")
+    operands = len(instance.op.operands)
     cases = []
-    for rows in uses.rows if kind in FORWARD else (uses.train_rows,):
+    for rows in instances.rows if kind in FORWARD else (instances.train_rows,):
         x = Tensor((rows, hidden))
-        results = [x, weight] if kind in BACKWARD else [x] * len(use.op.results)
-        scale = use.op.attrs.get("scale")
+        results = [x, weight] if kind in BACKWARD else [x] * len(instance.op.results)
+        scale = instance.op.attrs.get("scale")
         if scale:
             s = Tensor((rows, runs(hidden)), "float32")
             results = [Tensor((rows, hidden), "float8_e4m3fn"), s]
@@ -88,7 +92,7 @@ def _cases(use: Use, uses: Uses) -> list[Case]:
                 arguments=(*[x] * operands, weight),
                 keywords={"eps": 1e-6, **({"scale": scale} if scale else {})},
                 bytes=nbytes(*[x] * operands, weight, *results),
-                spans=spans([use]),
+                spans=spans([instance]),
             )
         )
     return cases

@@ -29,10 +29,10 @@ from backends.triton import (
     rope,
     swiglu,
 )
-from backends.triton.choices import Choices
+from backends.triton.instances import OpInstances
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
-from backends.triton.uses import Uses
+from backends.triton.tuning_table import TuningTable
 from compiler.graph.core import Program
 from dsl.load import Description
 
@@ -55,7 +55,7 @@ FAMILIES = (
     cross_entropy,
     adamw,
 )
-"""Each has `kernel_file(uses, target)`: a file of kernels, or None where no operator needs it.
+"""Each has `kernel_file(instances, target)`: a file of kernels, or None where no operator needs it.
 Where two serve a function the earlier one is asked first: libraries stand before own kernels."""
 
 MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
@@ -69,14 +69,14 @@ def kernel_files(
     programs: Mapping[str, Program],
     description: Description,
     target: Target,
-    choices: Choices | None = None,
+    tuning: TuningTable | None = None,
 ) -> list[KernelFile]:
     """The families that a model needs, in the order of `FAMILIES`.
 
-    `choices` holds what was measured on a GPU. Raises `DiagnosticError` if it does not fit.
+    `tuning` holds what was measured on a GPU. Raises `DiagnosticError` if it does not fit.
     """
-    uses = Uses(programs, description, choices or Choices())
-    files = (family.kernel_file(uses, target) for family in FAMILIES)
+    instances = OpInstances(programs, description, tuning or TuningTable())
+    files = (family.kernel_file(instances, target) for family in FAMILIES)
     return [file for file in files if file is not None]
 
 

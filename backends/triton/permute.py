@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.render import render
+from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 
@@ -34,7 +34,7 @@ FUNCTIONS = {
 }
 """What serves each kind of operator."""
 
-RUN = 128
+GROUP_SIZE = 128
 """Numbers in E4M3 that one scale is for."""
 
 TORCH = {"bf16": "bfloat16", "f32": "float32", "f8e4m3": "float8_e4m3fn", "i64": "int64"}
@@ -44,7 +44,7 @@ Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Tile:
+class PermuteTile:
     """How rows of a width are cut."""
 
     hidden: int
@@ -52,9 +52,9 @@ class Tile:
     block: int
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/permute.py`, with the functions that occur."""
-    found = {kind: uses.of(kind) for kind in FUNCTIONS if uses.of(kind)}
+    found = {kind: instances.of(kind) for kind in FUNCTIONS if instances.of(kind)}
     if not found:
         return None
     widths = {_hidden(u) for kind in found if kind != "expert_load" for u in found[kind]}
@@ -70,35 +70,35 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         grad_block=ELEMENTS,
     )
     serves = {FUNCTIONS[kind]: TORCH[_first(those[0]).dtype] for kind, those in found.items()}
-    return KernelFile("permute", text, serves, tuple(_cases(found, uses.rows)))
+    return KernelFile("permute", text, serves, tuple(_cases(found, instances.rows)))
 
 
-def _first(use: Use) -> Type:
-    return use.op.operands[0].type
+def _first(instance: OpInstance) -> Type:
+    return instance.op.operands[0].type
 
 
-def _hidden(use: Use) -> int:
-    return use.size(1 if use.kind == "unpermute_grad" else 0)
+def _hidden(instance: OpInstance) -> int:
+    return instance.size(1 if instance.kind == "unpermute_grad" else 0)
 
 
-def _tile(hidden: int) -> Tile:
+def _tile(hidden: int) -> PermuteTile:
     block = min(COLUMNS, 1 << (hidden - 1).bit_length())
-    return Tile(hidden, ELEMENTS // block, block)
+    return PermuteTile(hidden, ELEMENTS // block, block)
 
 
-def _cases(found: Mapping[str, Sequence[Use]], rows: Sequence[int]) -> Iterator[Case]:
+def _cases(found: Mapping[str, Sequence[OpInstance]], rows: Sequence[int]) -> Iterator[Case]:
     for kind, those in found.items():
-        for make in dict.fromkeys(_make(use) for use in those):
+        for make in dict.fromkeys(_make(instance) for instance in those):
             for tokens in rows:
                 yield make.case(kind, tokens, spans(those))
 
 
-def _make(use: Use) -> Sizes:
+def _make(instance: OpInstance) -> Sizes:
     route = {"permute": 1, "permute_quantized": 2, "unpermute": 2, "permute_grad": 2}
-    k = use.size({**route, "unpermute_grad": 3, "expert_load": 0}[use.kind])
-    count = dims_of(use.op.attrs["count"])[0].size if "count" in use.op.attrs else None
-    hidden = 0 if use.kind == "expert_load" else _hidden(use)
-    return Sizes(TORCH[_first(use).dtype], hidden, k, count or 0)
+    k = instance.size({**route, "unpermute_grad": 3, "expert_load": 0}[instance.kind])
+    count = dims_of(instance.op.attrs["count"])[0].size if "count" in instance.op.attrs else None
+    hidden = 0 if instance.kind == "expert_load" else _hidden(instance)
+    return Sizes(TORCH[_first(instance).dtype], hidden, k, count or 0)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Sizes:
         route = Tensor((tokens, self.k), "int64", "index", self.experts)
         weight, order = Tensor((tokens, self.k), "float32"), Tensor((slots,), "int64", "order")
         ends = Tensor((self.experts,), "int32")
-        runs = -(-self.hidden // RUN)
+        runs = -(-self.hidden // GROUP_SIZE)
         s, rows_s = (Tensor((n, runs), "float32", "scale") for n in (tokens, slots))
         route_like = Tensor((tokens, self.k), "int64", "index", 1)
         return {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, of_parts, once
+from backends.triton.instances import OpInstance, OpInstances, spans
+from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
 from compiler.graph.core import Attr
 from compiler.ops.quantize import CASTS, parts_attr, runs
 
@@ -24,9 +24,9 @@ BOTH_ROWS, BOTH_WARPS = 32, 8
 numbers a thread, which is what it writes of a column at a time, too."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/quantize.py`, with the casts that occur."""
-    kinds = [kind for kind in (*CASTS, "quantize_both") if uses.of(kind)]
+    kinds = [kind for kind in (*CASTS, "quantize_both") if instances.of(kind)]
     if not kinds:
         return None
     text = render(
@@ -46,20 +46,22 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
     )
     first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}
     serves = {f"fp8.{kind}": dtype for kind, dtype in first.items()}
-    cases = once(case for use in uses.of(*kinds) for case in _cases(use, uses))
+    cases = deduplicate(
+        case for instance in instances.of(*kinds) for case in _cases(instance, instances)
+    )
     return KernelFile("quantize", text, serves, cases)
 
 
-def _cases(use: Use, uses: Uses) -> list[Case]:
-    if use.kind == "quantize_weight":
-        return [_weight_case(use)]
-    kind, size, scale = use.kind, use.size(0), str(use.op.attrs["scale"])
-    parts = _parts(use.op.attrs.get("parts", ()))
+def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
+    if instance.kind == "quantize_weight":
+        return [_weight_case(instance)]
+    kind, size, scale = instance.kind, instance.size(0), str(instance.op.attrs["scale"])
+    parts = _parts(instance.op.attrs.get("parts", ()))
     keywords = {"scale": scale, **({"parts": parts} if parts else {})}
-    ends = [v.type for v in use.op.operands if v.type.dtype == "i32"]
+    ends = [v.type for v in instance.op.operands if v.type.dtype == "i32"]
     cases = []
     # Columns are cut in training alone.
-    for rows in uses.rows if kind == "quantize" else (uses.train_rows,):
+    for rows in instances.rows if kind == "quantize" else (instances.train_rows,):
         x, q = Tensor((rows, size)), Tensor((rows, size), "float8_e4m3fn")
         s = Tensor((rows, runs(size, parts)), "float32", "scale")
         given = [q, s] if kind == "requantize" else [x]
@@ -72,17 +74,17 @@ def _cases(use: Use, uses: Uses) -> list[Case]:
                 keywords=keywords,
                 bytes=nbytes(*given, *[q, s] * (2 if kind == "quantize_both" else 1)),
                 access=_access(size, *parts),
-                spans=spans([use]),
+                spans=spans([instance]),
             )
         )
     return cases
 
 
-def _weight_case(use: Use) -> Case:
-    q, s = (v.type.dims for v in use.op.results)
+def _weight_case(instance: OpInstance) -> Case:
+    q, s = (v.type.dims for v in instance.op.results)
     shape, scales = (tuple(d.at({}) for d in dims) for dims in (q, s))
-    scale = str(use.op.attrs["scale"])
-    parts = _parts(parts_attr([w.type.dims[0].at({}) for w in use.weights]))
+    scale = str(instance.op.attrs["scale"])
+    parts = _parts(parts_attr([w.type.dims[0].at({}) for w in instance.weights]))
     weight, wide = Tensor(shape), Tensor(shape, "float8_e4m3fn")
     return Case(
         name=f"quantize_weight {'x'.join(map(str, shape))}{of_parts(parts)} {scale}",
@@ -91,7 +93,7 @@ def _weight_case(use: Use) -> Case:
         keywords={"scale": scale, **({"parts": parts} if parts else {})},
         bytes=nbytes(weight, wide, Tensor(scales, "float32")),
         access=_access(shape[-1]),
-        spans=spans([use]),
+        spans=spans([instance]),
     )
 
 

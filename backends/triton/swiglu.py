@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes, once
+from backends.triton.instances import OpInstance, OpInstances, spans
+from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
 from backends.triton.quantize import BOTH_ROWS, BOTH_WARPS
 from backends.triton.target import Target
-from backends.triton.uses import Use, Uses, spans
-from compiler.ops.quantize import RUN
+from backends.triton.tiles import GROUP_SIZE
 
 KINDS = {
     "swiglu": "F",
@@ -21,9 +21,9 @@ TILES, WARPS = 16, 4
 """Tiles of 128 columns that a program takes, and its warps: 16 numbers a thread of each operand."""
 
 
-def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
+def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/swiglu.py`, with the functions that occur."""
-    kinds = [kind for kind in KINDS if uses.of(kind)]
+    kinds = [kind for kind in KINDS if instances.of(kind)]
     if not kinds:
         return None
     narrow = target.warp_size // 32
@@ -39,18 +39,20 @@ def kernel_file(uses: Uses, target: Target) -> KernelFile | None:
         both_rows=BOTH_ROWS,
         both_warps=BOTH_WARPS // narrow,
     )
-    cases = once(case for use in uses.of(*kinds) for case in _cases(use, uses))
+    cases = deduplicate(
+        case for instance in instances.of(*kinds) for case in _cases(instance, instances)
+    )
     serves = {f"{KINDS[kind]}.{kind}": "bfloat16" for kind in kinds}
     return KernelFile("swiglu", text, serves, cases)
 
 
-def _cases(use: Use, uses: Uses) -> list[Case]:
+def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     """Forward for any number of tokens; gradients are taken in training alone."""
-    kind, size, backward = use.kind, use.size(0), "grad" in use.kind
-    ends = [v.type for v in use.op.operands if v.type.dtype == "i32"]
-    scale = use.op.attrs.get("scale")
+    kind, size, backward = instance.kind, instance.size(0), "grad" in instance.kind
+    ends = [v.type for v in instance.op.operands if v.type.dtype == "i32"]
+    scale = instance.op.attrs.get("scale")
     cases = []
-    for rows in (uses.train_rows,) if backward else uses.rows:
+    for rows in (instances.train_rows,) if backward else instances.rows:
         # Gate and up lie behind one another, as one product makes them.
         half = Tensor((rows, size), strides=(2 * size, 1))
         given = [Tensor((rows, size)), half, half] if backward else [half, half]
@@ -64,7 +66,7 @@ def _cases(use: Use, uses: Uses) -> list[Case]:
                 keywords={"scale": scale} if scale else {},
                 bytes=nbytes(*given, *_results(kind, rows, size)),
                 access=128 if size % 16 == 0 else 8,
-                spans=spans([use]),
+                spans=spans([instance]),
             )
         )
     return cases
@@ -74,5 +76,8 @@ def _results(kind: str, rows: int, size: int) -> list[Tensor]:
     columns = 2 * size if "grad" in kind else size
     if not kind.endswith("quantize"):
         return [Tensor((rows, columns))]
-    q, s = Tensor((rows, columns), "float8_e4m3fn"), Tensor((rows, columns // RUN), "float32")
+    q, s = (
+        Tensor((rows, columns), "float8_e4m3fn"),
+        Tensor((rows, columns // GROUP_SIZE), "float32"),
+    )
     return [q, s] * (2 if "grad" in kind else 1)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.triton.arguments import Case, arguments_of
-from backends.triton.choices import Choices
+from backends.triton.arguments import CaseRecord, arguments_of
 from backends.triton.kernel import KernelFile
 from backends.triton.launches import load
 from backends.triton.package import kernel_files, kernels_package, write
 from backends.triton.target import Target
+from backends.triton.tuning_table import TuningTable
 from compiler.graph.core import Program
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -26,8 +26,8 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 @dataclass(frozen=True)
-class Round:
-    """One candidate of each question, and the microseconds that the cases of each took."""
+class TuningRound:
+    """One candidate of each tuning key, and the microseconds that the cases of each took."""
 
     taken: Mapping[str, str]
     microseconds: Mapping[str, float]
@@ -35,18 +35,18 @@ class Round:
 
 def measure(
     programs: Mapping[str, Program], description: Description, target: Target, timer: Timer
-) -> Iterator[Round]:
-    """As many rounds as the question with most candidates has; each measures all questions."""
-    first = Choices()
+) -> Iterator[TuningRound]:
+    """As many rounds as the key with most candidates has; each measures all keys."""
+    first = TuningTable()
     kernel_files(programs, description, target, first)
     for i in range(max(map(len, first.asked.values()), default=0)):
         taken = {key: names[i] for key, names in first.asked.items() if i < len(names)}
-        files = kernel_files(programs, description, target, Choices(taken))
-        yield Round(taken, _times(files, target, set(taken), timer))
+        files = kernel_files(programs, description, target, TuningTable(taken))
+        yield TuningRound(taken, _times(files, target, set(taken), timer))
 
 
-def winners(rounds: Sequence[Round]) -> dict[str, str]:
-    """The fastest candidate of each question; one that fails never is."""
+def winners(rounds: Sequence[TuningRound]) -> dict[str, str]:
+    """The fastest candidate of each key; one that fails never is."""
     best: dict[str, tuple[float, str]] = {}
     for one in rounds:
         for key, name in one.taken.items():
@@ -59,20 +59,20 @@ def winners(rounds: Sequence[Round]) -> dict[str, str]:
 def _times(
     files: Sequence[KernelFile], target: Target, keys: set[str], timer: Timer
 ) -> dict[str, float]:
-    """Microseconds by question: those of all cases that it decides."""
+    """Microseconds by tuning key: those of all cases that it decides."""
     sums: defaultdict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         write(kernels_package(files, target), Path(folder))
         record = json.loads(Path(folder, "kernels.json").read_text(encoding="utf-8"))
         for file in record["files"]:
-            cases = [case for case in file["cases"] if case.get("choice") in keys]
+            cases = [case for case in file["cases"] if case.get("tuning_key") in keys]
             module = load(Path(folder, file["name"])) if cases else None
             for case in cases:
-                sums[case["choice"]] += _time(getattr(module, case["function"]), case, timer)
+                sums[case["tuning_key"]] += _time(getattr(module, case["function"]), case, timer)
     return dict(sums)
 
 
-def _time(kernel: Callable[..., Any], case: Case, timer: Timer) -> float:
+def _time(kernel: Callable[..., Any], case: CaseRecord, timer: Timer) -> float:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,7 +107,7 @@ def text_of(choices: Mapping[str, str], target: Target, gpu: str) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def read(path: Path, target: Target) -> Choices:
+def read(path: Path, target: Target) -> TuningTable:
     """What was measured for a target. Raises `DiagnosticError` for a file that does not say so."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -120,4 +120,4 @@ def read(path: Path, target: Target) -> Choices:
     if found != target.name:
         why = f"{path} was measured for {found}, this build is for {target.name}"
         raise DiagnosticError([Diagnostic("E607", why, help=f"measure on a {target.name} GPU")])
-    return Choices(choices, str(path))
+    return TuningTable(choices, str(path))

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from check import checked, reference_of  # noqa: E402
 from peers import peers_of  # noqa: E402
 
-from backends.triton.arguments import Case, arguments_of  # noqa: E402
+from backends.triton.arguments import CaseRecord, arguments_of  # noqa: E402
 from backends.triton.compiled import compile_kernels, floor  # noqa: E402
 from backends.triton.launches import load  # noqa: E402
 from backends.triton.package import kernel_files, kernels_package  # noqa: E402
@@ -77,7 +77,7 @@ def present() -> Target | None:
 
 def prepared(
     spec: str, target: Target, folder: Path, only: set[str], match: str
-) -> list[tuple[Case, Case]]:
+) -> list[tuple[CaseRecord, CaseRecord]]:
     """Files with a case each, in the order of importance; their kernels are in Triton's cache."""
     description = read(spec, None, None)
     files = kernel_files(compile(description).programs, description, target)
@@ -92,9 +92,11 @@ def prepared(
     return by_importance(found, target)
 
 
-def by_importance(cases: list[tuple[Case, Case]], target: Target) -> list[tuple[Case, Case]]:
+def by_importance(
+    cases: list[tuple[CaseRecord, CaseRecord]], target: Target
+) -> list[tuple[CaseRecord, CaseRecord]]:
     """The longest case of each function, then the second longest of each, and so on."""
-    ranked: list[tuple[int, float, tuple[Case, Case]]] = []
+    ranked: list[tuple[int, float, tuple[CaseRecord, CaseRecord]]] = []
     seen: Counter[str] = Counter()
     for file, case in sorted(cases, key=lambda pair: -floor(pair[1], target)[0]):
         function = f"{file['name']}: {case['function']}"
@@ -103,7 +105,9 @@ def by_importance(cases: list[tuple[Case, Case]], target: Target) -> list[tuple[
     return [pair for _, _, pair in sorted(ranked, key=lambda entry: entry[:2])]
 
 
-def row_of(module: ModuleType, file: Case, case: Case, target: Target) -> dict[str, Any]:
+def row_of(
+    module: ModuleType, file: CaseRecord, case: CaseRecord, target: Target
+) -> dict[str, Any]:
     """One case, checked twice and timed. A failure is a row, too."""
     row = {"case": case["name"], "file": file["name"], "sha256": file["sha256"]}
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.triton.arguments import PIECE, Case, arguments_of
+from backends.triton.arguments import PIECE, CaseRecord, arguments_of
 from backends.triton.package import MODULES
 from runtime import fp8, functional, gradients, optimizer
 
@@ -80,12 +80,12 @@ def _bytes(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-def checked(kernel: Any, reference: Any, case: Case, device: str = "cuda") -> str:
+def checked(kernel: Any, reference: Any, case: CaseRecord, device: str = "cuda") -> str:
     """What is wrong with the results of a case, or nothing.
 
     Each side has arguments of its own, since some functions write to what they are given.
     """
-    limit = COARSE.get(case["function"], LIMIT[case["unit"]])
+    limit = COARSE.get(case["function"], LIMIT[case["bound_by"]])
 
     def run(function: Any) -> list[Tensor]:
         arguments, keywords = arguments_of(case, torch.device(device))
@@ -103,7 +103,7 @@ def checked(kernel: Any, reference: Any, case: Case, device: str = "cuda") -> st
     return problem(found[some], expected[some], limit)
 
 
-def reference_of(file: Case, case: Case) -> Any:
+def reference_of(file: CaseRecord, case: CaseRecord) -> Any:
     """The function of `runtime/` that the launcher of a case replaces."""
     names = [path for path in file["serves"] if path.rpartition(".")[2] == case["function"]]
     for path in names:

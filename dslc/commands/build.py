@@ -20,8 +20,8 @@ from dslc.options import (
 
 if TYPE_CHECKING:
     from backends.build import BuildResult
-    from backends.triton.choices import Choices
     from backends.triton.target import Target
+    from backends.triton.tuning_table import TuningTable
 
 EXAMPLES = """
 \b
@@ -77,8 +77,8 @@ def run(
         description = read(spec, sets, variant)
         out = output or Path("build") / description.spec.model
         gpu = TARGETS[target] if target is not None else None
-        choices = measured(tuned, gpu)
-        result = build(description, out, skip=skip or (), until=until, target=gpu, choices=choices)
+        tuning = measured(tuned, gpu)
+        result = build(description, out, skip=skip or (), until=until, target=gpu, tuning=tuning)
         if format is Format.json:
             files = dict(result.files)
             print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})
@@ -86,7 +86,7 @@ def run(
             print("\n".join(summary_lines(result)))
 
 
-def measured(tuned: Path | None, target: Target | None) -> Choices | None:
+def measured(tuned: Path | None, target: Target | None) -> TuningTable | None:
     """The choices in the file of `--tuned`. Raises `DiagnosticError`."""
     if tuned is None:
         return None

@@ -11,7 +11,7 @@ import pytest
 from backends.triton.launches import load
 from backends.triton.target import TARGETS
 from tests.support.interpreter import repair
-from tests.support.kernels import Kernels, files_of
+from tests.support.kernels import KernelLoader, files_of
 
 
 @pytest.fixture(params=TARGETS)
@@ -21,7 +21,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLoader:
     """`kernels("norm", spec, target, sets)`: the module that the build of a spec ships."""
     repair()
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from runtime import optimizer
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 V3: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.fixture
-def adamw(kernels: Kernels, target: str) -> ModuleType:
+def adamw(kernels: KernelLoader, target: str) -> ModuleType:
     return kernels("adamw", "deepseek_v3_tiny", target)
 
 

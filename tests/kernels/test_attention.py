@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.triton.attention import FORWARD, question
+from backends.triton.attention import FORWARD, tuning_key
 from backends.triton.checks import violations
-from backends.triton.choices import Choices
 from backends.triton.compiled import compile_kernels
 from backends.triton.package import kernel_files, kernels_package
 from backends.triton.target import TARGETS
+from backends.triton.tuning_table import TuningTable
 from compiler.pipeline import compile
 from dsl.load import load
 from runtime import functional, gradients
-from tests.support.kernels import Kernels, close, difference
+from tests.support.kernels import KernelLoader, close, difference
 from tests.support.places import ROOT
 
 GQA = (
@@ -106,7 +106,7 @@ IDS = ["sm_90", "sm_100", "gfx942", "tiny", "shared"]
 @pytest.mark.parametrize(("batch", "queries", "keys"), SIZES)
 @pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
 def test_attention(
-    kernels: Kernels, target: str, heads: Heads, batch: int, queries: int, keys: int
+    kernels: KernelLoader, target: str, heads: Heads, batch: int, queries: int, keys: int
 ) -> None:
     module = kernels("attention", heads.spec, target, heads.sets)
     q, k, v = made(heads, batch, queries, keys)
@@ -128,7 +128,7 @@ def test_attention(
 @pytest.mark.parametrize(("batch", "queries", "keys"), SIZES)
 @pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
 def test_attention_grad(
-    kernels: Kernels, target: str, heads: Heads, batch: int, queries: int, keys: int
+    kernels: KernelLoader, target: str, heads: Heads, batch: int, queries: int, keys: int
 ) -> None:
     module = kernels("attention", heads.spec, target, heads.sets)
     q, k, v = made(heads, batch, queries, keys)
@@ -155,7 +155,7 @@ LENGTHS = [(1, 1), (0, 0), (130, 130), (5, 40), (0, 3), (2, 2)]
 
 
 @pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
-def test_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None:
+def test_one_behind_another(kernels: KernelLoader, target: str, heads: Heads) -> None:
     """Sequences of any length, as each alone; three tokens behind the last one, which are zeros."""
     module = kernels("attention", heads.spec, target, heads.sets)
     totals = [sum(lengths) for lengths in zip(*LENGTHS, strict=True)]
@@ -182,7 +182,7 @@ def test_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None
 
 
 @pytest.mark.parametrize(("target", "heads"), HEADS, ids=IDS)
-def test_gradients_of_one_behind_another(kernels: Kernels, target: str, heads: Heads) -> None:
+def test_gradients_of_one_behind_another(kernels: KernelLoader, target: str, heads: Heads) -> None:
     """Each sequence as alone, by kernel and by reference; zeros outside of all sequences."""
     module = kernels("attention", heads.spec, target, heads.sets)
     totals = [sum(lengths) for lengths in zip(*LENGTHS, strict=True)]
@@ -228,8 +228,8 @@ def test_tiles_that_may_be_measured_keep_the_rules(target: str) -> None:
     description, gpu = load(ROOT / "specs/deepseek_v3.yaml"), TARGETS[target]
     programs = compile(description).programs
     for tile in FORWARD[target][1:]:
-        choices = Choices({question(V3.dim, V3.width): tile.name})
-        files = kernel_files(programs, description, gpu, choices)
+        tuning = TuningTable({tuning_key(V3.dim, V3.width): tile.name})
+        files = kernel_files(programs, description, gpu, tuning)
         own = [file for file in files if file.name == "attention"]
         assert str(tile) in own[0].text
         for row in compile_kernels(own, kernels_package(own, gpu), gpu):
@@ -237,7 +237,7 @@ def test_tiles_that_may_be_measured_keep_the_rules(target: str) -> None:
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 0), (2, 0, 5)])
-def test_nothing_to_attend_to(kernels: Kernels, batch: int, queries: int, keys: int) -> None:
+def test_nothing_to_attend_to(kernels: KernelLoader, batch: int, queries: int, keys: int) -> None:
     module = kernels("attention", V3.spec)
     q, k, v = made(V3, batch, queries, keys)
     o, lse = module.attention_saving(q, k, v, 0.1)
@@ -248,13 +248,13 @@ def test_nothing_to_attend_to(kernels: Kernels, batch: int, queries: int, keys: 
     assert not dk.any() and not dv.any()
 
 
-def test_more_queries_than_keys(kernels: Kernels) -> None:
+def test_more_queries_than_keys(kernels: KernelLoader) -> None:
     q, k, v = made(V3, 1, 3, 2)
     with pytest.raises(ValueError, match="3 queries but only 2 keys"):
         kernels("attention", V3.spec).attention(q, k, v, 0.1)
 
 
-def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
+def test_offsets_beyond_32_bits(kernels: KernelLoader) -> None:
     """Tokens so far apart that offsets of elements pass 2^31; memory is taken where it is used."""
     module = kernels("attention", TINY.spec)
     q, k, v = made(TINY, 1, 40, 200)

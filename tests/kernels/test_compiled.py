@@ -19,7 +19,7 @@ from backends.triton.launches import Row
 from backends.triton.target import TARGETS
 from dsl.load import load
 from tests.support.golden import Golden
-from tests.support.kernels import FILES, SPECS, Kernels, files_of, package_of
+from tests.support.kernels import FILES, SPECS, KernelLoader, files_of, package_of
 from tests.support.places import ROOT
 
 
@@ -55,7 +55,7 @@ def test_kernels_keep_the_rules(
     assert not broken, "\n".join(broken)
     for file in files:
         if file.name != "cross_entropy":  # whose products are torch's
-            wanted = {case.name for case in file.cases if case.unit != "memory"}
+            wanted = {case.name for case in file.cases if case.bound_by != "memory"}
             assert wanted <= {
                 c["name"] for row in rows if row["metrics"]["matrix"] for c in row["cases"]
             }
@@ -85,7 +85,9 @@ def _line(row: Row) -> dict[str, Any]:
     }
 
 
-def test_one_file_is_interpreted_compiled_and_shipped(kernels: Kernels, tmp_path: Path) -> None:
+def test_one_file_is_interpreted_compiled_and_shipped(
+    kernels: KernelLoader, tmp_path: Path
+) -> None:
     """By its hash: in the folder of a build, in its manifest, in `kernels.json`, in this suite."""
     build(load(ROOT / "specs/deepseek_v3_tiny.yaml"), tmp_path / "tiny", target=TARGETS["sm_90"])
     outputs = json.loads((tmp_path / "tiny/manifest.json").read_text())["outputs"]

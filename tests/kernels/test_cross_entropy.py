@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime import functional as F
 from runtime import gradients as G
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 PLAIN = ("precision.policy=bf16",)
 
@@ -46,7 +46,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_loss_and_gradients_of_a_head(kernels: Kernels, target: str, tokens: int) -> None:
+def test_loss_and_gradients_of_a_head(kernels: KernelLoader, target: str, tokens: int) -> None:
     module = kernels("cross_entropy", "deepseek_v3_tiny", target, PLAIN)
     x, weight = random(1, tokens, 64).bfloat16(), (0.3 * random(512, 64, seed=1)).bfloat16()
     labels = labels_of(tokens, 512).view(1, tokens)
@@ -66,7 +66,7 @@ def test_loss_and_gradients_of_a_head(kernels: Kernels, target: str, tokens: int
 
 
 def test_scores_of_more_tokens_than_are_there_at_a_time(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+    kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = kernels("cross_entropy", "deepseek_v3_tiny", sets=PLAIN)
     x, weight = random(50, 64).bfloat16(), (0.3 * random(512, 64, seed=1)).bfloat16()
@@ -79,7 +79,7 @@ def test_scores_of_more_tokens_than_are_there_at_a_time(
     assert_near(in_pieces[2], at_once[2].double(), 6e-3)  # rounded after each piece
 
 
-def test_no_token_and_no_label(kernels: Kernels) -> None:
+def test_no_token_and_no_label(kernels: KernelLoader) -> None:
     module = kernels("cross_entropy", "deepseek_v3_tiny", sets=PLAIN)
     weight = random(512, 64, seed=1).bfloat16()
     for tokens in (0, 5):
@@ -89,7 +89,7 @@ def test_no_token_and_no_label(kernels: Kernels) -> None:
         assert loss == 0 and dx.shape == x.shape and not dx.any() and not dw.any()
 
 
-def test_the_words_of_v3(kernels: Kernels) -> None:
+def test_the_words_of_v3(kernels: KernelLoader) -> None:
     """129,280 scores are 31 blocks and a half; only the width of the head is smaller."""
     module = kernels("cross_entropy", "deepseek_v3")
     x, weight = random(3, 8).bfloat16(), random(129_280, 8, seed=1).bfloat16()
@@ -100,7 +100,7 @@ def test_the_words_of_v3(kernels: Kernels) -> None:
 
 
 @pytest.fixture
-def scores(kernels: Kernels) -> ModuleType:
+def scores(kernels: KernelLoader) -> ModuleType:
     """The functions of scores that are there: with an FP8 head nothing is fused."""
     sets = ("precision.policy=fp8_blockwise", "precision.overrides={head: fp8}")
     return kernels("cross_entropy", "deepseek_v3_tiny", sets=sets)

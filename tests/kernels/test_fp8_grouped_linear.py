@@ -9,13 +9,13 @@ import torch
 
 from backends.triton.tiles import FP8_GROUPED
 from runtime import fp8
-from tests.support.kernels import COUNTS, Kernels, agree, as_written, ends_of, normal, poisoned
+from tests.support.kernels import COUNTS, KernelLoader, agree, as_written, ends_of, normal, poisoned
 
 OUT, WIDTH = 192, 328  # neither is a multiple of 128
 
 
 @pytest.fixture
-def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module(kernels: KernelLoader, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The file of V3, whose tiles serve the sizes of tests, too; new memory holds NaN."""
     found = kernels("fp8_grouped_linear", "deepseek_v3", target)
     monkeypatch.setattr(found, "TILES", {n: found.TILES[7168] for n in (OUT, WIDTH, 96, 288)})
@@ -89,7 +89,7 @@ def test_parts_begin_anew(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", FP8_GROUPED)
-def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile(kernels: KernelLoader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, ends = kernels("fp8_grouped_linear", "deepseek_v3", name), ends_of((70, 0, 30))
     x, w = fp8.quantize(normal(100, 384)), fp8.quantize_weight(normal(3, 320, 384, seed=1))
     expected = fp8.grouped_linear(*x, ends, *w, dtype=torch.float32)

@@ -15,9 +15,9 @@ from backends.triton.kernel import Case, KernelFile
 from backends.triton.kernel import Tensor as Argument
 from backends.triton.package import kernels_package
 from backends.triton.target import TARGETS
-from backends.triton.tiles import BF16, FP8, Tile
+from backends.triton.tiles import BF16, FP8, GemmTile
 from runtime import fp8
-from tests.support.kernels import Kernels, agree, as_written, files_of, normal, poisoned
+from tests.support.kernels import KernelLoader, agree, as_written, files_of, normal, poisoned
 
 SHAPES = [
     (1, 512, 256),
@@ -30,7 +30,7 @@ SHAPES = [
 
 
 @pytest.fixture
-def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module(kernels: KernelLoader, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The file of V3, whose tiles serve the sizes of tests, too; new memory holds NaN."""
     found = kernels("fp8_linear", "deepseek_v3", target)
     sizes = {n for _, *shape in SHAPES for n in shape} | {64, 288}
@@ -111,7 +111,7 @@ def test_what_lies_beside_is_not_read(module: ModuleType) -> None:
     agree(y, fp8.linear(*x, *w, dtype=torch.float32))
 
 
-def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
+def test_offsets_beyond_32_bits(kernels: KernelLoader) -> None:
     module, stride = kernels("fp8_linear", "deepseek_v3"), 2**30 + 16
     memory = torch.empty(2 * stride + 256, dtype=torch.uint8)  # pages that nobody touches are free
     x, w = fp8.quantize(normal(3, 256)), fp8.quantize_weight(normal(512, 256))
@@ -122,7 +122,7 @@ def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("name", FP8)
-def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile(kernels: KernelLoader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = kernels("fp8_linear", "deepseek_v3", name)
     x, w = fp8.quantize(normal(70, 384)), fp8.quantize_weight(normal(320, 384))
     expected = fp8.linear(*x, *w, dtype=torch.float32)
@@ -156,7 +156,7 @@ def test_tiles_need_less_than_those_of_peers() -> None:
         assert set(found["matrix"]) == {"QGMMA"} and not found["spilled_bytes"], row
 
 
-def _compiled(tiles: Sequence[Tile]) -> list[dict[str, Any]]:
+def _compiled(tiles: Sequence[GemmTile]) -> list[dict[str, Any]]:
     """Each tile for a number of columns of its own; with a width of whole runs, and another."""
     target, columns = TARGETS["sm_90"], {2048 + 128 * n: tile for n, tile in enumerate(tiles)}
     text = render(
@@ -175,7 +175,7 @@ def _compiled(tiles: Sequence[Tile]) -> list[dict[str, Any]]:
 def _case(out: int, width: int) -> Case:
     shapes = (128, width), (128, -(-width // 128)), (out, width), (out // 128, -(-width // 128))
     operands = [Argument(s, "float32" if n % 2 else "float8_e4m3fn") for n, s in enumerate(shapes)]
-    return Case(f"{out}x{width}", "linear", tuple(operands), {"dtype": "bfloat16"}, unit="fp8")
+    return Case(f"{out}x{width}", "linear", tuple(operands), {"dtype": "bfloat16"}, bound_by="fp8")
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def _case(out: int, width: int) -> Case:
     ],
 )
 def test_warps_of_sm_100_have_work_of_their_own(
-    spec: str, name: str, tiles: dict[str, Sequence[Tile]]
+    spec: str, name: str, tiles: dict[str, Sequence[GemmTile]]
 ) -> None:
     """Triton drops `warp_specialize` without a word where it cannot: more warps, or it did not."""
     (file,) = (f for f in files_of(spec, "sm_100") if f.name == name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime import functional as F
 from runtime import gradients as G
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 V3: dict[str, Any] = {"scoring": "sigmoid", "n_group": 8, "topk_group": 4, "k": 8}
 V3 |= {"group_score": "top2_sum", "normalize": True, "scale": 2.5}
@@ -43,7 +43,7 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 @pytest.mark.parametrize("spec", GATES)
 @pytest.mark.parametrize("shape", [(0,), (1,), (2, 13)])
 def test_choice_and_weights(
-    kernels: Kernels, target: str, spec: str, shape: tuple[int, ...]
+    kernels: KernelLoader, target: str, spec: str, shape: tuple[int, ...]
 ) -> None:
     gate = kernels("gate", spec, target)
     experts, settings = GATES[spec]
@@ -55,7 +55,7 @@ def test_choice_and_weights(
 
 
 @pytest.mark.parametrize("spec", GATES)
-def test_many_tokens(kernels: Kernels, spec: str) -> None:
+def test_many_tokens(kernels: KernelLoader, spec: str) -> None:
     """So many that a bit that fell otherwise would show: 100,000 affinities."""
     gate = kernels("gate", spec)
     experts, settings = GATES[spec]
@@ -64,7 +64,7 @@ def test_many_tokens(kernels: Kernels, spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", GATES)
-def test_ties_go_to_the_lowest_index(kernels: Kernels, spec: str) -> None:
+def test_ties_go_to_the_lowest_index(kernels: KernelLoader, spec: str) -> None:
     """On a grid of few values, all equal, and saturated."""
     gate = kernels("gate", spec)
     experts, settings = GATES[spec]
@@ -75,7 +75,7 @@ def test_ties_go_to_the_lowest_index(kernels: Kernels, spec: str) -> None:
     assert route.tolist() == [list(range(settings["k"]))]
 
 
-def test_a_bias_below_zero_lets_no_dropped_group_back_in(kernels: Kernels) -> None:
+def test_a_bias_below_zero_lets_no_dropped_group_back_in(kernels: KernelLoader) -> None:
     gate = kernels("gate", "deepseek_v3")
     x, bias = random(9, 256), torch.full((256,), -3.0)
     found = gate.gate(x, bias, **V3)
@@ -84,7 +84,7 @@ def test_a_bias_below_zero_lets_no_dropped_group_back_in(kernels: Kernels) -> No
     assert all(len(group) <= 4 for group in groups)
 
 
-def test_what_is_no_number_gives_experts_that_exist(kernels: Kernels) -> None:
+def test_what_is_no_number_gives_experts_that_exist(kernels: KernelLoader) -> None:
     """160 experts lie in a table of 8 times 32: none of the empty places may be chosen."""
     gate = kernels("gate", "deepseek_v2_236b")
     x = torch.cat([torch.full((1, 160), torch.nan), random(2, 160)])
@@ -94,7 +94,7 @@ def test_what_is_no_number_gives_experts_that_exist(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("spec", GATES)
 @pytest.mark.parametrize("tokens", [0, 1, 37])
-def test_gradient(kernels: Kernels, spec: str, tokens: int) -> None:
+def test_gradient(kernels: KernelLoader, spec: str, tokens: int) -> None:
     gate = kernels("gate", spec)
     experts, settings = GATES[spec]
     x, d = random(tokens, experts), random(tokens, settings["k"], seed=1)
@@ -107,7 +107,7 @@ def test_gradient(kernels: Kernels, spec: str, tokens: int) -> None:
     assert torch.equal(found, gate.gate_grad(d, d_affinity, affinity, route, **told))
 
 
-def test_normalized_weights_and_their_gradient_without_groups(kernels: Kernels) -> None:
+def test_normalized_weights_and_their_gradient_without_groups(kernels: KernelLoader) -> None:
     """Settings that no shipped model has together: softmax, a bias, division by the sum."""
     sets = ("params.norm_topk_prob=true",)
     gate = kernels("gate", "deepseek_v2_lite", sets=sets)

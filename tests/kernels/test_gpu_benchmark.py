@@ -19,7 +19,7 @@ import torch
 from backends.triton.arguments import read, without_memory
 from backends.triton.kernel import Case
 from backends.triton.target import TARGETS
-from tests.support.kernels import FILES, Kernels, files_of, package_of
+from tests.support.kernels import FILES, KernelLoader, files_of, package_of
 from tests.support.places import ROOT
 
 SMALL = 40_000
@@ -44,7 +44,7 @@ def test_without_a_gpu_it_claims_nothing() -> None:
 @pytest.mark.parametrize("policy", ["bf16", "fp8_blockwise"])
 @pytest.mark.parametrize("name", FILES)
 def test_cases_are_checked_against_the_reference(
-    name: str, policy: str, kernels: Kernels, check: ModuleType
+    name: str, policy: str, kernels: KernelLoader, check: ModuleType
 ) -> None:
     """One small case of each function, interpreted; that of a wrong kernel is found out."""
     sets = (f"precision.policy={policy}",)
@@ -78,7 +78,7 @@ def benchmark(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_row_is_a_time_with_libraries_or_a_failure(
-    benchmark: ModuleType, kernels: Kernels, tmp_path: Path
+    benchmark: ModuleType, kernels: KernelLoader, tmp_path: Path
 ) -> None:
     sets = ("precision.policy=bf16",)
     listed = json.loads(package_of("deepseek_v3_tiny", "sm_90", sets)["kernels/kernels.json"])
@@ -143,4 +143,4 @@ def test_every_case_says_what_it_moves() -> None:
     assert cases
     for case in cases:
         assert case.bytes > 0 and case.spans and case.name.startswith(case.function), case.name
-        assert case.flops > 0 or case.unit == "memory", case.name
+        assert case.flops > 0 or case.bound_by == "memory", case.name

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from backends.triton.tiles import BF16
-from tests.support.kernels import COUNTS, Kernels, ends_of, is_product, normal_bf16
+from tests.support.kernels import COUNTS, KernelLoader, ends_of, is_product, normal_bf16
 
 OUT, WIDTH = 192, 104  # not a multiple of what a turn of the loop takes
 
 
 @pytest.fixture
-def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module(kernels: KernelLoader, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The file of V2-Lite, whose tiles serve the sizes of tests, too; new memory holds NaN."""
     found = kernels("grouped_linear", "deepseek_v2_lite", target)
     monkeypatch.setattr(found, "TILES", {n: found.TILES[2048] for n in (OUT, WIDTH)})
@@ -63,7 +63,7 @@ def test_slots_of_other_experts_do_not_leak(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile(kernels: KernelLoader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, counts = kernels("grouped_linear", "deepseek_v2_lite", name), (70, 0, 30)
     x, w = normal_bf16(100, 200), normal_bf16(3, 320, 200)
     for tile in BF16[name]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime import functional
-from tests.support.kernels import Kernels, close, difference
+from tests.support.kernels import KernelLoader, close, difference
 
 GARBAGE = 2147480000
 """What stands in a table beyond the pages of a sequence."""
@@ -56,7 +56,7 @@ def check(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(("target", "spec"), PLACES)
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(1, 1, 1), (2, 1, 200), (1, 2, 65)])
 def test_contiguous(
-    kernels: Kernels, target: str, spec: str, batch: int, queries: int, keys: int
+    kernels: KernelLoader, target: str, spec: str, batch: int, queries: int, keys: int
 ) -> None:
     """Views as the module's cache gives them: each sequence has room for more, which is poison."""
     module, (heads, c, r) = kernels("latent_attention", spec, target), SPECS[spec]
@@ -110,7 +110,9 @@ def keys_of(pages: Tensor, rope: Tensor, row: Tensor, length: int) -> Tensor:
 
 @pytest.mark.parametrize(("lengths", "queries"), [([0, 1, 64, 65, 200], 2), ([130], 1)])
 @pytest.mark.parametrize(("target", "spec"), PLACES)
-def test_paged(kernels: Kernels, target: str, spec: str, lengths: list[int], queries: int) -> None:
+def test_paged(
+    kernels: KernelLoader, target: str, spec: str, lengths: list[int], queries: int
+) -> None:
     module = kernels("latent_attention", spec, target)
     arguments = paged(spec, lengths, queries)
     q, q_rope, c_kv, k_rope, table, _ = arguments
@@ -124,7 +126,7 @@ def test_paged(kernels: Kernels, target: str, spec: str, lengths: list[int], que
     assert torch.equal(found, module.paged_latent_attention(*arguments, 0.3))
 
 
-def test_a_sequence_without_tokens_gives_zeros(kernels: Kernels) -> None:
+def test_a_sequence_without_tokens_gives_zeros(kernels: KernelLoader) -> None:
     arguments = paged("deepseek_v3_tiny", [0, 1], 2)
     found = kernels("latent_attention", "deepseek_v3_tiny").paged_latent_attention(*arguments, 0.3)
     assert not found[0].any()
@@ -134,7 +136,7 @@ def test_a_sequence_without_tokens_gives_zeros(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
 def test_results_do_not_hang_on_splits(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, splits: int
+    kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch, splits: int
 ) -> None:
     """Most of 64 splits are empty. What `torch.empty` gives is poison, lest it be read."""
     module = kernels("latent_attention", "deepseek_v3_tiny")
@@ -156,7 +158,7 @@ def poison(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "torch", Poisoned())
 
 
-def test_how_many_splits(kernels: Kernels) -> None:
+def test_how_many_splits(kernels: KernelLoader) -> None:
     """V3 on 132 multiprocessors: a lone sequence uses all of them, many are left whole."""
     splits_of = kernels("latent_attention", "deepseek_v3").splits_of
     assert splits_of(2, 0) == splits_of(2, 1) == 1
@@ -166,7 +168,7 @@ def test_how_many_splits(kernels: Kernels) -> None:
     assert splits_of(160, 64) > 1
 
 
-def test_pages_of_another_size(kernels: Kernels) -> None:
+def test_pages_of_another_size(kernels: KernelLoader) -> None:
     q, q_rope, c_kv, k_rope, table, lengths = paged("deepseek_v3_tiny", [30], 1)
     module = kernels("latent_attention", "deepseek_v3_tiny")
     with pytest.raises(ValueError, match="pages have 32 tokens"):
@@ -174,7 +176,7 @@ def test_pages_of_another_size(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 1), (2, 0)])
-def test_nobody_asks(kernels: Kernels, batch: int, queries: int) -> None:
+def test_nobody_asks(kernels: KernelLoader, batch: int, queries: int) -> None:
     heads, c, r = SPECS["deepseek_v3_tiny"]
     q, q_rope = (torch.empty(batch, queries, heads, n).bfloat16() for n in (c, r))
     c_kv, k_rope = (torch.empty(batch, 3, n).bfloat16() for n in (c, r))
@@ -182,7 +184,7 @@ def test_nobody_asks(kernels: Kernels, batch: int, queries: int) -> None:
     assert module.latent_attention(q, q_rope, c_kv, k_rope, 0.3).shape == q.shape
 
 
-def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
+def test_offsets_beyond_32_bits(kernels: KernelLoader) -> None:
     """Pages so far apart that offsets of elements pass 2^31; memory is taken where it is used."""
     module = kernels("latent_attention", "deepseek_v3_tiny")
     q, q_rope, c_kv, k_rope, table, lengths = paged("deepseek_v3_tiny", [400], 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime import fp8, functional
-from tests.support.kernels import Kernels, files_of
+from tests.support.kernels import KernelLoader, files_of
 
 ASKED = ("kernels={products: deep_gemm, attention: flash_mla}",)
 
@@ -31,7 +31,7 @@ def test_they_are_there_only_where_a_spec_asks() -> None:
 
 
 @pytest.fixture
-def deep_gemm(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> types.ModuleType:
+def deep_gemm(monkeypatch: pytest.MonkeyPatch, kernels: KernelLoader) -> types.ModuleType:
     """The file of a build, over a stand-in that has the library's contract."""
 
     def fp8_gemm_nt(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor) -> None:
@@ -62,7 +62,7 @@ def test_deep_gemm_has_no_blocks_that_begin_anew(deep_gemm: Any, parts: tuple[in
     assert deep_gemm.linear(*arguments, dtype=torch.bfloat16, parts=parts) is NotImplemented
 
 
-def test_flash_mla(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+def test_flash_mla(monkeypatch: pytest.MonkeyPatch, kernels: KernelLoader) -> None:
     def with_kvcache(
         q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, v: int, meta: str, splits: None,
         *, softmax_scale: float, causal: bool,

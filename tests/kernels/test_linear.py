@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from backends.triton.tiles import BF16
-from tests.support.kernels import Kernels, is_product, normal_bf16
+from tests.support.kernels import KernelLoader, is_product, normal_bf16
 
 SHAPES = [(1, 512, 256), (7, 3648, 96), (128, 192, 320), (300, 96, 72), (0, 128, 64), (33, 64, 24)]
 
 
 @pytest.fixture
-def module(kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module(kernels: KernelLoader, target: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The file of V2-Lite, whose tiles serve the sizes of tests, too; new memory holds NaN."""
     found = kernels("linear", "deepseek_v2_lite", target)
     sizes = {n for _, *shape in SHAPES for n in shape}
@@ -59,7 +59,7 @@ def test_what_lies_beside_is_not_read(module: ModuleType) -> None:
     is_product(module.linear(wide[:5, :200], w), x, w.t())
 
 
-def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
+def test_offsets_beyond_32_bits(kernels: KernelLoader) -> None:
     module, stride = kernels("linear", "deepseek_v2_lite"), 2**30
     memory = torch.empty(2 * stride + 64, dtype=torch.bfloat16)  # pages not touched are free
     x, w = memory.as_strided((3, 64), (stride, 1)), normal_bf16(2048, 64)
@@ -68,7 +68,7 @@ def test_offsets_beyond_32_bits(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_every_tile(kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tile(kernels: KernelLoader, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = kernels("linear", "deepseek_v2_lite", name)
     x, w = normal_bf16(70, 200), normal_bf16(320, 200)
     for tile in BF16[name]:

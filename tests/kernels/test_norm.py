@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime import fp8, functional, gradients
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 SIZES = [(0, 512), (1, 7168), (5, 7168), (17, 512), (3, 1536)]
 
@@ -27,7 +27,7 @@ def near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("rows", "hidden"), SIZES)
-def test_rms_norm(kernels: Kernels, target: str, rows: int, hidden: int) -> None:
+def test_rms_norm(kernels: KernelLoader, target: str, rows: int, hidden: int) -> None:
     norm = kernels("norm", "deepseek_v3", target)
     x, weight = rows_of(rows, hidden), rows_of(1, hidden, 1)[0]
     y = norm.rms_norm(x, weight, eps=1e-6)
@@ -36,7 +36,7 @@ def test_rms_norm(kernels: Kernels, target: str, rows: int, hidden: int) -> None
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_add_rms_norm(kernels: Kernels, target: str, rows: int) -> None:
+def test_add_rms_norm(kernels: KernelLoader, target: str, rows: int) -> None:
     norm = kernels("norm", "deepseek_v3", target)
     x, y, weight = rows_of(rows, 7168), rows_of(rows, 7168, 1), rows_of(1, 7168, 2)[0]
     total, normed = norm.add_rms_norm(x, y, weight, eps=1e-6)
@@ -47,7 +47,7 @@ def test_add_rms_norm(kernels: Kernels, target: str, rows: int) -> None:
 
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 @pytest.mark.parametrize(("rows", "hidden"), [(0, 512), (5, 512), (3, 1536)])
-def test_norm_cast(kernels: Kernels, target: str, rows: int, hidden: int, scale: str) -> None:
+def test_norm_cast(kernels: KernelLoader, target: str, rows: int, hidden: int, scale: str) -> None:
     """To the bit what the kernel without a cast gives, cast."""
     norm = kernels("norm", "deepseek_v3", target)
     x, weight = rows_of(rows, hidden), rows_of(1, hidden, 1)[0]
@@ -60,7 +60,7 @@ def test_norm_cast(kernels: Kernels, target: str, rows: int, hidden: int, scale:
 
 
 @pytest.mark.parametrize(("rows", "hidden"), [*SIZES, (2500, 512)])
-def test_gradients(kernels: Kernels, target: str, rows: int, hidden: int) -> None:
+def test_gradients(kernels: KernelLoader, target: str, rows: int, hidden: int) -> None:
     norm = kernels("norm", "deepseek_v3", target)
     d, x, weight = rows_of(rows, hidden), rows_of(rows, hidden, 1), rows_of(1, hidden, 2)[0]
     dx, dw = norm.rms_norm_grad(d, x, weight, eps=1e-6)
@@ -74,7 +74,7 @@ def test_gradients(kernels: Kernels, target: str, rows: int, hidden: int) -> Non
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_gradients_through_a_sum(kernels: Kernels, target: str, rows: int) -> None:
+def test_gradients_through_a_sum(kernels: KernelLoader, target: str, rows: int) -> None:
     norm = kernels("norm", "deepseek_v3", target)
     d_total, d, x = (rows_of(rows, 7168, seed) for seed in range(3))
     weight = rows_of(1, 7168, 3)[0]
@@ -83,7 +83,7 @@ def test_gradients_through_a_sum(kernels: Kernels, target: str, rows: int) -> No
     assert torch.equal(dx, d_total + only) and torch.equal(dw, only_w)
 
 
-def test_rows_that_lie_far_apart(kernels: Kernels) -> None:
+def test_rows_that_lie_far_apart(kernels: KernelLoader) -> None:
     """Beyond 2^31 numbers, in memory that is never touched between them."""
     norm = kernels("norm", "deepseek_v3", "sm_90")
     x = torch.empty(2**31 + 1024, dtype=torch.bfloat16).as_strided((2, 512), (2**31, 1))

@@ -11,13 +11,13 @@ from torch import Tensor
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 BF16 = ("precision.policy=bf16",)
 
 
 @pytest.fixture
-def permute(kernels: Kernels) -> ModuleType:
+def permute(kernels: KernelLoader) -> ModuleType:
     """Tiny, in BF16: 16 experts, 4 of them for each token, rows of 64."""
     return kernels("permute", "deepseek_v3_tiny", sets=BF16)
 
@@ -59,7 +59,7 @@ def test_permute_is_the_reference_to_the_bit(permute: ModuleType, tokens: int, k
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_permute_of_fp8_moves_rows_and_scales(kernels: Kernels, tokens: int) -> None:
+def test_permute_of_fp8_moves_rows_and_scales(kernels: KernelLoader, tokens: int) -> None:
     """Rows of 320, whose last run of 128 is short: three scales each."""
     sets = ("precision.policy=fp8_blockwise", "params.hidden_size=320")
     permute = kernels("permute", "deepseek_v3_tiny", sets=sets)
@@ -70,7 +70,7 @@ def test_permute_of_fp8_moves_rows_and_scales(kernels: Kernels, tokens: int) -> 
         assert one.dtype == expected.dtype and torch.equal(one.float(), expected.float())
 
 
-def test_permute_with_the_sizes_of_v3(kernels: Kernels, target: str) -> None:
+def test_permute_with_the_sizes_of_v3(kernels: KernelLoader, target: str) -> None:
     permute = kernels("permute", "deepseek_v3", target)
     q, s = fp8.quantize(random(10, 7168))
     index = routes(10, 256, 8)

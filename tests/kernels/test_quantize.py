@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backends.triton.launches import load
 from runtime import fp8
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
@@ -56,7 +56,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def test_a_scale_that_is_not_rounded_as_a_division_is_found(
-    kernels: Kernels, tmp_path: Path
+    kernels: KernelLoader, tmp_path: Path
 ) -> None:
     """`/` is approximate on a GPU, and in the interpreter that tests use."""
     text = Path(str(kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8).__file__)).read_text()
@@ -76,7 +76,7 @@ def test_a_scale_that_is_not_rounded_as_a_division_is_found(
     [((0, 256), ()), ((1, 7168), ()), ((2, 3, 130), ()), ((40, 96), ()), ((5, 200), (40, 160))],
 )
 def test_rows(
-    kernels: Kernels, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
+    kernels: KernelLoader, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
 ) -> None:
     x = wild(*shape)
     wide = torch.full((*shape[:-1], shape[-1] + 16), torch.nan, dtype=torch.bfloat16)
@@ -93,7 +93,7 @@ ENDS = [None, (0, 0, 0), (130, 130, 131), (128, 255, 255), (0, 1, 129)]
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("size", [72, 130])
 def test_columns(
-    kernels: Kernels, target: str, size: int, ends: Sequence[int] | None, scale: str
+    kernels: KernelLoader, target: str, size: int, ends: Sequence[int] | None, scale: str
 ) -> None:
     module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
     x = wild(ends[-1] if ends else 140, size)
@@ -112,7 +112,7 @@ def test_columns(
     [((128, 256), ()), ((2, 5, 140), ()), ((150, 40), (20, 130)), ((2, 150, 40), (20, 130))],
 )
 def test_weights(
-    kernels: Kernels, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
+    kernels: KernelLoader, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
 ) -> None:
     weight = wild(*shape)
     module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
@@ -120,7 +120,7 @@ def test_weights(
     same(found, fp8.quantize_weight(weight, scale, parts))
 
 
-def test_every_code(kernels: Kernels, target: str) -> None:
+def test_every_code(kernels: KernelLoader, target: str) -> None:
     """All numbers of E4M3, those between two of them, and their neighbours in float32."""
     codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
     numbers = codes[codes.isfinite()].sort().values
@@ -136,7 +136,7 @@ def test_every_code(kernels: Kernels, target: str) -> None:
 
 
 @pytest.mark.parametrize("least", [0, 80])
-def test_every_quotient_of_bfloat16(kernels: Kernels, target: str, least: int) -> None:
+def test_every_quotient_of_bfloat16(kernels: KernelLoader, target: str, least: int) -> None:
     """Each significand divided by the scale of each other one, down to numbers that become zero;
     for large numbers, and for those whose scale is that of 1e-4."""
     significand = torch.arange(128, 256).float()
@@ -150,7 +150,7 @@ def test_every_quotient_of_bfloat16(kernels: Kernels, target: str, least: int) -
     same(quantize(x), fp8.quantize(x))
 
 
-def test_rows_that_lie_far_apart(kernels: Kernels) -> None:
+def test_rows_that_lie_far_apart(kernels: KernelLoader) -> None:
     """Beyond 2^31 numbers, in memory that is never touched between them."""
     module = kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8)
     x = torch.empty(2**31 + 1024, dtype=torch.bfloat16).as_strided((2, 256), (2**31, 1))
@@ -164,7 +164,7 @@ def test_rows_that_lie_far_apart(kernels: Kernels) -> None:
 
 
 def test_every_number_is_written_and_always_the_same(
-    kernels: Kernels, target: str, monkeypatch: pytest.MonkeyPatch
+    kernels: KernelLoader, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
     x, ends = wild(140, 72), torch.tensor([1, 1, 140], dtype=torch.int32)

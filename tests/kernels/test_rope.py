@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime import functional, gradients
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 SHAPES = [(1, 1), (2, 3), (2, 0)]
 HEADS = [(128, 128, 64, 128), (3, 20, 12, 36)]  # heads, own, turned, value
@@ -28,7 +28,7 @@ def table(shape: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sizes", HEADS)
 def test_queries(
-    kernels: Kernels, target: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
+    kernels: KernelLoader, target: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
 ) -> None:
     rope = kernels("rope", "deepseek_v3", target)
     heads, own, turned, _ = sizes
@@ -43,7 +43,7 @@ def test_queries(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sizes", HEADS)
 def test_keys(
-    kernels: Kernels, target: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
+    kernels: KernelLoader, target: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
 ) -> None:
     rope = kernels("rope", "deepseek_v3", target)
     heads, own, turned, value = sizes
@@ -59,7 +59,7 @@ def test_keys(
     assert torch.equal(d_shared, rope.join_rotated_grad(d, d_v, *angles)[1])
 
 
-def test_tokens_that_lie_far_apart(kernels: Kernels) -> None:
+def test_tokens_that_lie_far_apart(kernels: KernelLoader) -> None:
     """Beyond 2^31 numbers, in memory that is never touched between them."""
     rope = kernels("rope", "deepseek_v3", "sm_90")
     angles, x = table((1, 2), 16), numbers(1, 2, 2, 48)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime import fp8, functional, gradients
-from tests.support.kernels import Kernels
+from tests.support.kernels import KernelLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 
@@ -43,7 +43,7 @@ def near_fp8(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("rows", "size"), SIZES)
-def test_swiglu_and_its_gradient(kernels: Kernels, target: str, rows: int, size: int) -> None:
+def test_swiglu_and_its_gradient(kernels: KernelLoader, target: str, rows: int, size: int) -> None:
     d, gate, up = operands(rows, size)
     swiglu = kernels("swiglu", "deepseek_v3_tiny", target)
     y = swiglu.swiglu(gate, up)
@@ -56,7 +56,7 @@ def test_swiglu_and_its_gradient(kernels: Kernels, target: str, rows: int, size:
 
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 @pytest.mark.parametrize(("rows", "size"), SIZES)
-def test_swiglu_cast(kernels: Kernels, target: str, rows: int, size: int, scale: str) -> None:
+def test_swiglu_cast(kernels: KernelLoader, target: str, rows: int, size: int, scale: str) -> None:
     _, gate, up = operands(rows, size)
     swiglu = kernels("swiglu", "deepseek_v3", target)
     found = swiglu.swiglu_quantize(gate, up, scale)
@@ -67,7 +67,7 @@ def test_swiglu_cast(kernels: Kernels, target: str, rows: int, size: int, scale:
 
 
 @pytest.mark.parametrize("ends", [None, (0, 0, 0), (130, 130, 131), (0, 1, 129)])
-def test_gradients_cast(kernels: Kernels, target: str, ends: Sequence[int] | None) -> None:
+def test_gradients_cast(kernels: KernelLoader, target: str, ends: Sequence[int] | None) -> None:
     """To the bit what the kernel without a cast gives, cast: in rows, and in tiles of tokens."""
     d, gate, up = operands(ends[-1] if ends else 140, 256)
     of = () if ends is None else (torch.tensor(ends, dtype=torch.int32),)
@@ -79,7 +79,9 @@ def test_gradients_cast(kernels: Kernels, target: str, ends: Sequence[int] | Non
     near_fp8(found, fp8.swiglu_grad_quantize(d, gate, up, *of))
 
 
-def test_large_numbers_saturate_nothing_and_hide_nothing(kernels: Kernels, target: str) -> None:
+def test_large_numbers_saturate_nothing_and_hide_nothing(
+    kernels: KernelLoader, target: str
+) -> None:
     gate = torch.tensor([[-3e38, 3e38, torch.inf, -torch.inf, torch.nan, 0.0]]).bfloat16()
     up = torch.tensor([[1.0, 1e-30, 1.0, 1.0, 1.0, torch.nan]]).bfloat16()
     found = kernels("swiglu", "deepseek_v3_tiny", target).swiglu(gate, up)
@@ -88,7 +90,7 @@ def test_large_numbers_saturate_nothing_and_hide_nothing(kernels: Kernels, targe
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-def test_rows_that_lie_far_apart(kernels: Kernels) -> None:
+def test_rows_that_lie_far_apart(kernels: KernelLoader) -> None:
     """Beyond 2^31 numbers, in memory that is never touched between them."""
     swiglu = kernels("swiglu", "deepseek_v3", "sm_90")
     d, gate, up = operands(2, 128)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from backends.triton import tune
-from backends.triton.choices import Choices
 from backends.triton.package import kernel_files
 from backends.triton.target import TARGETS
+from backends.triton.tuning_table import TuningTable
 from compiler.pipeline import compile
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
@@ -35,8 +35,8 @@ def clock(*times: float) -> tune.Timer:
     return timer
 
 
-def test_every_candidate_of_every_question_is_measured_once() -> None:
-    choices = Choices()
+def test_every_candidate_of_every_key_is_measured_once() -> None:
+    choices = TuningTable()
     kernel_files(PROGRAMS, TINY, SM_90, choices)
     rounds = list(tune.measure(PROGRAMS, TINY, SM_90, clock(1.0)))
     measured = sorted((key, name) for one in rounds for key, name in one.taken.items())
@@ -46,17 +46,17 @@ def test_every_candidate_of_every_question_is_measured_once() -> None:
 
 
 def test_the_fastest_wins_and_what_fails_never_does() -> None:
-    def one(name: str, time: float) -> tune.Round:
-        return tune.Round({"linear m64": name, "other": name}, {"linear m64": time})
+    def one(name: str, time: float) -> tune.TuningRound:
+        return tune.TuningRound({"linear m64": name, "other": name}, {"linear m64": time})
 
-    failed = tune.Round({"linear m64": "d"}, {})
+    failed = tune.TuningRound({"linear m64": "d"}, {})
     rounds = [one("a", 3.0), one("b", 1.0), one("c", 2.0), failed]
     assert tune.winners(rounds) == {"linear m64": "b"}
     assert tune.winners([failed]) == {}
 
 
 def test_a_build_takes_the_winners(dslc: Run, tmp_path: Path) -> None:
-    choices = Choices()
+    choices = TuningTable()
     kernel_files(PROGRAMS, TINY, SM_90, choices)
     last = {key: names[-1] for key, names in choices.asked.items()}
     file = tmp_path / "tuned.json"
@@ -88,7 +88,7 @@ def test_a_file_that_does_not_fit(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_candidates_that_are_gone(tmp_path: Path) -> None:
-    choices = Choices()
+    choices = TuningTable()
     kernel_files(PROGRAMS, TINY, SM_90, choices)
     stale = {next(iter(choices.asked)): "9x9"}
     file = tmp_path / "tuned.json"
@@ -100,6 +100,6 @@ def test_candidates_that_are_gone(tmp_path: Path) -> None:
 def test_without_a_gpu_or_a_target(dslc: Run) -> None:
     spec = str(ROOT / "specs/deepseek_v3_tiny.yaml")
     outcome = dslc("tune", spec)
-    assert outcome.status == 1 and "E608" in outcome.err and "here is none" in outcome.err
+    assert outcome.status == 1 and "E608" in outcome.err and "this machine has none" in outcome.err
     outcome = dslc("build", spec, "--tuned", "tuned.json")
     assert outcome.status == 1 and "add --target" in outcome.err

@@ -14,7 +14,7 @@ from torch import Tensor
 from backends.triton.kernel import KernelFile
 from backends.triton.package import FAMILIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
-from backends.triton.tiles import Tile
+from backends.triton.tiles import GemmTile
 from compiler.pipeline import compile
 from dsl.load import load as load_spec
 from tests.support.places import ROOT
@@ -27,7 +27,7 @@ FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]
 """Every file that a build may have."""
 
 
-Kernels = Callable[..., ModuleType]
+KernelLoader = Callable[..., ModuleType]
 
 
 @cache
@@ -64,7 +64,7 @@ def agree(found: Tensor, expected: Tensor) -> None:
     assert (x - y).abs().max() <= 1e-6 * y.abs().max() if len(x) else True
 
 
-def as_written(module: ModuleType, tile: Tile) -> Any:
+def as_written(module: ModuleType, tile: GemmTile) -> Any:
     rows, columns, warps, stages, *_, registers = astuple(tile)
     values = (rows, columns, warps, stages, registers)
     return module.Tile(*values[: len(module.Tile._fields)])

@@ -1,4 +1,4 @@
-"""Which way to cut a kernel is taken where there are several: the measured one, or the model's."""
+"""Which tile a kernel takes where there are several: the measured one, or the cost model's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dsl.diagnostic import Diagnostic, DiagnosticError
 T = TypeVar("T")
 
 
-class Choices:
-    """What families of kernels ask; `measured` says which candidate a GPU found to be fastest.
+class TuningTable:
+    """The fastest candidate by key, as `measured` on a GPU; keys are `fp8_linear n7168 m4096`.
 
-    A question has a key, `fp8_linear n7168 k2048 m4096`, and names its candidates. `asked` holds
-    the questions so far with the names of their candidates: what `dslc tune` has to measure.
+    `asked` holds the keys that kernels have looked up, with the names of their candidates: what
+    `dslc tune` has to measure.
     """
 
     def __init__(self, measured: Mapping[str, str] | None = None, source: str = "") -> None:

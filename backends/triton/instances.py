@@ -1,11 +1,11 @@
-"""Which operators a model has, and at which sizes: what kernels are chosen by."""
+"""The operators of a model and their sizes, which kernels are chosen by."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from backends.triton.choices import Choices
+from backends.triton.tuning_table import TuningTable
 from compiler.graph.core import Graph, Op, Program, Weight
 from dsl.load import Description
 
@@ -17,7 +17,7 @@ TRAIN_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Use:
+class OpInstance:
     """One operator of a program. Blocks are there once, however many layers they serve."""
 
     program: str
@@ -47,41 +47,41 @@ class Use:
         return size
 
 
-class Uses:
+class OpInstances:
     """All operators of the programs of a model; `rows` are the tokens of the launches to look at.
 
     `train_rows` are those of a micro-batch of the spec; `spec.kernels` says which libraries it asks
-    for; `choices` decides where there are several ways to cut a kernel.
+    for; `tuning` decides where there are several ways to cut a kernel.
     """
 
     def __init__(
-        self, programs: Mapping[str, Program], description: Description, choices: Choices
+        self, programs: Mapping[str, Program], description: Description, tuning: TuningTable
     ) -> None:
         self._all = [
-            Use(program.name, graph, op)
+            OpInstance(program.name, graph, op)
             for program in programs.values()
             for graph in program.graphs.values()
             for op in graph.walk()
         ]
         self.spec = description.spec
-        self.choices = choices
+        self.tuning = tuning
         parallel = self.spec.parallel
         length = parallel.sequence_length if parallel is not None else None
         batch = parallel.micro_batch if parallel is not None else 1
         self.train_rows = length * batch if length else TRAIN_ROWS
         self.rows: Sequence[int] = (*DECODE_ROWS, self.train_rows)
 
-    def of(self, *kinds: str) -> list[Use]:
+    def of(self, *kinds: str) -> list[OpInstance]:
         """The uses of operators of these kinds, in program order."""
-        return [use for use in self._all if use.kind in kinds]
+        return [instance for instance in self._all if instance.kind in kinds]
 
 
-def spans(uses: Sequence[Use]) -> tuple[str, ...]:
+def spans(instances: Sequence[OpInstance]) -> tuple[str, ...]:
     """Where they come from, each line once."""
-    return tuple(dict.fromkeys(use.span for use in uses if use.span))
+    return tuple(dict.fromkeys(instance.span for instance in instances if instance.span))
 
 
-def kinds_of(uses: Sequence[Use], among: Iterable[str]) -> list[str]:
+def kinds_of(instances: Sequence[OpInstance], among: Iterable[str]) -> list[str]:
     """Those of some kinds that occur, in their order."""
-    occur = {use.kind for use in uses}
+    occur = {instance.kind for instance in instances}
     return [kind for kind in among if kind in occur]
