@@ -1,7 +1,7 @@
 """When the values of a graph live, how much memory they take at most, and which can share it.
 
 Operators run in program order. A value lives from the operator that makes it to the last one that
-reads it, or that reads a view of it; results and what is kept for the backward pass to the end.
+reads it, or that reads a view of it; results and what is saved for the backward pass to the end.
 Arguments and weights lie elsewhere: they are the caller's, and the module's.
 """
 

@@ -31,7 +31,7 @@ FUSE_LAYOUT = Pass(
     "fuse_layout",
     "rotation with the split and concatenation around it, gradients of gate and up in one tensor",
     _run,
-    requires="gradients and what is computed again, so that all of them are found",
+    requires="gradients and recomputation, so that all of them are found",
     ensures="no concat of what a rotation left and turned, or of both gradients of one swiglu",
 )
 

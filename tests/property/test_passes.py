@@ -50,7 +50,7 @@ def every_pass_computes_the_same(model: Case, name: str) -> None:
 
 
 def same_gradients(found: dict[str, Tensor], before: dict[str, Tensor], name: str) -> None:
-    """What is computed again is computed from the same values, to the bit."""
+    """What is recomputed is made from the same values, to the bit."""
     for weight, gradient in before.items():
         if name == "recompute":
             assert torch.equal(found[weight], gradient), f"gradient of {weight} after recompute"

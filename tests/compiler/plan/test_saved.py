@@ -1,4 +1,4 @@
-"""What is kept for the backward pass, counted by hand for a layer of V3."""
+"""What is saved for the backward pass, counted by hand for a layer of V3."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ATTENTION, ROUTED = 128 * 128, 8 * (7168 + 2 * 2048)
 SMALL = 2 * 1024
 
 
-def kept(layer: int, policy: str) -> int:
+def saved_bytes(layer: int, policy: str) -> int:
     """Bytes for a token."""
     made, _ = planner("deepseek_v3", policy=policy)
     unit = next(unit for unit in units(made.train.main) if unit.layer == layer)
@@ -31,21 +31,21 @@ def kept(layer: int, policy: str) -> int:
 
 def test_a_layer_in_bf16() -> None:
     expected = RESIDUALS + LATENTS + SCORES + SHARED + 2 * (ATTENTION + ROUTED)
-    assert 0 <= kept(5, "bf16") - expected < SMALL
+    assert 0 <= saved_bytes(5, "bf16") - expected < SMALL
 
 
 def test_a_layer_in_fp8_keeps_the_inputs_of_experts_in_fp8_and_that_of_o_proj_in_12_bits() -> None:
     scales = 4 * (ATTENTION + ROUTED) // 128
     expected = RESIDUALS + LATENTS + SCORES + SHARED + ATTENTION * 3 // 2 + ROUTED + scales
-    assert 0 <= kept(5, "fp8_blockwise") - expected < SMALL
+    assert 0 <= saved_bytes(5, "fp8_blockwise") - expected < SMALL
 
 
 def test_a_dense_layer_has_no_experts() -> None:
     expected = RESIDUALS + LATENTS + 2 * ATTENTION + 2 * 2 * 18432
-    assert 0 <= kept(0, "bf16") - expected < SMALL
+    assert 0 <= saved_bytes(0, "bf16") - expected < SMALL
 
 
-def test_if_it_kept_the_outputs_of_experts_v3_would_not_fit() -> None:
+def test_if_it_saved_the_outputs_of_experts_v3_would_not_fit() -> None:
     description = load(shipped()["deepseek_v3"], sets=["train.saved_bytes_per_token=25M"])
     made, parallel = planner_of(description, compile(description)), description.spec.parallel
     assert parallel is not None
@@ -57,7 +57,7 @@ def test_if_it_kept_the_outputs_of_experts_v3_would_not_fit() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fp32", "bf16", "fp8_blockwise"])
-def test_what_is_kept_grows_with_the_tokens(policy: str) -> None:
+def test_what_is_saved_grows_with_the_tokens(policy: str) -> None:
     parallel = "{cluster: cpu_2x2, batch: 4, sequence_length: 16}"
     made, _ = planner("deepseek_v3_tiny", parallel, policy)
     for unit in units(made.train.main):
@@ -72,7 +72,7 @@ def test_what_is_kept_grows_with_the_tokens(policy: str) -> None:
         assert steps[0] == steps[1] > 9 * one.working.bytes // 10
 
 
-def test_without_derived_gradients_everything_counts_as_kept() -> None:
+def test_without_derived_gradients_everything_counts_as_saved() -> None:
     description = load(shipped()["deepseek_v3"])
     whole, skipped = (compile(description, skip=skip) for skip in ((), ("differentiate",)))
     assert not skipped.programs["train"].backward
