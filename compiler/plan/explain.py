@@ -25,9 +25,9 @@ CONVENTIONS = (
     " gradients. Buffers of libraries and fragmentation are not counted.",
     "FLOPs are three times those of the forward pass, without recomputation. Experts are"
     " chosen evenly.",
-    "Dispatch and combine are counted forward and backward: a token goes once to each of its nodes,"
-    " to the rank with the same place there, and on to the ranks of its experts. Numbers of"
-    " experts and weights of the router are left out.",
+    "Dispatch and combine are counted forward and backward, gradients in the model's element type:"
+    " a token goes once to each of its nodes, to the rank with the same place there, and on to the"
+    " ranks of its experts. Numbers of experts and weights of the router are left out.",
     "Gradients and parameters go around rings through the ranks that hold the same elements,"
     " gradients in FP32. A second is one at the full speed that the cluster file gives.",
 )

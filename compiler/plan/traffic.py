@@ -122,6 +122,8 @@ def _experts(
 ) -> Iterator[Sent]:
     """Dispatch and combine, each forward and once more backward, with evenly spread routes.
 
+    The backward pass dispatches the gradients of what came back, and combines those of the rows.
+
     A token goes once to each of its nodes, to the rank with the index of its own, and from there
     to the ranks that hold its experts; the way back is the same (report, section 3.2.2).
     """
@@ -131,20 +133,21 @@ def _experts(
     group = mesh.group(0, ("expert",))
     nodes = len({mesh.node(rank) for rank in group})
     inside = mesh.expert // nodes
-    times = 2 * layout.micro_batches // len(layout.placement)
+    times = layout.micro_batches // len(layout.placement)
     units = [u for s in layout.stages_of(pipeline) for u in layout.stages[s].units]
     every = [one for unit in units for one in around[unit.ops]]
     for purpose in ("dispatch", "combine"):
         near = far = Fraction(0)
         for one in every:
-            size = one.dispatch if purpose == "dispatch" else one.combine
+            # Gradients go both ways as results come back: in the model's own element type.
+            size = (one.dispatch if purpose == "dispatch" else one.combine) + one.combine
             far += size * one.nodes * Fraction(nodes - 1, nodes)
             near += size * one.k * Fraction(inside - 1, inside)
         yield Sent(
             purpose,
-            times * len(every) * (inside - 1),
+            2 * times * len(every) * (inside - 1),
             int(times * tokens * near),
-            times * len(every) * (nodes - 1),
+            2 * times * len(every) * (nodes - 1),
             int(times * tokens * far),
         )
 
