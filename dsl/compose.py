@@ -31,7 +31,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Overlay:
-    """A new value for a path; `label` tells people which variant or option it is from."""
+    """A new value for a path; `label` names the variant or option it is from."""
 
     path: tuple[Segment, ...]
     node: yaml.Node
@@ -159,7 +159,7 @@ def _own_overlays(file: _File, problems: Diagnostics) -> Iterator[Overlay]:
         if key in ("model", "about"):
             yield Overlay((Segment(key, entry.key_span),), entry.node)
         elif key not in VARIANT_KEYS:
-            message, label = f"`{key}` cannot stand beside `extends`", "not here"
+            message, label = f"`{key}` cannot be combined with `extends`", "not here"
             help = f"write single changes under `set`, for example `{_first_path(key, entry)}: ...`"
             problems.error("E118", message, entry.key_span, label, help=help)
     if changes is not None:

@@ -19,7 +19,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One problem. `message` is a sentence in the user's words, `label` stands beside the caret.
+    """One problem. `message` is a sentence in the user's words, `label` is printed at the caret.
 
     `help` is a concrete edit. Codes: E1xx YAML and files, E2xx block language, E3xx values and
     expressions of a spec, E4xx types and dimensions, E5xx graph, E6xx output.

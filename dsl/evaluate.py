@@ -79,7 +79,7 @@ def expression(scalar: Scalar) -> ast.Expr:
     if scalar.quoted:
         return ast.Text(scalar.value, scalar.span)
     if not scalar.value:
-        help = "write a value behind the `:`"
+        help = "write a value after the `:`"
         _fail("E317", "there is no value here", scalar.span, "nothing follows", help)
     span = scalar.span
     try:

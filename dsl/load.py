@@ -234,7 +234,7 @@ def _disagreements(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
     if spec.train.document_mask and spec.sequence.eos_token_id is None:
         message = "nothing ends a document: `train.document_mask` needs `sequence.eos_token_id`"
         span = yaml.nearest_node(root, ("train", "document_mask")).span
-        label = "documents are told apart by the token at their end"
+        label = "documents are separated by the token at their end"
         help = "add `eos_token_id: ..` under `sequence`"
         yield Diagnostic("E309", message, span, label, help=help)
     yield from _two_sizes(spec, root)
@@ -279,7 +279,7 @@ def _leaves(path: Loc, value: object) -> Iterator[tuple[Loc, str]]:
             for index, child in enumerate(value):
                 yield from _leaves((*path, index), child)
         case dict():
-            # Parameters, where quotes tell text from numbers.
+            # Parameters, where quotes distinguish text from numbers.
             yield from (((*path, name), text_of(child)) for name, child in value.items())
         case bool():
             yield path, text_of(value)

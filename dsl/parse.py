@@ -73,7 +73,7 @@ def _chunks(source: Source, problems: Diagnostics) -> Iterator[tuple[int, int]]:
             assert word is not None
             problems.error(
                 "E201",
-                "only blocks stand at the left margin of a block file",
+                "only blocks may start at the left margin of a block file",
                 source.span(start, word.end()),
                 "this is not `block`",
                 help="indent the line if it belongs to the block above, or make it a # comment",

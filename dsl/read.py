@@ -1,4 +1,4 @@
-"""Files to sources. Whatever a path may name, the answer is text or a diagnostic."""
+"""Files to sources: any path gives text or a diagnostic."""
 
 from __future__ import annotations
 

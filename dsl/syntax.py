@@ -109,8 +109,8 @@ def syntax_error(error: LarkError, source: Source, start: int, end: int) -> Diag
 
 def _character_help(char: str) -> str:
     return {
-        '"': "text stands between two quotes on one line",
-        "'": "text stands between two quotes on one line",
+        '"': "text is written between two quotes on one line",
+        "'": "text is written between two quotes on one line",
         "=": "compare with `==`; set an argument with `name = value` inside parentheses",
         "&": "write `and`",
         "|": "write `or`",
@@ -128,7 +128,7 @@ def _found(token: Token) -> str:
 
 def _expected(error: UnexpectedToken) -> str:
     words = list(dict.fromkeys(_READABLE.get(n, f"`{n.lower()}`") for n in sorted(error.expected)))
-    # More than a handful of possibilities help nobody.
+    # A longer list of possibilities does not help.
     if len(words) > MAX_EXPECTED:
         return "an operator or the end of the expression" if "`)`" in words else "an expression"
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

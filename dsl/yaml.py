@@ -107,7 +107,7 @@ def child_of(node: Node, part: str | int) -> Node | None:
 
 
 def key_span(root: Node, path: tuple[str | int, ...]) -> Span | None:
-    """Where the key stands that ends `path`; None where there is none."""
+    """The place of the key that ends `path`; None where there is none."""
     parent = nearest_node(root, path[:-1])
     if isinstance(parent, Mapping) and path[-1] in parent.entries:
         return parent.entries[str(path[-1])].key_span
@@ -157,7 +157,7 @@ class _Reader:
         except (YAMLError, ValueError, OverflowError) as error:
             # A few bad escapes and version numbers surface as Python's own errors, without place.
             at = self.source.span(self.position, self.position)
-            self.problems.error("E103", f"this is not YAML: {error}", at, "behind this")
+            self.problems.error("E103", f"this is not YAML: {error}", at, "after this")
         self.problems.raise_if_any()
 
     def document(self) -> Node:
@@ -236,7 +236,7 @@ class _Reader:
                 return Mapping(self._end(event, child, last), entries)
             key = self._node(child, depth + 1)
             value = self._node(next(self.events), depth + 1)
-            # Where a value is missing, the reader's place is that of whatever comes next.
+            # Where a value is missing, the reader's place is that of the next token.
             if value.span.start == value.span.end and (
                 colon := _COLON.match(self.source.text, key.span.end)
             ):
@@ -273,7 +273,7 @@ class _Reader:
     def _syntax_error(self, error: MarkedYAMLError) -> None:
         mark = error.problem_mark or error.context_mark
         at = min(mark.index, len(self.source.text)) if mark else 0
-        # An error at the end of the text shows better behind the last thing written.
+        # An error at the end of the text is shown after the last token.
         if at >= len(self.source.text.rstrip()):
             at = len(self.source.text.rstrip())
         span = self.source.span(at, min(at + 1, len(self.source.text)))
@@ -301,7 +301,7 @@ def _tagged(event: Event) -> bool:
 
 # The reader's words -> ours; the first match counts.
 _EXPLANATIONS = (
-    ("mapping values are not allowed", "a `:` cannot stand here",
+    ("mapping values are not allowed", "a `:` is not allowed here",
      "put quotes around text that holds `: `, and indent keys of one mapping alike"),
     ("could not find expected ':'", "this line has no `key: value`",
      "write a `:` and a space after the key"),
@@ -317,7 +317,7 @@ _EXPLANATIONS = (
      "put quotes around the value"),
     ("expected the node content", "a value is missing here",
      "write one, or remove the punctuation"),
-    ("sequence entries are not allowed", "a `- ` item cannot stand here",
+    ("sequence entries are not allowed", "a `- ` item is not allowed here",
      "begin the list on a line of its own"),
     ("expected alphabetic or numeric", "an anchor or alias without a name", _OWN_MECHANISM),
 )  # fmt: skip

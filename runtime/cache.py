@@ -1,4 +1,4 @@
-"""What decoding remembers of the tokens before."""
+"""The KV cache of decoding; for MLA, a cache of latents."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Cache:
-    """Room for `capacity` tokens of `batch` sequences, for every module that asks for it.
+    """Caches up to `capacity` tokens of `batch` sequences, for every module that appends to it.
 
-    A module names what it keeps, for MLA the normed latent and the rotated shared key. Memory is
-    taken when a module first appends, in the dtype and on the device of what it appends.
+    Entries have names, for MLA those of the normed latent and the rotated shared key. Memory is
+    allocated when a module first appends, with the dtype and device of the entry.
     """
 
     def __init__(self, batch: int, capacity: int) -> None:
@@ -20,10 +20,10 @@ class Cache:
         self._lengths: dict[tuple[nn.Module, str], int] = {}
 
     def append(self, module: nn.Module, **entries: Tensor) -> tuple[Tensor, ...]:
-        """Adds entries [batch, new, ...] and returns all so far, [batch, old + new, ...] each.
+        """Appends entries [batch, new, ...] and returns all so far, [batch, old + new, ...] each.
 
-        What comes back are views, valid until the cache grows again, and carries no gradient.
-        Raises ValueError when the capacity is exceeded or the batch is another one.
+        The results are views without gradients, valid until the next append.
+        Raises ValueError if the capacity is exceeded or the batch size differs.
         """
         return tuple(self._append((module, name), entry) for name, entry in entries.items())
 
@@ -47,5 +47,5 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        """Memory taken so far, in bytes."""
+        """Memory allocated so far, in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -1,4 +1,4 @@
-"""Files that are old or new, and on the disk, whenever a process or a machine stops."""
+"""Atomic and durable writes of files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file that is old or new, whenever the process is killed."""
+    """Replaces a file atomically: a killed process leaves the old or the new one."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has a file, or the names in a folder."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,8 +2,8 @@
 
 Generated modules call these by the operator's name (`from .runtime import functional as F`).
 Equation numbers are those of the DeepSeek-V3 Technical Report (arXiv 2412.19437). Unless a
-docstring says otherwise, results have the dtype of the first operand, and whatever is summed or
-exponentiated is computed in float32 (in float64 for float64 operands).
+docstring says otherwise, results have the dtype of the first operand, and sums and exponentials
+are computed in float32 (in float64 for float64 operands).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def join_rotated(x: Tensor, shared: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each head's part of keys x [batch, seq, heads, d], and behind it `rotate` of the part that
+    """Each head's part of keys x [batch, seq, heads, d], followed by `rotate` of the part that
     all heads share [batch, seq, r], eq. 4."""
     turned = rotate(shared, cos, sin).unsqueeze(-2).expand(-1, -1, x.shape[-2], -1)
     return torch.cat([x, turned], -1)
@@ -433,7 +433,7 @@ def grouped_linear(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
 def unpermute(y: Tensor, sort_indices: Tensor, weight: Tensor) -> Tensor:
     """Rows y [slots, hidden] back at their tokens, times weight [..., k], summed, eq. 12.
 
-    The sum runs in the order of each token's choices, whatever the batch: [..., hidden].
+    The sum runs in the order of each token's choices, in any batch: [..., hidden].
     """
     return sum_choices(y, sort_indices, weight.flatten(0, -2).to(y.dtype)).view(
         *weight.shape[:-1], y.shape[-1]

@@ -1,4 +1,4 @@
-"""Continuing a text: one pass over the prompt, then one token at a time from the cache."""
+"""Generation: prefill of the prompt, then decoding of one token at a time from the cache."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def generate(
 ) -> Tensor:
     """The int64 prompts [batch, seq] with up to `max_new_tokens` more: [batch, seq + new].
 
-    `temperature` 0 takes the best token (of equals the lowest id); above, samples from the
+    `temperature` 0 is greedy (of equals the lowest id); above, tokens are sampled from the
     smallest set of tokens that holds `top_p` of the probability, the same each time for the same
-    `seed`. A sequence that reached `eos_token_id` is filled up with it until all have ended;
-    None never ends, "config" takes the spec's. Prompts have equal lengths: there is no padding.
+    `seed`. A sequence that reached `eos_token_id` is padded with it until all have ended;
+    None never ends, "config" is that of the spec. Prompts have equal lengths: there is no padding.
 
-    Raises ValueError for tokens or settings that make no sense, FloatingPointError when the model
-    gives NaN or infinity.
+    Raises ValueError for invalid tokens or settings, FloatingPointError for logits that are NaN or
+    infinite.
     """
     _check(model, tokens, max_new_tokens, temperature, top_p)
     eos = model.config.sequence.eos_token_id if eos_token_id == "config" else eos_token_id
@@ -56,7 +56,7 @@ def generate(
         step = model.decode if new.shape[1] == 1 else model.prefill
         logits = step(new, position, cache)
         if not logits.isfinite().all():
-            raise FloatingPointError(f"the model gave NaN or infinity at token {text.shape[1]}")
+            raise FloatingPointError(f"the logits are NaN or infinite at token {text.shape[1]}")
         chosen = (
             _sample(logits, temperature, top_p, generator) if temperature else logits.argmax(-1)
         )

@@ -79,7 +79,7 @@ def swiglu_grad(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swiglu_grad_joined(d: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Of gate and, behind it, of up [.., n], for silu(gate) up: [.., 2 n]."""
+    """Of gate and up [.., n], concatenated, for silu(gate) up: [.., 2 n]."""
     return torch.cat(swiglu_grad(d, gate, up), -1)
 
 
@@ -396,6 +396,6 @@ def pad_first(x: Tensor, dim: int, count: int) -> Tensor:
 
 
 def pad_last(x: Tensor, dim: int, count: int) -> Tensor:
-    """`count` zeros behind x along a dimension."""
+    """Pads x with `count` zeros at the end of a dimension."""
     zeros = x.new_zeros(*x.shape[:dim], count, *x.shape[dim + 1 :])
     return torch.cat([x, zeros], dim=dim)

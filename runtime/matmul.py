@@ -1,4 +1,4 @@
-"""Which kernel multiplies matrices: all give the same product up to rounding, not in the same time.
+"""The choice of a GEMM: all give the same product up to rounding, at different speeds.
 
 Where torch has a choice on the CPU, its matmul takes MKL for float32, and MKL keeps to AVX2 on
 processors that are not Intel's: oneDNN takes half of the time there (2048 x 256 by 256 x 96: 0.40
@@ -15,10 +15,10 @@ import torch.nn.functional as torch_f
 from torch import Tensor
 
 FEW = 8
-"""Up to so many rows, what takes the time is to read the weight: no kernel is ahead of another."""
+"""Up to this many rows, reading the weight takes the time: all kernels are equally fast."""
 
 LARGE = 2**19
-"""Of so many numbers, oneDNN also reads the weight faster (8192 x 512: 0.73 ms, MKL 1.13)."""
+"""With this many numbers, oneDNN also reads the weight faster (8192 x 512: 0.73 ms, MKL 1.13)."""
 
 BUCKET = 32
 """oneDNN makes a kernel for each new number of rows, which takes as long as to multiply some 500
@@ -87,7 +87,7 @@ class _Part:
     exact: slice
     wider: slice
     inside: slice
-    """Where the exact ones stand among the wider."""
+    """Where the exact rows are among the wider."""
 
 
 def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:

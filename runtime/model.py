@@ -1,4 +1,4 @@
-"""The base of every generated model: how it comes to be, and what it can do besides computing."""
+"""The base class of generated models: construction, loading, saving and generation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.
 
 @dataclass(frozen=True)
 class Output:
-    """What `forward` gives: scores of each position's next token, and of those after it."""
+    """The result of `forward`: logits of the next token at each position, and of later ones."""
 
     logits: Tensor
     """[batch, seq, vocab]"""
@@ -33,7 +33,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Loss:
-    """What `loss` gives; every loss is a scalar, in nats a token."""
+    """The result of `loss`; every loss is a scalar, in nats per token."""
 
     total: Tensor
     """What training minimises: main + weighted MTP + weighted balance."""
@@ -86,9 +86,9 @@ class LanguageModel(CheckpointModule, ABC):
     ) -> Loss:
         """The loss of int64 tokens [batch, seq]; labels[:, i] is the token after tokens[:, i].
 
-        Labels of -100 count nowhere. `position` [batch, seq] defaults to 0, 1, 2, ..., and begins
-        anew with each document where the spec has a mask between them (`train.document_mask`).
-        `tokens_seen` is what schedules by tokens go by.
+        Labels of -100 count nowhere. `position` [batch, seq] defaults to 0, 1, 2, ..., and starts
+        from 0 in each document where the spec has a mask between them (`train.document_mask`).
+        Schedules by tokens depend on `tokens_seen`.
         """
 
     @abstractmethod

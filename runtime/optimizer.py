@@ -1,8 +1,8 @@
-"""AdamW with master weights in float32, in place: what the end of a training step does to a weight.
+"""AdamW with master weights in float32, in place: the optimizer step of one weight.
 
 DeepSeek-V3 keeps the two moments in bfloat16 and trains with beta1 0.9, beta2 0.95, weight decay
 0.1 and a gradient norm of at most 1 (report, sections 3.3.2 and 4.2). Decay is decoupled (arXiv
-1711.05101). Whatever is stored, each step is computed in float32.
+1711.05101). Each step is computed in float32, in any storage dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-6
-"""Keeps a norm of zero from being divided by, as torch's clip_grad_norm_ does."""
+"""Avoids division by a norm of zero, as torch's clip_grad_norm_ does."""
 
 
 def square_sum(grads: Iterable[Tensor]) -> Tensor:

@@ -194,7 +194,7 @@ def json_schema() -> dict[str, Any]:
             "description": VARIANT_KEYS["variants"],
         },
     }
-    # A file that extends another need not say everything again.
+    # A file that extends another may leave out any key.
     schema["if"] = {"not": {"required": ["extends"]}}
     schema["then"] = {"required": required}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

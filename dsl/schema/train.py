@@ -138,7 +138,7 @@ class Loss(Section):
     @field_validator("mtp_weight")
     @classmethod
     def _by_tokens(cls, schedule: Schedule) -> Schedule:
-        # A model is told the tokens seen; steps are the trainer's.
+        # A model knows the tokens seen; only the trainer knows steps.
         if any(phase.until_step is not None for phase in schedule.root):
             _refuse("it goes by tokens only", "end its phases by `until`")
         return schedule
@@ -212,7 +212,7 @@ class Train(Section):
     )
     fim: FillInTheMiddle | None = Field(None, description="Fill in the middle")
     ema: Annotated[float | None, Number("ema", 0, whole=False, maximum=1)] = Field(
-        None, description="Decay of a moving average of the weights, kept beside them"
+        None, description="Decay of an exponential moving average of the weights"
     )
     saved_bytes_per_token: Annotated[int | None, Number("saved_bytes_per_token", 0)] = Field(
         None,

@@ -133,7 +133,7 @@ def _required(annotation: Any) -> Any:
 
 
 def _typo(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> str | None:
-    """The unknown key beside a missing one that was most likely meant to be it."""
+    """The unknown key that was most likely meant to be the missing one."""
     mapping = yaml.nearest_node(root, loc[:-1])
     if not isinstance(mapping, yaml.Mapping):
         return None
@@ -156,7 +156,7 @@ def _unknown_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnos
     known = [*_fields(loc[:-1], schema), *extra]
     help = did_you_mean(key, known)
     if not help:
-        # Right name, wrong place: `hidden_size` beside `params` instead of in it.
+        # Right name, wrong place: `hidden_size` next to `params` instead of in it.
         paths = {path[-1]: ".".join(path) for path in _paths(schema)}
         params = yaml.child_of(root, "params")
         if isinstance(params, yaml.Mapping):

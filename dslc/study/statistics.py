@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 LEVEL = 0.05
-"""A difference is told from chance if its corrected p is below."""
+"""A difference is significant if its corrected p is below this."""
 LEAST_SIZES = 4
 """Points that a law of three constants needs."""
 

@@ -167,5 +167,5 @@ def test_the_longest_text_is_allowed(model: Model) -> None:
 def test_a_model_without_weights_or_with_nan_is_reported() -> None:
     with pytest.raises(ValueError, match="no weights yet"):
         Model(device="meta").generate(tokens(1, 2), 1)
-    with pytest.raises(FloatingPointError, match="NaN or infinity at token 2"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite at token 2"):
         generate(Scripted({3: 1.0}, {5: float("nan")}), torch.tensor([[4]]), 2)
