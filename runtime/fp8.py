@@ -295,9 +295,16 @@ def _without_gradient(x: Tensor) -> Tensor:
     return x
 
 
+def refuse_gradient(s: Tensor, weight: Tensor) -> Tensor:
+    """The scales of the FP8 copy of a weight; asking for the weight's gradient is an error."""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _NoGradient.apply(s, weight)  # type: ignore[no-any-return]
+    return s
+
+
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod

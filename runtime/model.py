@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint, optimizer
+from . import checkpoint, fp8, optimizer
 from .cache import Cache
 from .config import Config
 from .generate import generate
 from .module import CheckpointModule
-from .weights import initialize
+from .weights import Tensors, initialize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.bfloat16}
 """Dtype of the weights by `config.precision.policy`."""
@@ -58,6 +58,8 @@ class LanguageModel(CheckpointModule, ABC):
     config: ClassVar[Config]
     optimizer: ClassVar[Any] = optimizer
     """What the end of a training step computes with: that module, or kernels in its place."""
+    fp8: ClassVar[Any] = fp8
+    """What makes the FP8 copies of weights: that module, or kernels in its place."""
 
     def __init__(
         self,
@@ -71,6 +73,9 @@ class LanguageModel(CheckpointModule, ABC):
             # Its gate would silently be computed in less than float32.
             raise ValueError(f"this model was built for fp32, not for {dtype}: build it with bf16")
         self.build()
+        for module in self.modules():
+            if isinstance(module, Tensors):
+                module.quantize_weight = self.fp8.quantize_weight
         self.to(dtype=dtype or DTYPES[policy])
         if torch.device(device).type != "meta":
             self.to_empty(device=device)

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import fp8
 from .normal import fill_normal, tensor_key
 from .saved import Saved
+
+Fp8 = fp8.Quantized
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,19 @@ class Declaration:
     """None: the dtype of the model. Any other is kept, also by `model.to(...)`."""
     buffer: bool
     """A buffer is saved like a parameter, but no gradient reaches it."""
+    fp8: str = ""
+    """How the scales of its FP8 copy are kept, `fp32` or `ue8m0`; empty: it has none."""
 
 
 def normal(
-    *shape: int, std: float, dtype: torch.dtype | None = None, buffer: bool = False
+    *shape: int,
+    std: float,
+    dtype: torch.dtype | None = None,
+    buffer: bool = False,
+    fp8: str = "",
 ) -> Declaration:
     """A tensor that starts as N(0, std^2)."""
-    return Declaration(shape, 0.0, std, dtype, buffer)
+    return Declaration(shape, 0.0, std, dtype, buffer, fp8)
 
 
 def ones(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
@@ -78,6 +87,7 @@ class Tensors(Block):
     def __init__(self, **members: Declaration | nn.Module) -> None:
         super().__init__()
         self.declarations = {n: m for n, m in members.items() if isinstance(m, Declaration)}
+        self._copy: _Copy | None = None
         for name, member in members.items():
             if isinstance(member, nn.Module):
                 self.add_module(name, member)
@@ -92,6 +102,37 @@ class Tensors(Block):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    quantize_weight: Callable[..., Fp8] = staticmethod(fp8.quantize_weight)
+    """How the FP8 copy is made; kernels stand in its place where a build has them."""
+
+    @property
+    def fp8(self) -> Fp8:
+        """The FP8 copy of `weight`: E4M3 [.., out, in], scales for each 128 x 128 of it.
+
+        Made again whenever the weight is another tensor or was changed in place, by whoever, in
+        ways that autograd counts. What writes into its memory otherwise must call
+        `torch.autograd.graph.increment_version`.
+        """
+        weight = self.weight
+        version = None if weight.is_inference() else weight._version
+        if self._copy is None or not self._copy.is_of(weight, version):
+            scale = self.declarations["weight"].fp8
+            with torch.no_grad():
+                q, s = self.quantize_weight(weight.detach(), scale=scale, parts=self.parts_of_rows)
+            self._copy = _Copy(weight, weight.data_ptr(), version, q, s)
+        return self._copy.q, fp8.refuse_gradient(self._copy.s, weight)
+
+    @property
+    def parts_of_rows(self) -> tuple[int, ...]:
+        """Sizes of the rows in which blocks of scales begin anew; none if that changes nothing."""
+        return ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever exchanges tensors of a module, as fully_shard does, may keep their versions.
+        if name == "weight":
+            self.__dict__["_copy"] = None
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tensors:
         """What `to`, `bfloat16`, `to_empty` and the like do; a declared dtype survives them."""
         fixed = {
@@ -99,6 +140,7 @@ class Tensors(Block):
             for name, declared in self.declarations.items()
             if declared.dtype is not None
         }
+        self._copy = None
         super()._apply(fn, recurse)
         for name, before in fixed.items():
             tensor = getattr(self, name)
@@ -108,6 +150,21 @@ class Tensors(Block):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(d.shape)}" for name, d in self.declarations.items())
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """The FP8 copy of a weight, and what it was made of."""
+
+    weight: Tensor
+    place: int
+    version: int | None
+    q: Tensor
+    s: Tensor
+
+    def is_of(self, weight: Tensor, version: int | None) -> bool:
+        same = self.weight is weight and self.place == weight.data_ptr()
+        return same and self.version == version
 
 
 class Joined(Tensors):
@@ -129,13 +186,18 @@ class Joined(Tensors):
         self.parts, self.rows = parts, rows
         self.register_state_dict_post_hook(_unjoin)
 
+    @property
+    def parts_of_rows(self) -> tuple[int, ...]:
+        rows = tuple(self.rows.values())
+        return () if all(n % fp8.RUN == 0 for n in rows[:-1]) else rows
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(d.shape)}" for name, d in self.parts.items())
 
 
 def _but_rows(part: Declaration) -> tuple[object, ...]:
     """What the parts of a `Joined` have in common."""
-    return (*part.shape[:-2], part.shape[-1], part.dtype, part.buffer)
+    return (*part.shape[:-2], part.shape[-1], part.dtype, part.buffer, part.fp8)
 
 
 class Stack(nn.Module):

@@ -201,4 +201,6 @@ class Declarations:
             arguments.append(f"dtype={TORCH_DTYPES[weight.type.dtype]}")
         if not weight.trainable:
             arguments.append("buffer=True")
+        if weight.fp8:
+            arguments.append(f'fp8="{weight.fp8_scale}"')
         return f"{weight.init}({', '.join(arguments)})"

@@ -269,7 +269,7 @@ def call_fp8(name: str, *attrs: str) -> Emit:
     """`fp8.name(operands, attr=..)`; products say in which element type they give their result."""
 
     def emit(e: Emitter, op: Op) -> None:
-        parts = [*(e.names[v] for v in op.operands), *e.named(op, *attrs)]
+        parts = [*filter(None, (e.names[v] for v in op.operands)), *e.named(op, *attrs)]
         if op.attrs.get("parts"):
             parts.append(f"parts={op.attrs['parts']}")
         if "dtype" in op.attrs:

@@ -11,7 +11,6 @@ from backends.torch.sizes import literal
 from backends.torch.statements_grad import GRADIENTS
 from compiler.graph.core import Op
 from compiler.ops.base import dims_of
-from compiler.ops.quantize import parts_attr
 
 
 def _infix(operator: str) -> Emit:
@@ -71,13 +70,11 @@ def _grouped_linear(e: Emitter, op: Op) -> None:
     e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.stored(op)})")
 
 
-def _quantize_weight(e: Emitter, op: Op) -> None:
-    arguments = [e.stored(op) if op.attrs["experts"] else e.weight(op.symbols[0])]
-    arguments.append(f"scale={literal(op.attrs['scale'])}")
-    parts = parts_attr([e.graph.weights[s].type.dims[0].size or 0 for s in op.symbols])
-    if parts:
-        arguments.append(f"parts={parts}")
-    e.assign(op, f"fp8.quantize_weight({', '.join(arguments)})")
+def _fp8_weight(e: Emitter, op: Op) -> None:
+    """Numbers and scales are one state of the module, which products take."""
+    q, s = op.results
+    e.names.share(q, f"*{e.stored(op).removesuffix('.weight')}.fp8")
+    e.names.share(s, "")
 
 
 def _permute_quantized(e: Emitter, op: Op) -> None:
@@ -282,7 +279,7 @@ STATEMENTS: Mapping[str, Emit] = {
     "swiglu_quantize": call_fp8("swiglu_quantize", "scale"),
     "quantize_columns": call_fp8("quantize_columns", "scale"),
     "requantize": call_fp8("requantize", "scale"),
-    "quantize_weight": _quantize_weight,
+    "fp8_weight": _fp8_weight,
     "permute_quantized": _permute_quantized,
     "fp8_linear": call_fp8("linear"),
     "fp8_grouped_linear": call_fp8("grouped_linear"),

@@ -108,7 +108,7 @@ def write(texts: Mapping[str, str], folder: Path) -> None:
 
 def _functions(namespace: str, files: Sequence[KernelFile], callers: str) -> list[str]:
     """A class of `kernels/__init__.py`: an assignment for each of its functions."""
-    called = re.findall(rf"\b{CALLERS.get(namespace, namespace)}\.(\w+)\(", callers)
+    called = re.findall(rf"\b{CALLERS.get(namespace, namespace)}\.(\w+)[(,]", callers)
     paths = {f"{namespace}.{function}" for function in called}
     paths |= {p for file in files for p in file.serves if p.startswith(f"{namespace}.")}
     return [

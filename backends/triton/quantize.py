@@ -26,7 +26,8 @@ numbers a thread, which is what it writes of a column at a time, too."""
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/quantize.py`, with the casts that occur."""
-    kinds = [kind for kind in (*CASTS, "quantize_both") if instances.of(kind)]
+    found = [kind for kind in (*CASTS, "quantize_both", "fp8_weight") if instances.of(kind)]
+    kinds = ["quantize_weight" if kind == "fp8_weight" else kind for kind in found]
     if not kinds:
         return None
     text = render(
@@ -47,13 +48,13 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}
     serves = {f"fp8.{kind}": dtype for kind, dtype in first.items()}
     cases = deduplicate(
-        case for instance in instances.of(*kinds) for case in _cases(instance, instances)
+        case for instance in instances.of(*found) for case in _cases(instance, instances)
     )
     return KernelFile("quantize", text, serves, cases)
 
 
 def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
-    if instance.kind == "quantize_weight":
+    if instance.kind == "fp8_weight":
         return [_weight_case(instance)]
     kind, size, scale = instance.kind, instance.size(0), str(instance.op.attrs["scale"])
     parts = _parts(instance.op.attrs.get("parts", ()))

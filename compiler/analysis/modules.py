@@ -204,7 +204,7 @@ class Modules:
             content.fp8_flops += flops
         for symbol in op.symbols:
             weight = graph.weights[symbol]
-            grouped = place.experts if op.kind in ("grouped_linear", "quantize_weight") else None
+            grouped = place.experts if op.kind in ("grouped_linear", "fp8_weight") else None
             many = (*place.many, grouped) if grouped else place.many
             name, count, active = _expanded(symbol, many)
             tensor = Tensor(

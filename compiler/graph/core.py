@@ -77,6 +77,11 @@ class Weight:
     axis: str = ""
     fp8: str = ""
 
+    @property
+    def fp8_scale(self) -> str:
+        """How the scales of its FP8 copy are kept: `fp32`, `ue8m0`, or empty without a copy."""
+        return "fp32" if self.fp8 == "recipe" else self.fp8
+
 
 @dataclass(frozen=True, slots=True)
 class Cache:

@@ -47,6 +47,7 @@ _ALL: tuple[type[Operator], ...] = (
     quantize.QuantizeColumns,
     quantize.Requantize,
     quantize.QuantizeWeight,
+    quantize.Fp8Weight,
     quantize.PermuteQuantized,
     quantize.Fp8Linear,
     quantize.Fp8LinearInputGrad,

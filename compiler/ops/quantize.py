@@ -23,7 +23,7 @@ from compiler.ops.moe import Permute, slots
 RUN = 128
 FP8 = "f8e4m3"
 SCALES = ("fp32", "ue8m0")
-CASTS = ("quantize", "quantize_columns", "quantize_weight", "requantize")
+CASTS = ("quantize", "quantize_columns", "requantize")
 
 
 def runs(size: int, parts: Sequence[Attr] = ()) -> int:
@@ -97,12 +97,31 @@ class Requantize(Operator):
 
 
 class QuantizeWeight(Operator):
-    """Weights [out, in] below one another in E4M3, each with a scale for every 128 x 128 of it.
+    """Makes the FP8 copy of a weight anew: once in an optimizer step, after its update.
 
-    `experts` is their dimension where the weights are those of all experts.
+    `experts` is their dimension where the weight is that of all experts.
     """
 
     kind = "quantize_weight"
+    symbols = ("weight",)
+    attrs: ClassVar = {"scale": str, "experts": tuple}
+    pure = False
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        _need_scale(cls.kind, site)
+        return ()
+
+
+class Fp8Weight(Operator):
+    """The FP8 copy of weights [out, in] below one another, a scale for every 128 x 128 of each.
+
+    The copy is state: made once in an optimizer step (`quantize_weight`), or read from a
+    checkpoint; reading it costs nothing. `experts` is their dimension where the weights are those
+    of all experts.
+    """
+
+    kind = "fp8_weight"
     symbols = ("weight*",)
     attrs: ClassVar = {"scale": str, "experts": tuple}
 

@@ -34,6 +34,8 @@ NAMES = {
     "update": "{}_share",
 }
 
+OF_WEIGHTS = ("gradient", "update", "assign", "quantize_weight")
+
 
 def shared_weights(uncut: Program, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Weights of the outermost block, as the embedding, that several stages use, and which."""
@@ -121,7 +123,7 @@ class _Step:
     ) -> list[Value]:
         module = module_of(weight)
         names = [NAMES.get(kind, "{}").format(module) if module else "squares"]
-        symbols = [weight] if kind in ("gradient", "update", "assign") else []
+        symbols = [weight] if kind in OF_WEIGHTS else []
         return builder.add(kind, operands, symbols, names=names, spans=self.spans, **attrs)
 
     def _reduce(self, name: str, weight: Weight) -> Value:
@@ -172,6 +174,9 @@ class _Step:
             into = (*experts, *dims_attr(*weight.type.dims))
             (new,) = self._add(builder, "all_gather", new, weight=name, **group, into=into)
         self._add(builder, "assign", new, weight=name, experts=experts)
+        if weight.fp8:
+            scale = weight.fp8_scale
+            self._add(builder, "quantize_weight", weight=name, scale=scale, experts=experts)
 
     def _axes(self, weight: Weight) -> tuple[str, ...]:
         """The axes of the ranks that hold the same elements of a weight."""

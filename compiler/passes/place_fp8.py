@@ -74,7 +74,7 @@ class _Products:
         x, *offs = at.op.operands
         scale = self.scale_of(at, x, weights[0])
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
-        return _fp8(at, [q, s, *offs, *_quantized_weight(at, offs)], parts=_parts(weights))
+        return _fp8(at, [q, s, *offs, *_fp8_weight(at, offs)], parts=_parts(weights))
 
     def input_grad(self, at: Place) -> Sequence[Value] | Miss:
         """dx = dy W: dy in runs of a row, the weights as the forward product has them."""
@@ -84,7 +84,7 @@ class _Products:
         dy, *offs = at.op.operands
         scale, parts = self.scale_of(at, dy, weights[0]), _parts(weights)
         q, s = at.add("quantize", [dy], names=_names(dy), scale=scale, parts=parts)
-        return _fp8(at, [q, s, *offs, *_quantized_weight(at, offs)], parts=parts)
+        return _fp8(at, [q, s, *offs, *_fp8_weight(at, offs)], parts=parts)
 
     def weight_grad(self, at: Place) -> Sequence[Value] | Miss:
         """dW = dy^T x: both in runs of tokens; x from what the forward product was made of."""
@@ -148,13 +148,13 @@ def _names(x: Value) -> tuple[str, str]:
     return f"{x.name}_q", f"{x.name}_s"
 
 
-def _quantized_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
-    """The weights of a product, named by their module."""
+def _fp8_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
+    """The FP8 copy of the weights of a product, named by their module."""
     symbols = at.op.symbols
     name = module_of(symbols[0])
     return at.add(
-        "quantize_weight", [], symbols, names=(f"{name}_q", f"{name}_s"),
-        scale="ue8m0" if _weights(at, symbols)[0].fp8 == "ue8m0" else "fp32",
+        "fp8_weight", [], symbols, names=(f"{name}_q", f"{name}_s"),
+        scale=_weights(at, symbols)[0].fp8_scale,
         experts=dims_attr(*offs[0].type.dims) if offs else (),
     )  # fmt: skip
 

@@ -121,7 +121,7 @@ class _Walk:
                 total += self._visit(graph, region.ops, sizes, times * again, made)
             made |= {v.name: (v, op) for v in op.results}
             # A quantized copy is there for the product that reads it, and gone.
-            if op.kind not in (*VIEWS, *CASTS) and not op.regions:
+            if op.kind not in (*VIEWS, *CASTS, "fp8_weight") and not op.regions:
                 # What has no run-time dimension is the gradient of a weight, counted elsewhere.
                 made_of = (v.type for v in op.results if any(d.size is None for d in v.type.dims))
                 total += sum(type.bytes(sizes) for type in made_of)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup, all_reduce
 
 from ..config import Config
@@ -109,6 +110,8 @@ class AdamW:
                 factor=factor,
                 weight=weight.tensor if weight.tensor.dtype != torch.float32 else None,
             )
+            # A kernel writes behind autograd's back: FP8 copies must notice.
+            increment_version(weight.tensor)
         self.drop_gradients()
 
     @torch.no_grad()

@@ -139,7 +139,7 @@ def _fp8(name: str, *attrs: str) -> Run:
     return apply
 
 
-def _quantize_weight(f: Frame, op: Op) -> Sequence[Tensor]:
+def _fp8_weight(f: Frame, op: Op) -> Sequence[Tensor]:
     """Each of several weights by itself."""
     scale = str(op.attrs["scale"])
     parts = [fp8.quantize_weight(f.weight(s), scale) for s in op.symbols]
@@ -347,7 +347,8 @@ RUN: dict[str, Run] = {
     "rms_norm_quantize": _fp8("rms_norm_quantize", "eps", "scale"),
     "swiglu_quantize": _fp8("swiglu_quantize", "scale"),
     "requantize": _fp8("requantize", "scale"),
-    "quantize_weight": _quantize_weight,
+    "fp8_weight": _fp8_weight,
+    "quantize_weight": lambda f, op: [],  # the copy follows from the weight here
     "permute_quantized": _permute_quantized,
     "fp8_linear": _fp8("linear", "parts"),
     "fp8_linear_input_grad": _fp8("linear_input_grad", "parts"),

@@ -301,7 +301,7 @@ def _fp8_products(
     quantized = m.pool[-2:]
     m.plain("requantize", *quantized, *ends, scale=scale)
     columns = m.pool[-2:]
-    m.plain("quantize_weight", symbols=symbols, scale=scale, experts=experts)
+    m.plain("fp8_weight", symbols=symbols, scale=scale, experts=experts)
     weight = m.pool[-2:]
     m.plain(kind, *quantized, *ends, *weight, dtype=dtype, parts=())
     y = m.pool[-1]

@@ -37,7 +37,7 @@ MADE_BY_PASSES = {
         "saved",
         "accumulate_grad",
     ),
-    *("gradient", "sum_squares", "update", "assign"),
+    *("gradient", "sum_squares", "update", "assign", "quantize_weight"),
 }
 
 

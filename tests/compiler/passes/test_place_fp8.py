@@ -65,9 +65,7 @@ def test_embedding_head_gate_norms_attention_and_eh_proj_are_left_alone(program:
     head = {"lm_head.weight"} if program != "train" else set()  # it is one with its loss there
     assert left == {"gate.weight"} | head | eh_proj
     marked = {s for g in done.graphs.values() for s, w in g.weights.items() if w.fp8}
-    cast = {
-        s for g in done.graphs.values() for op in named(g, "quantize_weight") for s in op.symbols
-    }
+    cast = {s for g in done.graphs.values() for op in named(g, "fp8_weight") for s in op.symbols}
     absorbed = {
         s for g in done.graphs.values() for op in named(g, "head_linear") for s in op.symbols
     }
@@ -77,7 +75,7 @@ def test_embedding_head_gate_norms_attention_and_eh_proj_are_left_alone(program:
 def scales(program: Program, graph: str) -> list[tuple[str, object]]:
     found = [
         *named(program.graphs[graph], "quantize"),
-        *named(program.graphs[graph], "quantize_weight"),
+        *named(program.graphs[graph], "fp8_weight"),
     ]
     return [(op.results[0].name, op.attrs["scale"]) for op in found]
 
