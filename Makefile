@@ -9,7 +9,8 @@ TORCH  := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 # `make replay` compares with this commit.
 BASE   ?= HEAD~1
 REPLAY := build/replay
-ALL_CORES := -n auto --dist worksteal
+# Whole files go to a worker: tests of a file may build upon one another.
+ALL_CORES := -n auto --dist loadfile
 
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:

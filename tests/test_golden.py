@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.places import ROOT
 
+pytestmark = pytest.mark.slow  # processes
 SUITE = """
 def test_text(golden):
     golden("folder/a.txt", "one\\ntwo\\n")
@@ -36,7 +37,6 @@ def run(suite: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.slow
 def test_a_difference_fails_with_a_diff_until_it_is_accepted(suite: Path) -> None:
     status, out = run(suite)
     assert status == 1 and "golden/folder/a.txt does not exist yet" in out

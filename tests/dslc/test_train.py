@@ -56,7 +56,9 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     assert dslc(*words, "--seed", "1").out != outcome.out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> None:
+    assert dslc(*train(run, "--data", str(run.parent / "text.txt"))).status == 0
     for words, message in [
         (["eval", str(tmp_path)], "is not a dslc run directory"),
         (["sample", str(run), "--tokens", "1000"], "max_position_embeddings (256)"),
