@@ -79,7 +79,7 @@ def test_a_learned_tokenizer_serves_a_run(dslc: Run, run: Path, tmp_path: Path) 
     outcome = dslc(*words, "--vocab-size", "300", "--special", "<begin>", "--special", "<end>",
                    "--eos", "1")  # fmt: skip
     assert outcome.status == 0, outcome.err
-    count = int(re.search(r"([\d,]+) tokens, of 300", outcome.out)[1].replace(",", ""))  # type: ignore[index]
+    count = int(re.search(r"([\d,]+) tokens, vocabulary 300", outcome.out)[1].replace(",", ""))  # type: ignore[index]
     assert 1000 < count < 4000
     outcome = dslc(*train(tmp_path / "run", "--data", str(tokens)))
     assert outcome.status == 0, outcome.err
