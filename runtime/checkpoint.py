@@ -73,13 +73,20 @@ def load(model: CheckpointModule, folder: str | Path) -> LoadReport:
         if model.device.type == "meta":
             model.to_empty(device="cpu")
         for part in published(model):
-            part.tensor.copy_(sources.of[part.name].read(shards))
+            source = sources.of[part.name]
+            if part.scales is not None and source.scale is not None:
+                part.take(shards.values(source.entry), shards.values(source.scale))
+            else:
+                part.take(source.read(shards))
         return LoadReport(
             folder=folder,
             files=len({entry.file for entry in shards.entries.values()}),
             total=len(shards.entries),
             read=len(shapes),
-            dequantized=sum(sources.of[name].scale is not None for name in shapes),
+            dequantized=sum(
+                sources.of[part.name].scale is not None and part.scales is None
+                for part in published(model)
+            ),
             aliased=len(sources.of) - len(shapes),
             bytes=sum(entry.bytes for entry in shards.entries.values()),
             seconds=time.perf_counter() - began,
@@ -168,7 +175,24 @@ def _write(model: CheckpointModule, folder: Path, max_shard_bytes: int) -> None:
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
     dtype = str(model.dtype).removeprefix("torch.")
     key = "dtype" if "dtype" in model.hf_config else "torch_dtype"
-    _write_json(folder / "config.json", {**model.hf_config, key: dtype})
+    config = {**model.hf_config, key: dtype}
+    held = next((p.declaration for p in published(model) if p.scales is not None), None)
+    if held is not None:
+        config["quantization_config"] = quantization_config(held.fp8)
+    _write_json(folder / "config.json", config)
+
+
+def quantization_config(scale: str) -> dict[str, object]:
+    """What config.json says of FP8 weights; which they are is known from their scales."""
+    power = {"scale_fmt": "ue8m0"} if scale == "ue8m0" else {}
+    size = [BLOCK, BLOCK]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": size,
+        "activation_scheme": "dynamic",
+        **power,
+    }
 
 
 def _split(model: CheckpointModule, max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -185,7 +209,11 @@ def _split(model: CheckpointModule, max_shard_bytes: int) -> Iterator[dict[str, 
 
 
 def _tensors(model: CheckpointModule) -> Iterator[tuple[str, Tensor]]:
-    parts = {part.name: part.tensor for part in published(model)}
+    parts: dict[str, Tensor] = {}
+    for part in published(model):
+        parts[part.name] = part.tensor
+        if part.scales is not None:
+            parts[f"{part.name}_scale_inv"] = part.scales
     yield from parts.items()
     for copy, original in model.aliases.items():
         yield copy, parts[original]

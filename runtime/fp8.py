@@ -99,6 +99,12 @@ def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = 
     return q.flatten(-4, -3).flatten(-2)[..., :rows, :columns].to(E4M3), s
 
 
+def dequantize_weight(q: Tensor, s: Tensor, parts: Sequence[int] = ()) -> Tensor:
+    """What `quantize_weight` gave, multiplied back: float32 [.., out, in]."""
+    rows = _spread(s, q.shape[-2], parts, -2)
+    return q.float() * _spread(rows, q.shape[-1], (), -1)
+
+
 def quantize_both(
     x: Tensor, offs: Tensor | None = None, *, scale: str = "fp32"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

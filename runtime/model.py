@@ -52,7 +52,8 @@ class LanguageModel(CheckpointModule, ABC):
 
     `device="meta"` makes no weights at all: shapes are known, `load` fills them in. `dtype`
     defaults to the precision policy of the spec. Weights follow from `seed` and their published
-    names alone.
+    names alone. `weights="fp8"` holds the weights of FP8 products in E4M3 with their scales and in
+    no other form, for inference: they are read from published FP8 folders, and saved, as they are.
     """
 
     config: ClassVar[Config]
@@ -66,6 +67,7 @@ class LanguageModel(CheckpointModule, ABC):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        weights: Literal["fp8"] | None = None,
     ) -> None:
         super().__init__()
         policy = self.config.precision.policy
@@ -77,9 +79,35 @@ class LanguageModel(CheckpointModule, ABC):
             if isinstance(module, Tensors):
                 module.quantize_weight = self.fp8.quantize_weight
         self.to(dtype=dtype or DTYPES[policy])
+        if weights is not None:
+            self._hold_fp8()
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             initialize(self, seed)
+
+    def _hold_fp8(self) -> None:
+        """Raises ValueError where no product of the model is in FP8."""
+        held = [
+            module
+            for module in self.modules()
+            if isinstance(module, Tensors) and "weight" in module.declarations
+            if module.declarations["weight"].fp8
+        ]
+        if not held:
+            raise ValueError(
+                f"weights='fp8': no product of {self.config.model} is in FP8; build it with "
+                "`precision.policy: fp8_blockwise`"
+            )
+        for module in held:
+            module.hold_fp8()
+
+        def loss(*inputs: Any, **named: Any) -> Loss:
+            raise ValueError(
+                "a model with weights='fp8' cannot be trained: its weights have no other form; "
+                "make one without `weights`"
+            )
+
+        self.loss = loss  # type: ignore[method-assign]
 
     @abstractmethod
     def build(self) -> None:

@@ -88,6 +88,7 @@ class Tensors(Block):
         super().__init__()
         self.declarations = {n: m for n, m in members.items() if isinstance(m, Declaration)}
         self._copy: _Copy | None = None
+        self._dense: tuple[int | None, torch.dtype, Tensor] | None = None
         for name, member in members.items():
             if isinstance(member, nn.Module):
                 self.add_module(name, member)
@@ -113,6 +114,8 @@ class Tensors(Block):
         ways that autograd counts. What writes into its memory otherwise must call
         `torch.autograd.graph.increment_version`.
         """
+        if self.holds_fp8:
+            return self.weight, getattr(self, SCALES)
         weight = self.weight
         version = None if weight.is_inference() else weight._version
         if self._copy is None or not self._copy.is_of(weight, version):
@@ -121,6 +124,36 @@ class Tensors(Block):
                 q, s = self.quantize_weight(weight.detach(), scale=scale, parts=self.parts_of_rows)
             self._copy = _Copy(weight, weight.data_ptr(), version, q, s)
         return self._copy.q, fp8.refuse_gradient(self._copy.s, weight)
+
+    @property
+    def holds_fp8(self) -> bool:
+        """Whether `weight` itself is E4M3, with scales in `weight_scale_inv`, for inference."""
+        return SCALES in self._buffers
+
+    def hold_fp8(self) -> None:
+        """Lets E4M3 numbers and their scales take the place of `weight`, on the meta device."""
+        declared, rows = self.declarations["weight"], self.parts_of_rows
+        *experts, out, width = declared.shape
+        blocks = sum(-(-n // fp8.RUN) for n in rows or (out,)), -(-width // fp8.RUN)
+        self.declarations |= {
+            "weight": replace(declared, dtype=fp8.E4M3, buffer=True),
+            SCALES: ones(*experts, *blocks, dtype=torch.float32, buffer=True),
+        }
+        del self.weight
+        for name in ("weight", SCALES):
+            one = self.declarations[name]
+            self.register_buffer(name, torch.empty(one.shape, dtype=one.dtype, device="meta"))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """`weight` for what does not compute in FP8: as it is, or multiplied out and held."""
+        if not self.holds_fp8:
+            return self.weight  # type: ignore[no-any-return]
+        q, s = self.fp8
+        version = None if q.is_inference() else q._version
+        if self._dense is None or self._dense[:2] != (version, dtype):
+            wide = fp8.dequantize_weight(q, s, self.parts_of_rows).to(dtype)
+            self._dense = version, dtype, wide
+        return self._dense[2]
 
     @property
     def parts_of_rows(self) -> tuple[int, ...]:
@@ -140,7 +173,7 @@ class Tensors(Block):
             for name, declared in self.declarations.items()
             if declared.dtype is not None
         }
-        self._copy = None
+        self._copy = self._dense = None
         super()._apply(fn, recurse)
         for name, before in fixed.items():
             tensor = getattr(self, name)
@@ -227,6 +260,9 @@ class Stack(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
+SCALES = "weight_scale_inv"
+"""What checkpoints call the scales of an FP8 `weight`, which they multiply all the same."""
+
 Index = tuple[int | slice | EllipsisType, ...]
 
 
@@ -242,6 +278,8 @@ class Published:
     `Joined`; () for all of it."""
     declaration: Declaration | None
     """None for tensors that were put into the module by other means than `Tensors`."""
+    scales: Tensor | None = None
+    """Of a tensor that is held in FP8: a view of its scales, [blocks of rows, blocks]."""
 
     @property
     def tensor(self) -> Tensor:
@@ -252,6 +290,15 @@ class Published:
     def grad(self) -> Tensor | None:
         """The gradient of this part, if the storage has one."""
         return None if self.storage.grad is None else self.storage.grad[self.index]
+
+    def take(self, values: Tensor, scales: Tensor | None = None) -> None:
+        """Writes values: numbers, which are quantized where FP8 is held, or E4M3 with `scales`."""
+        if self.scales is not None:
+            if scales is None:
+                assert self.declaration is not None
+                values, scales = fp8.quantize_weight(values, self.declaration.fp8)
+            self.scales.copy_(scales)
+        self.tensor.copy_(values)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -272,7 +319,9 @@ def published(module: nn.Module, prefix: str = "", index: Index = ()) -> Iterato
         return
     declarations = module.declarations if isinstance(module, Tensors) else {}
     for name, tensor in _own(module):
-        yield Published(prefix + name, tensor, index, declarations.get(name))
+        if name != SCALES:
+            scales = getattr(module, SCALES)[index] if _held(module) else None
+            yield Published(prefix + name, tensor, index, declarations.get(name), scales)
     parts = range(module.count) if isinstance(module, Stack) else (None,)
     for part in parts:
         here, inside = (prefix, index) if part is None else (f"{prefix}{part}.", (*index, part))
@@ -281,11 +330,17 @@ def published(module: nn.Module, prefix: str = "", index: Index = ()) -> Iterato
 
 
 def _published_parts(joined: Joined, prefix: str, index: Index) -> Iterator[Published]:
-    end = 0
+    end = block = 0
     for name, rows in joined.rows.items():
         start, end = end, end + rows
+        first, block = block, block - (-rows // fp8.RUN)
         place = (*index, ..., slice(start, end), slice(None))
-        yield Published(f"{prefix}{name}.weight", joined.weight, place, joined.parts[name])
+        held = getattr(joined, SCALES)[index][..., first:block, :] if _held(joined) else None
+        yield Published(f"{prefix}{name}.weight", joined.weight, place, joined.parts[name], held)
+
+
+def _held(module: nn.Module) -> bool:
+    return isinstance(module, Tensors) and module.holds_fp8
 
 
 def _around(prefix: str) -> str:
@@ -304,7 +359,9 @@ def initialize(module: nn.Module, seed: int) -> None:
         declared = entry.declaration
         if declared is None or entry.storage.is_meta:
             continue
-        if declared.std:
+        if entry.scales is not None:
+            entry.take(first_values(entry.name, entry.shape, declared.value, declared.std, seed))
+        elif declared.std:
             key = tensor_key(seed, entry.name)
             fill_normal(entry.tensor, key, declared.value, declared.std)
         else:
@@ -338,9 +395,21 @@ def _stored(stack: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _views(joined: Joined) -> list[tuple[str, Tensor]]:
-    """Its parts by their names beside it."""
-    views = joined.weight.detach().split(list(joined.rows.values()), -2)
-    return [(f"{name}.weight", view) for name, view in zip(joined.rows, views, strict=True)]
+    """Its parts by their names beside it, and their scales where it holds FP8."""
+    return [
+        (f"{name}.{tensor}", view)
+        for tensor, rows in _cuts(joined).items()
+        for name, view in zip(
+            joined.rows, getattr(joined, tensor).detach().split(rows, -2), strict=True
+        )
+    ]
+
+
+def _cuts(joined: Joined) -> dict[str, list[int]]:
+    """How many rows of each of its tensors belong to each part."""
+    rows = list(joined.rows.values())
+    blocks = {SCALES: [-(-n // fp8.RUN) for n in rows]} if joined.holds_fp8 else {}
+    return {"weight": rows, **blocks}
 
 
 def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -353,9 +422,10 @@ def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[st
 
 def _unjoin(joined: Joined, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """The same for the parts of a `Joined`."""
-    views = state.pop(f"{prefix}weight").split(list(joined.rows.values()), -2)
-    for name, view in zip(joined.rows, views, strict=True):
-        state[f"{_around(prefix)}{name}.weight"] = view
+    for tensor, rows in _cuts(joined).items():
+        views = state.pop(f"{prefix}{tensor}").split(rows, -2)
+        for name, view in zip(joined.rows, views, strict=True):
+            state[f"{_around(prefix)}{name}.{tensor}"] = view
 
 
 def _restack(
@@ -388,10 +458,13 @@ def _rejoin(
     """The same for every `Joined` in a block; torch shows a module only what is named below it."""
     for name, child in block.named_children():
         if isinstance(child, Joined):
-            names = {prefix + part: view for part, view in _views(child)}
-            values = _take(state, names, missing, errors)
-            whole = child.weight.detach() if values is None else torch.cat(values, -2)
-            state[f"{prefix}{name}.weight"] = whole
+            for tensor in _cuts(child):
+                views = {prefix + part: v for part, v in _views(child) if part.endswith(tensor)}
+                values = _take(state, views, missing, errors)
+                stored = getattr(child, tensor).detach()
+                state[f"{prefix}{name}.{tensor}"] = (
+                    stored if values is None else torch.cat(values, -2)
+                )
 
 
 def _take(

@@ -86,9 +86,12 @@ def _head_linear(e: Emitter, op: Op) -> None:
     (rows,) = dims_of(op.attrs["rows"])
     start = op.attrs["start"]
     assert isinstance(start, int)
+    weight = e.weight(op.symbols[0])
+    if e.graph.weights[op.symbols[0]].fp8:  # which may be held in FP8 only
+        weight = f"{weight.removesuffix('.weight')}.dense({e.operand(op, 0)}.dtype)"
     arguments = [
         e.operand(op, 0),
-        e.weight(op.symbols[0]),
+        weight,
         f"({start}, {start + (rows.size or 0)})",
     ]
     arguments.append(f"transposed={op.attrs['transposed']}")
