@@ -39,7 +39,7 @@ def test_every_pass_of_every_program_is_a_step(program: str) -> None:
 def test_an_operator_is_shown_with_types_bytes_arithmetic_and_place() -> None:
     text = page("deepseek_v3").text
     assert (
-        "%down_proj = grouped_linear (%mul, %ends, @experts.*.down_proj.weight) "
+        "%down_proj = grouped_linear (%mul, %offs, @experts.*.down_proj.weight) "
         "bf16[slot, hidden_size=7168] 469.76 MB 962.07 GFLOP swiglu.dsl:7"
     ) in re.sub(r" +", " ", text)
 
