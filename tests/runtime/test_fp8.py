@@ -393,3 +393,21 @@ def test_autograd_is_refused_rather_than_wrong() -> None:
     y = fp8.linear(*fp8.quantize(x), *fp8.quantize_weight(wild(3, 4)), dtype=torch.float32)
     with pytest.raises(RuntimeError, match="no gradient of products in FP8"):
         y.sum().backward()
+
+
+def test_every_e4m3_number_is_widened_exactly() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = every[~every.float().isnan()]
+    assert len(finite) == 254
+    wide = fp8._wide(finite)
+    assert torch.equal(wide, finite.float().double())
+    assert torch.equal(torch.signbit(wide), torch.signbit(finite.float()))
+    assert torch.equal(fp8._wide(every).isnan(), every.float().isnan())
+
+
+def test_few_rows_are_multiplied_as_many_are() -> None:
+    x, w = fp8.quantize(wild(40, 512)), fp8.quantize_weight(wild(256, 512))
+    many = fp8.linear(*x, *w, dtype=torch.float32)
+    for rows in (1, 7, 16):
+        few = fp8.linear(x[0][:rows], x[1][:rows], *w, dtype=torch.float32)
+        assert torch.equal(few, many[:rows])
