@@ -15,12 +15,6 @@ from compiler.graph.core import Graph, Op, Program, Value
 from compiler.graph.text import print_op
 from compiler.ops import OPS, Site
 
-# Operators whose results lie in the memory of their first operand.
-VIEWS = (
-    "split", "flatten", "unflatten", "broadcast", "drop_first", "drop_last", "last_entry",
-    "rename", "cache_entry",
-)  # fmt: skip
-
 
 @dataclass(eq=False, slots=True)
 class Life:
@@ -125,7 +119,7 @@ class _Walk:
             self.sizes |= OPS[op.kind].sizes(self._site(op), self.sizes)
             if op.regions:
                 self._region(op)
-            elif op.kind in VIEWS:
+            elif OPS[op.kind].view:
                 self.memory.update((v, self._where(op.operands[0])) for v in op.results)
             else:
                 self._make(op.results, at)

@@ -65,6 +65,7 @@ class Rotate(Operator):
     """
 
     kind = "rotate"
+    cheap = True
     operands = ("x", "cos", "sin")
 
     @classmethod
@@ -98,6 +99,7 @@ class Attention(Operator):
     """
 
     kind = "attention"
+    tiled_twice = True
     saving: ClassVar[tuple[str, ...]] = ("attention_saving", "lse")
     operands: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     attrs: ClassVar = {"scale": float}
@@ -152,6 +154,7 @@ class DocumentAttention(Attention):
     """
 
     kind = "document_attention"
+    tiled_twice = True
     saving: ClassVar[tuple[str, ...]] = ("document_attention_saving", "lse")
     operands = ("q", "k", "v", "position")
 
@@ -185,6 +188,7 @@ class LatentAttention(Operator):
     """
 
     kind = "latent_attention"
+    tiled_twice = True
     operands = ("q_latent", "q_rope", "c_kv", "k_rope")
     attrs: ClassVar = {"scale": float}
 
@@ -210,6 +214,7 @@ class CacheEntry(Operator):
     """Marks what a decoder must remember; the same values when nothing is remembered."""
 
     kind = "cache_entry"
+    view = True
     variadic = True
     attrs: ClassVar = {"entries": tuple}
 

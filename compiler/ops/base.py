@@ -100,6 +100,21 @@ class Operator:
     # of its further results.
     saving: ClassVar[tuple[str, ...]] = ()
     hoist: ClassVar[bool] = False  # depends on little: worth computing once, for all who call
+    # Facts that passes go by. `view`: the results lie in the memory of the first operand.
+    view: ClassVar[bool] = False
+    # Reads and writes memory once: recomputed rather than saved, where that frees bytes.
+    cheap: ClassVar[bool] = False
+    # A product with a weight, recomputed where that frees many bytes for each FLOP.
+    product: ClassVar[bool] = False
+    # Treats every row alike, so that it does not matter which expert a row is for.
+    rowwise: ClassVar[bool] = False
+    # Gives a pipeline stage its own terms of a sum over stages, from its own terms of another.
+    termwise: ClassVar[bool] = False
+    # Leaves numbers as they are, or works within each head: scales may be chosen by its operand.
+    keeps_numbers: ClassVar[bool] = False
+    # Its results are tiled once more for the weight gradient, or travel to experts: their scales
+    # are powers of two (DeepSeek-V3 report, section 3.3.3).
+    tiled_twice: ClassVar[bool] = False
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:

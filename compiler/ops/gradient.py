@@ -180,6 +180,7 @@ class AttentionSaving(Attention):
     """`attention`, and the logarithm of each query's sum of exponentials: [batch, seq, heads]."""
 
     kind = "attention_saving"
+    tiled_twice = True
     saving = ()
 
     @classmethod
@@ -212,6 +213,7 @@ class DocumentAttentionSaving(DocumentAttention):
     """`document_attention`, and what `attention_saving` gives besides."""
 
     kind = "document_attention_saving"
+    tiled_twice = True
     saving = ()
 
     @classmethod
@@ -287,6 +289,7 @@ class UnpermuteGrad(Operator):
     """Gradients of the slots y [slot, hidden] and of the weights [.., k]."""
 
     kind = "unpermute_grad"
+    tiled_twice = True
     operands = ("d", "y", "sort_indices", "weight")
 
     @classmethod
@@ -394,6 +397,7 @@ class Rename(Operator):
     """x with its last dimension under another name."""
 
     kind = "rename"
+    view = True
     sums = "all"
     operands = ("x",)
     attrs: ClassVar = {"dim": tuple}

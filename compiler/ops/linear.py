@@ -50,6 +50,7 @@ class Linear(Operator):
     """
 
     kind = "linear"
+    product = True
     operands = ("x",)
     sums = "all"
     symbols = ("weight*",)
@@ -97,6 +98,7 @@ class HeadLinear(Operator):
     """
 
     kind = "head_linear"
+    keeps_numbers = True
     operands = ("x",)
     sums = "all"
     symbols = ("weight",)

@@ -175,6 +175,7 @@ class Permute(Operator):
     """
 
     kind = "permute"
+    tiled_twice = True
     sums = "own"
     operands = ("x", "topk_indices")
     attrs: ClassVar = {"count": tuple}
@@ -217,6 +218,7 @@ class GroupedLinear(Operator):
     """
 
     kind = "grouped_linear"
+    product = True
     sums = "first"
     operands = ("x", "offs")
     symbols = ("weight*",)

@@ -24,6 +24,7 @@ class RMSNorm(Operator):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, cast at the end."""
 
     kind = "rms_norm"
+    cheap = True
     operands = ("x",)
     symbols = ("weight",)
     attrs: ClassVar = {"eps": float}
@@ -59,6 +60,7 @@ class AddRMSNorm(Operator):
     """x + y, and `rms_norm` of it: the residual is added and normed for the next block."""
 
     kind = "add_rms_norm"
+    cheap = True
     operands = ("x", "y")
     symbols = ("weight",)
     attrs: ClassVar = {"eps": float}
@@ -89,6 +91,8 @@ class SwiGLU(Operator):
     """silu(gate) * up (arXiv 2002.05202)."""
 
     kind = "swiglu"
+    cheap = True
+    rowwise = True
     operands = ("gate", "up")
 
     @classmethod
@@ -119,6 +123,8 @@ class SiLU(_Pointwise):
     """x * sigmoid(x)."""
 
     kind = "silu"
+    cheap = True
+    rowwise = True
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -129,6 +135,8 @@ class Sigmoid(_Pointwise):
     """1 / (1 + exp(-x))."""
 
     kind = "sigmoid"
+    cheap = True
+    rowwise = True
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -139,6 +147,8 @@ class Softmax(_Pointwise):
     """exp(x) / sum(exp(x)) over the last dimension, in float32."""
 
     kind = "softmax"
+    cheap = True
+    rowwise = True
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:

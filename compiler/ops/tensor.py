@@ -42,6 +42,9 @@ class Add(_Elementwise):
     """x + y of equal shapes; a scalar meets every shape."""
 
     kind = "add"
+    cheap = True
+    rowwise = True
+    termwise = True
     sums = "all"
 
     @classmethod
@@ -53,6 +56,8 @@ class Sub(_Elementwise):
     """x - y of equal shapes."""
 
     kind = "sub"
+    cheap = True
+    rowwise = True
     sums = "all"
 
     @classmethod
@@ -65,6 +70,9 @@ class Mul(_Elementwise):
     """x * y of equal shapes; a scalar meets every shape."""
 
     kind = "mul"
+    cheap = True
+    rowwise = True
+    termwise = True
     sums = "one"
 
     @classmethod
@@ -77,6 +85,9 @@ class Div(_Elementwise):
     """x / y of equal shapes; a scalar meets every shape."""
 
     kind = "div"
+    cheap = True
+    rowwise = True
+    termwise = True
     sums = "first"
 
     @classmethod
@@ -91,6 +102,9 @@ class Scale(Operator):
     """x times a number that is known when the model is built."""
 
     kind = "scale"
+    cheap = True
+    rowwise = True
+    termwise = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"by": float}
@@ -111,6 +125,9 @@ class Cast(Operator):
     """x in another element type; `bf16` stands for the model's own."""
 
     kind = "cast"
+    cheap = True
+    rowwise = True
+    termwise = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"dtype": str}
@@ -146,6 +163,7 @@ class Sum(Operator):
     """The sum of all elements."""
 
     kind = "sum"
+    termwise = True
     operands = ("x",)
     sums = "all"
 
@@ -166,6 +184,9 @@ class Split(Operator):
     """The last dimension cut into parts, in order."""
 
     kind = "split"
+    view = True
+    rowwise = True
+    keeps_numbers = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"into": tuple}
@@ -197,6 +218,8 @@ class Concat(Operator):
     """Tensors joined along the last dimension."""
 
     kind = "concat"
+    cheap = True
+    keeps_numbers = True
     variadic = True
     sums = "all"
     attrs: ClassVar = {"into": tuple}
@@ -227,6 +250,8 @@ class Flatten(Operator):
     """The last dimensions made one, `heads, head_dim` to `heads*head_dim`."""
 
     kind = "flatten"
+    view = True
+    keeps_numbers = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"dims": tuple}
@@ -254,6 +279,8 @@ class Unflatten(Operator):
     """The last dimension made several, `heads*head_dim` to `heads, head_dim`."""
 
     kind = "unflatten"
+    view = True
+    keeps_numbers = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"dims": tuple}
@@ -285,6 +312,7 @@ class Broadcast(Operator):
     """A new dimension before the last one, with equal entries: one head's keys for all heads."""
 
     kind = "broadcast"
+    view = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"dim": tuple}
@@ -324,6 +352,7 @@ class DropFirst(_Drop):
     """x without its first `count` entries along a run-time dimension: tokens that come later."""
 
     kind = "drop_first"
+    view = True
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -334,6 +363,7 @@ class DropLast(_Drop):
     """x without its last `count` entries along a run-time dimension."""
 
     kind = "drop_last"
+    view = True
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -344,6 +374,7 @@ class LastEntry(Operator):
     """The last entry along `seq`: the only position whose next token a decoder asks for."""
 
     kind = "last_entry"
+    view = True
     sums = "all"
     operands = ("x",)
 

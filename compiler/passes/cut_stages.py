@@ -25,9 +25,6 @@ from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
-# Operators that give a stage its own terms of a sum over stages, from its own terms of another.
-TERMWISE = ("sum", "cast", "scale", "add", "mul", "div")
-
 
 def cut_stages(layout: Layout, stage: int) -> Pass:
     """Leaves of a program what one stage of the pipeline computes."""
@@ -80,7 +77,7 @@ class _Cut:
         if op.kind == "repeat":
             self.terms.update(op.results[len(op.operands) :])
         elif self.terms & set(op.operands):
-            if op.kind not in TERMWISE or (op.kind == "div" and op.operands[1] in self.terms):
+            if not OPS[op.kind].termwise or (op.kind == "div" and op.operands[1] in self.terms):
                 self._refuse(op, f"{op.kind} of what the layers of several stages make together")
             self.terms.update(op.results)
         elif OPS[op.kind].pure and not op.symbols and self.common >= set(op.operands):

@@ -10,25 +10,11 @@ from collections.abc import Sequence
 
 from compiler.graph.core import Op, Program, Value
 from compiler.graph.types import Dim
+from compiler.ops import OPS
 from compiler.ops.base import dims_attr
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss, Place, rewrite
 from dsl.load import Description
-
-# Operators that treat every row alike, so that it does not matter which expert a row is for.
-ROWWISE = (
-    "silu",
-    "swiglu",
-    "sigmoid",
-    "softmax",
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "scale",
-    "cast",
-    "split",
-)
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
@@ -47,7 +33,7 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
     x, topk_indices, weight = at.op.operands
     (region,) = at.op.regions
     for inner in region.ops[:-1]:
-        if inner.kind != "linear" and inner.kind not in ROWWISE:
+        if inner.kind != "linear" and not OPS[inner.kind].rowwise:
             return Miss(f"{inner.kind} inside an expert has no grouped form", inner)
         outside = [v for v in inner.operands if v not in _made(region.args, region.ops)]
         if outside:

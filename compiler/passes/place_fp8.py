@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight, lists
+from compiler.ops import OPS
 from compiler.ops.base import dims_attr, module_of
 from compiler.ops.quantize import parts_attr
 from compiler.passes.base import Pass
@@ -20,14 +21,6 @@ from compiler.passes.differentiate import save
 from compiler.passes.simplify import share_equal
 from compiler.rewrite import Miss, Place, rewrite
 from dsl.load import Description
-
-# What leaves numbers as they are, or works within each head.
-LAYOUT = ("flatten", "unflatten", "split", "concat", "head_linear")
-# Whose results are tiled once more for the weight gradient, or travel to experts.
-POWERS_OF_TWO = (
-    "attention", "attention_saving", "document_attention", "document_attention_saving",
-    "latent_attention", "permute", "unpermute_grad",
-)  # fmt: skip
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
@@ -122,7 +115,7 @@ class _Products:
         source = _source(at.producers, x)
         if source is not None and source[0].kind == "saved":
             source = self.saved_source(at.builder.graph, *source)
-        return "ue8m0" if source and source[0].kind in POWERS_OF_TWO else "fp32"
+        return "ue8m0" if source and OPS[source[0].kind].tiled_twice else "fp32"
 
     def saved_source(self, backward: Graph, saved: Op, value: Value) -> tuple[Op, Value] | None:
         """Where in the forward graph a value comes from that the backward graph reads."""
@@ -169,7 +162,7 @@ def _fp8(at: Place, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
 def _source(producers: dict[Value, Op], x: Value) -> tuple[Op, Value] | None:
     """The operator that computed the numbers of x, however they lie, and its result."""
     op = producers.get(x)
-    while op is not None and op.kind in LAYOUT:
+    while op is not None and OPS[op.kind].keeps_numbers:
         x = op.operands[0]
         op = producers.get(x)
     return (op, x) if op is not None else None

@@ -14,7 +14,7 @@ the same values, so that gradients have the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -30,12 +30,6 @@ from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
-VIEWS = ("split", "flatten", "unflatten", "broadcast", "drop_first", "drop_last", "rename")
-POINTWISE = (
-    "rms_norm", "add_rms_norm", "silu", "swiglu", "sigmoid", "softmax", "rotate", "concat", "add",
-    "sub", "mul", "div", "scale", "cast",
-)  # fmt: skip
-PRODUCTS = ("linear", "grouped_linear")
 # A product is recomputed if it frees this many times the bytes for each FLOP that one with the
 # hidden state would. For V3: kv_b_proj 14, q_b_proj 4.7, down_proj of an expert 3.5.
 WIDENING = 3
@@ -102,16 +96,18 @@ class _Pair:
         self.taken.add(name)
         return name
 
-    def recompute_kinds(self, kinds: Sequence[str], *, only_if_freed: bool = False) -> None:
-        """Recomputes every saved value that an operator of these kinds made."""
+    def recompute_cheap(self) -> None:
+        """Recomputes saved values that views made, and cheap operators where that frees bytes."""
+        self._recompute_all(lambda op: OPS[op.kind].view)
+        self._recompute_all(lambda op: OPS[op.kind].cheap and self.bytes_freed(op) > 0)
+
+    def _recompute_all(self, wanted: Callable[[Op], bool]) -> None:
         changed = True
         while changed:
             changed = False
             for name in list(self.saved):
                 op = self.producers.get(name)
-                if op is None or op.kind not in kinds or name not in self.saved:
-                    continue
-                if only_if_freed and self.bytes_freed(op) <= 0:
+                if op is None or name not in self.saved or not wanted(op):
                     continue
                 self.recompute(op)
                 changed = True
@@ -130,7 +126,7 @@ class _Pair:
         made_by = self.producers.get(value.name)
         if made_by is op:
             return True
-        if made_by is None or made_by.kind not in (*VIEWS, *POINTWISE):
+        if made_by is None or not _costs_little(made_by):
             return False
         sources = {s for v in made_by.operands for s in self._sources(v)}
         return bool(sources) and sources <= set(op.results)
@@ -140,7 +136,7 @@ class _Pair:
         if value.name in self.saved or value.name in self.made:
             return
         op = self.producers.get(value.name)
-        if op is None or op.kind not in (*VIEWS, *POINTWISE):
+        if op is None or not _costs_little(op):
             yield value
             return
         for operand in op.operands:
@@ -224,10 +220,13 @@ def _decompose(ops: Sequence[Op]) -> Iterator[Op]:
             yield op
 
 
+def _costs_little(op: Op) -> bool:
+    return OPS[op.kind].view or OPS[op.kind].cheap
+
+
 def _apply_default_rules(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -> None:
     """The first two rules, for one graph."""
-    pair.recompute_kinds(VIEWS)
-    pair.recompute_kinds(POINTWISE, only_if_freed=True)
+    pair.recompute_cheap()
     _lift_arguments(pair, pairs, program)
 
 
@@ -290,8 +289,7 @@ def _choose(pairs: Sequence[_Pair], program: Program, description: Description) 
             break
         _, _, pair, op = max(found, key=lambda f: f[:2])
         pair.recompute_from(op)
-        pair.recompute_kinds(VIEWS)
-        pair.recompute_kinds(POINTWISE, only_if_freed=True)
+        pair.recompute_cheap()
     if budget is not None and total() > budget:
         raise DiagnosticError([_over(math.ceil(total()), budget, description)])
 
@@ -299,7 +297,7 @@ def _choose(pairs: Sequence[_Pair], program: Program, description: Description) 
 def _products(pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, Op]]:
     for pair in pairs:
         for op in pair.forward.ops:
-            if op.kind in PRODUCTS and not any(v.name in pair.made for v in op.results):
+            if OPS[op.kind].product and not any(v.name in pair.made for v in op.results):
                 yield pair, op
 
 

@@ -18,7 +18,6 @@ from compiler.ops.attention import Attention
 from compiler.ops.moe import Experts
 from compiler.ops.quantize import CASTS
 from compiler.parallel.layout import Unit
-from compiler.passes.recompute import VIEWS
 from dsl.source import Span
 
 # Bytes of so many elements, scales of 4 bytes for each 128 included: FP8, and the 12 bits of the
@@ -86,7 +85,11 @@ class _Walk:
         if 2 * size > self.largest.bytes:
             self.largest = SavedValue("values and gradients", graph.name, 2 * size, graph.span)
         if not self._program.backward:
-            named = [(n, v) for n, (v, op) in made.items() if op.kind not in (*VIEWS, "call")]
+            named = [
+                (n, v)
+                for n, (v, op) in made.items()
+                if not (OPS[op.kind].view or op.kind == "call")
+            ]
         elif graph is self._program.main:
             named = []  # parts of the outermost block are graphs of their own
         else:
@@ -121,7 +124,7 @@ class _Walk:
                 total += self._visit(graph, region.ops, sizes, times * again, made)
             made |= {v.name: (v, op) for v in op.results}
             # A quantized copy is there for the product that reads it, and gone.
-            if op.kind not in (*VIEWS, *CASTS, "fp8_weight") and not op.regions:
+            if not (OPS[op.kind].view or op.kind in CASTS or op.regions):
                 # What has no run-time dimension is the gradient of a weight, counted elsewhere.
                 made_of = (v.type for v in op.results if any(d.size is None for d in v.type.dims))
                 total += sum(type.bytes(sizes) for type in made_of)

@@ -15,8 +15,8 @@ from compiler.analysis.saved import saved_bytes_per_token
 from compiler.graph.core import Op, Program
 from compiler.graph.types import Type
 from compiler.graph.verify import verify
+from compiler.ops import OPS
 from compiler.passes.differentiate import DIFFERENTIATE
-from compiler.passes.recompute import VIEWS
 from compiler.pipeline import after
 from dsl.diagnostic import DiagnosticError
 from dsl.load import load
@@ -179,6 +179,6 @@ def test_what_v3_keeps_and_computes_again() -> None:
     again = [s for op in moe.ops if op.kind == "grouped_linear" for s in op.symbols]
     assert again == ["experts.*.down_proj.weight"]
     for graph in program.graphs.values():
-        views = {v.name for op in graph.ops if op.kind in VIEWS for v in op.results}
+        views = {v.name for op in graph.ops if OPS[op.kind].view for v in op.results}
         normed = {v.name for op in graph.ops if op.kind == "rms_norm" for v in op.results}
         assert not (views | normed) & {v.name for v in graph.saved}
