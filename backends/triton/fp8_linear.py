@@ -1,14 +1,14 @@
 """FP8 products of tokens with weights: tiles for each width, and the launches to look at.
 
-What decides the form of the loop (`fp8_sum.jinja`), in instructions for 128 of the sum on sm_90,
+What decides the form of the loop (`fp8_gemm.jinja`), in instructions for 128 of the sum on sm_90,
 for a tile of 128 x 128 by 8 warps, as compiled by Triton 3.7.1:
 
 - One scale a tile, because no tile leaves the 128 columns of a block: 64 FFMA. A scale for every
   column as well: 64 FMUL more, and as many registers as columns (226 against 165; weight gradients
   need it, 259).
-- Two runs of 128 a turn of the loop, at pointers: 140. One run: 160 to 170. By the copy engine: 167
-  and 149; its descriptors are moved about between registers for every load. sm_100 has warps for
-  that, whose work is no longer that of those that add.
+- Two groups of 128 a turn of the loop, at pointers: 140. One group: 160 to 170. By the copy engine:
+  167 and 149; its descriptors are moved about between registers for every load. sm_100 has warps
+  for that, whose work is no longer that of those that add.
 - Scales of the next turn are loaded before the products of this one. Triton loads ahead only what
   a product reads; a scale that is loaded where it is needed stops all warps for as long as the
   memory takes, at the same count of instructions.
@@ -80,7 +80,7 @@ def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case
 
 
 def _product(instance: OpInstance, rows: int) -> Case:
-    out, width, (blocks, runs) = (
+    out, width, (blocks, groups) = (
         instance.size(2, -2),
         instance.size(2),
         (instance.size(3, 0), instance.size(3)),
@@ -88,7 +88,7 @@ def _product(instance: OpInstance, rows: int) -> Case:
     x = Tensor((rows, instance.size(0)), "float8_e4m3fn")
     x_scale = Tensor((rows, instance.size(1)), "float32", init="scale")
     w = Tensor((out, width), "float8_e4m3fn")
-    w_scale = Tensor((blocks, runs), "float32", init="scale")
+    w_scale = Tensor((blocks, groups), "float32", init="scale")
     y = Tensor((rows, out if instance.kind == "fp8_linear" else width))
     function, parts = instance.kind.removeprefix("fp8_"), parts_of(instance)
     return Case(

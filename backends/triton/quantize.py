@@ -9,8 +9,8 @@ from backends.triton.target import Target
 from compiler.graph.core import Attr
 from compiler.ops.quantize import CASTS, parts_attr, runs
 
-RUNS = 32
-"""Runs of 128 that a program of four warps takes: 32 numbers a thread, read 128 bits at a time."""
+GROUPS = 32
+"""Groups of 128 that a program of four warps takes: 32 numbers a thread, 128 bits a load."""
 
 COLUMNS, COLUMNS_WARPS = 64, 8
 """Columns of 128 tokens each that a program turns: 128 bytes of bfloat16 in a row are a cache line,
@@ -34,9 +34,9 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         "triton/quantize.py.jinja",
         target=target,
         kinds=kinds,
-        runs=RUNS,
-        # Below, programs of one warp and 8 runs, so that every multiprocessor has one.
-        few_runs=RUNS * target.multiprocessors,
+        groups=GROUPS,
+        # Below, programs of one warp and 8 groups, so that every multiprocessor has one.
+        few_groups=GROUPS * target.multiprocessors,
         tiles=[k for k in kinds if k in ("quantize_columns", "requantize", "quantize_both")],
         columns=COLUMNS,
         columns_warps=COLUMNS_WARPS,

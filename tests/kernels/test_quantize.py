@@ -60,9 +60,9 @@ def test_a_scale_that_is_not_rounded_as_a_division_is_found(
 ) -> None:
     """`/` is approximate on a GPU, and in the interpreter that tests use."""
     text = Path(str(kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8).__file__)).read_text()
-    rounded = "tl.div_rn(tl.maximum(largest, LEAST).to(tl.float32, bitcast=True), 448.0)"
+    rounded = "tl.div_rn(tl.maximum(largest, MIN_AMAX).to(tl.float32, bitcast=True), 448.0)"
     assert rounded in text
-    plain = "tl.maximum(largest, LEAST).to(tl.float32, bitcast=True) / 448.0"
+    plain = "tl.maximum(largest, MIN_AMAX).to(tl.float32, bitcast=True) / 448.0"
     (tmp_path / "approximate.py").write_text(text.replace(rounded, plain))
     x = wild(40, 96)[2:]
     (q, s), (want_q, want_s) = load(tmp_path / "approximate.py").quantize(x), fp8.quantize(x)
