@@ -17,7 +17,8 @@ from backends import VERSION
 from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
-from backends.torch.model import docstring, model_py
+from backends.torch.model import model_py
+from backends.torch.records import docstring
 from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program

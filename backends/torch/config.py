@@ -6,7 +6,7 @@ from typing import Any
 
 from backends.render import render
 from backends.torch.layout import Call, lay_out
-from backends.torch.model import docstring
+from backends.torch.records import docstring
 from dsl.hf import hf_config
 from dsl.load import Description
 from dsl.schema import BlockUse, Parallel, Phase, Schedule, Train, constant
