@@ -238,6 +238,26 @@ def _disagreements(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
         help = "add `eos_token_id: ..` under `sequence`"
         yield Diagnostic("E309", message, span, label, help=help)
     yield from _two_sizes(spec, root)
+    yield from _lengths(spec, root)
+
+
+def _lengths(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
+    """Sequences that are too short for MTP, or longer than the model has positions."""
+    depth, most = spec.architecture.mtp.depth, spec.sequence.max_position_embeddings
+    for section in ("train", "parallel"):
+        length = getattr(getattr(spec, section), "sequence_length", None)
+        if length is None:
+            continue
+        span = yaml.nearest_node(root, (section, "sequence_length")).span
+        name = f"`{section}.sequence_length`"
+        if length <= depth:
+            message = f"{name} is {length}, and MTP of depth {depth} predicts nothing in it"
+            help = f"make it at least {depth + 1}, or lower `architecture.mtp.depth`"
+            yield Diagnostic("E319", message, span, "too short", help=help)
+        elif most is not None and length > most:
+            message = f"{name} is {length:,}, more than the {most:,} positions of the model"
+            help = "raise `sequence.max_position_embeddings`, or train on shorter sequences"
+            yield Diagnostic("E319", message, span, "too long", help=help)
 
 
 def _two_sizes(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:

@@ -27,6 +27,7 @@ DTYPES = {
 }
 """The element types that weights may be stored in, by their safetensors names."""
 PICKLES = {".bin", ".pt", ".pth"}
+POINTER = b"version https://git-lfs.github.com/spec/"
 CHUNK = 1 << 24
 """Bytes that are compared at once."""
 BLOCK = 128
@@ -149,6 +150,9 @@ class Shards(ExitStack):
         return [self.folder / name for name in sorted(files)]
 
     def _read_header(self, file: Path) -> None:
+        if _is_pointer(file):
+            self._add("a Git LFS pointer, not the file itself; run `git lfs pull` there", file.name)
+            return
         try:
             with safe_open(file, framework="pt"):  # refuses a header that does not fit the file
                 handle = self.enter_context(file.open("rb"))
@@ -163,6 +167,15 @@ class Shards(ExitStack):
             begin, _ = about["data_offsets"]
             shape, dtype = tuple(about["shape"]), str(about["dtype"])
             self.entries[name] = Entry(name, file, shape, dtype, data + begin)
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a clone was made without git-lfs, which would have brought the file itself."""
+    try:
+        with file.open("rb") as handle:
+            return handle.read(len(POINTER)) == POINTER
+    except OSError:
+        return False  # whoever reads it says why
 
 
 def read_header(file: BufferedReader) -> tuple[dict[str, Any], int]:

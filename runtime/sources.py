@@ -11,6 +11,7 @@ from torch import Tensor
 from .shards import BLOCK, DTYPES, FP8, Entry, Problem, Shards, dequantize
 
 Shape = tuple[int, ...]
+CONSTANT = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Sources:
     def _refuse_the_rest(self) -> None:
         for name, entry in self._left.items():
             # Where transformers has 0 shared experts, it saves their weights without an element.
-            if 0 not in entry.shape:
+            # Some files hold the frequencies of rotary embedding, which follow from the config.
+            if 0 not in entry.shape and not name.endswith(CONSTANT):
                 self._refuse("not a tensor of this model", name)
 
     def _refuse(self, text: str, name: str) -> None:

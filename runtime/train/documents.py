@@ -12,6 +12,9 @@ from ..config import Config
 from .settings import TrainError
 from .tokenizer import Tokenizer
 
+ENCODING = "utf-8-sig"
+"""UTF-8, with or without the byte order mark that some programs write at the beginning."""
+
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
@@ -53,7 +56,7 @@ def documents(files: Iterable[Path]) -> Iterator[str]:
             if file.suffix == ".jsonl":
                 yield from _lines(file)
             else:
-                yield file.read_text(encoding="utf-8")
+                yield file.read_text(encoding=ENCODING)
         except OSError as error:
             raise TrainError(f"cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -61,7 +64,7 @@ def documents(files: Iterable[Path]) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -71,7 +74,14 @@ def _lines(file: Path) -> Iterator[str]:
                 text = None
             if not isinstance(text, str):
                 raise TrainError(f'{file}:{number} is not a JSON object with a "text"')
-            yield text
+            yield _whole(text)
+
+
+def _whole(text: str) -> str:
+    """A text as Unicode has it: JSON may hold half of a surrogate pair, which becomes U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def encode(

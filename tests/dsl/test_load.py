@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
 from dsl.source import MAX_SOURCE_BYTES
+from tests.support.places import TINY
 
 ERRORS = Path(__file__).parents[1] / "golden" / "errors"
 VALID = (ERRORS / "valid.yaml").read_text(encoding="utf-8")
@@ -187,3 +188,23 @@ def test_train_and_parallel_may_both_say_the_same(
     sizes = f"cluster: h800_2048, sequence_length: 64, {parallel}"
     (tmp_path / "a.yaml").write_text(f"{text}\ntrain: {{{train}}}\nparallel: {{{sizes}}}\n")
     load(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("sets", "label"),
+    [
+        (["train.sequence_length=1"], "too short"),
+        (["train.sequence_length=2", "architecture.mtp.depth=2"], "too short"),
+        (["train.sequence_length=4096", "sequence.max_position_embeddings=4095"], "too long"),
+        (["parallel={cluster: cpu_2x2, batch: 4, sequence_length: 1}"], "too short"),
+    ],
+)
+def test_lengths_that_cannot_be_trained_are_found(sets: list[str], label: str) -> None:
+    with pytest.raises(DiagnosticError) as raised:
+        load(TINY, sets=sets)
+    assert [(one.code, one.label) for one in raised.value.diagnostics] == [("E319", label)]
+
+
+def test_a_sequence_just_long_enough_is_taken() -> None:
+    depth = load(TINY).spec.architecture.mtp.depth
+    assert load(TINY, sets=[f"train.sequence_length={depth + 1}"]).spec.train.sequence_length

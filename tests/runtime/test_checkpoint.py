@@ -286,3 +286,17 @@ def test_a_model_without_weights_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights to save"):
         Model(device="meta").save(tmp_path / "x")
     assert not os.listdir(tmp_path)
+
+
+def test_constants_that_follow_from_the_config_may_be_among_the_tensors(
+    model: Model, state: State, tmp_path: Path
+) -> None:
+    """Files of Moonlight and Kimi-K2 hold the frequencies of rotary embedding in each layer."""
+    for layer in range(2):
+        state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    other = Model(dtype=torch.float32, seed=9)
+    other.load(write(tmp_path / "given", model=state))
+    assert_equal(other.state_dict(), model.state_dict())
+    state["model.layers.0.self_attn.rotary_emb.other"] = torch.ones(4)
+    name = "model.layers.0.self_attn.rotary_emb.other"
+    assert problems(write(tmp_path / "more", model=state)) == {("not a tensor of this model", name)}

@@ -101,3 +101,12 @@ def test_folders_without_safetensors_are_explained(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     ((text, name),) = problems(tmp_path)
     assert name == "pytorch_model.bin" and "pickle" in text and "convert to safetensors" in text
+
+
+def test_a_clone_without_git_lfs_is_told_as_what_it_is(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 455784\n"
+    (tmp_path / "model.safetensors").write_bytes(pointer)
+    with Shards(tmp_path) as shards:
+        (problem,) = shards.problems
+    assert problem.name == "model.safetensors"
+    assert "Git LFS pointer" in problem.text and "git lfs pull" in problem.text

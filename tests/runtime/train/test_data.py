@@ -126,3 +126,19 @@ def test_folders_that_are_damaged(tmp_path: Path) -> None:
         Tokens(tokens.folder)
     with pytest.raises(TrainError, match="holds no tokens"):
         Tokens(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\n{"text": "\xc3\xa9"}\n')
+    assert list(documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == ["one", "two", "\u00e9"]
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Path) -> None:
+    """JSON can write one; no encoding can."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a\\ud83db"}\n{"text": "\\ude00"}\n{"text": "\\ud83d\\ude00"}\n', encoding="utf-8"
+    )
+    found = list(documents([tmp_path / "a.jsonl"]))
+    assert found == ["a\ufffdb", "\ufffd", "\U0001f600"]
+    assert all(text.encode() for text in found)
