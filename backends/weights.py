@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -189,7 +190,7 @@ def convert(
         help = "choose another folder with --to, or move this one away"
         raise DiagnosticError([Diagnostic("E611", f"{one.name} {one.text}", help=help)]) from None
     except ConversionError as error:
-        raise DiagnosticError(_problems(error.problems)) from None
+        raise DiagnosticError(_problems(error.problems, checkpoint)) from None
 
 
 HELP = {
@@ -199,17 +200,36 @@ HELP = {
 """By the beginning of a problem."""
 
 
-def _problems(problems: Iterable[Problem]) -> Iterator[Diagnostic]:
+def _problems(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Diagnostic]:
     """One for each thing that is wrong; names that differ only in numbers are told as one."""
     from runtime.shards import gather
 
     by_text: dict[str, list[str]] = {}
     for one in problems:
         by_text.setdefault(one.text, []).append(one.name)
+    for layer, absent in _absent_mtp(by_text.get("missing", ()), checkpoint).items():
+        by_text["missing"] = [name for name in by_text["missing"] if name not in absent]
+        message = f"the MTP module (layer {layer}) is declared, and no tensor of it is in the files"
+        help = (
+            "transformers saves models without it: set num_nextn_predict_layers to 0 in "
+            "config.json, or name a spec with architecture.mtp.depth 0 by --spec"
+        )
+        yield Diagnostic("E610", message, help=help)
     for text, names in by_text.items():
         help = next((help for start, help in HELP.items() if text.startswith(start)), "")
         for line in gather(names):
             yield Diagnostic("E610", f"{line}: {text}", help=help)
+
+
+def _absent_mtp(missing: Sequence[str], checkpoint: Checkpoint) -> dict[int, set[str]]:
+    """MTP modules of which all tensors are missing, by their number among the layers."""
+    first = checkpoint.config.get("num_hidden_layers")
+    found: dict[int, set[str]] = {}
+    for one in checkpoint.tensors:
+        layer = re.match(r"model\.layers\.(\d+)\.", one.name)
+        if layer and isinstance(first, int) and int(layer[1]) >= first and not one.copy_of:
+            found.setdefault(int(layer[1]), set()).add(one.name)
+    return {layer: names for layer, names in found.items() if names <= {*missing}}
 
 
 def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:

@@ -154,6 +154,27 @@ def test_folders_that_cannot_be_read(dslc: Run, tmp_path: Path) -> None:
         assert outcome.err == "error[E610]: the model has more than 200,000 weights\n"
 
 
+def test_an_mtp_module_that_was_declared_and_not_saved(
+    dslc: Run, run: Path, tmp_path: Path
+) -> None:
+    """What transformers saves: `num_nextn_predict_layers: 1`, and no layer behind the last one."""
+    assert dslc("export", run, "--to", "whole").status == 0
+    config = json.loads(Path("whole/config.json").read_text())
+    module = config["num_hidden_layers"]
+    assert config["num_nextn_predict_layers"] == 1
+    kept = {n: t for n, t in state(Path("whole")).items() if f".layers.{module}." not in n}
+    Path("saved").mkdir()
+    save_file(kept, "saved/model.safetensors")
+    Path("saved/config.json").write_text(json.dumps(config))
+    outcome = dslc("import", "saved", "--to", "out")
+    assert outcome.status == 1
+    assert outcome.err.count("error[") == 1
+    assert f"the MTP module (layer {module}) is declared" in outcome.err
+    Path("saved/config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    outcome = dslc("import", "saved", "--to", "out", "--first-values")
+    assert outcome.status == 0, outcome.err
+
+
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_without_torch_it_says_what_to_install(
     dslc: Run, monkeypatch: pytest.MonkeyPatch, command: str
