@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from compiler.graph.types import BYTES
+from compiler.ops.quantize import runs
 from compiler.parallel.layout import Layout, Unit
 from compiler.plan.placement import Placed
 from compiler.plan.saved import Activations
@@ -15,12 +16,14 @@ from dsl.source import Span
 # Sums over micro-batches are kept in FP32 (report, section 3.3.2).
 GRADIENT_BYTES = 4
 MASTER_BYTES = 4
+SCALE_BYTES = 4
 
 
 class Kind(StrEnum):
     """What memory is for, in the order in which tables list it."""
 
     WEIGHTS = "weights"
+    FP8_COPIES = "fp8_copies"
     GRADIENTS = "gradients"
     MASTER = "master_weights"
     MOMENTS = "moments"
@@ -29,7 +32,7 @@ class Kind(StrEnum):
 
     @property
     def words(self) -> str:
-        return self.value.replace("_", " ")
+        return self.value.replace("_", " ").replace("fp8", "FP8")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _weight_uses(one: Placed, zero: int) -> Iterator[Use]:
     width = BYTES[one.held.type.dtype]
     # The largest shard; weights in FP32 are their own masters.
     shard = len(one.shard(one.copies - 1)) if zero else one.on_rank
-    sizes = {Kind.WEIGHTS: one.on_rank * width}
+    sizes = {Kind.WEIGHTS: one.on_rank * width, Kind.FP8_COPIES: _copy_bytes(one)}
     if one.held.trainable:
         sizes |= {
             Kind.GRADIENTS: one.on_rank * GRADIENT_BYTES,
@@ -101,6 +104,15 @@ def _weight_uses(one: Placed, zero: int) -> Iterator[Use]:
     layer = one.layers[0] if one.layers else None
     for kind, size in sizes.items():
         yield Use(kind, one.name, size, layer, one.held.span)
+
+
+def _copy_bytes(one: Placed) -> int:
+    """The FP8 copy of a weight: a byte a number, and a float32 scale for 128 x 128 of them."""
+    if not one.held.fp8:
+        return 0
+    *_, rows, columns = (dim.size or 0 for dim in one.held.type.dims)
+    scales = runs(rows) * runs(columns)
+    return one.on_rank + SCALE_BYTES * scales * (one.on_rank // (rows * columns))
 
 
 def _activation_uses(

@@ -17,7 +17,7 @@ class Held:
 
     A `*` in the published name stands for the layer; `{0..255}` for the `experts` of a layer, 0
     where the weight is not that of a routed expert, or for layers within a block. `span` is the
-    equation that uses the weight.
+    equation that uses the weight; `fp8` that it has an FP8 copy.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Held:
     experts: int
     trainable: bool
     span: Span | None
+    fp8: bool = False
 
     @property
     def routed(self) -> bool:
@@ -89,4 +90,5 @@ def _held(graph: Graph, symbol: str, op: Op, prefix: str, count: int) -> Held:
     name = symbol.replace("*", f"{{0..{weight.stack - 1}}}")
     span = op.spans[0] if op.spans else None
     times = count * max(1, experts)
-    return Held(f"{prefix}{name}", weight.type, times, experts, weight.trainable, span)
+    fp8 = bool(weight.fp8)
+    return Held(f"{prefix}{name}", weight.type, times, experts, weight.trainable, span, fp8)

@@ -89,7 +89,7 @@ def test_the_plan_is_on_the_page(v3: Page) -> None:
         assert words in v3.text
     assert all(re.sub(r"\s+", " ", c) in v3.text for c in PLAN_CONVENTIONS)
     widths = [float(w) for w in re.findall(r'class="k\d" style="width: ([\d.]+)%"', v3.source)]
-    assert len(widths) == 16 * 6 and all(sum(widths[i : i + 6]) < 101 for i in range(0, 96, 6))
+    assert len(widths) == 16 * 7 and all(sum(widths[i : i + 7]) < 101 for i in range(0, 112, 7))
     tiny = Page(report(SPECS / "deepseek_v3_tiny.yaml"))
     assert "plan" not in set(tiny.attributes("id")) and "#plan" not in set(tiny.attributes("href"))
 
