@@ -222,14 +222,15 @@ def _problems(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[D
 
 
 def _absent_mtp(missing: Sequence[str], checkpoint: Checkpoint) -> dict[int, set[str]]:
-    """MTP modules of which all tensors are missing, by their number among the layers."""
+    """MTP modules, by their number among the layers, whose tensors are all that is missing."""
     first = checkpoint.config.get("num_hidden_layers")
     found: dict[int, set[str]] = {}
     for one in checkpoint.tensors:
         layer = re.match(r"model\.layers\.(\d+)\.", one.name)
         if layer and isinstance(first, int) and int(layer[1]) >= first and not one.copy_of:
             found.setdefault(int(layer[1]), set()).add(one.name)
-    return {layer: names for layer, names in found.items() if names <= {*missing}}
+    absent = {layer: names for layer, names in found.items() if names <= {*missing}}
+    return absent if {*missing} == set().union(*absent.values()) else {}
 
 
 def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:
