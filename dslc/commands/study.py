@@ -95,18 +95,16 @@ def run(
 
 
 def complete(study: Study, left: Sequence[Run], jobs: int, results: Results, silent: bool) -> bool:
-    """Trains what is left and adds the results; False if a person interrupted it."""
+    """Trains what is left and adds the results; False if a signal stopped it."""
     from dslc.study.run import Runner
 
     begin = time.monotonic()
-    try:
-        for done, (one, result) in enumerate(Runner(study, jobs).all(left), 1):
-            results[one] = result
-            if not silent:
-                print(ended_line(one, result, done, left, time.monotonic() - begin), flush=True)
-    except KeyboardInterrupt:
-        return False
-    return True
+    runner = Runner(study, jobs)
+    for done, (one, result) in enumerate(runner.all(left), 1):
+        results[one] = result
+        if not silent:
+            print(ended_line(one, result, done, left, time.monotonic() - begin), flush=True)
+    return not runner.signals
 
 
 def publish(folder: Path, found: Findings, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.study import Study
 from dslc.study.plan import Run
+from runtime.train.interrupt import stop_signals
 
 RESULT = "result.json"
 POLL = 0.2
@@ -71,29 +72,32 @@ class Runner:
         self.study, self.jobs = study, jobs
         self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         self.going: dict[Run, subprocess.Popen[bytes]] = {}
+        self.signals: list[int] = []
 
     def all(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Result | None]]:
         """Each run as it ends, with its result, or None where it failed.
 
-        What a KeyboardInterrupt finds running saves a checkpoint and is waited for.
+        SIGINT or SIGTERM ends it early: what runs saves a checkpoint and is waited for.
         """
         waiting = list(runs)
-        try:
-            while waiting or self.going:
-                while waiting and len(self.going) < self.jobs:
-                    run = waiting.pop(0)
-                    self.going[run] = self._start(run)
-                ended = [run for run, process in self.going.items() if process.poll() is not None]
-                for run in ended:
-                    status = self.going.pop(run).returncode
-                    yield run, _record(run) if status == 0 else None
-                if not ended:
-                    time.sleep(POLL)
-        finally:
-            for process in self.going.values():
-                process.send_signal(signal.SIGTERM)
-            for process in self.going.values():
-                process.wait()
+        # Not by KeyboardInterrupt: raised in a hook that Python runs around a fork, it is lost.
+        with stop_signals() as self.signals:
+            try:
+                while (waiting or self.going) and not self.signals:
+                    while waiting and len(self.going) < self.jobs:
+                        run = waiting.pop(0)
+                        self.going[run] = self._start(run)
+                    ended = [run for run, job in self.going.items() if job.poll() is not None]
+                    for run in ended:
+                        status = self.going.pop(run).returncode
+                        yield run, _record(run) if status == 0 else None
+                    if not ended:
+                        time.sleep(POLL)
+            finally:
+                for process in self.going.values():
+                    process.send_signal(signal.SIGTERM)
+                for process in self.going.values():
+                    process.wait()
 
     def _start(self, run: Run) -> subprocess.Popen[bytes]:
         run.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -62,8 +62,5 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"train.{name} is missing ({example})"
     if train.steps is None and train.tokens is None:
         yield "train.steps or train.tokens is missing (when training ends, such as 10M)"
-    longest = config.sequence.max_position_embeddings
-    if train.sequence_length is not None and train.sequence_length > longest:
-        yield f"train.sequence_length exceeds sequence.max_position_embeddings ({longest})"
     if not (train.optimizer.beta1 < 1 and train.optimizer.beta2 < 1):
         yield "train.optimizer.beta1 and beta2 must be below 1"

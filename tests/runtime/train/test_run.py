@@ -301,13 +301,13 @@ def test_a_run_goes_on_with_the_options_it_began_with(
 def test_a_spec_that_does_not_say_how_to_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"params.num_experts_per_tok": "2", "train.sequence_length": "1K"}
+    changes = {"params.num_experts_per_tok": "2"}
     package = built(tmp_path, "tiny_endless", only=changes)
     assert train(package, tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert "train.batch is missing" in error
     assert "train.steps or train.tokens is missing" in error
-    assert "exceeds sequence.max_position_embeddings (256)" in error
+    assert "train.sequence_length is missing" in error
 
 
 def test_a_run_whose_documents_are_filled_in_the_middle(text: Path, tmp_path: Path) -> None:
