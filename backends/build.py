@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import runtime
 from backends import VERSION
@@ -19,6 +19,7 @@ from backends.report import render_report
 from backends.torch.config import config_py
 from backends.torch.model import model_py
 from backends.torch.records import docstring
+from backends.torch.stages import stages_py
 from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
@@ -91,6 +92,12 @@ def package(
     spec = description.composed.sources[-1].name.replace("\\", "/").rsplit("/", 1)[-1]
     facts = {"version": VERSION, "spec": spec}
     about = description.spec.about
+    emitted: dict[str, Any] = {
+        "dtype": DTYPES[description.spec.precision.policy],
+        "params": {name: value.value for name, value in description.params.items()},
+        "kernels": target is not None,
+        **facts,
+    }
     texts = {
         "__init__.py": render(
             "torch/init.py.jinja",
@@ -98,15 +105,8 @@ def package(
             spec=docstring(spec),
             version=VERSION,
         ),
-        "model.py": model_py(
-            compiled,
-            about=about,
-            dtype=DTYPES[description.spec.precision.policy],
-            params={name: value.value for name, value in description.params.items()},
-            kernels=target is not None,
-            **facts,
-        ),
-        "config.py": config_py(description, **facts),
+        "model.py": model_py(compiled, about=about, **emitted),
+        "config.py": config_py(description, plan, **facts),
         "train.py": render(
             "torch/train.py.jinja",
             model=description.spec.model,
@@ -135,6 +135,10 @@ def package(
             texts[f"graph/rank-{role.name}.graph"] = role.text(role.program)
             texts[f"graph/rank-{role.name}-step.graph"] = role.text(role.step)
         layout = plan.layout
+        # Experts that are spread over ranks have no statements yet: training refuses them.
+        if layout.mesh.pipeline > 1 and layout.mesh.expert == 1:
+            stages = stages_py(description, compiled, layout, **emitted)
+            texts |= {"stages.py": stages} if stages is not None else {}
         order = schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
         texts["graph/schedule.txt"] = str(order)
         texts["graph/schedule.json"] = with_transfers(order).to_json()

@@ -7,23 +7,25 @@ from typing import Any
 from backends.render import render
 from backends.torch.layout import Call, lay_out
 from backends.torch.records import docstring
+from compiler.parallel.layout import Layout, placement
+from compiler.plan.plan import Plan
 from dsl.hf import hf_config
 from dsl.load import Description
 from dsl.schema import BlockUse, Parallel, Phase, Schedule, Train, constant
 
 
-def config_py(description: Description, *, version: str, spec: str) -> str:
+def config_py(description: Description, plan: Plan | None, *, version: str, spec: str) -> str:
     """Text of `config.py`: the frozen spec, and what `save` writes as config.json."""
     return render(
         "torch/config.py.jinja",
         version=version,
         spec=docstring(spec),
-        config=lay_out("", literal(_numbers(description)), suffix=""),
+        config=lay_out("", literal(_numbers(description, plan)), suffix=""),
         hf_config=lay_out("HF_CONFIG = ", literal(hf_config(description))),
     )
 
 
-def _numbers(description: Description) -> dict[str, Any]:
+def _numbers(description: Description, plan: Plan | None) -> dict[str, Any]:
     spec = description.spec
     layers = [
         {"repeat": g.repeat, "block": _use(g.block), **{n: _use(u) for n, u in g.slots.items()}}
@@ -43,6 +45,21 @@ def _numbers(description: Description) -> dict[str, Any]:
         "sequence": spec.sequence.model_dump(),
         "precision": spec.precision.model_dump(),
         "train": _training(spec.train, spec.parallel),
+        "parallel": _parallel(plan.layout) if plan else None,
+    }
+
+
+def _parallel(layout: Layout) -> dict[str, Any]:
+    """What the trainer reads of a layout."""
+    mesh = layout.mesh
+    return {
+        "pipeline": mesh.pipeline,
+        "replicas": mesh.replicas,
+        "expert": mesh.expert,
+        "zero": layout.zero,
+        "schedule": layout.schedule,
+        "micro_batches": layout.micro_batches,
+        "stages": placement(layout.schedule, mesh.pipeline),
     }
 
 

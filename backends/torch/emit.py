@@ -43,7 +43,8 @@ class Context:
 
     `callees` are the graphs that it calls, `joined` is what `joined_names` gives, `sizes` names
     numbers, `bound` has the operators whose attributes are bound once for the whole module. Given
-    `segments`, calls are made in the way of autograd (`runtime/unit.py`).
+    `segments`, calls are made in the way of autograd (`runtime/unit.py`). `first_layer` stands for
+    the number of the first layer where one text serves several stages.
     """
 
     statements: Mapping[str, Emit]
@@ -52,6 +53,7 @@ class Context:
     sizes: Sizes
     bound: Mapping[str, str] = field(default_factory=dict)
     segments: Mapping[str, Segment] | None = None
+    first_layer: str = ""
 
 
 class Emitter:

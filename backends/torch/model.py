@@ -47,7 +47,7 @@ def model_py(
 
     `params` are the parameters of the spec, by which numbers are called.
     """
-    emit = _Emission(compiled, dtype, params)
+    emit = Emission(compiled, dtype, params)
     blocks = [emit.block(one) for one in emit.classes]
     root = emit.root()
     made = "\n".join([*root.declarations, *(line for b in blocks for line in b.declarations)])
@@ -62,7 +62,7 @@ def model_py(
         version=version,
         imports=imports,
         units=emit.units,
-        uses_fp8=_uses_fp8(compiled),
+        uses_fp8=uses_fp8(compiled),
         uses_params=bool(re.search(rf"\b{PARAMS}\.", repr(facts))),
         kernels=kernels,
         lists="nn.ModuleList(" in made,
@@ -70,12 +70,12 @@ def model_py(
     )
 
 
-def _uses_fp8(compiled: Compiled) -> bool:
+def uses_fp8(compiled: Compiled) -> bool:
     graphs = (g for program in compiled.programs.values() for g in program.graphs.values())
     return any("fp8" in op.kind for graph in graphs for op in graph.walk())
 
 
-class _Emission:
+class Emission:
     """The classes of a model and the text of each method."""
 
     def __init__(self, compiled: Compiled, dtype: str, params: Mapping[str, object]) -> None:
@@ -101,7 +101,7 @@ class _Emission:
 
     # ---- methods -----------------------------------------------------------------------------
 
-    def _context(self, program: str, graph: str, sizes: Sizes | None = None) -> Context:
+    def context(self, program: str, graph: str, sizes: Sizes | None = None) -> Context:
         source = self.compiled.programs[program]
         segments = None
         if program == "train" and self.train.backward and graph == self.train.root:
@@ -160,10 +160,10 @@ class _Emission:
         members = {weight.split(".")[0] for weight in self.blocks[name].weights}
         prefix = common_prefix(_free("project", members), graphs) if len(graphs) > 1 else None
         if prefix is not None:
-            context = self._context(programs[0], name, sizes)
+            context = self.context(programs[0], name, sizes)
             yield written(prefix.graph.name, Emitter(prefix.graph, context))
         for i, (program, graph) in enumerate(zip(programs, graphs, strict=True)):
-            context = self._context(program, name, sizes)
+            context = self.context(program, name, sizes)
             if prefix is not None:
                 graph = prefix.rest[i]
                 callees = {**context.callees, prefix.graph.name: prefix.callees[i]}
@@ -199,9 +199,9 @@ class _Emission:
         given = (f"{d}={self.sizes.number(d, n)}" for d, n in own.items())
         return f"{names.get(name, name)}({', '.join(given)})"
 
-    def _segment_method(self, graph: Graph) -> Method:
+    def segment_method(self, graph: Graph) -> Method:
         callee = self.served.callees["train"][graph.name]
-        context = self._context("train", graph.name)
+        context = self.context("train", graph.name)
         emitter = Emitter(graph, context, saves="saved" in callee.trailing)
         return written(callee.method, emitter, callee.trailing)
 
@@ -250,10 +250,10 @@ class _Emission:
             loss=self._loss(),
             prefill=self._logits("prefill"),
             decode=self._logits("decode"),
-            parts=[self._segment_method(g) for g in self._segment_graphs()],
+            parts=[self.segment_method(g) for g in self.segment_graphs()],
         )
 
-    def _segment_graphs(self) -> Iterator[Graph]:
+    def segment_graphs(self) -> Iterator[Graph]:
         """The parts of the outermost block, each with its gradients behind it."""
         for name in self.served.segments:
             yield self.train.graphs[name]
@@ -264,12 +264,12 @@ class _Emission:
     def _body(self, program: str) -> tuple[Graph, list[str], dict[str, list[str]]]:
         """Graph, lines, and the Python names of each output."""
         graph = self.compiled.programs[program].main
-        emitter = Emitter(graph, self._context(program, graph.name))
+        emitter = Emitter(graph, self.context(program, graph.name))
         lines = emitter.body()
         names: dict[str, list[str]] = {}
         for name, result in zip(graph.result_names, emitter.results(), strict=True):
             names.setdefault(name, []).append(result)
-        return graph, [*_defaults(graph, program), *lines], names
+        return graph, [*defaults(graph, program), *lines], names
 
     def _forward(self) -> list[str]:
         _, lines, names = self._body("forward")
@@ -297,7 +297,7 @@ def _free(name: str, taken: Iterable[str]) -> str:
     return f"{name}_" if name in taken else name
 
 
-def _defaults(graph: Graph, program: str) -> list[str]:
+def defaults(graph: Graph, program: str) -> list[str]:
     """Arguments of the outermost block that the caller of a method may leave out or never gives."""
     lines = []
     for value in graph.args:

@@ -232,7 +232,9 @@ def _repeat(e: Emitter, op: Op) -> None:
         e.line(f"{name} = []")
     scope = next(str(o.attrs["scope"]) for o in region.ops if o.kind == "call")
     path = scope.removesuffix(".*")
-    e.line(f"for layer in self.{path}[{start}:{start + count}]:")
+    first = e.context.first_layer
+    layers = f"{first} : {first} + {count}" if first else f"{start}:{start + count}"
+    e.line(f"for layer in self.{path}[{layers}]:")
     e.indent += 1
     for inner in region.ops[:-1]:
         e.statement(inner)

@@ -1,0 +1,198 @@
+"""`stages.py` of a build: a class for each pipeline stage, cut from the program of training.
+
+The blocks that a stage calls are those of `model.py`; only the outermost block is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from backends.render import render
+from backends.torch.declare import TORCH_DTYPES, stored_name
+from backends.torch.emit import Emitter
+from backends.torch.layout import Call, lay_out
+from backends.torch.model import Emission, defaults, uses_fp8
+from backends.torch.records import Method, docstring, tuple_text
+from compiler.graph.core import Graph, Program, Value
+from compiler.graph.rules import number
+from compiler.parallel.layout import Layout
+from compiler.pipeline import Compiled
+from compiler.roles import Role, roles
+from dsl.load import Description
+
+
+@dataclass(frozen=True)
+class StageClass:
+    """A class of `stages.py`."""
+
+    name: str
+    about: str
+    received: list[str]
+    loss: list[str]
+    parts: list[Method]
+
+
+def stages_py(
+    description: Description,
+    compiled: Compiled,
+    layout: Layout,
+    *,
+    spec: str,
+    version: str,
+    dtype: str,
+    params: Mapping[str, object],
+    kernels: bool = False,
+) -> str | None:
+    """Text of `stages.py`. A micro-batch is cut into stages as if it were all of a step.
+
+    None where passes were left out, so that the layers of `model.py` serve no stage.
+    Raises `DiagnosticError` (E519) where the model cannot be cut.
+    """
+    mesh = replace(layout.mesh, pipeline=len(layout.stages), replicas=1, expert=1)
+    # Gradients are computed by autograd, a stage at a time: that of weights is not split off.
+    one = replace(layout, mesh=mesh, schedule="1f1b", micro_batches=1)
+    classes: list[StageClass] = []
+    table: list[tuple[int, tuple[str, int, Call]]] = []
+    constants: dict[str, None] = {}
+    for role in roles(description, compiled.lowered, one):
+        programs = {**compiled.programs, "train": role.program}
+        emit = Emission(replace(compiled, programs=programs), dtype, params)
+        if not _same_units(compiled.programs["train"], role.program, emit):
+            return None
+        classes.append(_class(role, emit))
+        constants |= dict.fromkeys(emit.constants())
+        for stage in role.stages:
+            held = list(_held(role.of(stage), emit))
+            first = stage.layers[0] if stage.layers else 0
+            names = tuple(("", f'"{name}"') for name in held)
+            call = Call("(", names, ",)" if len(names) == 1 else ")")
+            table += [(stage.index, (classes[-1].name, first, call))]
+    facts = {"stages": classes, "constants": list(constants)}
+    text = repr(facts)
+    lines = []
+    for _, (name, first, call) in sorted(table, key=lambda row: row[0]):
+        given = (("", name), ("", str(first)), ("", call))
+        lines += lay_out("", Call("StagePlan(", given), suffix=",")
+    return render(
+        "torch/stages.py.jinja",
+        model=description.spec.model,
+        spec=docstring(spec),
+        version=version,
+        kernels=kernels,
+        uses_fp8=uses_fp8(compiled) and "fp8." in text,
+        uses_g=bool(re.search(r"\bG\.", text)),
+        uses_torch="torch." in text,
+        table=lines,
+        **facts,
+    )
+
+
+def _same_units(whole: Program, cut: Program, emit: Emission) -> bool:
+    """Whether a stage calls the model's layers as the model does. Inside they may differ: what is
+    recomputed in a layer is chosen for all of the model."""
+    return all(
+        name in whole.derivatives
+        and _signature(whole.graphs[name]) == _signature(cut.graphs[name])
+        and whole.derivatives[name].results == cut.derivatives[name].results
+        and whole.derivatives[name].arguments == cut.derivatives[name].arguments
+        for name in emit.units
+    )
+
+
+def _signature(graph: Graph) -> tuple[object, ...]:
+    results = zip(graph.result_names, graph.results, strict=True)
+    return (*((v.name, v.type) for v in graph.args), *((name, v.type) for name, v in results))
+
+
+def _class(role: Role, emit: Emission) -> StageClass:
+    program, main = role.program, role.program.main
+    first = "self.first" if len(role.stages) > 1 else ""
+    context = replace(emit.context("train", main.name), first_layer=first)
+    emitter = Emitter(main, context)
+    boundary, gradients = program.boundary, program.backward_boundary
+    assert (boundary.received, boundary.sent) == (gradients.sent, _received(program)), main.name
+    by_name = {value.name: value for value in main.args}
+    entering = [by_name[name] for name in boundary.received]
+    lines = [f"{emitter.names[v]} = F.count_labels({label})" for v, label in _counts(program)]
+    lines += defaults(main, "train")
+    if entering:
+        lines.append(f"{tuple_text([emitter.names[v] for v in entering])} = received")
+    lines += emitter.body()
+    names_of: dict[str, list[str]] = {}
+    for name, result in zip(main.result_names, emitter.results(), strict=True):
+        names_of.setdefault(name, []).append(result)
+    sent = [names_of[name][-1] for name in boundary.sent]
+    fields = [("sent=", tuple_text(sent))] if sent else []
+    fields += [(f"{n}=", names_of[n][0]) for n in ("total", "main", "balance") if n in names_of]
+    fields += [(f"{n}=", tuple_text(names_of[n])) for n in ("mtp", "load") if n in names_of]
+    return StageClass(
+        name=f"Stage_{role.name.replace('-', '_')}",
+        about=_about(role),
+        received=[f"return {tuple_text([_empty(v, emit) for v in entering])}"],
+        loss=[*lines, *lay_out("return ", Call("StageLoss(", tuple(fields)))],
+        parts=[emit.segment_method(graph) for graph in emit.segment_graphs()],
+    )
+
+
+def _received(program: Program) -> tuple[str, ...]:
+    """What gradients arrive for, by the names under which it was sent."""
+    return tuple(name.removeprefix("d_") for name in program.backward_boundary.received)
+
+
+def _counts(program: Program) -> Iterator[tuple[Value, str]]:
+    for value in program.main.args:
+        if value.name in program.counts:
+            yield value, program.counts[value.name]
+
+
+def _about(role: Role) -> str:
+    first, last = role.stages[0], role.stages[-1]
+    if len(role.stages) > 1:
+        return (
+            f"Stages {first.index} to {last.index}: {len(first.layers)} layers each, "
+            f"{first.layers[0]} to {last.layers[-1]}."
+        )
+    layers = first.layers
+    numbers = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else ""
+    numbers = numbers or (f"layer {layers[0]}" if layers else "no layers")
+    before = "the embedding, " if first.units[0].layer is None and layers else ""
+    behind = ", and what follows the layers" if first.units[-1].layer is None else ""
+    return f"Stage {first.index}: {before}{numbers}{behind}."
+
+
+def _empty(value: Value, emit: Emission) -> str:
+    """The expression of a tensor of a value's type."""
+    sizes = []
+    for dim in value.type.dims:
+        base, _, less = dim.name.partition("-")
+        if dim.size is None and base == "seq" and less.isdigit():
+            sizes.append(f"seq - {less}")
+        else:
+            sizes.append(dim.name if dim.size is None else emit.sizes.of(dim))
+    dtype = TORCH_DTYPES.get(value.type.dtype)
+    return f"self.empty({', '.join(sizes)}{f', dtype={dtype}' if dtype else ''})"
+
+
+def _held(program: Program, emit: Emission) -> Iterator[str]:
+    """The modules of the model that a stage uses, in order."""
+    found: dict[str, None] = {}
+    for graph in [program.main, *(program.graphs[name] for name in emit.served.segments)]:
+        joined = emit.joined[emit.compiled.lowered.root]
+        for weight in graph.weights:
+            found[stored_name(weight, joined).rpartition(".")[0]] = None
+        found |= dict.fromkeys(_scopes(graph))
+    yield from found
+
+
+def _scopes(graph: Graph) -> Iterator[str]:
+    for op in graph.ops:
+        if op.kind == "call" and op.attrs["scope"]:
+            yield str(op.attrs["scope"])
+        elif op.kind == "repeat":
+            start, count = number(op, "start"), number(op, "count")
+            for inner in op.regions[0].ops:
+                if inner.kind == "call":
+                    scope = str(inner.attrs["scope"]).removesuffix(".*")
+                    yield from (f"{scope}.{i}" for i in range(start, start + count))
