@@ -25,7 +25,7 @@ Examples:
 \b
 The run holds the built package, checkpoints and metrics. Without dslc:
   python -m deepseek_v3_mini.train --data data/tinyshakespeare.txt --out runs/mini
-Several ranks, with data parallelism:
+Several ranks: by the section `parallel` of the spec, or with data parallelism where it has none:
   torchrun --nproc-per-node 2 -m dslc train deepseek_v3_mini --data a.txt --out runs/mini
 """
 

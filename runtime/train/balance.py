@@ -6,7 +6,7 @@ DeepSeek-V3 report, section 2.1.2; arXiv 2408.15664, algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +40,9 @@ class ExpertUtilization:
 class Balance:
     """Counts the load of a step, and updates the bias of each expert once, at its end."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.routers = list(_routers(model))
+    def __init__(self, model: nn.Module, within: Collection[str] = ("",)) -> None:
+        """The routers in the modules named `within`; by default all of the model."""
+        self.routers = [one for one in _routers(model) if _is_in(one.name, within)]
         self.load: Tensor | None = None
 
     def add(self, load: Sequence[Tensor]) -> None:
@@ -108,6 +109,10 @@ def _routers(model: nn.Module) -> Iterator[Router]:
         for child in module.children():
             if isinstance(child, Stack):
                 yield Router(name, _bias(module, child.count))
+
+
+def _is_in(name: str, modules: Collection[str]) -> bool:
+    return any(not one or f"{name}.".startswith(f"{one}.") for one in modules)
 
 
 def _bias(module: nn.Module, experts: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel
+from .parallel import PipelineTrainer
 from .sequences import ValidationSet, positions
 from .tokenizer import Tokenizer
 from .trainer import loss_of, losses_of
@@ -38,20 +39,28 @@ def evaluate(
     batch: int,
     limit: int | None = None,
     group: ProcessGroup | None = None,
+    pipeline: PipelineTrainer | None = None,
 ) -> Evaluation:
     """Losses on all sequences, or on `limit` of them at even distances.
 
-    They are dealt out to the ranks of `group`, all of which get the result.
+    They are dealt out to the ranks of `group`, all of which get the result. With `pipeline` its
+    data ranks evaluate, and there is no acceptance: no rank has the logits of the whole model.
     """
     rank, ranks = (group.rank(), group.size()) if group else (0, 1)
+    if pipeline is not None:
+        rank, ranks = pipeline.rank, pipeline.ranks
     count = min(text.count, limit or text.count)
     chosen = [i * text.count // count for i in range(count)]
     depth = model.config.architecture.mtp.depth
-    sums = torch.zeros(3 + 2 * depth, dtype=torch.float64, device=model.device)
+    both = 1 if pipeline is not None else 2
+    sums = torch.zeros(3 + both * depth, dtype=torch.float64, device=model.device)
     for first in range(rank * batch, count, ranks * batch):
         tokens = torch.stack([text[i] for i in chosen[first : first + batch]]).to(model.device)
-        values = losses_of(loss_of(model, tokens))
-        if depth:
+        if pipeline is not None:
+            values = pipeline.losses(tokens)
+        else:
+            values = losses_of(loss_of(model, tokens))
+        if depth and pipeline is None:
             values = torch.cat([values, _agreement(model, tokens[:, :-1])])
         sums += values * len(tokens) / count
     if group is not None:

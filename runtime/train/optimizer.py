@@ -6,7 +6,7 @@ weight is in `optimizer.py` of the folder above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,12 @@ class Weight:
     mean: Tensor
     square: Tensor
     gradient: Tensor | None = None
+
+    def reduce(self, group: ProcessGroup) -> None:
+        """Makes the gradient the sum over all ranks of a group."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.master)
+        all_reduce(self.gradient, group=group)
 
 
 class AdamW:
@@ -66,13 +72,15 @@ class AdamW:
     def reduce(self, group: ProcessGroup) -> None:
         """Makes the gradients the sums over all ranks."""
         for weight in self.weights:
-            if weight.gradient is None:
-                weight.gradient = torch.zeros_like(weight.master)
-            all_reduce(weight.gradient, group=group)
+            weight.reduce(group)
 
-    def squares(self) -> Tensor:
-        """The square of the norm of all gradients together; not finite if one of them is not."""
-        found = [w.gradient for w in self.weights if w.gradient is not None]
+    def squares(self, counted: Collection[str] | None = None) -> Tensor:
+        """The square of the norm of all gradients together; not finite if one of them is not.
+
+        With `counted`, of the gradients of those weights.
+        """
+        weights = (w for w in self.weights if counted is None or w.name in counted)
+        found = [w.gradient for w in weights if w.gradient is not None]
         squares: Tensor = self.functions.square_sum(found)
         return squares
 

@@ -28,13 +28,14 @@ from .health import HealthMonitor
 from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
 from .options import FIXED, Options
+from .parallel import PipelineTrainer, make_mesh, make_trainer
 from .prepare import check_tokens, prepare_tokens
 from .ranks import ProcessGroups, all_reduce_max, on_all_ranks, on_rank0
 from .sequences import Sequences, ValidationSet, split
 from .settings import Settings, TrainError
 from .state import State, load_weights, restore, training_state
 from .tokens import Tokens
-from .trainer import NotFinite, Trainer
+from .trainer import NotFinite
 
 RECORD = "run.json"
 
@@ -58,6 +59,7 @@ class Run:
             options.out / "checkpoints", options.keep, self.ranks.writing
         )
         control = self.ranks.control
+        self.mesh = make_mesh(model, self.ranks)
         self.device = on_all_ranks(control, lambda: select_device(options.device))
         self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))
         self.changes: list[str] = []
@@ -94,9 +96,10 @@ class Run:
         check_tokens(self.tokens, model.config)
         trained, held_out = split(self.tokens.parts, record["held_out"])
         torch.manual_seed(record["seed"])
-        first = model(self.device, seed=record["seed"])
         sequences = Sequences(trained, length, record["seed"])
-        self.trainer = Trainer(first, self.settings, sequences, self.ranks.training)
+        self.trainer = make_trainer(
+            model, self.device, record["seed"], self.settings, sequences, self.ranks, self.mesh
+        )
         self.held_out = ValidationSet(held_out, length)
         if self.newest is not None:
             self._restore(self.newest)
@@ -171,7 +174,8 @@ class Run:
         trainer = self.trainer
         if self.newest is not None:
             progress.say(f"resuming from {self.newest}, {trainer.tokens:,} tokens")
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+        whole = type(trainer.model)(device="meta")
+        parameters = sum(p.numel() for p in whole.parameters())
         by = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
         progress.say(
             f"{trainer.model.config.model}: {parameters:,} parameters, "
@@ -184,7 +188,10 @@ class Run:
             return
         batch = self.settings.micro_batch or 16
         model, tokenizer = self.trainer.model, self.tokens.tokenizer
-        found = evaluate(model, self.held_out, tokenizer, batch, limit, self.ranks.training)
+        pipeline = self.trainer if isinstance(self.trainer, PipelineTrainer) else None
+        found = evaluate(
+            model, self.held_out, tokenizer, batch, limit, self.ranks.training, pipeline
+        )
         steps = self.trainer.position.steps
         metrics.add({"step": steps, "held_out": asdict(found)})
         progress.say(

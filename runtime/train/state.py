@@ -59,7 +59,9 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
     tensors that are missing, left over, or of the wrong shape or type.
     """
     tensors = training_state(trainer).tensors
-    shapes = {name: tuple(view.shape) for name, view in tensors[MODEL].items()}
+    # The folder has the whole model, of which a pipeline rank holds a part.
+    whole = type(trainer.model)(device="meta")
+    shapes = {part.name: part.shape for part in published(whole)}
     try:
         with matched(folder, shapes, trainer.model.aliases) as (shards, sources):
             for name, view in tensors[MODEL].items():

@@ -89,12 +89,9 @@ class Trainer:
         if batch < self.ranks:
             raise TrainError(f"a batch of {batch} sequences is too small for {self.ranks} ranks")
         sums = self._gradients(batch, before)
-        if self.group is not None:
-            all_reduce(sums, group=self.group)
-            self.optimizer.reduce(self.group)
-            self.balance.reduce(self.group)
+        self._reduce(sums)
         losses = [float(x) for x in sums]
-        squares = self.optimizer.squares()
+        squares = self._squares()
         norm = float(squares.sqrt())
         if not torch.tensor([*losses, norm]).isfinite().all():
             self._refuse(losses, norm, batch)
@@ -102,7 +99,7 @@ class Trainer:
         rate = settings.learning_rate.value_at(after, steps + 1)
         speed = settings.bias_update.value_at(before, steps)
         self.optimizer.step(steps + 1, rate, squares)
-        experts = self.balance.finish(speed)
+        experts = self._finish_balance(speed)
         if self.average is not None:
             self.average.update(self.optimizer)
         self.position = Position(steps + 1, self.position.sequences + batch)
@@ -110,6 +107,20 @@ class Trainer:
         return StepMetrics(
             steps + 1, after, batch, total, main, tuple(mtp), balance, rate, speed, norm, experts
         )
+
+    def _reduce(self, sums: Tensor) -> None:
+        """Sums losses, gradients and loads over the ranks."""
+        if self.group is not None:
+            all_reduce(sums, group=self.group)
+            self.optimizer.reduce(self.group)
+            self.balance.reduce(self.group)
+
+    def _squares(self) -> Tensor:
+        """The square of the norm of all gradients."""
+        return self.optimizer.squares()
+
+    def _finish_balance(self, speed: float) -> dict[str, ExpertUtilization]:
+        return self.balance.finish(speed)
 
     def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
         """Accumulates the gradients of this rank's sequences; returns the sums of the losses.
@@ -134,11 +145,14 @@ class Trainer:
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
         return [self.sequences.batch(part).to(self.model.device) for part in parts]
 
+    def _drop_loads(self) -> None:
+        self.balance.load = None
+
     def _refuse(self, losses: list[float], norm: float, batch: int) -> None:
         """Raises NotFinite, naming the first module that gave NaN or infinity."""
         names = self.optimizer.not_finite()
         self.optimizer.drop_gradients()
-        self.balance.load = None
+        self._drop_loads()
         found = all_gather_objects(self.group, self._first_not_finite(batch))
         where = next((text for text in found if text is not None), None)
         if where is None and not math.isfinite(losses[0]):

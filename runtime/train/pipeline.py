@@ -1,0 +1,154 @@
+"""Executes the row of the schedule of one pipeline rank, with torch.distributed.
+
+`graph/schedule.json` of the package has for each pipeline rank what it computes, sends and
+receives, and numbers all messages. Each rank works through its row with blocking sends and
+receives: their order excludes deadlocks (`compiler/plan/transfers.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, recv, send
+
+from ..config import Config
+from ..stage import Stage, StageLoss
+from .sequences import positions
+
+
+class Chunk(NamedTuple):
+    """F, B, I or W of a stage on a micro-batch; I is its gradients of inputs, W of weights."""
+
+    kind: str
+    stage: int
+    batch: int
+
+
+class Message(NamedTuple):
+    """What `stage` reads from another pipeline rank: activations (F) or gradients (B)."""
+
+    kind: str
+    stage: int
+    batch: int
+    sender: int
+    receiver: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one pipeline rank does in a step, in order: chunks, `send N` and `receive N`."""
+
+    entries: tuple[Chunk | tuple[str, int], ...]
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def read(cls, schedule: Path, rank: int) -> Row:
+        values = json.loads(schedule.read_text(encoding="utf-8"))
+        entries: list[Chunk | tuple[str, int]] = []
+        for word in values["rows"][rank]:
+            kind, _, number = word.partition(" ")
+            if number:
+                entries.append((kind, int(number)))
+            else:  # an overlapped pair is one chunk after the other here
+                for stage, letter, batch in re.findall(r"(\d+)([FBIW])(\d+)", word):
+                    entries.append(Chunk(letter, int(stage), int(batch)))
+        return cls(tuple(entries), tuple(Message(*one) for one in values["messages"]))
+
+    @classmethod
+    def forward(cls, holders: Sequence[int], rank: int) -> Row:
+        """One micro-batch through all stages, without gradients; `holders` are their ranks."""
+        messages = [
+            Message("F", stage, 0, sender, receiver)
+            for stage, (sender, receiver) in enumerate(pairwise(holders), 1)
+            if sender != receiver
+        ]
+        numbers = {message.stage: n for n, message in enumerate(messages)}
+        entries: list[Chunk | tuple[str, int]] = []
+        for stage in (s for s, holder in enumerate(holders) if holder == rank):
+            entries += [("receive", numbers[stage])] if stage in numbers else []
+            entries.append(Chunk("F", stage, 0))
+            entries += [("send", numbers[stage + 1])] if stage + 1 in numbers else []
+        return cls(tuple(entries), tuple(messages))
+
+
+@dataclass(frozen=True)
+class Held:
+    """The stages of one rank, how many there are in all, and the ranks of its pipeline."""
+
+    config: Config
+    stages: Mapping[int, Stage]
+    count: int
+    column: Sequence[int]
+    """The global rank of each pipeline rank with this rank's sequences."""
+    group: ProcessGroup
+
+
+class Execution:
+    """One step: everything that is under way between the chunks of a rank."""
+
+    def __init__(self, row: Row, held: Held, batches: Sequence[Tensor], tokens_seen: int) -> None:
+        self.row, self.held, self.batches, self.tokens_seen = row, held, batches, tokens_seen
+        self.numbers = {message[:3]: n for n, message in enumerate(row.messages)}
+        self.arrived: dict[tuple[str, int, int], Sequence[Tensor]] = {}
+        self.made: dict[int, Sequence[Tensor]] = {}
+        self.saved: dict[tuple[int, int], tuple[Sequence[Tensor], StageLoss]] = {}
+
+    def transfer(self, entry: tuple[str, int]) -> None:
+        """Sends or receives one message."""
+        kind, number = entry
+        message = self.row.messages[number]
+        if kind == "send":
+            for tensor in self.made.pop(number):
+                send(tensor, self.held.column[message.receiver], group=self.held.group)
+            return
+        tensors = self._buffers(message)
+        for tensor in tensors:
+            recv(tensor, self.held.column[message.sender], group=self.held.group)
+        self.arrived[message[:3]] = tensors
+
+    def _buffers(self, message: Message) -> Sequence[Tensor]:
+        if message.kind == "F":
+            tokens = self.batches[message.batch]
+            return self.held.stages[message.stage].received(len(tokens), tokens.shape[1] - 1)
+        _, loss = self.saved[message.stage, message.batch]
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in loss.sent]
+
+    def forward(self, chunk: Chunk) -> StageLoss:
+        """Computes a stage on a micro-batch, and saves what its gradients need."""
+        stage, tokens = self.held.stages[chunk.stage], self.batches[chunk.batch]
+        received = tuple(t.requires_grad_() for t in self.arrived.pop(chunk, ()))
+        inputs = tokens[:, :-1]
+        place = positions(inputs, self.held.config)
+        loss = stage.loss(inputs, tokens[:, 1:], received, place, self.tokens_seen)
+        self.saved[chunk.stage, chunk.batch] = received, loss
+        self._leave(Chunk("F", chunk.stage + 1, chunk.batch), [t.detach() for t in loss.sent])
+        return loss
+
+    def backward(self, chunk: Chunk, share: float) -> None:
+        """Adds the gradients of a stage's terms, of which `share` counts, to those of weights."""
+        received, loss = self.saved.pop((chunk.stage, chunk.batch))
+        ends: list[Tensor] = list(loss.sent)
+        gradients: list[Tensor | None] = list(self.arrived.pop(("B", *chunk[1:]), ()))
+        if loss.total is not None and loss.total.requires_grad:
+            ends.append(loss.total * share)
+            gradients.append(None)
+        torch.autograd.backward(ends, gradients)
+        found = [torch.zeros_like(t) if t.grad is None else t.grad for t in received]
+        self._leave(Chunk("B", chunk.stage - 1, chunk.batch), found)
+
+    def _leave(self, reader: Chunk, tensors: Sequence[Tensor]) -> None:
+        """Keeps tensors until they are sent, or until the next stage reads them on this rank."""
+        if 0 <= reader.stage < self.held.count:
+            number = self.numbers.get(reader)
+            if number is None:
+                self.arrived[reader] = tensors
+            else:
+                self.made[number] = [t.contiguous() for t in tensors]

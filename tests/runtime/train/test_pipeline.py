@@ -1,0 +1,183 @@
+"""Several pipeline and data ranks, each a process, train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.places import TEXT
+from tests.support.trained import SETTINGS, built, lines, part, published
+
+BASE = {
+    **SETTINGS,
+    "architecture.layers.1.repeat": "3",
+    "train.batch": "8",
+    "train.micro_batch": "1",
+    "train.steps": "3",
+}
+"""Four layers and one module of MTP: 8 sequences a step, of which each micro-batch has one."""
+
+
+def parallel(pipeline: int, schedule: str, cluster: str = "cpu_2x2") -> dict[str, str]:
+    section = f"cluster: {cluster}, pipeline: {pipeline}, schedule: {schedule}, zero: 0"
+    return {"parallel": f"{{{section}, batch: 8, sequence_length: 16, micro_batch: 1}}"}
+
+
+def package(folder: Path, name: str, **changes: str) -> Any:
+    return built(folder, name, only={**BASE, **changes})
+
+
+def train(package: Any, ranks: int, out: Path) -> subprocess.CompletedProcess[str]:
+    """A run of so many processes on the shipped text."""
+    folder, data = Path(package.__file__).parents[1], out.with_name("text.txt")
+    data.write_bytes(TEXT.read_bytes()[:3000])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), "-m", f"{package.__name__}.train",
+         "--out", str(out), "--data", str(data)],
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+
+
+def tensors(out: Path, step: int = 3) -> dict[str, torch.Tensor]:
+    """Weights, moments and averages of a checkpoint, from whatever files they are in."""
+    found: dict[str, torch.Tensor] = {}
+    for file in (out / "checkpoints" / f"step-{step:08d}").rglob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert f"{file.parent.name}/{name}" not in found, "written twice"
+            found[f"{file.parent.name}/{name}"] = tensor
+    return found
+
+
+def check_same(ours: Path, theirs: Path, exact: bool = False) -> None:
+    for mine, other in zip(lines(ours), lines(theirs), strict=True):
+        for name in ("total", "main", "mtp", "balance", "gradient_norm"):
+            if name in other:
+                assert mine[name] == pytest.approx(other[name], rel=1e-5), name
+        assert mine.get("experts") == other.get("experts")
+        if "held_out" in other:
+            assert mine["held_out"]["loss"] == pytest.approx(other["held_out"]["loss"], rel=1e-5)
+            assert mine["held_out"]["mtp"] == pytest.approx(other["held_out"]["mtp"], rel=1e-5)
+    found, expected = tensors(ours), tensors(theirs)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if exact:
+            assert torch.equal(found[name], tensor), name
+        else:
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    outcome = train(package(folder, "tiny_alone"), 1, folder / "run")
+    assert outcome.returncode == 0, outcome.stderr
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipeline", "schedule"),
+    [(2, "1f1b"), (4, "zero_bubble"), (2, "dualpipe"), (2, "dualpipe_v")],
+)
+def test_ranks_train_what_one_process_does(
+    pipeline: int, schedule: str, alone: Path, tmp_path: Path
+) -> None:
+    """2 pipeline ranks times 2 data ranks, or 4 pipeline ranks; with MTP, whose embedding and head
+    lie on the first and the last stage, and with balance losses on all stages."""
+    name = f"tiny_{schedule.replace('1', 'one_')}"
+    made = package(tmp_path, name, **parallel(pipeline, schedule))
+    outcome = train(made, 4, tmp_path / "run")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "on cpu, 4 ranks" in outcome.stderr
+    check_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
+    """Without MTP no weight lies on two stages, and without clipping no sum crosses stages."""
+    changes = {"architecture.mtp": "{depth: 0}", "train.optimizer.clip": "1000", "train.ema": "0.9"}
+    one, four = tmp_path / "one", tmp_path / "four"
+    assert train(package(tmp_path, "tiny_bits_1", **changes), 1, one).returncode == 0
+    built_for_4 = package(tmp_path, "tiny_bits_4", **changes, **parallel(4, "1f1b"))
+    assert train(built_for_4, 4, four).returncode == 0
+    check_same(four, one, exact=True)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path) -> None:
+    """A step on 2 x 2 ranks, one on 4 pipeline ranks and one in one process, as if all in one."""
+    out = tmp_path / "run"
+    for steps, ranks, layout in (
+        (1, 4, parallel(2, "dualpipe")), (2, 4, parallel(4, "1f1b")), (3, 1, {}),
+    ):  # fmt: skip
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        sys.modules.pop("tiny_moves", None)
+        moved = package(folder, "tiny_moves", **layout, **{"train.steps": str(steps)})
+        outcome = train(moved, ranks, out)
+        assert outcome.returncode == 0, outcome.stderr
+    found, expected = tensors(out), tensors(alone)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        (parallel(2, "1f1b"), 1, "is for 4 ranks (2 pipeline x 2 data), and 1 started"),
+        (parallel(2, "1f1b"), 2, "use torchrun with 4 processes"),
+        ({"parallel": "{cluster: cpu_2x2, expert: 4, batch: 8, sequence_length: 16, zero: 0}"}, 4,
+         "`parallel.expert` is 4"),
+        ({"parallel": "{cluster: cpu_2x2, batch: 8, sequence_length: 16}"}, 4,
+         "`parallel.zero` is 1"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_trained_is_refused(
+    changes: dict[str, str], ranks: int, message: str, tmp_path: Path
+) -> None:
+    """Never silently in another way."""
+    made = package(tmp_path, f"tiny_refused_{abs(hash(message)) % 10**6}", **changes)
+    with pytest.raises(part(made, "settings").TrainError, match=re.escape(message)):
+        part(made, "parallel").check_parallel(made.config, ranks)
+
+
+def test_every_module_is_on_some_stage_and_only_those_of_a_stage_are_held(tmp_path: Path) -> None:
+    made = package(tmp_path, "tiny_held", **parallel(4, "1f1b"))
+    whole = {one.name for one in published(made, made.Model(device="meta"))}
+    plans = part(made, "parallel").stage_plans(made.Model)
+    held = [
+        {one.name for one in published(made, made.Model(device="meta", holds=plan.holds))}
+        for plan in plans
+    ]
+    assert set().union(*held) == whole
+    both = {"model.embed_tokens.weight"}
+    assert {
+        name for i, one in enumerate(held) for other in held[:i] for name in one & other
+    } == both
+
+
+@pytest.mark.slow
+def test_a_weight_on_two_stages_whose_gradients_are_not_added_is_noticed(
+    alone: Path, tmp_path: Path
+) -> None:
+    made = package(tmp_path, "tiny_faulty", **parallel(2, "1f1b"))
+    place = Path(made.__file__).parent / "runtime/train/parallel.py"
+    text = place.read_text()
+    faulty = text.replace("self.holders[weight.name]]", "frozenset([self.mesh.pipeline])]")
+    assert faulty != text
+    place.write_text(faulty)
+    assert train(made, 4, tmp_path / "run").returncode == 0
+    with pytest.raises(AssertionError):
+        check_same(tmp_path / "run", alone)
