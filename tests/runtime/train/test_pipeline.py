@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,24 @@ def package(folder: Path, name: str, **changes: str) -> Any:
     return built(folder, name, only={**BASE, **changes})
 
 
-def train(package: Any, ranks: int, out: Path) -> subprocess.CompletedProcess[str]:
+def started(package: Any, ranks: int, out: Path, *more: str) -> subprocess.Popen[str]:
     """A run of so many processes on the shipped text."""
     folder, data = Path(package.__file__).parents[1], out.with_name("text.txt")
     data.write_bytes(TEXT.read_bytes()[:3000])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *(launcher if ranks > 1 else []), "-m", f"{package.__name__}.train",
-         "--out", str(out), "--data", str(data)],
+         "--out", str(out), "--data", str(data), *more],
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=200,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def train(package: Any, ranks: int, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    process = started(package, ranks, out, *more)
+    _, error = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, stderr=error)
 
 
 def tensors(out: Path, step: int = 3) -> dict[str, torch.Tensor]:
@@ -112,6 +121,47 @@ def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
     built_for_4 = package(tmp_path, "tiny_bits_4", **changes, **parallel(4, "1f1b"))
     assert train(built_for_4, 4, four).returncode == 0
     check_same(four, one, exact=True)
+
+
+@pytest.mark.slow
+def test_fp8_masks_averages_and_weights_that_are_given(tmp_path: Path) -> None:
+    """All at once, in bfloat16 with FP8 products: the bits of one process on four ranks."""
+    changes = {
+        "precision.policy": "fp8_blockwise",
+        "architecture.mtp": "{depth: 0}",
+        "train.document_mask": "true",
+        "sequence.eos_token_id": "32",
+        "train.optimizer.clip": "1000",
+        "train.ema": "0.9",
+    }
+    made = package(tmp_path, "tiny_all_1", **changes)
+    made.Model(seed=5).save(tmp_path / "given")
+    one, four, more = tmp_path / "one", tmp_path / "four", ["--weights", str(tmp_path / "given")]
+    assert train(made, 1, one, *more).returncode == 0
+    outcome = train(
+        package(tmp_path, "tiny_all_4", **changes, **parallel(4, "1f1b")), 4, four, *more
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    check_same(four, one, exact=True)
+
+
+@pytest.mark.slow
+def test_ranks_end_together_and_go_on(tmp_path: Path) -> None:
+    """One of four is killed in the middle of a run; the others leave, and all go on."""
+    made = package(tmp_path, "tiny_killed", **{"train.steps": "40"}, **parallel(2, "dualpipe_v"))
+    out = tmp_path / "run"
+    first = started(made, 4, out, "--save-every", "1")
+    deadline = time.monotonic() + 100
+    while not list(out.glob("checkpoints/step-*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(ranks[2]), signal.SIGKILL)
+    assert first.wait(60) != 0
+    assert lines(out)[-1]["step"] != 40
+    assert train(made, 4, out).returncode == 0
+    assert [line["step"] for line in lines(out) if "main" in line] == list(range(1, 41))
 
 
 @pytest.mark.slow
