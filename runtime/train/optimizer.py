@@ -6,58 +6,99 @@ weight is in `optimizer.py` of the folder above.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, all_reduce, broadcast, get_process_group_ranks
 
 from ..config import Config
 from ..model import LanguageModel
-from ..weights import published
+from ..weights import Index, Published, published
+
+
+@dataclass
+class Shard:
+    """What the optimizer knows of a weight, or of the part of it that has a published name.
+
+    `index` is where it lies in the stored weight, () for all of it. `master` is the weight itself
+    where that is float32 already.
+    """
+
+    name: str
+    index: Index
+    master: Tensor
+    mean: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, name: str = "", index: Index = ()) -> Shard:
+        part = tensor.detach()[index]
+        master = part if part.dtype == torch.float32 else part.float()
+        return cls(name, index, master, torch.zeros_like(part), torch.zeros_like(part))
+
+    def of_part(self, index: Index) -> Shard:
+        """Of a published part of the whole weight."""
+        return Shard("", index, self.master[index], self.mean[index], self.square[index])
 
 
 @dataclass
 class Weight:
-    """A stored weight with what the optimizer knows of it; `master` is the weight if that is
-    float32 already. `gradient` is float32, and None before the first backward pass of a step."""
+    """A stored weight. `gradient` is float32, and None before the first backward pass of a step.
+
+    A weight that is sharded over a `group` has one shard for each published part that this rank
+    updates, and `owners`: the index of each part, and the rank in the group that updates it.
+    """
 
     name: str
     tensor: nn.Parameter
-    master: Tensor
-    mean: Tensor
-    square: Tensor
+    shards: Sequence[Shard]
+    group: ProcessGroup | None = None
+    owners: Sequence[tuple[Index, int]] = ()
     gradient: Tensor | None = None
 
     def reduce(self, group: ProcessGroup) -> None:
         """Makes the gradient the sum over all ranks of a group."""
         if self.gradient is None:
-            self.gradient = torch.zeros_like(self.master)
+            self.gradient = torch.zeros(self.tensor.shape, device=self.tensor.device)
         all_reduce(self.gradient, group=group)
 
 
 class AdamW:
     """AdamW for all weights of a model. Matrices decay, vectors (norms) do not.
 
-    Gradients of the micro-batches of a step are added up in float32.
+    Gradients of the micro-batches of a step are added up in float32. Weights that are named in
+    `groups` are sharded over those ranks, by published parts (ZeRO-1, arXiv 1910.02054): each rank
+    has the state of some, updates them, and gets the others from their owners.
     """
 
-    def __init__(self, model: LanguageModel, settings: Config) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        settings: Config,
+        groups: Mapping[str, ProcessGroup] | None = None,
+    ) -> None:
         self.settings = settings
         self.functions = model.optimizer
-        self.weights = [
-            Weight(
-                name,
-                tensor,
-                tensor.detach() if tensor.dtype == torch.float32 else tensor.detach().float(),
-                torch.zeros_like(tensor, requires_grad=False),
-                torch.zeros_like(tensor, requires_grad=False),
-            )
-            for name, tensor in model.named_parameters()
-            if tensor.requires_grad
-        ]
+        groups = groups or {}
+        owners = _owners(model, groups)
+        parts: dict[int, list[Published]] = {}
+        for part in published(model):
+            parts.setdefault(id(part.storage), []).append(part)
+        self.weights = []
+        for name, tensor in model.named_parameters():
+            if not tensor.requires_grad:
+                continue
+            if name not in groups:
+                self.weights.append(Weight(name, tensor, [Shard.of(tensor)]))
+                continue
+            here, own = parts[id(tensor)], groups[name].rank()
+            shards = [Shard.of(tensor, p.name, p.index) for p in here if owners[p.name] == own]
+            places = [(part.index, owners[part.name]) for part in here]
+            self.weights.append(Weight(name, tensor, shards, groups[name], places))
 
     def collect(self) -> None:
         """Adds the gradients of a backward pass to those of the step."""
@@ -104,36 +145,89 @@ class AdamW:
         for weight in self.weights:
             if weight.gradient is None:
                 continue
-            self.functions.adamw_step(
-                weight.master,
-                weight.gradient,
-                weight.mean,
-                weight.square,
-                lr=rate,
-                beta1=one.beta1,
-                beta2=one.beta2,
-                eps=one.eps,
-                weight_decay=one.weight_decay if weight.tensor.dim() > 1 else 0.0,
-                step=number,
-                factor=factor,
-                weight=weight.tensor if weight.tensor.dtype != torch.float32 else None,
-            )
+            stored = weight.tensor.detach()
+            for shard in weight.shards:
+                self.functions.adamw_step(
+                    shard.master,
+                    weight.gradient[shard.index],
+                    shard.mean,
+                    shard.square,
+                    lr=rate,
+                    beta1=one.beta1,
+                    beta2=one.beta2,
+                    eps=one.eps,
+                    weight_decay=one.weight_decay if stored.dim() > 1 else 0.0,
+                    step=number,
+                    factor=factor,
+                    weight=stored[shard.index] if stored.dtype != torch.float32 else None,
+                )
             # A kernel writes behind autograd's back: FP8 copies must notice.
             increment_version(weight.tensor)
         self.drop_gradients()
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Takes the parts of sharded weights from the ranks that have updated them."""
+        # Groups in the order of their ranks: the same for all, so that none waits for ever.
+        groups = {tuple(get_process_group_ranks(w.group)): w.group for w in self.weights if w.group}
+        for _, group in sorted(groups.items(), key=lambda one: one[0]):
+            weights = sorted((w for w in self.weights if w.group is group), key=lambda w: w.name)
+            dtypes = sorted({w.tensor.dtype for w in weights}, key=str)
+            for owner, dtype in product(range(group.size()), dtypes):
+                parts = [
+                    w.tensor.detach()[index]
+                    for w in weights
+                    if w.tensor.dtype == dtype
+                    for index, rank in w.owners
+                    if rank == owner
+                ]
+                if not parts:
+                    continue
+                flat = torch.cat([part.reshape(-1) for part in parts])
+                broadcast(flat, group_src=owner, group=group)
+                if owner != group.rank():
+                    sizes = [part.numel() for part in parts]
+                    for part, new in zip(parts, flat.split(sizes), strict=True):
+                        part.copy_(new.view_as(part))
 
     @torch.no_grad()
     def copy_masters(self) -> None:
         """Makes the weights what their masters are, rounded to their type."""
         for weight in self.weights:
             if weight.tensor.dtype != torch.float32:
-                weight.tensor.copy_(weight.master)
+                for shard in weight.shards:
+                    weight.tensor.detach()[shard.index].copy_(shard.master)
 
-    def state(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """(published name, master, mean, square): views of all that is to be remembered."""
+    def kept(self, model: nn.Module) -> Iterator[tuple[Published, Shard | None]]:
+        """Every published tensor of which this rank keeps the state, with views of that.
+
+        None for what is not trained by gradients. What is sharded away is not among them.
+        """
         known = {id(weight.tensor): weight for weight in self.weights}
+        own = {shard.name: shard for weight in self.weights for shard in weight.shards}
         for part in published(model):
             weight = known.get(id(part.storage))
-            if weight is not None:
-                index = part.index
-                yield part.name, weight.master[index], weight.mean[index], weight.square[index]
+            if weight is None:
+                yield part, None
+            elif weight.group is None:
+                yield part, weight.shards[0].of_part(part.index)
+            elif part.name in own:
+                yield part, own[part.name]
+
+
+def _owners(model: nn.Module, groups: Mapping[str, ProcessGroup]) -> dict[str, int]:
+    """Which rank of its group updates each part of the weights in `groups`: equal shares."""
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    parts: dict[ProcessGroup, list[Published]] = {}
+    for part in published(model):
+        group = groups.get(names.get(id(part.storage), ""))
+        if group is not None:
+            parts.setdefault(group, []).append(part)
+    owners = {}
+    for group, members in parts.items():
+        loads = [0] * group.size()
+        for part in sorted(members, key=lambda p: (-p.tensor.numel(), p.name)):
+            owner = loads.index(min(loads))
+            owners[part.name] = owner
+            loads[owner] += part.tensor.numel()
+    return owners

@@ -41,11 +41,6 @@ def check_parallel(config: Config, world_size: int) -> None:
             "own yet; set it to 1"
         )
     size = parallel.pipeline * parallel.replicas * parallel.expert
-    if parallel.zero and size > parallel.pipeline:
-        problems.append(
-            "`parallel.zero` is 1: optimizer state cannot be sharded over data ranks yet; set it "
-            "to 0"
-        )
     if size != world_size:
         mesh = f"{parallel.pipeline} pipeline x {parallel.replicas * parallel.expert} data"
         problems.append(
@@ -123,15 +118,31 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a fresh model, or of the stages that a pipeline rank holds."""
     if mesh is None:
-        return Trainer(model(device, seed=seed), settings, sequences, ranks.training)
+        whole = model(device, seed=seed)
+        parallel, group = model.config.parallel, ranks.training
+        names = (name for name, _ in whole.named_parameters())
+        groups = dict.fromkeys(names, group) if parallel and parallel.zero and group else {}
+        return Trainer(whole, settings, sequences, ranks.training, shard_groups=groups)
     plans = stage_plans(model)
     here = [s for s in range(len(plans)) if mesh.pipeline in _holders(model.config, s)]
     holds = dict.fromkeys(name for stage in here for name in plans[stage].holds)
     own = model(device, seed=seed, holds=tuple(holds))
+    modules = _module_holders(model.config, plans)
+    holders = {name: _of_module(name, modules) for name, _ in own.named_parameters()}
+    groups = {
+        name: group
+        for name, one in holders.items()
+        if model.config.parallel.zero and (group := mesh.holders[one]) is not None
+    }
+    trainer = PipelineTrainer(own, settings, sequences, mesh.world, shard_groups=groups)
     schedule = Path(inspect.getfile(model)).parent / "graph" / "schedule.json"
-    trainer = PipelineTrainer(own, settings, sequences, mesh.world)
-    trainer.attach(mesh, plans, here, Row.read(schedule, mesh.pipeline))
+    trainer.attach(mesh, plans, here, holders, Row.read(schedule, mesh.pipeline))
     return trainer
+
+
+def _of_module(name: str, modules: Mapping[str, frozenset[int]]) -> frozenset[int]:
+    """What `modules` say of the module that a weight is in."""
+    return next(one for module, one in modules.items() if name.startswith(f"{module}."))
 
 
 def make_mesh(model: type[LanguageModel], ranks: ProcessGroups) -> PipelineMesh | None:
@@ -165,22 +176,22 @@ class PipelineTrainer(Trainer):
     """Trains the stages of a pipeline rank; after each step all holders of a weight are equal."""
 
     def attach(
-        self, mesh: PipelineMesh, plans: Sequence[StagePlan], here: Sequence[int], row: Row
+        self,
+        mesh: PipelineMesh,
+        plans: Sequence[StagePlan],
+        here: Sequence[int],
+        holders: Mapping[str, frozenset[int]],
+        row: Row,
     ) -> None:
-        """Gives the trainer its place; `here` are the numbers of its stages."""
-        self.mesh, self.row = mesh, row
+        """Gives the trainer its place; `here` are the numbers of its stages, `holders` the
+        pipeline ranks that hold each weight."""
+        self.mesh, self.row, self.holders = mesh, row, holders
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
         self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world)
         self.balances = {s: Balance(self.model, plans[s].holds) for s in here}
         self.stage_holders = {s: frozenset(_holders(config, s)) for s in here}
-        modules = _module_holders(config, plans)
-        self.holders = {
-            weight.name: next(h for name, h in modules.items() if f"{weight.name}.".startswith(
-                f"{name}."))
-            for weight in self.optimizer.weights
-        }  # fmt: skip
         # Of several pipeline ranks that hold a weight, one counts it in the norm.
         self.counted = {name for name, h in self.holders.items() if min(h) == mesh.pipeline}
 

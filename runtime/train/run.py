@@ -240,7 +240,7 @@ class Run:
             self.changes.append(
                 f"on {device} before, on {self.device.type} now: results are not bit-identical"
             )
-        views = training_state(self.trainer)
+        views = training_state(self.trainer, whole=True)
         restore(self.trainer, self.checkpoints.load(newest, views))
 
 

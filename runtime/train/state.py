@@ -35,20 +35,22 @@ class State:
         return State(tensors, self.values)
 
 
-def training_state(trainer: Trainer) -> State:
+def training_state(trainer: Trainer, whole: bool = False) -> State:
     """The state of a trainer, as views: writing to them changes it.
 
-    `model` holds master weights and routing biases, and can be loaded as a model.
+    `model` holds master weights and routing biases, and can be loaded as a model. Of what is
+    sharded over ranks it is the part of this one; with `whole` also the weights that others
+    update, to be read into.
     """
     moments: dict[str, Tensor] = {}
-    masters: dict[str, Tensor] = {}
-    for name, master, mean, square in trainer.optimizer.state(trainer.model):
-        masters[name] = master
-        moments[f"{name}.mean"], moments[f"{name}.square"] = mean, square
-    weights = {part.name: masters.get(part.name, part.tensor) for part in published(trainer.model)}
+    weights = {part.name: part.tensor for part in published(trainer.model)} if whole else {}
+    for part, shard in trainer.optimizer.kept(trainer.model):
+        weights[part.name] = part.tensor if shard is None else shard.master
+        if shard is not None:
+            moments[f"{part.name}.mean"], moments[f"{part.name}.square"] = shard.mean, shard.square
     tensors = {MODEL: weights, OPTIMIZER: moments}
     if trainer.average is not None:
-        tensors[AVERAGE] = trainer.average.state()
+        tensors[AVERAGE] = trainer.average.values
     return State(tensors, _values(trainer))
 
 
@@ -58,7 +60,7 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
     They are not rounded on the way to a master. Raises TrainError, with nothing changed, for
     tensors that are missing, left over, or of the wrong shape or type.
     """
-    tensors = training_state(trainer).tensors
+    tensors = training_state(trainer, whole=True).tensors
     # The folder has the whole model, of which a pipeline rank holds a part.
     whole = type(trainer.model)(device="meta")
     shapes = {part.name: part.shape for part in published(whole)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -61,13 +62,17 @@ class Trainer:
     sequences: Sequences
     group: ProcessGroup | None = None
     position: Position = field(default_factory=Position)
+    shard_groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
+    """The ranks over which the optimizer's state of a weight is sharded, by stored name."""
 
     def __post_init__(self) -> None:
         self.rank = self.group.rank() if self.group else 0
         self.ranks = self.group.size() if self.group else 1
-        self.optimizer = AdamW(self.model, self.settings.optimizer)
+        self.optimizer = AdamW(self.model, self.settings.optimizer, self.shard_groups)
         self.balance = Balance(self.model)
-        self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
+        self.average = None
+        if self.settings.ema:
+            self.average = Average(self.model, self.optimizer, self.settings.ema)
 
     @property
     def tokens(self) -> int:
@@ -206,24 +211,20 @@ def losses_of(loss: Loss) -> Tensor:
 
 
 class Average:
-    """A moving average of all weights and biases in float32, on the CPU (report, section 3.2.3)."""
+    """A moving average of all weights and biases in float32, on the CPU (report, section 3.2.3).
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    `values` by published name; of sharded weights, those that this rank updates.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: AdamW, decay: float) -> None:
         self.decay = decay
         self._model = model
-        self._values = {
-            id(part.storage): part.storage.detach().float().cpu().clone()
-            for part in published(model)
+        self.values = {
+            part.name: part.tensor.float().cpu().clone() for part, _ in optimizer.kept(model)
         }
 
     @torch.no_grad()
     def update(self, optimizer: AdamW) -> None:
-        masters = {id(weight.tensor): weight.master for weight in optimizer.weights}
-        storages = {id(part.storage): part.storage for part in published(self._model)}
-        for key, value in self._values.items():
-            now = masters.get(key, storages[key])
+        for part, shard in optimizer.kept(self._model):
+            value, now = self.values[part.name], part.tensor if shard is None else shard.master
             value.lerp_(now.to(value.device, value.dtype), 1 - self.decay)
-
-    def state(self) -> dict[str, Tensor]:
-        """Views by published name."""
-        return {p.name: self._values[id(p.storage)][p.index] for p in published(self._model)}

@@ -28,8 +28,8 @@ BASE = {
 """Four layers and one module of MTP: 8 sequences a step, of which each micro-batch has one."""
 
 
-def parallel(pipeline: int, schedule: str, cluster: str = "cpu_2x2") -> dict[str, str]:
-    section = f"cluster: {cluster}, pipeline: {pipeline}, schedule: {schedule}, zero: 0"
+def parallel(pipeline: int, schedule: str, zero: int = 1) -> dict[str, str]:
+    section = f"cluster: cpu_2x2, pipeline: {pipeline}, schedule: {schedule}, zero: {zero}"
     return {"parallel": f"{{{section}, batch: 8, sequence_length: 16, micro_batch: 1}}"}
 
 
@@ -124,6 +124,46 @@ def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_sharded_optimizer_state_has_the_bits_of_whole_state(pipeline: int, tmp_path: Path) -> None:
+    """In bfloat16 with masters and an average; each rank then has its share of both."""
+    changes = {"precision.policy": "bf16", "train.ema": "0.9"}
+    runs = []
+    for zero in (0, 1):
+        layout = parallel(pipeline, "1f1b", zero)
+        made = package(tmp_path, f"tiny_zero_{pipeline}_{zero}", **changes, **layout)
+        runs.append(tmp_path / f"run_{zero}")
+        outcome = train(made, 4, runs[-1])
+        assert outcome.returncode == 0, outcome.stderr
+    check_same(runs[1], runs[0], exact=True)
+    again = train(made, 4, runs[-1])  # reads all of it back
+    assert "training is complete" in again.stderr
+
+
+class Group:
+    """A process group of four, as far as sharding asks."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: 4
+
+
+def test_each_rank_has_its_share_of_the_state(tmp_path: Path) -> None:
+    made = package(tmp_path, "tiny_shares")
+    optimizer = part(made, "optimizer")
+    model = made.Model()
+    names = [name for name, _ in model.named_parameters()]
+    found: list[dict[str, int]] = []
+    for rank in range(4):
+        one = optimizer.AdamW(model, made.config.train.optimizer, dict.fromkeys(names, Group(rank)))
+        kept = ((part, shard) for part, shard in one.kept(model) if shard is not None)
+        found.append({part.name: shard.mean.numel() for part, shard in kept})
+    sizes = [sum(one.values()) for one in found]
+    assert sum(sizes) == sum(p.numel() for p in model.parameters())
+    assert sum(map(len, found)) == len({name for one in found for name in one})
+    assert max(sizes) <= min(sizes) * 1.05
+
+
+@pytest.mark.slow
 def test_fp8_masks_averages_and_weights_that_are_given(tmp_path: Path) -> None:
     """All at once, in bfloat16 with FP8 products: the bits of one process on four ranks."""
     changes = {
@@ -188,10 +228,8 @@ def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path) -> None
     [
         (parallel(2, "1f1b"), 1, "is for 4 ranks (2 pipeline x 2 data), and 1 started"),
         (parallel(2, "1f1b"), 2, "use torchrun with 4 processes"),
-        ({"parallel": "{cluster: cpu_2x2, expert: 4, batch: 8, sequence_length: 16, zero: 0}"}, 4,
+        ({"parallel": "{cluster: cpu_2x2, expert: 4, batch: 8, sequence_length: 16}"}, 4,
          "`parallel.expert` is 4"),
-        ({"parallel": "{cluster: cpu_2x2, batch: 8, sequence_length: 16}"}, 4,
-         "`parallel.zero` is 1"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_trained_is_refused(

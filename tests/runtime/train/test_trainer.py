@@ -110,10 +110,12 @@ def test_bfloat16_weights_are_rounded_masters(tmp_path: Path) -> None:
     for _ in range(3):
         one.step()
     for weight in one.optimizer.weights:
-        assert weight.master.dtype == torch.float32
-        assert weight.mean.dtype == weight.square.dtype == torch.bfloat16
-        assert torch.equal(weight.tensor.detach(), weight.master.bfloat16())
-    assert any((w.master != w.tensor.detach()).any() for w in one.optimizer.weights)
+        (shard,) = weight.shards
+        assert shard.master.dtype == torch.float32
+        assert shard.mean.dtype == shard.square.dtype == torch.bfloat16
+        assert torch.equal(weight.tensor.detach(), shard.master.bfloat16())
+    weights = one.optimizer.weights
+    assert any((w.shards[0].master != w.tensor.detach()).any() for w in weights)
 
 
 def test_batch_and_rate_follow_their_schedules(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_the_average_follows_the_masters(tmp_path: Path) -> None:
         for p in published(package, one.model):
             expected[p.name] = 0.75 * expected[p.name] + 0.25 * p.tensor
     assert one.average is not None
-    found = one.average.state()
+    found = one.average.values
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], msg=name)
@@ -185,12 +187,13 @@ def test_what_is_not_finite_is_named_and_changes_nothing(
     with torch.no_grad():
         break_it(one.model)
     before = {n: t.clone() for n, t in one.model.state_dict().items()}
-    moments = [w.mean.clone() for w in one.optimizer.weights]
+    shards = [w.shards[0] for w in one.optimizer.weights]
+    moments = [shard.mean.clone() for shard in shards]
     with pytest.raises(part(package, "trainer").NotFinite, match=rf"step 2: .*{named}"):
         one.step()
     after = one.model.state_dict()
     assert all(torch.allclose(after[n], t, 0, 0, equal_nan=True) for n, t in before.items())
-    assert all(torch.equal(w.mean, m) for w, m in zip(one.optimizer.weights, moments, strict=True))
+    assert all(torch.equal(s.mean, m) for s, m in zip(shards, moments, strict=True))
     assert one.position.steps == 1
 
 
