@@ -216,6 +216,15 @@ def permute_quantized(
     return rows, s.flatten(0, -2)[token], offs, sort_indices
 
 
+def permute_quantized_local(
+    q: Tensor, s: Tensor, index: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as `functional.permute_local` sorts them."""
+    rows, offs, sort_indices = F.permute_local(q, index, experts)
+    token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
+    return rows, s[token], offs, sort_indices
+
+
 # ---- pieces ---------------------------------------------------------------------------------
 
 

@@ -333,7 +333,7 @@ def unpermute_grad(
     rows = d.flatten(0, -2).index_select(0, token)
     dots = (F.wide(rows) * y).sum(-1).to(weight.dtype)
     dy = rows.mul_(weight.flatten()[sort_indices].to(y.dtype).unsqueeze(-1))
-    return dy, torch.empty_like(dots).scatter_(0, sort_indices, dots).view(weight.shape)
+    return dy, dots.new_zeros(weight.numel()).scatter_(0, sort_indices, dots).view(weight.shape)
 
 
 def sequence_balance_loss_grad(d: Tensor, score: Tensor, k: int) -> Tensor:

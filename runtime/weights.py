@@ -242,7 +242,8 @@ class Stack(nn.Module):
 
     def __init__(self, count: int, **members: Tensors) -> None:
         super().__init__()
-        self.count = count
+        self.count = self.total = count
+        self.first = 0
         for name, member in members.items():
             self.add_module(name, member)
         for name, tensor in _stored(self):
@@ -254,6 +255,19 @@ class Stack(nn.Module):
         self.register_state_dict_post_hook(_unstack)
         self.register_load_state_dict_pre_hook(_restack)
         self.register_load_state_dict_pre_hook(_rejoin)
+
+    def hold(self, rank: int, ranks: int) -> None:
+        """Keeps one of `ranks` equal parts, on the meta device; numbers stay those of the whole."""
+        self.count = self.total // ranks
+        self.first = rank * self.count
+        for member in (m for m in self.modules() if isinstance(m, Tensors)):
+            for name, one in member.declarations.items():
+                member.declarations[name] = replace(one, shape=(self.count, *one.shape[1:]))
+                tensor = getattr(member, name)
+                new = torch.empty(
+                    member.declarations[name].shape, dtype=tensor.dtype, device="meta"
+                )
+                setattr(member, name, new if one.buffer else nn.Parameter(new))
 
     if TYPE_CHECKING:
 
@@ -323,8 +337,11 @@ def published(module: nn.Module, prefix: str = "", index: Index = ()) -> Iterato
             scales = getattr(module, SCALES)[index] if _held(module) else None
             yield Published(prefix + name, tensor, index, declarations.get(name), scales)
     parts = range(module.count) if isinstance(module, Stack) else (None,)
+    first = module.first if isinstance(module, Stack) else 0
     for part in parts:
-        here, inside = (prefix, index) if part is None else (f"{prefix}{part}.", (*index, part))
+        here, inside = (prefix, index)
+        if part is not None:
+            here, inside = f"{prefix}{first + part}.", (*index, part)
         for name, child in module.named_children():
             yield from published(child, f"{here}{name}.", inside)
 
@@ -417,7 +434,7 @@ def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[st
     parts = {name: state.pop(prefix + name) for name, _ in _stored(stack)}
     for i in range(stack.count):
         for name, tensor in parts.items():
-            state[f"{prefix}{i}.{name}"] = tensor[i]
+            state[f"{prefix}{stack.first + i}.{name}"] = tensor[i]
 
 
 def _unjoin(joined: Joined, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -440,7 +457,8 @@ def _restack(
 ) -> None:
     """Before `load_state_dict()`: puts the parts together, and reports those that do not fit."""
     for name, stored in _stored(stack):
-        names = {f"{prefix}{i}.{name}": stored[i] for i in range(stack.count)}
+        first = stack.first
+        names = {f"{prefix}{first + i}.{name}": stored[i] for i in range(stack.count)}
         values = _take(state, names, missing, errors)
         state[prefix + name] = stored.detach() if values is None else torch.stack(values)
 
