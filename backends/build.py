@@ -131,13 +131,15 @@ def package(
     if plan is not None:
         values = record(description.spec.model, plan)
         texts["plan.json"] = json.dumps(values, indent=2) + "\n"
-        for role in roles(description, compiled.lowered, plan.layout):
+        found = list(roles(description, compiled.lowered, plan.layout))
+        for role in found:
             texts[f"graph/rank-{role.name}.graph"] = role.text(role.program)
             texts[f"graph/rank-{role.name}-step.graph"] = role.text(role.step)
         layout = plan.layout
-        # Experts that are spread over ranks have no statements yet: training refuses them.
-        if layout.mesh.pipeline > 1 and layout.mesh.expert == 1:
-            stages = stages_py(description, compiled, layout, **emitted)
+        mesh = layout.mesh
+        # The kernels around experts know nothing yet of those on other ranks.
+        if (mesh.expert > 1 and target is None) or (mesh.expert == 1 and mesh.pipeline > 1):
+            stages = stages_py(description, compiled, layout, found, **emitted)
             texts |= {"stages.py": stages} if stages is not None else {}
         order = schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
         texts["graph/schedule.txt"] = str(order)

@@ -15,6 +15,7 @@ from compiler.graph.text import print_program
 from compiler.graph.verify import verify
 from compiler.parallel.layout import Layout, Stage
 from compiler.passes.optimizer_step import shared_weights, step_program
+from compiler.passes.split_backward import SPLIT_BACKWARD
 from compiler.pipeline import before_cut, rank_passes, run
 from dsl.load import Description
 
@@ -23,11 +24,13 @@ from dsl.load import Description
 class Role:
     """Stages that run the same programs, which are those of the first of them.
 
-    `program` is that of a micro-batch, `step` that of the end of a training step.
+    `program` is that of a micro-batch, `joint` the same before weight gradients are split off, and
+    `step` that of the end of a training step.
     """
 
     stages: tuple[Stage, ...]
     program: Program
+    joint: Program
     step: Program
 
     @property
@@ -46,8 +49,8 @@ class Role:
         return "".join(lines) + "\n" + print_program(program)
 
     def of(self, stage: Stage) -> Program:
-        """The program of one of the stages."""
-        first, program = self.stages[0], copy_program(self.program)
+        """The program of one of the stages, before weight gradients are split off."""
+        first, program = self.stages[0], copy_program(self.joint)
         for graph in program.graphs.values():
             for op in graph.walk():
                 if op.kind in ("repeat", "repeat_backward"):
@@ -67,10 +70,12 @@ def roles(description: Description, lowered: Program, layout: Layout) -> Iterato
         alike.setdefault(_shape(stage, layout), []).append(stage)
     for stages in alike.values():
         passes = rank_passes("train", layout, stages[0].index)
-        *_, step = run("train", uncut, passes, description)
-        end = step_program(step.program, layout, stages[0].index, shared)
+        steps = list(run("train", uncut, passes, description))
+        program = steps[-1].program
+        joint = steps[-2].program if passes[-1] is SPLIT_BACKWARD else program
+        end = step_program(program, layout, stages[0].index, shared)
         verify(end)
-        yield Role(tuple(stages), step.program, end)
+        yield Role(tuple(stages), program, joint, end)
 
 
 def _shape(stage: Stage, layout: Layout) -> tuple[object, ...]:

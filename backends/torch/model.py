@@ -169,12 +169,12 @@ class Emission:
                 callees = {**context.callees, prefix.graph.name: prefix.callees[i]}
                 context = replace(context, callees=callees)
             if program == "train" and self.served.derived(name):
-                yield from self._training_methods(name, graph, context)
+                yield from self.training_methods(name, graph, context)
             else:
                 callee = self.served.callees[program][name]
                 yield written(callee.method or "forward", Emitter(graph, context), callee.trailing)
 
-    def _training_methods(self, name: str, graph: Graph, context: Context) -> Iterator[Method]:
+    def training_methods(self, name: str, graph: Graph, context: Context) -> Iterator[Method]:
         """The method of a block that serves scores and training, and that of its gradients."""
         scored = name in self.compiled.programs["forward"].graphs
         taken = self.served.taken(name, "forward") if scored else ()

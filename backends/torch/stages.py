@@ -6,7 +6,7 @@ The blocks that a stage calls are those of `model.py`; only the outermost block 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backends.render import render
@@ -15,12 +15,20 @@ from backends.torch.emit import Emitter
 from backends.torch.layout import Call, lay_out
 from backends.torch.model import Emission, defaults, uses_fp8
 from backends.torch.records import Method, docstring, tuple_text
-from compiler.graph.core import Graph, Program, Value
+from compiler.graph.core import Graph, Program, Value, copy_program
 from compiler.graph.rules import number
 from compiler.parallel.layout import Layout
 from compiler.pipeline import Compiled
-from compiler.roles import Role, roles
+from compiler.roles import Role
 from dsl.load import Description
+
+
+@dataclass(frozen=True)
+class ExpertClass:
+    """A block of the model whose experts are spread over ranks: its methods are those of a rank."""
+
+    name: str
+    methods: list[Method]
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ def stages_py(
     description: Description,
     compiled: Compiled,
     layout: Layout,
+    roles: Sequence[Role],
     *,
     spec: str,
     version: str,
@@ -45,23 +54,24 @@ def stages_py(
     params: Mapping[str, object],
     kernels: bool = False,
 ) -> str | None:
-    """Text of `stages.py`. A micro-batch is cut into stages as if it were all of a step.
+    """Text of `stages.py`. Gradients are computed by autograd, a stage at a time.
 
     None where passes were left out, so that the layers of `model.py` serve no stage.
     Raises `DiagnosticError` (E519) where the model cannot be cut.
     """
-    mesh = replace(layout.mesh, pipeline=len(layout.stages), replicas=1, expert=1)
-    # Gradients are computed by autograd, a stage at a time: that of weights is not split off.
-    one = replace(layout, mesh=mesh, schedule="1f1b", micro_batches=1)
     classes: list[StageClass] = []
     table: list[tuple[int, tuple[str, int, Call]]] = []
     constants: dict[str, None] = {}
-    for role in roles(description, compiled.lowered, one):
-        programs = {**compiled.programs, "train": role.program}
+    spread: dict[str, ExpertClass] = {}
+    experts = layout.mesh.expert
+    for role in roles:
+        program = copy_program(role.joint)
+        programs = {**compiled.programs, "train": program}
         emit = Emission(replace(compiled, programs=programs), dtype, params)
-        if not _same_units(compiled.programs["train"], role.program, emit):
+        if not _same_units(compiled.programs["train"], program, emit):
             return None
-        classes.append(_class(role, emit))
+        classes.append(_class(role, program, emit, experts))
+        spread |= {one.name: one for one in _spread(program, emit, experts)}
         constants |= dict.fromkeys(emit.constants())
         for stage in role.stages:
             held = list(_held(role.of(stage), emit))
@@ -69,7 +79,7 @@ def stages_py(
             names = tuple(("", f'"{name}"') for name in held)
             call = Call("(", names, ",)" if len(names) == 1 else ")")
             table += [(stage.index, (classes[-1].name, first, call))]
-    facts = {"stages": classes, "constants": list(constants)}
+    facts = {"stages": classes, "constants": list(constants), "spread": list(spread.values())}
     text = repr(facts)
     lines = []
     for _, (name, first, call) in sorted(table, key=lambda row: row[0]):
@@ -90,24 +100,60 @@ def stages_py(
 
 
 def _same_units(whole: Program, cut: Program, emit: Emission) -> bool:
-    """Whether a stage calls the model's layers as the model does. Inside they may differ: what is
-    recomputed in a layer is chosen for all of the model."""
+    """Whether a stage calls the model's layers, and they their experts, as the model does.
+
+    Inside they may differ: what is recomputed in a layer is chosen for all of the model.
+    """
     return all(
         name in whole.derivatives
         and _signature(whole.graphs[name]) == _signature(cut.graphs[name])
-        and whole.derivatives[name].results == cut.derivatives[name].results
-        and whole.derivatives[name].arguments == cut.derivatives[name].arguments
-        for name in emit.units
-    )
+        and replace(whole.derivatives[name], backward="") == replace(
+            cut.derivatives[name], backward="")
+        for name in [*emit.units, *(graph.name for graph in _dispatching(cut, emit))]
+    )  # fmt: skip
+
+
+def _dispatching(program: Program, emit: Emission) -> Iterator[Graph]:
+    for name, graph in program.graphs.items():
+        if name in emit.blocks and any(op.kind == "dispatch" for op in graph.walk()):
+            yield graph
+
+
+def _spread(program: Program, emit: Emission, experts: int) -> Iterator[ExpertClass]:
+    """The blocks around experts, with methods that send tokens to other ranks."""
+    for graph in _dispatching(program, emit):
+        for half in (graph, program.graphs[program.derivatives[graph.name].backward]):
+            _terms_of_micro_batch(half, experts)
+        one = next(one for one in emit.classes if graph.name in one.arguments)
+        own = emit.sizes.within({name: f"self.{name}" for name in one.parameters})
+        context = emit.context("train", graph.name, own)
+        methods = list(emit.training_methods(graph.name, graph, context))
+        yield ExpertClass(emit.names[one.graph], methods)
+
+
+def _terms_of_micro_batch(graph: Graph, experts: int) -> None:
+    """Balance losses as terms of one micro-batch on all `experts` ranks, instead of a whole step.
+
+    A trainer may give micro-batches any share of a step. `partition` has divided them.
+    """
+    by = {v: op.kind for op in graph.walk() for v in op.results}
+    into = {v: op.kind for op in graph.walk() for v in op.operands}
+    for op in graph.walk():
+        if op.kind == "scale" and (
+            by.get(op.operands[0]) == "sequence_balance_loss"
+            or into.get(op.result) == "sequence_balance_loss_grad"
+        ):
+            op.attrs["by"] = 1 / experts
 
 
 def _signature(graph: Graph) -> tuple[object, ...]:
     results = zip(graph.result_names, graph.results, strict=True)
-    return (*((v.name, v.type) for v in graph.args), *((name, v.type) for name, v in results))
+    values = [*((v.name, v.type) for v in graph.args), *((name, v.type) for name, v in results)]
+    return tuple((name, type.dtype, [(d.name, d.size) for d in type.dims]) for name, type in values)
 
 
-def _class(role: Role, emit: Emission) -> StageClass:
-    program, main = role.program, role.program.main
+def _class(role: Role, program: Program, emit: Emission, experts: int) -> StageClass:
+    main = program.main
     first = "self.first" if len(role.stages) > 1 else ""
     context = replace(emit.context("train", main.name), first_layer=first)
     emitter = Emitter(main, context)
@@ -115,7 +161,10 @@ def _class(role: Role, emit: Emission) -> StageClass:
     assert (boundary.received, boundary.sent) == (gradients.sent, _received(program)), main.name
     by_name = {value.name: value for value in main.args}
     entering = [by_name[name] for name in boundary.received]
-    lines = [f"{emitter.names[v]} = F.count_labels({label})" for v, label in _counts(program)]
+    ranks = f" * {experts}" if experts > 1 else ""
+    lines = [
+        f"{emitter.names[v]} = F.count_labels({label}){ranks}" for v, label in _counts(program)
+    ]
     lines += defaults(main, "train")
     if entering:
         lines.append(f"{tuple_text([emitter.names[v] for v in entering])} = received")

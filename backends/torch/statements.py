@@ -63,7 +63,14 @@ def _experts(e: Emitter, op: Op) -> None:
 
 def _permute(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    e.assign(op, f"F.permute({e.operands(op)}, {e.size(count)})")
+    local = "_local" if op.operands[0].type.dims[0].name == "arrived" else ""
+    e.assign(op, f"F.permute{local}({e.operands(op)}, {e.size(count)})")
+
+
+def _exchange(e: Emitter, op: Op) -> None:
+    """By the module's exchange; a handle knows the way, so that nothing else says where to."""
+    given = op.operands[:-1] if op.kind == "combine" else op.operands
+    e.assign(op, f"self.exchange.{op.kind}({', '.join(e.names[v] for v in given)})")
 
 
 def _grouped_linear(e: Emitter, op: Op) -> None:
@@ -79,7 +86,8 @@ def _fp8_weight(e: Emitter, op: Op) -> None:
 
 def _permute_quantized(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    e.assign(op, f"fp8.permute_quantized({e.operands(op)}, {e.size(count)})")
+    local = "_local" if op.operands[0].type.dims[0].name == "arrived" else ""
+    e.assign(op, f"fp8.permute_quantized{local}({e.operands(op)}, {e.size(count)})")
 
 
 def _head_linear(e: Emitter, op: Op) -> None:
@@ -277,6 +285,9 @@ STATEMENTS: Mapping[str, Emit] = {
     "head_linear": _head_linear,
     "experts": _experts,
     "permute": _permute,
+    "dispatch": _exchange,
+    "dispatch_again": _exchange,
+    "combine": _exchange,
     "grouped_linear": _grouped_linear,
     "unpermute": call_f("unpermute"),
     "quantize": call_fp8("quantize", "scale"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from backends.build import package
 from compiler.analysis import summary
 from compiler.pipeline import compile
+from compiler.plan.make import make_plan
 from dsl.load import load
 from tests.support.places import SPECS
 
@@ -28,4 +29,5 @@ def generated(case: str) -> dict[str, str]:
     description = load(SPECS / f"{spec}.yaml", sets=sets)
     compiled = compile(description)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
-    return {name: data.decode() for name, data in package(description, compiled, numbers).items()}
+    files = package(description, compiled, numbers, make_plan(description, compiled))
+    return {name: data.decode() for name, data in files.items()}
