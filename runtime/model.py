@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,7 @@ from .cache import Cache
 from .config import Config
 from .generate import generate
 from .module import CheckpointModule
-from .stage import hold
+from .stage import ModelShare, hold
 from .weights import Tensors, initialize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.bfloat16}
@@ -56,7 +55,7 @@ class LanguageModel(CheckpointModule, ABC):
     defaults to the precision policy of the spec. Weights follow from `seed` and their published
     names alone. `weights="fp8"` holds the weights of FP8 products in E4M3 with their scales and in
     no other form, for inference: they are read from published FP8 folders, and saved, as they are.
-    `holds` names the modules that a pipeline rank holds; the others are `Absent`.
+    With `share` it is what one of several ranks holds; other modules are `Absent`.
     """
 
     config: ClassVar[Config]
@@ -71,7 +70,7 @@ class LanguageModel(CheckpointModule, ABC):
         dtype: torch.dtype | None = None,
         seed: int = 0,
         weights: Literal["fp8"] | None = None,
-        holds: Collection[str] | None = None,
+        share: ModelShare | None = None,
     ) -> None:
         super().__init__()
         policy = self.config.precision.policy
@@ -79,8 +78,8 @@ class LanguageModel(CheckpointModule, ABC):
             # Its gate would silently be computed in less than float32.
             raise ValueError(f"this model was built for fp32, not for {dtype}: build it with bf16")
         self.build()
-        if holds is not None:
-            hold(self, holds)
+        if share is not None:
+            hold(self, share)
         for module in self.modules():
             if isinstance(module, Tensors):
                 module.quantize_weight = self.fp8.quantize_weight

@@ -7,7 +7,6 @@ number of their first layer. DeepSeek-V3 report, section 3.2.1.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .module import CheckpointModule
+from .weights import Stack
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,28 @@ class StagePlan:
     holds: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ModelShare:
+    """What one rank holds of a model: modules by name, and its part of the experts in them."""
+
+    holds: tuple[str, ...]
+    expert_rank: int = 0
+    expert_ranks: int = 1
+
+
 class Absent(nn.Module):
     """In place of a module that another pipeline rank holds."""
 
 
-def hold(model: nn.Module, names: Collection[str]) -> None:
-    """Drops all modules but those in `names`, what is inside them and what they are inside."""
+def hold(model: nn.Module, share: ModelShare) -> None:
+    """Drops all modules but those of a share, what is inside them and what they are inside."""
+    names = share.holds
     for name, module in list(model.named_modules()):
         for leaf, _ in list(module.named_children()):
             path = f"{name}.{leaf}" if name else leaf
             around = any(one.startswith(f"{path}.") for one in names)
             if not around and not any(f"{path}.".startswith(f"{one}.") for one in names):
                 module.register_module(leaf, Absent())
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.hold(share.expert_rank, share.expert_ranks)

@@ -108,7 +108,7 @@ def _routers(model: nn.Module) -> Iterator[Router]:
     for name, module in model.named_modules():
         for child in module.children():
             if isinstance(child, Stack):
-                yield Router(name, _bias(module, child.count))
+                yield Router(name, _bias(module, child.total))
 
 
 def _is_in(name: str, modules: Collection[str]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel
-from .parallel import PipelineTrainer
+from .parallel import MeshTrainer
 from .sequences import ValidationSet, positions
 from .tokenizer import Tokenizer
 from .trainer import loss_of, losses_of
@@ -39,7 +39,7 @@ def evaluate(
     batch: int,
     limit: int | None = None,
     group: ProcessGroup | None = None,
-    pipeline: PipelineTrainer | None = None,
+    pipeline: MeshTrainer | None = None,
 ) -> Evaluation:
     """Losses on all sequences, or on `limit` of them at even distances.
 
@@ -54,15 +54,20 @@ def evaluate(
     depth = model.config.architecture.mtp.depth
     both = 1 if pipeline is not None else 2
     sums = torch.zeros(3 + both * depth, dtype=torch.float64, device=model.device)
-    for first in range(rank * batch, count, ranks * batch):
-        tokens = torch.stack([text[i] for i in chosen[first : first + batch]]).to(model.device)
+    for start in range(0, count, ranks * batch):
+        first = start + rank * batch
+        part = chosen[first : first + batch]
+        if not part and pipeline is None:
+            break
+        # Ranks that exchange tokens compute equally often; what is beyond the text counts nothing.
+        tokens = torch.stack([text[i] for i in part or chosen[:1]]).to(model.device)
         if pipeline is not None:
             values = pipeline.losses(tokens)
         else:
             values = losses_of(loss_of(model, tokens))
         if depth and pipeline is None:
             values = torch.cat([values, _agreement(model, tokens[:, :-1])])
-        sums += values * len(tokens) / count
+        sums += values * len(part) / count
     if group is not None:
         all_reduce(sums, group=group)
     _, loss, _, *depths = sums.tolist()

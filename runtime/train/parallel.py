@@ -1,8 +1,8 @@
-"""Training on several pipeline ranks, each of which holds some stages of the model.
+"""Training on the ranks of a mesh, each of which holds some stages and experts of the model.
 
-Ranks count along the data ranks first, then along the pipeline, as in `compiler/parallel/mesh.py`.
-Data ranks hold the same stages and work on different sequences; the ranks of a pipeline work on the
-same ones. DeepSeek-V3 report, section 3.2.
+Ranks count along `expert` first, then `replica`, then `pipeline` (`compiler/parallel/mesh.py`).
+Data ranks, which are experts times replicas, hold the same stages and work on different sequences;
+the ranks of a pipeline work on the same ones. DeepSeek-V3 report, section 3.2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from torch.cuda import is_available
 from torch.distributed import ProcessGroup, all_reduce, new_group
 
 from ..config import Config
+from ..exchange import Exchange
 from ..model import LanguageModel
-from ..stage import StageLoss, StagePlan
+from ..stage import ModelShare, StageLoss, StagePlan
+from ..weights import Stack
 from .balance import Balance, ExpertUtilization
 from .pipeline import Chunk, Execution, Held, Row
 from .ranks import ProcessGroups, all_gather_objects
@@ -30,63 +33,84 @@ from .trainer import Trainer
 
 
 def check_parallel(config: Config, world_size: int) -> None:
-    """Raises TrainError where the ranks that were started cannot train as `parallel` says."""
+    """Raises TrainError where the ranks that were started are not those of `parallel`."""
     parallel = config.parallel
     if parallel is None:
         return
-    problems = []
-    if parallel.expert > 1:
-        problems.append(
-            f"`parallel.expert` is {parallel.expert}: experts cannot be trained on ranks of their "
-            "own yet; set it to 1"
-        )
     size = parallel.pipeline * parallel.replicas * parallel.expert
     if size != world_size:
-        mesh = f"{parallel.pipeline} pipeline x {parallel.replicas * parallel.expert} data"
-        problems.append(
+        sizes = (f"{parallel[name]} {name}" for name in ("pipeline", "replicas", "expert"))
+        mesh = " x ".join(sizes)
+        raise TrainError(
             f"`parallel` is for {size:,} ranks ({mesh}), and {world_size:,} started: use torchrun "
             f"with {size:,} processes, or build without it (--set parallel=null)"
         )
-    if problems:
-        raise TrainError("training cannot start:\n  " + "\n  ".join(problems))
 
 
 @dataclass(frozen=True)
-class PipelineMesh:
+class Holders:
+    """Which ranks hold a weight: pipeline ranks, and of an expert only those of its replicas."""
+
+    pipelines: frozenset[int]
+    expert: bool = False
+
+
+@dataclass(frozen=True)
+class RankMesh:
     """Where this rank is in the mesh, and its process groups.
 
-    `world` has all ranks, `column` those of the same pipeline. `holders` has for each set of
-    pipeline ranks that includes this one the group of them and their data ranks; None for a set of
-    one rank.
+    `column` are the ranks of its pipeline, `groups` those that hold a weight as it does, None where
+    that is this rank alone; `exchange` has the ranks over which the experts are spread.
     """
 
     pipeline: int
     data: int
     data_ranks: int
+    experts: int
     ranks: Sequence[int]
     world: ProcessGroup
     column: ProcessGroup
-    holders: Mapping[frozenset[int], ProcessGroup | None]
+    groups: Mapping[Holders, ProcessGroup | None]
+    exchange: ProcessGroup
+
+    @property
+    def expert(self) -> int:
+        return self.data % self.experts
+
+    @property
+    def replica(self) -> int:
+        return self.data // self.experts
 
     @classmethod
-    def of(cls, config: Config, plans: Sequence[StagePlan], world: ProcessGroup) -> PipelineMesh:
+    def of(cls, config: Config, plans: Sequence[StagePlan], world: ProcessGroup) -> RankMesh:
         """Every rank calls it, for groups are made by all ranks together."""
-        pipelines, data_ranks = config.parallel.pipeline, config.parallel.replicas
+        parallel = config.parallel
+        experts, data_ranks = parallel.expert, parallel.replicas * parallel.expert
         pipeline, data = divmod(world.rank(), data_ranks)
-        columns = [[p * data_ranks + d for p in range(pipelines)] for d in range(data_ranks)]
+        rank = world.rank()
+        columns = [
+            [p * data_ranks + d for p in range(parallel.pipeline)] for d in range(data_ranks)
+        ]
         column = [_group(ranks) for ranks in columns][data]
+        firsts = range(0, parallel.pipeline * data_ranks, experts)
+        exchange = [_group(range(first, first + experts)) for first in firsts][rank // experts]
         sets = {frozenset(_holders(config, stage)) for stage in range(len(plans))}
         sets |= set(_module_holders(config, plans).values())
-        holders = {}
+        groups: dict[Holders, ProcessGroup | None] = {}
         for one in sorted(sets, key=sorted):
             ranks = [p * data_ranks + d for p in sorted(one) for d in range(data_ranks)]
-            group = _group(ranks) if len(ranks) > 1 else None
+            parts = [[r for r in ranks if r % experts == e] for e in range(experts)]
+            made = _group(ranks) if len(ranks) > 1 else None
+            of_experts = [_group(part) if len(part) > 1 else None for part in parts]
             if pipeline in one:
-                holders[one] = group
-        return cls(pipeline, data, data_ranks, columns[data], world, column, holders)
+                groups[Holders(one)] = made
+                groups[Holders(one, expert=True)] = of_experts[rank % experts]
+        return cls(
+            pipeline, data, data_ranks, experts, columns[data], world, column, groups, exchange
+        )
 
 
-def _group(ranks: Sequence[int]) -> ProcessGroup:
+def _group(ranks: Iterable[int]) -> ProcessGroup:
     # The device of a tensor decides which of the two backends is used.
     backend = "cpu:gloo,cuda:nccl" if is_available() else "gloo"
     group: ProcessGroup = new_group(list(ranks), backend=backend)
@@ -107,6 +131,32 @@ def _module_holders(config: Config, plans: Sequence[StagePlan]) -> dict[str, fro
     return found
 
 
+def make_mesh(model: type[LanguageModel], ranks: ProcessGroups) -> RankMesh | None:
+    """The mesh of a model that was built to be cut; all ranks call it.
+
+    Raises TrainError, the same on all ranks, where the ranks that were started do not fit.
+    """
+    check_parallel(model.config, ranks.world_size)
+    parallel = model.config.parallel
+    if ranks.training is None or parallel is None or parallel.pipeline * parallel.expert == 1:
+        return None
+    return RankMesh.of(model.config, stages_of(model).STAGES, ranks.training)
+
+
+def stages_of(model: type[LanguageModel]) -> Any:
+    """The module `stages` of a model's package. Raises TrainError where it has none."""
+    name = f"{model.__module__.rpartition('.')[0]}.stages"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise TrainError(
+            "the package has no stages.py, with which `parallel` is trained: build it with all "
+            "passes and, for experts on several ranks, without --target"
+        ) from None
+
+
 def make_trainer(
     model: type[LanguageModel],
     device: torch.device,
@@ -114,27 +164,37 @@ def make_trainer(
     settings: Settings,
     sequences: Sequences,
     ranks: ProcessGroups,
-    mesh: PipelineMesh | None,
+    mesh: RankMesh | None,
 ) -> Trainer:
-    """The trainer of a fresh model, or of the stages that a pipeline rank holds."""
+    """The trainer of a fresh model, or of what a rank of a mesh holds of it."""
+    zero = model.config.parallel is not None and model.config.parallel.zero
     if mesh is None:
-        whole = model(device, seed=seed)
-        parallel, group = model.config.parallel, ranks.training
+        whole, group = model(device, seed=seed), ranks.training
         names = (name for name, _ in whole.named_parameters())
-        groups = dict.fromkeys(names, group) if parallel and parallel.zero and group else {}
-        return Trainer(whole, settings, sequences, ranks.training, shard_groups=groups)
-    plans = stage_plans(model)
+        shards = dict.fromkeys(names, group) if zero and group else {}
+        return Trainer(whole, settings, sequences, group, shard_groups=shards)
+    module = stages_of(model)
+    plans: Sequence[StagePlan] = module.STAGES
     here = [s for s in range(len(plans)) if mesh.pipeline in _holders(model.config, s)]
-    holds = dict.fromkeys(name for stage in here for name in plans[stage].holds)
-    own = model(device, seed=seed, holds=tuple(holds))
+    holds = tuple(dict.fromkeys(name for stage in here for name in plans[stage].holds))
+    own = model(device, seed=seed, share=ModelShare(holds, mesh.expert, mesh.experts))
     modules = _module_holders(model.config, plans)
-    holders = {name: _of_module(name, modules) for name, _ in own.named_parameters()}
-    groups = {
-        name: group
-        for name, one in holders.items()
-        if model.config.parallel.zero and (group := mesh.holders[one]) is not None
+    experts: set[str] = set()
+    for name, one in own.named_modules():
+        if isinstance(one, Stack):
+            experts |= {f"{name}.{weight}" for weight, _ in one.named_parameters()}
+        spread = module.SPREAD.get(type(one))
+        if spread is not None:
+            (stack,) = (child for child in one.children() if isinstance(child, Stack))
+            one.__class__ = spread
+            one.exchange = Exchange(mesh.exchange, stack.total)
+    holders = {
+        name: Holders(_of_module(name, modules), name in experts and mesh.experts > 1)
+        for name, _ in own.named_parameters()
     }
-    trainer = PipelineTrainer(own, settings, sequences, mesh.world, shard_groups=groups)
+    found = {name: mesh.groups[one] for name, one in holders.items()} if zero else {}
+    shards = {name: group for name, group in found.items() if group is not None}
+    trainer = MeshTrainer(own, settings, sequences, mesh.world, shard_groups=shards)
     schedule = Path(inspect.getfile(model)).parent / "graph" / "schedule.json"
     trainer.attach(mesh, plans, here, holders, Row.read(schedule, mesh.pipeline))
     return trainer
@@ -145,55 +205,33 @@ def _of_module(name: str, modules: Mapping[str, frozenset[int]]) -> frozenset[in
     return next(one for module, one in modules.items() if name.startswith(f"{module}."))
 
 
-def make_mesh(model: type[LanguageModel], ranks: ProcessGroups) -> PipelineMesh | None:
-    """The mesh of a model that was built with several pipeline ranks; all ranks call it.
-
-    Raises TrainError, the same on all ranks, where the ranks that were started do not fit.
-    """
-    check_parallel(model.config, ranks.world_size)
-    if ranks.training is None or model.config.parallel is None:
-        return None
-    if model.config.parallel.pipeline == 1:
-        return None
-    return PipelineMesh.of(model.config, stage_plans(model), ranks.training)
-
-
-def stage_plans(model: type[LanguageModel]) -> Sequence[StagePlan]:
-    """What the package of a model says of its stages. Raises TrainError where it has none."""
-    package = model.__module__.rpartition(".")[0]
-    try:
-        plans: Sequence[StagePlan] = importlib.import_module(f"{package}.stages").STAGES
-    except ModuleNotFoundError as error:
-        if error.name != f"{package}.stages":
-            raise
-        raise TrainError(
-            "the package has no stages.py: it was built without some passes; build it with all"
-        ) from None
-    return plans
-
-
-class PipelineTrainer(Trainer):
-    """Trains the stages of a pipeline rank; after each step all holders of a weight are equal."""
+class MeshTrainer(Trainer):
+    """Trains what a rank holds; after each step all holders of a weight are equal."""
 
     def attach(
         self,
-        mesh: PipelineMesh,
+        mesh: RankMesh,
         plans: Sequence[StagePlan],
         here: Sequence[int],
-        holders: Mapping[str, frozenset[int]],
+        holders: Mapping[str, Holders],
         row: Row,
     ) -> None:
-        """Gives the trainer its place; `here` are the numbers of its stages, `holders` the
-        pipeline ranks that hold each weight."""
+        """Gives the trainer its place; `here` are the numbers of its stages, `holders` those of
+        each weight."""
         self.mesh, self.row, self.holders = mesh, row, holders
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
         self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world)
         self.balances = {s: Balance(self.model, plans[s].holds) for s in here}
-        self.stage_holders = {s: frozenset(_holders(config, s)) for s in here}
-        # Of several pipeline ranks that hold a weight, one counts it in the norm.
-        self.counted = {name for name, h in self.holders.items() if min(h) == mesh.pipeline}
+        self.stage_holders = {s: Holders(frozenset(_holders(config, s))) for s in here}
+        # Of several ranks that hold a weight, one counts it in the norm.
+        self.counted = {
+            name
+            for name, one in holders.items()
+            if min(one.pipelines) == mesh.pipeline
+            and (mesh.replica if one.expert else mesh.data) == 0
+        }
 
     def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
         batches = self._micro_batches(batch)
@@ -203,7 +241,8 @@ class PipelineTrainer(Trainer):
                 f"a batch of {batch} sequences is {len(batches)} micro-batches for each data rank; "
                 f"the schedule of the package is for {wanted}, all of one size"
             )
-        share = len(batches[0]) / batch
+        # Terms of a stage are those of all ranks over which experts are spread.
+        share = len(batches[0]) * self.mesh.experts / batch
         step, sums = Execution(self.row, self.held, batches, tokens_seen), self._zeros()
         for entry in self.row.entries:
             if not isinstance(entry, Chunk):
@@ -234,17 +273,17 @@ class PipelineTrainer(Trainer):
     def _reduce(self, sums: Tensor) -> None:
         all_reduce(sums, group=self.mesh.world)
         for weight in self.optimizer.weights:
-            group = self.mesh.holders[self.holders[weight.name]]
+            group = self.mesh.groups[self.holders[weight.name]]
             if group is not None:
                 weight.reduce(group)
         for stage, balance in self.balances.items():
-            group = self.mesh.holders[self.stage_holders[stage]]
+            group = self.mesh.groups[self.stage_holders[stage]]
             if group is not None:
                 balance.reduce(group)
 
     def _squares(self) -> Tensor:
         squares = self.optimizer.squares(self.counted).to(self.model.device)
-        all_reduce(squares, group=self.mesh.column)
+        all_reduce(squares, group=self.mesh.world)
         return squares
 
     def _finish_balance(self, speed: float) -> dict[str, ExpertUtilization]:
@@ -265,12 +304,12 @@ class PipelineTrainer(Trainer):
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
-        """This rank's terms of `losses_of`; the ranks of a pipeline call it together."""
+        """This rank's terms of `losses_of`; all ranks call it together."""
         row = Row.forward(self.model.config.parallel.stages[0], self.mesh.pipeline)
         step, sums = Execution(row, self.held, [tokens], self.tokens), self._zeros()
         for entry in row.entries:
             if isinstance(entry, Chunk):
-                sums += self._terms(step.forward(entry))
+                sums += self._terms(step.forward(entry)) * self.mesh.experts
             else:
                 step.transfer(entry)
         return sums

@@ -28,7 +28,7 @@ from .health import HealthMonitor
 from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
 from .options import FIXED, Options
-from .parallel import PipelineTrainer, make_mesh, make_trainer
+from .parallel import MeshTrainer, make_mesh, make_trainer
 from .prepare import check_tokens, prepare_tokens
 from .ranks import ProcessGroups, all_reduce_max, on_all_ranks, on_rank0
 from .sequences import Sequences, ValidationSet, split
@@ -188,7 +188,7 @@ class Run:
             return
         batch = self.settings.micro_batch or 16
         model, tokenizer = self.trainer.model, self.tokens.tokenizer
-        pipeline = self.trainer if isinstance(self.trainer, PipelineTrainer) else None
+        pipeline = self.trainer if isinstance(self.trainer, MeshTrainer) else None
         found = evaluate(
             model, self.held_out, tokenizer, batch, limit, self.ranks.training, pipeline
         )

@@ -24,13 +24,17 @@ BASE = {
     "train.batch": "8",
     "train.micro_batch": "1",
     "train.steps": "3",
+    # Else Adam makes whole steps of gradients that are nothing but rounding.
+    "train.optimizer.eps": "1e-3",
 }
 """Four layers and one module of MTP: 8 sequences a step, of which each micro-batch has one."""
 
 
-def parallel(pipeline: int, schedule: str, zero: int = 1) -> dict[str, str]:
-    section = f"cluster: cpu_2x2, pipeline: {pipeline}, schedule: {schedule}, zero: {zero}"
-    return {"parallel": f"{{{section}, batch: 8, sequence_length: 16, micro_batch: 1}}"}
+def parallel(pipeline: int, schedule: str, zero: int = 1, expert: int = 1) -> dict[str, str]:
+    section = f"cluster: cpu_2x2, pipeline: {pipeline}, expert: {expert}, schedule: {schedule}"
+    return {
+        "parallel": f"{{{section}, zero: {zero}, batch: 8, sequence_length: 16, micro_batch: 1}}"
+    }
 
 
 def package(folder: Path, name: str, **changes: str) -> Any:
@@ -82,7 +86,7 @@ def check_same(ours: Path, theirs: Path, exact: bool = False) -> None:
         if exact:
             assert torch.equal(found[name], tensor), name
         else:
-            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +100,25 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pipeline", "schedule"),
-    [(2, "1f1b"), (4, "zero_bubble"), (2, "dualpipe"), (2, "dualpipe_v")],
+    ("pipeline", "expert", "schedule"),
+    [
+        (2, 1, "1f1b"),
+        (4, 1, "zero_bubble"),
+        (2, 1, "dualpipe"),
+        (2, 1, "dualpipe_v"),
+        (1, 2, "1f1b"),
+        (1, 4, "1f1b"),
+        (2, 2, "1f1b"),
+        (2, 2, "dualpipe"),
+    ],
 )
 def test_ranks_train_what_one_process_does(
-    pipeline: int, schedule: str, alone: Path, tmp_path: Path
+    pipeline: int, expert: int, schedule: str, alone: Path, tmp_path: Path
 ) -> None:
     """2 pipeline ranks times 2 data ranks, or 4 pipeline ranks; with MTP, whose embedding and head
     lie on the first and the last stage, and with balance losses on all stages."""
-    name = f"tiny_{schedule.replace('1', 'one_')}"
-    made = package(tmp_path, name, **parallel(pipeline, schedule))
+    name = f"tiny_{pipeline}_{expert}_{schedule}"
+    made = package(tmp_path, name, **parallel(pipeline, schedule, expert=expert))
     outcome = train(made, 4, tmp_path / "run")
     assert outcome.returncode == 0, outcome.stderr
     assert "on cpu, 4 ranks" in outcome.stderr
@@ -186,6 +199,22 @@ def test_fp8_masks_averages_and_weights_that_are_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_experts_on_several_ranks_in_fp8(tmp_path: Path) -> None:
+    """Tokens travel as E4M3 with their scales. What comes back of them is summed in bfloat16, rank
+    by rank, hence the tolerance."""
+    changes = {"precision.policy": "fp8_blockwise"}
+    one, four = tmp_path / "one", tmp_path / "four"
+    assert train(package(tmp_path, "tiny_fp8_1", **changes), 1, one).returncode == 0
+    cut = package(tmp_path, "tiny_fp8_4", **changes, **parallel(2, "dualpipe", expert=2))
+    assert "fp8.permute_quantized_local" in Path(cut.__file__).with_name("stages.py").read_text()
+    outcome = train(cut, 4, four)
+    assert outcome.returncode == 0, outcome.stderr
+    for mine, other in zip(lines(four)[:3], lines(one)[:3], strict=True):
+        assert mine["total"] == pytest.approx(other["total"], rel=1e-4)
+        assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=2e-2)
+
+
+@pytest.mark.slow
 def test_ranks_end_together_and_go_on(tmp_path: Path) -> None:
     """One of four is killed in the middle of a run; the others leave, and all go on."""
     made = package(tmp_path, "tiny_killed", **{"train.steps": "40"}, **parallel(2, "dualpipe_v"))
@@ -209,7 +238,7 @@ def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path) -> None
     """A step on 2 x 2 ranks, one on 4 pipeline ranks and one in one process, as if all in one."""
     out = tmp_path / "run"
     for steps, ranks, layout in (
-        (1, 4, parallel(2, "dualpipe")), (2, 4, parallel(4, "1f1b")), (3, 1, {}),
+        (1, 4, parallel(2, "dualpipe", expert=2)), (2, 4, parallel(4, "1f1b")), (3, 1, {}),
     ):  # fmt: skip
         folder = tmp_path / str(steps)
         folder.mkdir()
@@ -220,16 +249,14 @@ def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path) -> None
     found, expected = tensors(out), tensors(alone)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
-        (parallel(2, "1f1b"), 1, "is for 4 ranks (2 pipeline x 2 data), and 1 started"),
+        (parallel(2, "1f1b"), 1, "for 4 ranks (2 pipeline x 2 replicas x 1 expert), and 1 started"),
         (parallel(2, "1f1b"), 2, "use torchrun with 4 processes"),
-        ({"parallel": "{cluster: cpu_2x2, expert: 4, batch: 8, sequence_length: 16}"}, 4,
-         "`parallel.expert` is 4"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_trained_is_refused(
@@ -244,9 +271,10 @@ def test_a_layout_that_cannot_be_trained_is_refused(
 def test_every_module_is_on_some_stage_and_only_those_of_a_stage_are_held(tmp_path: Path) -> None:
     made = package(tmp_path, "tiny_held", **parallel(4, "1f1b"))
     whole = {one.name for one in published(made, made.Model(device="meta"))}
-    plans = part(made, "parallel").stage_plans(made.Model)
+    plans = part(made, "parallel").stages_of(made.Model).STAGES
+    share = sys.modules[f"{made.__name__}.runtime.stage"].ModelShare
     held = [
-        {one.name for one in published(made, made.Model(device="meta", holds=plan.holds))}
+        {one.name for one in published(made, made.Model(device="meta", share=share(plan.holds)))}
         for plan in plans
     ]
     assert set().union(*held) == whole
@@ -263,7 +291,7 @@ def test_a_weight_on_two_stages_whose_gradients_are_not_added_is_noticed(
     made = package(tmp_path, "tiny_faulty", **parallel(2, "1f1b"))
     place = Path(made.__file__).parent / "runtime/train/parallel.py"
     text = place.read_text()
-    faulty = text.replace("self.holders[weight.name]]", "frozenset([self.mesh.pipeline])]")
+    faulty = text.replace("self.holders[weight.name]]", "Holders(frozenset([self.mesh.pipeline]))]")
     assert faulty != text
     place.write_text(faulty)
     assert train(made, 4, tmp_path / "run").returncode == 0
