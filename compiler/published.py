@@ -55,8 +55,8 @@ class _Walk:
             for symbol in op.symbols:
                 yield from self._weights(graph, prefix, symbol)
             if op.kind == "call":
-                scope = _written(str(op.attrs["scope"]), layers)
-                callee = self._graphs[str(op.attrs["callee"])]
+                scope = _written(op.text("scope"), layers)
+                callee = self._graphs[op.text("callee")]
                 below = f"{prefix}{scope}." if scope else prefix
                 yield from self.tensors(callee, below, callee.ops, ())
                 continue
@@ -92,12 +92,7 @@ class _Walk:
 
 def _layers(op: Op) -> Iterator[tuple[int, ...]]:
     """What is added to the layers around the regions of an operator, one for each run of them."""
-    if op.kind != "repeat":
-        yield ()
-        return
-    start, count = op.attrs["start"], op.attrs["count"]
-    assert isinstance(start, int) and isinstance(count, int)
-    yield from ((layer,) for layer in range(start, start + count))
+    yield from ((layer,) for layer in op.layers) if op.kind == "repeat" else ((),)
 
 
 def _written(name: str, numbers: Sequence[int]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compiler.graph.core import Program, copy_program
-from compiler.graph.rules import number
 from compiler.graph.text import print_program
 from compiler.graph.verify import verify
 from compiler.parallel.layout import Layout, Stage
@@ -54,7 +53,7 @@ class Role:
         for graph in program.graphs.values():
             for op in graph.walk():
                 if op.kind in ("repeat", "repeat_backward"):
-                    op.attrs["start"] = number(op, "start") + stage.layers[0] - first.layers[0]
+                    op.attrs["start"] = op.number("start") + stage.layers[0] - first.layers[0]
         return program
 
 

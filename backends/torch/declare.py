@@ -83,7 +83,7 @@ def _same(words: Sequence[Sequence[str]]) -> int:
 
 def _names_in(graph: Graph, within: str) -> set[str]:
     """What the group of names `within` holds: weights and blocks, or groups of them."""
-    scopes = [str(op.attrs["scope"]) for op in graph.walk() if op.kind == CallOp.kind]
+    scopes = [op.text("scope") for op in graph.walk() if op.kind == CallOp.kind]
     inside = (n.removeprefix(within) for n in [*graph.weights, *scopes] if n.startswith(within))
     return {name.split(".")[0] for name in inside}
 
@@ -100,10 +100,10 @@ def tree(graph: Graph, joined: Mapping[str, str]) -> Node:
         if op.kind == "repeat":
             _layers(root, op)
         elif op.kind == CallOp.kind:
-            path = str(op.attrs["scope"]).split(".")
+            path = op.text("scope").split(".")
             if "*" in path:
                 continue
-            callee = str(op.attrs["callee"])
+            callee = op.text("callee")
             if path[-1].isdigit():
                 _place(root.at(*path[:-1]), int(path[-1]), callee)
             else:
@@ -127,12 +127,11 @@ def _place_weight(root: Node, weight: Weight, symbol: str, joined: str | None) -
 
 
 def _layers(root: Node, repeat: Op) -> None:
-    start, count = repeat.attrs["start"], repeat.attrs["count"]
-    assert isinstance(start, int) and isinstance(count, int)
+    start, count = repeat.number("start"), repeat.number("count")
     for op in repeat.regions[0].ops:
         if op.kind == "call":
-            path = str(op.attrs["scope"]).split(".")
-            _place(root.at(*path[:-1]), start, str(op.attrs["callee"]), count)
+            path = op.text("scope").split(".")
+            _place(root.at(*path[:-1]), start, op.text("callee"), count)
 
 
 def _place(node: Node, index: int, callee: str, count: int = 1) -> None:

@@ -16,7 +16,6 @@ from backends.torch.layout import Call, lay_out
 from backends.torch.model import Emission, defaults, uses_fp8
 from backends.torch.records import Method, docstring, tuple_text
 from compiler.graph.core import Graph, Program, Value, copy_program
-from compiler.graph.rules import number
 from compiler.parallel.layout import Layout
 from compiler.pipeline import Compiled
 from compiler.roles import Role
@@ -237,11 +236,10 @@ def _held(program: Program, emit: Emission) -> Iterator[str]:
 
 def _scopes(graph: Graph) -> Iterator[str]:
     for op in graph.ops:
-        if op.kind == "call" and op.attrs["scope"]:
-            yield str(op.attrs["scope"])
+        if op.kind == "call" and op.text("scope"):
+            yield op.text("scope")
         elif op.kind == "repeat":
-            start, count = number(op, "start"), number(op, "count")
             for inner in op.regions[0].ops:
                 if inner.kind == "call":
-                    scope = str(inner.attrs["scope"]).removesuffix(".*")
-                    yield from (f"{scope}.{i}" for i in range(start, start + count))
+                    scope = inner.text("scope").removesuffix(".*")
+                    yield from (f"{scope}.{i}" for i in op.layers)

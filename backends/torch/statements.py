@@ -92,8 +92,7 @@ def _permute_quantized(e: Emitter, op: Op) -> None:
 
 def _head_linear(e: Emitter, op: Op) -> None:
     (rows,) = dims_of(op.attrs["rows"])
-    start = op.attrs["start"]
-    assert isinstance(start, int)
+    start = op.number("start")
     weight = e.weight(op.symbols[0])
     if e.graph.weights[op.symbols[0]].fp8:  # which may be held in FP8 only
         weight = f"{weight.removesuffix('.weight')}.dense({e.operand(op, 0)}.dtype)"
@@ -169,10 +168,9 @@ def _sum(e: Emitter, op: Op) -> None:
 
 
 def _cache_append(e: Emitter, op: Op) -> None:
-    names = op.attrs["entries"]
-    assert isinstance(names, tuple)
     entries = [
-        f"{identifier(str(n))}={e.names[v]}" for n, v in zip(names, op.operands, strict=True)
+        f"{identifier(name)}={e.names[value]}"
+        for name, value in zip(op.texts("entries"), op.operands, strict=True)
     ]
     targets = [e.names.give(v, op) for v in op.results]
     left = ", ".join(targets) + ("," if len(targets) == 1 else "")
@@ -180,7 +178,7 @@ def _cache_append(e: Emitter, op: Op) -> None:
 
 
 def _call_graph(e: Emitter, op: Op, module: str) -> None:
-    name = str(op.attrs["callee"])
+    name = op.text("callee")
     arguments = [e.names[v] for v in op.operands]
     segments = e.context.segments
     if segments is not None and name in segments:
@@ -204,7 +202,7 @@ def _targets(e: Emitter, op: Op, callee: Callee) -> str:
 
 
 def _call_segment(e: Emitter, op: Op, segment: Segment, arguments: Sequence[str]) -> None:
-    name = e.context.callees[str(op.attrs["callee"])].method
+    name = e.context.callees[op.text("callee")].method
     methods = [f"self.{name}", f"self.{name}_backward"]
     weights = f"[{', '.join(f'self.{w}' for w in segment.weights)}]"
     given = [*methods, segment.gradients, weights, *arguments]
@@ -215,7 +213,7 @@ def _call(e: Emitter, op: Op) -> None:
     if not op.attrs["scope"]:
         _call_graph(e, op, "self")
         return
-    scope = str(op.attrs["scope"]).split(".")
+    scope = op.text("scope").split(".")
     if scope[-1] == "*":
         _call_graph(e, op, "layer")
         return
@@ -227,8 +225,6 @@ def _call(e: Emitter, op: Op) -> None:
 
 def _repeat(e: Emitter, op: Op) -> None:
     (region,) = op.regions
-    start, count = op.attrs["start"], op.attrs["count"]
-    assert isinstance(start, int) and isinstance(count, int)
     carried = len(op.operands)
     names = [e.names.give(v, op) for v in op.results[:carried]]
     for init, arg, name in zip(op.operands, region.args, names, strict=True):
@@ -238,10 +234,10 @@ def _repeat(e: Emitter, op: Op) -> None:
     lists = [e.names.keep(f"{v.name}s") for v in region.yielded[carried:]]
     for name in lists:
         e.line(f"{name} = []")
-    scope = next(str(o.attrs["scope"]) for o in region.ops if o.kind == "call")
+    scope = next(o.text("scope") for o in region.ops if o.kind == "call")
     path = scope.removesuffix(".*")
-    first = e.context.first_layer
-    layers = f"{first} : {first} + {count}" if first else f"{start}:{start + count}"
+    first, n = e.context.first_layer, op.layers
+    layers = f"{first} : {first} + {len(n)}" if first else f"{n.start}:{n.stop}"
     e.line(f"for layer in self.{path}[{layers}]:")
     e.indent += 1
     for inner in region.ops[:-1]:

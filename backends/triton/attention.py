@@ -219,8 +219,7 @@ def _dot(a: tuple[int, int], b: tuple[int, int]) -> int:
 
 def _heads(instance: OpInstance) -> Heads:
     q = 1 if instance.kind == "attention_grad" else 0
-    scale = instance.op.attrs["scale"]
-    assert isinstance(scale, float)
+    scale = instance.op.real("scale")
     return Heads(
         instance.size(q, 2), instance.size(q + 1, 2), instance.size(q), instance.size(q + 2), scale
     )

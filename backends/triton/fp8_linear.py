@@ -67,9 +67,7 @@ def _products(found: Sequence[OpInstance]) -> Iterator[Gemm]:
 
 
 def parts_of(instance: OpInstance) -> tuple[int, ...]:
-    parts = instance.op.attrs.get("parts", ())
-    assert isinstance(parts, tuple)
-    return tuple(part for part in parts if isinstance(part, int))
+    return instance.op.parts
 
 
 def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case]:

@@ -70,8 +70,7 @@ class LatentShape:
             lengths = Tensor((batch,), "int32", "lengths", keys)
             stored = (Tensor((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
             taken = (q, q_rope, *stored, table, lengths)
-        scale = instances[0].op.attrs["scale"]
-        assert isinstance(scale, float)
+        scale = instances[0].op.real("scale")
         dim = 2 * self.latent + self.rope
         return Case(
             name=f"{function} h{self.heads} c{self.latent} b{batch} q{queries} k{keys}",

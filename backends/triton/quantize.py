@@ -6,7 +6,6 @@ from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
-from compiler.graph.core import Attr
 from compiler.ops.quantize import CASTS, parts_attr, runs
 
 GROUPS = 32
@@ -56,8 +55,8 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
 def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     if instance.kind == "fp8_weight":
         return [_weight_case(instance)]
-    kind, size, scale = instance.kind, instance.size(0), str(instance.op.attrs["scale"])
-    parts = _parts(instance.op.attrs.get("parts", ()))
+    kind, size, scale = instance.kind, instance.size(0), instance.op.text("scale")
+    parts = list(instance.op.parts)
     keywords = {"scale": scale, **({"parts": parts} if parts else {})}
     ends = [v.type for v in instance.op.operands if v.type.dtype == "i32"]
     cases = []
@@ -84,8 +83,8 @@ def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
 def _weight_case(instance: OpInstance) -> Case:
     q, s = (v.type.dims for v in instance.op.results)
     shape, scales = (tuple(d.at({}) for d in dims) for dims in (q, s))
-    scale = str(instance.op.attrs["scale"])
-    parts = _parts(parts_attr([w.type.dims[0].at({}) for w in instance.weights]))
+    scale = instance.op.text("scale")
+    parts = list(parts_attr([w.type.dims[0].at({}) for w in instance.weights]))
     weight, wide = Tensor(shape), Tensor(shape, "float8_e4m3fn")
     return Case(
         name=f"quantize_weight {'x'.join(map(str, shape))}{of_parts(parts)} {scale}",
@@ -96,11 +95,6 @@ def _weight_case(instance: OpInstance) -> Case:
         access=_access(shape[-1]),
         spans=spans([instance]),
     )
-
-
-def _parts(attr: Attr) -> list[int]:
-    assert isinstance(attr, tuple)
-    return [part for part in attr if isinstance(part, int)]
 
 
 def _access(*sizes: int) -> int:

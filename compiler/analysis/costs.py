@@ -57,7 +57,7 @@ class Costs:
     def _count(self, ops: Sequence[Op], times: int, runs: dict[str, int]) -> None:
         for op in ops:
             if op.kind == "call":
-                runs[str(op.attrs["callee"])] += times
+                runs[op.text("callee")] += times
             for region in op.regions:
                 self._count(region.ops, times * _times(op), runs)
 
@@ -71,7 +71,7 @@ class Costs:
             for region in op.regions:
                 flops += _times(op) * self._visit(graph, region.ops, inside, costs)
             if op.kind == "call":
-                callee = self._program.graphs[str(op.attrs["callee"])]
+                callee = self._program.graphs[op.text("callee")]
                 flops += self.flops(callee, sizes_inside(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
             if op.kind == "saved":
@@ -97,6 +97,4 @@ def known_sizes(graph: Graph, program: Program, sizes: Sizes) -> dict[str, int]:
 
 
 def _times(op: Op) -> int:
-    count = op.attrs["count"] if op.kind in REPEATS else 1
-    assert isinstance(count, int)
-    return count
+    return op.number("count") if op.kind in REPEATS else 1

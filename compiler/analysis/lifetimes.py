@@ -124,7 +124,7 @@ class _Walk:
             else:
                 self._make(op.results, at)
             if op.kind == "call":
-                callee = plan_memory(self.program, str(op.attrs["callee"]), self.sizes)
+                callee = plan_memory(self.program, op.text("callee"), self.sizes)
                 own = sum(v.type.bytes(self.sizes) for v in op.results)
                 self.inside[at] = max(0, callee.peak - own)
 

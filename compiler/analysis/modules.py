@@ -223,7 +223,7 @@ class Modules:
                 content.tensors[name] = tensor
 
     def _call(self, graph: Graph, op: Op, place: _Place, content: _Content) -> None:
-        callee = self._program.graphs[str(op.attrs["callee"])]
+        callee = self._program.graphs[op.text("callee")]
         sizes = sizes_inside(callee, op, place.sizes)
         around = self._shares.around_callees(graph, place.around)
         key = (callee.name, tuple(sorted(sizes.items())), around)
@@ -231,7 +231,7 @@ class Modules:
             inside = self._content(callee, callee.ops, _Place(sizes, around))
             self._made[key] = _closed(callee, inside)
         module = self._made[key]
-        name, count, active = _expanded(str(op.attrs["scope"]), place.many)
+        name, count, active = _expanded(op.text("scope"), place.many)
         content.flops = merged(content.flops, scaled(module.flops, place.times))
         content.fp8_flops += place.times * module.fp8_flops
         content.cache_bytes += place.times * module.cache_bytes
@@ -240,10 +240,8 @@ class Modules:
 
 
 def _repeated(op: Op, place: _Place) -> _Place:
-    start, count = op.attrs["start"], op.attrs["count"]
-    assert isinstance(start, int) and isinstance(count, int)
-    layers = _Many(range(start, start + count), count)
-    return replace(place, many=(*place.many, layers), times=place.times * count)
+    count = op.number("count")
+    return replace(place, many=(*place.many, _Many(op.layers, count)), times=place.times * count)
 
 
 def _expanded(name: str, many: tuple[_Many, ...]) -> tuple[str, int, int]:

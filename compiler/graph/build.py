@@ -25,7 +25,7 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
         weights.append(graph.weights[symbol].type)
     callee: Signature | None = None
     if op.kind == "call":
-        called = graphs.get(str(op.attrs["callee"]))
+        called = graphs.get(op.text("callee"))
         if called is None:
             raise TypeMismatch(f"there is no graph @{op.attrs['callee']}")
         callee = (tuple(v.type for v in called.args), tuple(v.type for v in called.results))

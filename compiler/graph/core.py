@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from compiler.graph.types import Dim, Type
 from dsl.source import Span
@@ -42,8 +43,41 @@ class Region:
         return self.ops[-1].operands
 
 
+class Attributes:
+    """Attributes read as the types that their operator declares, to which `verify` holds them."""
+
+    __slots__ = ()
+    attrs: Mapping[str, Attr]
+
+    def number(self, name: str) -> int:
+        return cast(int, self.attrs[name])
+
+    def real(self, name: str) -> float:
+        return cast(float, self.attrs[name])
+
+    def text(self, name: str) -> str:
+        return cast(str, self.attrs[name])
+
+    def items(self, name: str) -> tuple[Attr, ...]:
+        return cast(tuple[Attr, ...], self.attrs[name])
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        return tuple(map(str, self.items(name)))
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The sizes of what is tiled apart; none where an operator has one part only."""
+        parts = self.items("parts") if "parts" in self.attrs else ()
+        return tuple(part for part in parts if isinstance(part, int))
+
+    @property
+    def layers(self) -> range:
+        """The layers of a repeat."""
+        return range(self.number("start"), self.number("start") + self.number("count"))
+
+
 @dataclass(eq=False, slots=True)
-class Op:
+class Op(Attributes):
     """One operator. `symbols` name weights of the graph; `spans` say where it came from."""
 
     kind: str
@@ -119,7 +153,7 @@ class Graph:
 
     def calls(self) -> Iterator[str]:
         """Names of the graphs that this one calls, in order, each once."""
-        return iter(dict.fromkeys(str(o.attrs["callee"]) for o in self.walk() if o.kind == "call"))
+        return iter(dict.fromkeys(o.text("callee") for o in self.walk() if o.kind == "call"))
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every operator that reads `old` read `new`."""

@@ -87,7 +87,7 @@ def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool
                 continue
             if n.op is None and len(n.parts) == len(parts):
                 return True
-            if n.op is not None and found(parts[len(n.parts) :], str(n.op.attrs["callee"])):
+            if n.op is not None and found(parts[len(n.parts) :], n.op.text("callee")):
                 return True
         return False
 
@@ -97,13 +97,11 @@ def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool
 def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[Name]:
     for op in ops:
         if op.kind == "call":
-            scope = str(op.attrs["scope"])
+            scope = op.text("scope")
             yield Name(parts_of(scope, layers) if scope else (), op)
         inside = layers
         if op.kind in REPEATS:
-            start, count = op.attrs["start"], op.attrs["count"]
-            assert isinstance(start, int) and isinstance(count, int)
-            inside = (*layers, (start, start + count - 1))
+            inside = (*layers, (op.layers[0], op.layers[-1]))
         for region in op.regions:
             yield from _scopes(region.ops, inside)
 

@@ -39,13 +39,6 @@ def need_symbol(name: str) -> None:
         raise Broken("E515", f"{name!r} is no name of a weight: words between dots", "rename it")
 
 
-def number(op: Op, name: str) -> int:
-    """A whole number among the attributes, of an operator whose attributes are as declared."""
-    value = op.attrs[name]
-    assert isinstance(value, int)
-    return value
-
-
 @cache
 def need_type(type: Type) -> None:
     """A known element type, and dimensions and axes that can be."""

@@ -181,11 +181,9 @@ def _node(op: Op) -> _Node:
     style = _STYLES.get(op.kind, "plain")
     lines = [op.kind]
     if op.kind == "call":
-        lines = [str(op.attrs["callee"]), f"as {op.attrs['scope'] or 'a part of this'}"]
+        lines = [op.text("callee"), f"as {op.attrs['scope'] or 'a part of this'}"]
     elif op.kind in REPEATS:
-        start, count = op.attrs["start"], op.attrs["count"]
-        assert isinstance(start, int) and isinstance(count, int)
-        lines = [f"{op.kind}: layers {start}..{start + count - 1}"]
+        lines = [f"{op.kind}: layers {op.layers[0]}..{op.layers[-1]}"]
     elif op.kind == "experts":
         lines = [f"experts: {op.attrs['count']}, {op.operands[1].type.last.words} for each token"]
     lines += [f"@{symbol}" for symbol in op.symbols]
@@ -194,7 +192,7 @@ def _node(op: Op) -> _Node:
     lines += [f"{v} " * several + _shape(v.type) for v in op.results]
     about = "\n".join([_sentence(op), *map(_place, op.spans)])
     inside = [_of_region(region) for region in op.regions]
-    target = str(op.attrs["callee"]) if op.kind == "call" else ""
+    target = op.text("callee") if op.kind == "call" else ""
     return _Node(style, lines, about, inside, target)
 
 

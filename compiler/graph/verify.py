@@ -24,7 +24,6 @@ from compiler.graph.rules import (
     need_symbol,
     need_type,
     no_end,
-    number,
 )
 from compiler.graph.text import graph_lines, print_op
 from compiler.ops import OPS, TypeMismatch
@@ -239,7 +238,7 @@ class _Check:
         """What holds for one kind of operator only."""
         match op.kind:
             case "repeat" | "repeat_backward" | "experts":
-                if number(op, "count") < 1 or (op.kind in REPEATS and number(op, "start") < 0):
+                if op.number("count") < 1 or (op.kind in REPEATS and op.number("start") < 0):
                     raise Broken("E512", "counts at least 1, from a layer of at least 0")
             case "call":
                 self._call(op, scope)
@@ -249,7 +248,7 @@ class _Check:
                 self._saved(op, scope)
 
     def _call(self, op: Op, scope: _Scope) -> None:
-        callee, under = str(op.attrs["callee"]), str(op.attrs["scope"])
+        callee, under = op.text("callee"), op.text("scope")
         if callee not in self.program.graphs:
             raise Broken("E516", f"there is no graph @{callee}")
         if under:  # none: a part of the same module
@@ -262,8 +261,7 @@ class _Check:
             raise Broken("E517", reason, "let the name hold the index of each repeat around")
 
     def _remembered(self, op: Op, scope: _Scope) -> None:
-        names = op.attrs["entries"]
-        assert isinstance(names, tuple)
+        names = op.items("entries")
         if len(names) != len(op.operands):
             raise Broken("E518", f"has {len(names)} names for {len(op.operands)} values")
         if not scope.outermost:
@@ -294,7 +292,7 @@ class _Check:
             self._define(region.args)
             if not region.ops:
                 no_end("yield")
-            experts = number(op, "count") if op.kind == "experts" else scope.experts
+            experts = op.number("count") if op.kind == "experts" else scope.experts
             repeats = scope.repeats + (op.kind in REPEATS)
             visible = scope.visible | set(region.args)
             self._ops(region.ops, _Scope(visible, "yield", repeats, experts, False))

@@ -378,7 +378,7 @@ class Lowering:
             graphs[graph.name] = graph
             for op in graph.walk():
                 if op.kind == "call":
-                    op.attrs["callee"] = final[str(op.attrs["callee"])]
+                    op.attrs["callee"] = final[op.text("callee")]
         self.program.graphs = graphs
 
 

@@ -63,7 +63,7 @@ def _weight(op: Op, symbol: str) -> Iterator[Diagnostic]:
 
 
 def _call(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
-    *path, last = str(op.attrs["scope"]).split(".")
+    *path, last = op.text("scope").split(".")
     scope = ".".join([*path, last])
     if any(part.isdigit() or part == "*" for part in path):
         help = "as in `model.layers.{index}`; what is inside is named by the block itself"
@@ -74,15 +74,15 @@ def _call(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
 
 def _repeat(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
     calls = [o for o in op.regions[0].ops if o.kind == "call"]
-    numbered = [str(o.attrs["scope"]) for o in calls if str(o.attrs["scope"]).endswith(".*")]
+    numbered = [o.text("scope") for o in calls if o.text("scope").endswith(".*")]
     if len(numbered) != 1:
         message = f"a repeat calls one block that is named by the layer's number, not {len(calls)}"
         help = "as in `h = layer(h, position, name = model.layers.{index})`"
         yield _problem("E240", op, message, help)
         return
-    start, count = op.attrs["start"], op.attrs["count"]
-    assert isinstance(start, int) and isinstance(count, int)
-    yield from _listed(op, numbered[0].removesuffix(".*"), start, count, lists)
+    yield from _listed(
+        op, numbered[0].removesuffix(".*"), op.number("start"), op.number("count"), lists
+    )
 
 
 def _listed(

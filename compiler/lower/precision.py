@@ -166,8 +166,8 @@ class _Uses:
         seen.add((graph.name, around))
         for op, inside in _with_experts(graph.ops):
             if op.kind == "call":
-                self.words |= set(str(op.attrs["scope"]).split("."))
-                callee = self._program.graphs[str(op.attrs["callee"])]
+                self.words |= set(op.text("scope").split("."))
+                callee = self._program.graphs[op.text("callee")]
                 self._visit_works(callee, self._shares.around_callees(graph, around), seen)
             elif op.kind == "linear":
                 (symbol,) = op.symbols
@@ -181,8 +181,8 @@ class _Uses:
         seen.add((graph.name, pattern))
         for op, stars in _with_layers(graph.ops):
             if op.kind == "call":
-                callee = self._program.graphs[str(op.attrs["callee"])]
-                for after in pattern.after(str(op.attrs["scope"]), stars):
+                callee = self._program.graphs[op.text("callee")]
+                for after in pattern.after(op.text("scope"), stars):
                     self._visit_names(callee, after, fits, seen)
             elif op.kind == "linear":
                 (symbol,) = op.symbols
@@ -207,8 +207,6 @@ def _with_layers(
         yield op, layers
         around = layers
         if op.kind == "repeat":
-            start, count = op.attrs["start"], op.attrs["count"]
-            assert isinstance(start, int) and isinstance(count, int)
-            around = (*layers, (start, start + count - 1))
+            around = (*layers, (op.layers[0], op.layers[-1]))
         for region in op.regions:
             yield from _with_layers(region.ops, around)

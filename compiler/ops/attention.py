@@ -49,9 +49,7 @@ class RopeTable(Operator):
         if site.number("dim") < 2 or site.number("dim") % 2:
             raise TypeMismatch(f"rope_table turns pairs of numbers, not {site.number('dim')}")
         for name, least in _LEAST.items():
-            value = site.attrs[name]
-            assert isinstance(value, int | float)
-            if not value > least:
+            if not (value := site.real(name)) > least:
                 raise TypeMismatch(f"rope_table needs a {name} above {least}, got {value:g}")
         half = Dim("pair", site.number("dim") // 2)
         table = Type("f32", (*position.dims, half))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, cast
 
-from compiler.graph.core import Attr, Op, Value
+from compiler.graph.core import Attr, Attributes, Op, Value
 from compiler.graph.types import Dim, Type
 
 Signature = tuple[tuple[Type, ...], tuple[Type, ...]]
@@ -35,7 +35,7 @@ class PartialSum(TypeMismatch):
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class Site(Attributes):
     """The place where an operator stands, as its rules see it.
 
     `regions` and `callee` give the types of arguments and results of what is inside or called,
@@ -48,11 +48,6 @@ class Site:
     regions: tuple[Signature, ...] = ()
     callee: Signature | None = None
     saved: tuple[Type, ...] = ()
-
-    def number(self, name: str) -> int:
-        value = self.attrs[name]
-        assert isinstance(value, int)
-        return value
 
 
 class Adjoint(Protocol):
@@ -191,10 +186,10 @@ def find_dim(kind: str, x: Type, name: str) -> int:
 
 def dims_of(value: Attr) -> tuple[Dim, ...]:
     """Dimensions kept as an attribute: ("heads", 128, "head_dim", 192)."""
-    assert isinstance(value, tuple)
+    items = cast(tuple[Attr, ...], value)
     return tuple(
         Dim(str(name), size if isinstance(size, int) else None)
-        for name, size in zip(value[::2], value[1::2], strict=True)
+        for name, size in zip(items[::2], items[1::2], strict=True)
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
-from compiler.graph.core import Attr, Op, Value
+from compiler.graph.core import Op, Value
 from compiler.graph.types import BYTES, Dim, Type, ordered, parse_type
 from compiler.ops.base import Adjoint, Moved, Operator, Site, TypeMismatch, dims_of
 
@@ -206,7 +206,7 @@ class Recv(Operator):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         try:
-            return (parse_type(str(site.attrs["type"])),)
+            return (parse_type(site.text("type")),)
         except ValueError as error:
             raise TypeMismatch(str(error)) from None
 
@@ -224,7 +224,7 @@ class _Collective(Operator):
         ranks, nodes = site.number("ranks"), site.number("nodes")
         if nodes < 1 or ranks < 1 or ranks % nodes:
             raise TypeMismatch(f"{ranks} ranks on {nodes} nodes: not evenly")
-        return axes_of(site.attrs["axes"])
+        return site.texts("axes")
 
     @classmethod
     def summed(cls, site: Site) -> Type:
@@ -300,12 +300,6 @@ class AllGather(_Collective):
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
         whole = site.types[0].bytes(sizes) * site.number("ranks")
         return cls.once(site, whole)
-
-
-def axes_of(value: Attr) -> tuple[str, ...]:
-    """The axes of a mesh kept as an attribute."""
-    assert isinstance(value, tuple)
-    return tuple(map(str, value))
 
 
 def _attrs(op: Op) -> dict[str, Any]:

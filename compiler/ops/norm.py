@@ -32,10 +32,8 @@ class RMSNorm(Operator):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         x, weight = site.types[0], site.weights[0]
-        eps = site.attrs["eps"]
-        assert isinstance(eps, float)
-        if not eps > 0:
-            raise TypeMismatch(f"rms_norm needs an eps above 0, got {eps:g}")
+        if not site.real("eps") > 0:
+            raise TypeMismatch(f"rms_norm needs an eps above 0, got {site.real('eps'):g}")
         need_float(cls.kind, x)
         need_rank(cls.kind, x, 1)
         if weight.dims != (x.last,):

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from compiler.graph.types import Type
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of
-from compiler.ops.comm import axes_of
 
 
 def _of_weight(site: Site) -> Type:
@@ -28,8 +27,8 @@ class Gradient(Operator):
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        whole, over = _of_weight(site), axes_of(site.attrs["over"])
-        return (whole.spread_first(over).with_partial(axes_of(site.attrs["axes"])),)
+        whole, over = _of_weight(site), site.texts("over")
+        return (whole.spread_first(over).with_partial(site.texts("axes")),)
 
 
 class SumSquares(Operator):

@@ -32,7 +32,7 @@ def runs(size: int, parts: Sequence[Attr] = ()) -> int:
     return sum(-(-n // RUN) for n in sizes)
 
 
-def parts_attr(sizes: Sequence[int]) -> tuple[Attr, ...]:
+def parts_attr(sizes: Sequence[int]) -> tuple[int, ...]:
     """`parts` of weights with these rows: empty where they make no difference."""
     return () if all(n % RUN == 0 for n in sizes[:-1]) else tuple(sizes)
 
@@ -171,7 +171,7 @@ class _Fp8Linear(Operator):
         _need_product(cls.kind, q, s, wq, ws, site)
         if wq.last != q.last or ws.last.size != s.last.size:
             raise TypeMismatch(f"{cls.kind} expects {wq.last.words}, got {q.last.words}", 0)
-        return (Type(str(site.attrs["dtype"]), (*q.dims[:-1], wq.dims[-2])),)
+        return (Type(site.text("dtype"), (*q.dims[:-1], wq.dims[-2])),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
@@ -197,7 +197,7 @@ class _Fp8LinearInputGrad(Operator):
         _need_product(cls.kind, q, s, wq, ws, site)
         if wq.dims[-2].size != q.last.size or ws.dims[-2].size != s.last.size:
             raise TypeMismatch(f"{cls.kind} expects {wq.dims[-2].words}, got {q.last.words}", 0)
-        return (Type(str(site.attrs["dtype"]), (*q.dims[:-1], wq.last)),)
+        return (Type(site.text("dtype"), (*q.dims[:-1], wq.last)),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
@@ -222,7 +222,7 @@ class _Fp8LinearWeightGrad(Operator):
         if len(dq.dims) != 3 or (dq.dims[0], dq.last) != (q.dims[0], q.last):
             raise TypeMismatch(f"{cls.kind}: {dq.words} is not about the tokens of {q.words}", 0)
         experts = site.types[4].dims if len(site.types) > 4 else ()
-        return (Type(str(site.attrs["dtype"]), (*experts, dq.dims[1], q.dims[1])),)
+        return (Type(site.text("dtype"), (*experts, dq.dims[1], q.dims[1])),)
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
@@ -266,10 +266,8 @@ class Fp8GroupedLinearWeightGrad(_Fp8LinearWeightGrad):
 
 def _rows(kind: str, x: Type, site: Site) -> tuple[Type, Type]:
     _need_scale(kind, site)
-    parts = site.attrs.get("parts", ())
-    assert isinstance(parts, tuple)
-    size = x.last.size or 0
-    if parts and sum(p for p in parts if isinstance(p, int)) != size:
+    size, parts = x.last.size or 0, site.parts
+    if parts and sum(parts) != size:
         raise TypeMismatch(f"{kind}: the parts {parts} are not {x.last.words}", 0)
     return x.with_dtype(FP8), Type("f32", (*x.dims[:-1], Dim("tiles", runs(size, parts))))
 

@@ -134,7 +134,7 @@ class Cast(Operator):
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        return (site.types[0].with_dtype(str(site.attrs["dtype"])),)
+        return (site.types[0].with_dtype(site.text("dtype")),)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -340,7 +340,7 @@ class _Drop(Operator):
         (x,) = site.types
         if site.number("count") < 1:
             raise TypeMismatch(f"{cls.kind} drops at least 1 entry, not {site.number('count')}")
-        at = find_dim(cls.kind, x, str(site.attrs["dim"]))
+        at = find_dim(cls.kind, x, site.text("dim"))
         dim = x.dims[at]
         if dim.size is not None:
             raise TypeMismatch(f"{cls.kind} works on run-time dimensions, not on {dim.words}", 0)

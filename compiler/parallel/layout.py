@@ -35,9 +35,7 @@ def units(main: Graph) -> tuple[Unit, ...]:
         if i > start:
             found.append(Unit(range(start, i)))
         if op.kind == "repeat":
-            first, count = op.attrs["start"], op.attrs["count"]
-            assert isinstance(first, int) and isinstance(count, int)
-            found += [Unit(range(i, i + 1), n) for n in range(first, first + count)]
+            found += [Unit(range(i, i + 1), n) for n in op.layers]
         start = i + 1
     return tuple(found)
 

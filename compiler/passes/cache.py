@@ -39,10 +39,8 @@ def _insert(program: Program, description: Description) -> Sequence[Miss]:
         for op in graph.walk():
             if op.kind == "cache_entry":
                 op.kind = "cache_append"
-                names = op.attrs["entries"]
-                assert isinstance(names, tuple)
-                for name, value in zip(names, op.operands, strict=True):
-                    graph.caches[str(name)] = Cache(value.type)
+                for name, value in zip(op.texts("entries"), op.operands, strict=True):
+                    graph.caches[name] = Cache(value.type)
             if op.kind == "document_attention":  # a decoder continues one document
                 op.kind, op.operands = "attention", op.operands[:3]
         _retype(graph, program)

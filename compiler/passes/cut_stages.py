@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from compiler.graph.build import Builder
 from compiler.graph.core import Boundary, Op, Program, Value, walk
 from compiler.graph.names import is_weight, names_of
-from compiler.graph.rules import number
 from compiler.graph.types import Dim
 from compiler.ops import OPS
 from compiler.parallel.layout import Layout, units
@@ -94,7 +93,7 @@ class _Cut:
         inside |= {v for o in walk([op]) for r in o.regions for v in r.args}
         free = [v for r in op.regions for o in walk(r.ops) for v in o.operands if v not in inside]
         first = op.operands
-        if op.kind == "repeat" and self._layers(op, stage)[0] != number(op, "start"):
+        if op.kind == "repeat" and self._layers(op, stage)[0] != op.number("start"):
             first = op.results[: len(op.operands)]
         return [v for v in (*first, *free) if v not in self.common and v not in self.terms]
 
@@ -157,7 +156,7 @@ class _Cut:
     def _part(self, op: Op, layers: Sequence[int], here: dict[Value, Value]) -> None:
         """The layers of a repeat that belong to this stage."""
         count = len(op.operands)
-        if layers[0] != number(op, "start"):
+        if layers[0] != op.number("start"):
             op.operands = [here[v] for v in op.results[:count]]
         op.attrs |= {"start": layers[0], "count": len(layers)}
         for value in op.results[count:]:

@@ -209,7 +209,7 @@ class _Backward:
         return self.add("zeros_like", [like], names=["zeros"])[0]
 
     def _call(self, op: Op, d: Sequence[Value | None], gradients: Gradients) -> None:
-        callee = str(op.attrs["callee"])
+        callee = op.text("callee")
         derivative = self.derivation.program.derivatives[callee]
         forward = self.derivation.program.graphs[callee]
         operands = []
@@ -352,7 +352,7 @@ def _requires_grad(graph: Graph, arguments: Iterable[int], callees: RequiresGrad
 
     def results(op: Op) -> list[Value]:
         if op.kind == "call":
-            callee = callees[str(op.attrs["callee"])]
+            callee = callees[op.text("callee")]
             return [v for i, v in enumerate(op.results) if i in callee]
         if op.kind == "repeat":
             carried = len(op.operands)
@@ -393,7 +393,7 @@ def _arguments_requiring_grad(program: Program, results: RequiresGrad) -> Requir
         values = _requires_grad(graph, found[name], results)
         for op in graph.walk():
             if op.kind == "call":
-                callee = found[str(op.attrs["callee"])]
+                callee = found[op.text("callee")]
                 callee |= {i for i, v in enumerate(op.operands) if v in values}
     return found
 

@@ -38,11 +38,9 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
         outside = [v for v in inner.operands if v not in _made(region.args, region.ops)]
         if outside:
             return Miss(f"an expert reads {outside[0]} from outside", inner)
-    count = at.op.attrs["count"]
-    assert isinstance(count, int)
     rows, offs, sort_indices = at.add(
         "permute", [x, topk_indices], names=["rows", "offs", "sort_indices"],
-        count=dims_attr(Dim("n_routed_experts", count)),
+        count=dims_attr(Dim("n_routed_experts", at.op.number("count"))),
     )  # fmt: skip
     inside: dict[Value, Value] = {region.args[0]: rows}
     for inner in region.ops[:-1]:

@@ -115,7 +115,7 @@ class _Step:
         found = dict(graph.weights)
         for op in graph.ops:
             if op.kind == "call" and not op.attrs["scope"]:
-                found |= self._weights(self.program.graphs[str(op.attrs["callee"])])
+                found |= self._weights(self.program.graphs[op.text("callee")])
         return found
 
     def _add(

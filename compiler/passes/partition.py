@@ -15,7 +15,6 @@ from typing import Any
 
 from compiler.graph.build import Builder, infer
 from compiler.graph.core import Graph, Op, Program, Region, Value
-from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import PartialSum
 from compiler.parallel.layout import Layout
@@ -118,7 +117,7 @@ class _Sharder:
     def _experts(self, op: Op) -> None:
         """Tokens to the ranks of their experts, and what the experts make of them back."""
         x, topk_indices, weight = op.operands
-        count, ranks = number(op, "count"), self.mesh.expert
+        count, ranks = op.number("count"), self.mesh.expert
         sizes: dict[str, Any] = {
             "count": count,
             "ranks": ranks,
@@ -155,11 +154,11 @@ class _Sharder:
         op = self.producers.get(topk_indices)
         if op is None or op.kind != "topk_groups":
             return min(k, nodes)
-        groups = number(op, "n_group")
+        groups = op.number("n_group")
         spans = sorted(
             len(self.layout.nodes_of_group(group, groups, count)) for group in range(groups)
         )
-        return min(k, nodes, sum(spans[-number(op, "topk_group") :]))
+        return min(k, nodes, sum(spans[-op.number("topk_group") :]))
 
     def _add(
         self,

@@ -119,7 +119,7 @@ def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:
 
 def _removable(op: Op, pure: Mapping[str, bool]) -> bool:
     if op.kind == "call":
-        return pure[str(op.attrs["callee"])]
+        return pure[op.text("callee")]
     if op.kind == "repeat":
         return all(_removable(o, pure) for o in op.regions[0].ops[:-1])
     return OPS[op.kind].pure

@@ -84,7 +84,7 @@ def _needed(backward: Graph) -> set[Op]:
 def _call(op: Op, ops: list[Op], program: Program) -> None:
     """The weights' part of what is called, if it has one; layers of a loop from last to first."""
     if op.kind == "call":
-        callee = program.derivatives[program.forward_of(str(op.attrs["callee"]))].weights
+        callee = program.derivatives[program.forward_of(op.text("callee"))].weights
         if callee:
             scope = op.attrs["scope"]
             ops.append(Op("call", attrs={"callee": callee, "scope": scope}, spans=op.spans))

@@ -115,9 +115,9 @@ class _Walk:
             site = site_of(op, graph, self._program.graphs)
             sizes.update(OPS[op.kind].sizes(site, sizes))
             if op.kind == "call":
-                callee = self._program.graphs[str(op.attrs["callee"])]
+                callee = self._program.graphs[op.text("callee")]
                 self.block(callee, callee.ops, sizes_inside(callee, op, sizes), times)
-            again = int(str(op.attrs["count"])) if op.kind == "repeat" else 1
+            again = op.number("count") if op.kind == "repeat" else 1
             for region in op.regions:
                 if op.kind == "experts":  # all of them are counted together
                     sizes.update(Experts.inner_sizes(site, sizes))

@@ -35,7 +35,7 @@ def unit_flops(
     for unit in units:
         if unit.ops not in found:
             module = modules.root([main.ops[i] for i in unit.ops], sizes)
-            count = 1 if unit.layer is None else int(str(main.ops[unit.ops[0]].attrs["count"]))
+            count = 1 if unit.layer is None else main.ops[unit.ops[0]].number("count")
             found[unit.ops] = Flops(total(module.flops) // count, module.fp8_flops // count)
     return found
 

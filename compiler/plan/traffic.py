@@ -57,11 +57,11 @@ def _exchanges(
     routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
     for op in ops:
         if op.kind == "call":
-            callee = program.graphs[str(op.attrs["callee"])]
+            callee = program.graphs[op.text("callee")]
             yield from _exchanges(program, callee, list(callee.walk()), layout)
         elif op.kind == "experts":
             x, route = op.operands[:2]
-            experts, k = int(str(op.attrs["count"])), route.type.last.size or 0
+            experts, k = op.number("count"), route.type.last.size or 0
             inside = walk(op.regions[0].ops)
             fp8 = any(graph.weights[w].fp8 for inner in inside for w in inner.symbols)
             yield Exchange(
@@ -88,8 +88,7 @@ def _nodes(router: Op | None, experts: int, k: int, layout: Layout) -> int:
     limit = min(k, spanned)
     if router is None:
         return limit
-    groups, kept = router.attrs["n_group"], router.attrs["topk_group"]
-    assert isinstance(groups, int) and isinstance(kept, int)
+    groups, kept = router.number("n_group"), router.number("topk_group")
     widest = max(len(layout.nodes_of_group(g, groups, experts)) for g in range(groups))
     return min(limit, kept * widest)
 

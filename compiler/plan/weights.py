@@ -60,15 +60,13 @@ def _used(
         for symbol in op.symbols:
             yield _held(graph, symbol, op, prefix, count)
         if op.kind == "call":
-            scope = f"{prefix}{_written(str(op.attrs['scope']), around)}."
-            callee = program.graphs[str(op.attrs["callee"])]
+            scope = f"{prefix}{_written(op.text('scope'), around)}."
+            callee = program.graphs[op.text("callee")]
             yield from _used(program, callee, callee.ops, scope, count, ())
         elif op.kind == "repeat":
-            first, times = op.attrs["start"], op.attrs["count"]
-            assert isinstance(first, int) and isinstance(times, int)
-            stars = (*around, f"{{{first}..{first + times - 1}}}")
+            stars = (*around, f"{{{op.layers[0]}..{op.layers[-1]}}}")
             inside = op.regions[0].ops
-            yield from _used(program, graph, inside, prefix, count * times, stars)
+            yield from _used(program, graph, inside, prefix, count * len(op.layers), stars)
         else:
             for region in op.regions:
                 yield from _used(program, graph, region.ops, prefix, count, around)

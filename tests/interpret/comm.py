@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from compiler.graph.core import Op
-from compiler.graph.rules import number
 from compiler.graph.types import MESH_AXES
 from compiler.ops.base import Moved, dims_of
-from compiler.ops.comm import axes_of
 from compiler.parallel.mesh import Coordinates, Mesh
 
 if TYPE_CHECKING:
@@ -130,7 +128,7 @@ def _rank(f: Frame) -> Rank:
 
 
 def _dispatch(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
-    rank, each = _rank(f), number(op, "count") // number(op, "ranks")
+    rank, each = _rank(f), op.number("count") // op.number("ranks")
     rows = [x.flatten(0, -2) for x in given]
     _count_tokens(f, op, (rows[-1] // each).tolist(), sum(x[:1].nbytes for x in rows))
     first = rank.place.expert * each
@@ -154,7 +152,7 @@ def _count_tokens(f: Frame, op: Op, ranks: Sequence[Sequence[int]], size: int) -
     for chosen in ranks:
         to = {group[r] for r in chosen}
         nodes = {mesh.node(r) for r in to}
-        assert len(nodes) <= number(op, "limit"), f"a token goes to {len(nodes)} nodes"
+        assert len(nodes) <= op.number("limit"), f"a token goes to {len(nodes)} nodes"
         # On each node it arrives at the rank of the same place.
         landings = {node * mesh.node_size + rank.number % mesh.node_size for node in nodes}
         across = len(nodes - {mesh.node(rank.number)})
@@ -166,7 +164,7 @@ def _dispatch_again(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
     rank = _rank(f)
     here, rows = rank.place.expert, [x.flatten(0, -2) for x in given[:-1]]
     arrived: list[list[Tensor]] = []
-    ranks = torch.full((len(rows[0]), number(op, "ranks")), -1)
+    ranks = torch.full((len(rows[0]), op.number("ranks")), -1)
     for source, (*theirs, handle) in enumerate(rank.exchange(("expert",), [*rows, given[-1]])):
         token = given[-1][given[-1] >> 32 == source] & TOKEN
         arrived.append([x[token] for x in theirs])
@@ -179,14 +177,14 @@ def _dispatch_again(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
 def _combine(f: Frame, op: Op, *given: Tensor) -> list[Tensor]:
     *rows, handle, route = given
     size = sum(y.shape[-1] * y.element_size() for y in rows)
-    ranks = route.flatten(0, -2) // (number(op, "count") // number(op, "ranks"))
+    ranks = route.flatten(0, -2) // (op.number("count") // op.number("ranks"))
     _count_tokens(f, op, ranks.tolist(), size)
     return [_combined(f, op, y, handle, route) for y in rows]
 
 
 def _combined(f: Frame, op: Op, y: Tensor, handle: Tensor, route: Tensor) -> Tensor:
     rank, tokens = _rank(f), route.flatten(0, -2).shape[0]
-    on_node = number(op, "ranks") // number(op, "nodes")
+    on_node = op.number("ranks") // op.number("nodes")
     total = y.new_zeros(tokens, y.shape[-1])
     part = torch.zeros_like(total)
     for i, (rows, sources) in enumerate(rank.exchange(("expert",), (y, handle))):
@@ -198,24 +196,24 @@ def _combined(f: Frame, op: Op, y: Tensor, handle: Tensor, route: Tensor) -> Ten
 
 
 def _summed(f: Frame, op: Op, x: Tensor) -> Tensor:
-    parts = _rank(f).exchange(axes_of(op.attrs["axes"]), x)
+    parts = _rank(f).exchange(op.texts("axes"), x)
     return torch.stack(parts).sum(0)
 
 
 def place_of(f: Frame, op: Op) -> int:
     """The place of this rank among those of a collective."""
     rank = _rank(f)
-    return rank.group(axes_of(op.attrs["axes"])).index(rank.number)
+    return rank.group(op.texts("axes")).index(rank.number)
 
 
 def _reduce_scatter(f: Frame, op: Op, x: Tensor) -> Tensor:
     flat, share = _summed(f, op, x).flatten(), op.result.type.last.size or 0
-    filled = torch.nn.functional.pad(flat, (0, share * number(op, "ranks") - len(flat)))
+    filled = torch.nn.functional.pad(flat, (0, share * op.number("ranks") - len(flat)))
     return filled.split(share)[place_of(f, op)]
 
 
 def _all_gather(f: Frame, op: Op, x: Tensor) -> Tensor:
-    whole = torch.cat(_rank(f).exchange(axes_of(op.attrs["axes"]), x))
+    whole = torch.cat(_rank(f).exchange(op.texts("axes"), x))
     shape = [d.size or 0 for d in dims_of(op.attrs["into"])]
     return whole[: torch.Size(shape).numel()].view(shape)
 
@@ -223,12 +221,12 @@ def _all_gather(f: Frame, op: Op, x: Tensor) -> Tensor:
 def _send(f: Frame, op: Op, x: Tensor) -> list[Tensor]:
     rank = _rank(f)
     rank.count(op, across=x.nbytes)
-    rank.send(number(op, "pipeline"), x)
+    rank.send(op.number("pipeline"), x)
     return []
 
 
 def _recv(f: Frame, op: Op) -> Tensor:
-    found = _rank(f).receive(number(op, "pipeline"))
+    found = _rank(f).receive(op.number("pipeline"))
     assert isinstance(found, Tensor)
     return found
 

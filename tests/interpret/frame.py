@@ -120,7 +120,7 @@ class Frame:
 
     def scope(self, op: Op) -> str:
         """The prefix of names under a call: each `*` is the layer of a repeat around it."""
-        scope = str(op.attrs["scope"])
+        scope = op.text("scope")
         for layer in self.layers:
             scope = scope.replace("*", str(layer), 1)
         return f"{self.prefix}{scope}." if scope else self.prefix

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compiler.graph.core import Attr, Op
-from compiler.graph.rules import number
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 from runtime import fp8
@@ -87,7 +86,7 @@ def _linear_cross_entropy(f: Frame, op: Op, x: Tensor, labels: Tensor) -> Sequen
 
 def _pad(f: Frame, op: Op, x: Tensor) -> Tensor:
     pad = G.pad_first if op.kind == "pad_first" else G.pad_last
-    return pad(x, _axis(op.operands[0].type, op.attrs["dim"]), number(op, "count"))
+    return pad(x, _axis(op.operands[0].type, op.attrs["dim"]), op.number("count"))
 
 
 def _sum_over(f: Frame, op: Op, x: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ def _sum_over(f: Frame, op: Op, x: Tensor) -> Tensor:
 
 
 def _head_linear(f: Frame, op: Op, x: Tensor) -> Tensor:
-    start, (count,) = number(op, "start"), _dims(op, "rows")
+    start, (count,) = op.number("start"), _dims(op, "rows")
     transposed = bool(op.attrs["transposed"])
     weight = f.weight(op.symbols[0])
     return F.head_linear(x, weight, (start, start + count), transposed=transposed)
@@ -115,7 +114,7 @@ def _gate(f: Frame, op: Op, x: Tensor) -> Any:
 def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tensor:
     (region,) = op.regions
     y = x.new_zeros(*x.shape[:-1], region.yielded[0].type.last.size or 0)
-    count = number(op, "count")
+    count = op.number("count")
     here = torch.where(route < 0, count, route)  # -1: an expert of another rank
     for expert, chosen in enumerate(F.dispatch(here, count + 1)[:count]):
         inside = replace(f, expert=expert, values=dict(f.values), sizes=dict(f.sizes))
@@ -133,7 +132,7 @@ def _fp8(name: str, *attrs: str) -> Run:
     def apply(f: Frame, op: Op, *x: Tensor) -> Any:
         told = {a: op.attrs[a] for a in attrs}
         if "dtype" in op.attrs:
-            told["dtype"] = f.torch_dtype(str(op.attrs["dtype"]))
+            told["dtype"] = f.torch_dtype(op.text("dtype"))
         return getattr(fp8, name)(*x, *(f.weight(s) for s in op.symbols), **told)
 
     return apply
@@ -141,7 +140,7 @@ def _fp8(name: str, *attrs: str) -> Run:
 
 def _fp8_weight(f: Frame, op: Op) -> Sequence[Tensor]:
     """Each of several weights by itself."""
-    scale = str(op.attrs["scale"])
+    scale = op.text("scale")
     parts = [fp8.quantize_weight(f.weight(s), scale) for s in op.symbols]
     return [torch.cat([q for q, _ in parts], -2), torch.cat([s for _, s in parts], -2)]
 
@@ -186,7 +185,7 @@ def _unpermute_grad(
 
 
 def _cast(f: Frame, op: Op, x: Tensor) -> Tensor:
-    return x.to(f.torch_dtype(str(op.attrs["dtype"])))
+    return x.to(f.torch_dtype(op.text("dtype")))
 
 
 def _constant(f: Frame, op: Op) -> Tensor:
@@ -202,7 +201,7 @@ def _broadcast(f: Frame, op: Op, x: Tensor) -> Tensor:
 
 
 def _drop(f: Frame, op: Op, x: Tensor) -> Tensor:
-    at, count = _axis(op.operands[0].type, op.attrs["dim"]), number(op, "count")
+    at, count = _axis(op.operands[0].type, op.attrs["dim"]), op.number("count")
     start = count if op.kind == "drop_first" else 0
     return x.narrow(at, start, x.shape[at] - count)
 
@@ -258,9 +257,9 @@ def _update(f: Frame, op: Op, d: Tensor, factor: Tensor) -> Tensor:
     """Plain gradient descent."""
     d = d * factor
     whole = f.weight(op.symbols[0])
-    if number(op, "ranks") == 1:
+    if op.number("ranks") == 1:
         return whole - LEARNING_RATE * d
-    filled = torch.nn.functional.pad(whole.flatten(), (0, len(d) * number(op, "ranks")))
+    filled = torch.nn.functional.pad(whole.flatten(), (0, len(d) * op.number("ranks")))
     return filled.split(len(d))[place_of(f, op)] - LEARNING_RATE * d
 
 
@@ -275,7 +274,7 @@ def _assign(f: Frame, op: Op, x: Tensor) -> Sequence[Tensor]:
 
 
 def _call(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
-    callee = f.program.graphs[str(op.attrs["callee"])]
+    callee = f.program.graphs[op.text("callee")]
     assert f.expert is None
     inside = replace(f, graph=callee, prefix=f.scope(op), layers=(), values={}, sizes={})
     return inside.run(x)
@@ -283,7 +282,7 @@ def _call(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
 
 def _repeat(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
     (region,) = op.regions
-    start, count, carried = number(op, "start"), number(op, "count"), list(x)
+    start, count, carried = op.number("start"), op.number("count"), list(x)
     stacks: list[list[Tensor]] = [[] for _ in op.results[len(x) :]]
     layers = range(start, start + count)
     for layer in layers:
@@ -297,7 +296,7 @@ def _repeat(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
 
 def _repeat_backward(f: Frame, op: Op, *x: Tensor) -> list[Tensor]:
     (region,) = op.regions
-    start, count, n = number(op, "start"), number(op, "count"), number(op, "carried")
+    start, count, n = op.number("start"), op.number("count"), op.number("carried")
     carried, sliced = list(x[:n]), x[n:]
     for i in reversed(range(count)):
         inside = replace(f, layers=(*f.layers, start + i))

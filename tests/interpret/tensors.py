@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from compiler.graph.core import Graph, Op, Program, Value
-from compiler.graph.rules import number
 from compiler.graph.types import FLOATS, Type
 from compiler.ops.base import dims_of
 from runtime import functional as F
@@ -45,11 +44,11 @@ def _weight_types(program: Program, graph: Graph, prefix: str) -> Iterator[tuple
         for op in ops:
             if op.kind == "call":
                 scope = Frame(program, graph, {}, State(), None, prefix, layers).scope(op)
-                yield from _weight_types(program, program.graphs[str(op.attrs["callee"])], scope)
+                yield from _weight_types(program, program.graphs[op.text("callee")], scope)
             layers_of: Sequence[tuple[int, ...]] = [()]
             if op.kind == "repeat":
-                first = number(op, "start")
-                layers_of = [(n,) for n in range(first, first + number(op, "count"))]
+                first = op.number("start")
+                layers_of = [(n,) for n in range(first, first + op.number("count"))]
             for region in op.regions:
                 for layer in layers_of:
                     yield from calls(region.ops, (*layers, *layer))
@@ -93,7 +92,7 @@ def _readers(program: Program, graph: Graph, value: Value) -> Iterator[tuple[str
             if operand is not value:
                 continue
             if op.kind == "call":
-                callee = program.graphs[str(op.attrs["callee"])]
+                callee = program.graphs[op.text("callee")]
                 yield from _readers(program, callee, callee.args[at])
             elif op.kind == "repeat":
                 yield from _readers(program, graph, op.regions[0].args[at])
@@ -112,7 +111,7 @@ def _limit(op: Op, graph: Graph) -> int:
         case "permute" | "permute_quantized" | "expert_load":
             return dims_of(op.attrs["count"])[0].size or 0
         case "experts":
-            return number(op, "count")
+            return op.number("count")
     return 64  # positions
 
 
