@@ -43,7 +43,7 @@ def check_parallel(config: Config, world_size: int) -> None:
         mesh = " x ".join(sizes)
         raise TrainError(
             f"`parallel` is for {size:,} ranks ({mesh}), and {world_size:,} started: use torchrun "
-            f"with {size:,} processes, or build without it (--set parallel=null)"
+            f"with {size:,} processes, or take the section out of the spec"
         )
 
 
