@@ -62,7 +62,7 @@ def model_py(
         version=version,
         imports=imports,
         units=emit.units,
-        uses_fp8=uses_fp8(compiled),
+        uses_fp8=_uses_fp8(compiled),
         uses_params=bool(re.search(rf"\b{PARAMS}\.", repr(facts))),
         kernels=kernels,
         lists="nn.ModuleList(" in made,
@@ -70,7 +70,7 @@ def model_py(
     )
 
 
-def uses_fp8(compiled: Compiled) -> bool:
+def _uses_fp8(compiled: Compiled) -> bool:
     graphs = (g for program in compiled.programs.values() for g in program.graphs.values())
     return any("fp8" in op.kind for graph in graphs for op in graph.walk())
 

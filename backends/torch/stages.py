@@ -13,7 +13,7 @@ from backends.render import render
 from backends.torch.declare import TORCH_DTYPES, stored_name
 from backends.torch.emit import Emitter
 from backends.torch.layout import Call, lay_out
-from backends.torch.model import Emission, defaults, uses_fp8
+from backends.torch.model import Emission, defaults
 from backends.torch.records import Method, docstring, tuple_text
 from compiler.graph.core import Graph, Program, Value, copy_program
 from compiler.parallel.layout import Layout
@@ -90,7 +90,7 @@ def stages_py(
         spec=docstring(spec),
         version=version,
         kernels=kernels,
-        uses_fp8=uses_fp8(compiled) and "fp8." in text,
+        uses_fp8=bool(re.search(r"\bfp8\.", text)),
         uses_g=bool(re.search(r"\bG\.", text)),
         uses_torch="torch." in text,
         table=lines,
@@ -156,8 +156,8 @@ def _class(role: Role, program: Program, emit: Emission, experts: int) -> StageC
     first = "self.first" if len(role.stages) > 1 else ""
     context = replace(emit.context("train", main.name), first_layer=first)
     emitter = Emitter(main, context)
-    boundary, gradients = program.boundary, program.backward_boundary
-    assert (boundary.received, boundary.sent) == (gradients.sent, _received(program)), main.name
+    boundary = program.boundary
+    assert _crossing_gradients(program) == (boundary.received, boundary.sent), main.name
     by_name = {value.name: value for value in main.args}
     entering = [by_name[name] for name in boundary.received]
     ranks = f" * {experts}" if experts > 1 else ""
@@ -184,9 +184,15 @@ def _class(role: Role, program: Program, emit: Emission, experts: int) -> StageC
     )
 
 
-def _received(program: Program) -> tuple[str, ...]:
-    """What gradients arrive for, by the names under which it was sent."""
-    return tuple(name.removeprefix("d_") for name in program.backward_boundary.received)
+def _crossing_gradients(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """For which arguments and results of a stage gradients cross its ends: sent and received."""
+    main, derivative = program.main, program.derivatives[program.root]
+    backward, crosses = program.graphs[derivative.backward], program.backward_boundary
+    arguments = zip(backward.result_names, derivative.arguments, strict=True)
+    results = zip(backward.args, derivative.results, strict=False)  # lifted arguments follow
+    sent = {name: main.args[i].name for name, i in arguments}
+    received = {value.name: main.result_names[i] for value, i in results}
+    return tuple(sent[n] for n in crosses.sent), tuple(received[n] for n in crosses.received)
 
 
 def _counts(program: Program) -> Iterator[tuple[Value, str]]:
