@@ -78,6 +78,7 @@ class LanguageModel(CheckpointModule, ABC):
             # Its gate would silently be computed in less than float32.
             raise ValueError(f"this model was built for fp32, not for {dtype}: build it with bf16")
         self.build()
+        self.share = share
         if share is not None:
             hold(self, share)
         for module in self.modules():
@@ -89,6 +90,11 @@ class LanguageModel(CheckpointModule, ABC):
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             initialize(self, seed)
+
+    @property
+    def whole(self) -> LanguageModel:
+        """The model; of one that holds a share, all of it, without weights."""
+        return self if self.share is None else type(self)(device="meta")
 
     def _hold_fp8(self) -> None:
         """Raises ValueError where no product of the model is in FP8."""

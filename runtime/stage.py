@@ -86,14 +86,18 @@ class Absent(nn.Module):
     """In place of a module that another pipeline rank holds."""
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Whether a module or weight is `module` or inside it, by their names."""
+    return f"{name}.".startswith(f"{module}.")
+
+
 def hold(model: nn.Module, share: ModelShare) -> None:
     """Drops all modules but those of a share, what is inside them and what they are inside."""
     names = share.holds
     for name, module in list(model.named_modules()):
         for leaf, _ in list(module.named_children()):
             path = f"{name}.{leaf}" if name else leaf
-            around = any(one.startswith(f"{path}.") for one in names)
-            if not around and not any(f"{path}.".startswith(f"{one}.") for one in names):
+            if not any(is_inside(path, one) or is_inside(one, path) for one in names):
                 module.register_module(leaf, Absent())
     for module in model.modules():
         if isinstance(module, Stack):

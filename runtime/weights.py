@@ -262,11 +262,9 @@ class Stack(nn.Module):
         self.first = rank * self.count
         for member in (m for m in self.modules() if isinstance(m, Tensors)):
             for name, one in member.declarations.items():
-                member.declarations[name] = replace(one, shape=(self.count, *one.shape[1:]))
-                tensor = getattr(member, name)
-                new = torch.empty(
-                    member.declarations[name].shape, dtype=tensor.dtype, device="meta"
-                )
+                shape = (self.count, *one.shape[1:])
+                member.declarations[name] = replace(one, shape=shape)
+                new = torch.empty(shape, dtype=getattr(member, name).dtype, device="meta")
                 setattr(member, name, new if one.buffer else nn.Parameter(new))
 
     if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, all_reduce
 
+from ..stage import is_inside
 from ..weights import Stack, Tensors
 
 
@@ -40,9 +41,13 @@ class ExpertUtilization:
 class Balance:
     """Counts the load of a step, and updates the bias of each expert once, at its end."""
 
-    def __init__(self, model: nn.Module, within: Collection[str] = ("",)) -> None:
+    def __init__(self, model: nn.Module, within: Collection[str] | None = None) -> None:
         """The routers in the modules named `within`; by default all of the model."""
-        self.routers = [one for one in _routers(model) if _is_in(one.name, within)]
+        self.routers = [
+            router
+            for router in _routers(model)
+            if within is None or any(is_inside(router.name, module) for module in within)
+        ]
         self.load: Tensor | None = None
 
     def add(self, load: Sequence[Tensor]) -> None:
@@ -109,10 +114,6 @@ def _routers(model: nn.Module) -> Iterator[Router]:
         for child in module.children():
             if isinstance(child, Stack):
                 yield Router(name, _bias(module, child.total))
-
-
-def _is_in(name: str, modules: Collection[str]) -> bool:
-    return any(not one or f"{name}.".startswith(f"{one}.") for one in modules)
 
 
 def _bias(module: nn.Module, experts: int) -> Tensor | None:

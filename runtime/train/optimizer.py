@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -168,27 +168,30 @@ class AdamW:
 
     def _exchange(self) -> None:
         """Takes the parts of sharded weights from the ranks that have updated them."""
-        # Groups in the order of their ranks: the same for all, so that none waits for ever.
-        groups = {tuple(get_process_group_ranks(w.group)): w.group for w in self.weights if w.group}
-        for _, group in sorted(groups.items(), key=lambda one: one[0]):
-            weights = sorted((w for w in self.weights if w.group is group), key=lambda w: w.name)
-            dtypes = sorted({w.tensor.dtype for w in weights}, key=str)
-            for owner, dtype in product(range(group.size()), dtypes):
-                parts = [
-                    w.tensor.detach()[index]
-                    for w in weights
-                    if w.tensor.dtype == dtype
-                    for index, rank in w.owners
-                    if rank == owner
-                ]
-                if not parts:
-                    continue
-                flat = torch.cat([part.reshape(-1) for part in parts])
-                broadcast(flat, group_src=owner, group=group)
-                if owner != group.rank():
-                    sizes = [part.numel() for part in parts]
-                    for part, new in zip(parts, flat.split(sizes), strict=True):
-                        part.copy_(new.view_as(part))
+        for group, owner, parts in self._shared:
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            broadcast(flat, group_src=owner, group=group)
+            if owner != group.rank():
+                sizes = [part.numel() for part in parts]
+                for part, new in zip(parts, flat.split(sizes), strict=True):
+                    part.copy_(new.view_as(part))
+
+    @cached_property
+    def _shared(self) -> list[tuple[ProcessGroup, int, list[Tensor]]]:
+        """Each group with one of its ranks, and parts of one dtype that this rank updates.
+
+        In an order that all ranks have, so that none waits for ever: by the ranks of groups.
+        """
+        found: dict[tuple[tuple[int, ...], int, str], tuple[ProcessGroup, list[Tensor]]] = {}
+        for weight in sorted(self.weights, key=lambda w: w.name):
+            if weight.group is None:
+                continue
+            ranks, stored = tuple(get_process_group_ranks(weight.group)), weight.tensor.detach()
+            for index, owner in weight.owners:
+                key = ranks, owner, str(stored.dtype)
+                found.setdefault(key, (weight.group, []))[1].append(stored[index])
+        return [(group, key[1], parts) for key, (group, parts) in sorted(
+            found.items(), key=lambda one: one[0])]  # fmt: skip
 
     @torch.no_grad()
     def copy_masters(self) -> None:

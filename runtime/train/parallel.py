@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.cuda import is_available
-from torch.distributed import ProcessGroup, all_reduce, new_group
+from torch.distributed import ProcessGroup, all_reduce
 
 from ..config import Config
 from ..exchange import Exchange
 from ..model import LanguageModel
-from ..stage import ModelShare, StageLoss, StagePlan
+from ..stage import ModelShare, StageLoss, StagePlan, is_inside
 from ..weights import Stack
 from .balance import Balance, ExpertUtilization
 from .pipeline import Chunk, Execution, Held, Row
-from .ranks import ProcessGroups, all_gather_objects
+from .ranks import ProcessGroups, all_gather_objects, new_training_group
 from .sequences import Sequences
 from .settings import Settings, TrainError
 from .trainer import Trainer
@@ -91,30 +90,25 @@ class RankMesh:
         columns = [
             [p * data_ranks + d for p in range(parallel.pipeline)] for d in range(data_ranks)
         ]
-        column = [_group(ranks) for ranks in columns][data]
+        column = [new_training_group(ranks) for ranks in columns][data]
         firsts = range(0, parallel.pipeline * data_ranks, experts)
-        exchange = [_group(range(first, first + experts)) for first in firsts][rank // experts]
+        exchange = [new_training_group(range(first, first + experts)) for first in firsts][
+            rank // experts
+        ]
         sets = {frozenset(_holders(config, stage)) for stage in range(len(plans))}
         sets |= set(_module_holders(config, plans).values())
         groups: dict[Holders, ProcessGroup | None] = {}
         for one in sorted(sets, key=sorted):
             ranks = [p * data_ranks + d for p in sorted(one) for d in range(data_ranks)]
             parts = [[r for r in ranks if r % experts == e] for e in range(experts)]
-            made = _group(ranks) if len(ranks) > 1 else None
-            of_experts = [_group(part) if len(part) > 1 else None for part in parts]
+            made = new_training_group(ranks) if len(ranks) > 1 else None
+            of_experts = [new_training_group(part) if len(part) > 1 else None for part in parts]
             if pipeline in one:
                 groups[Holders(one)] = made
                 groups[Holders(one, expert=True)] = of_experts[rank % experts]
         return cls(
             pipeline, data, data_ranks, experts, columns[data], world, column, groups, exchange
         )
-
-
-def _group(ranks: Iterable[int]) -> ProcessGroup:
-    # The device of a tensor decides which of the two backends is used.
-    backend = "cpu:gloo,cuda:nccl" if is_available() else "gloo"
-    group: ProcessGroup = new_group(list(ranks), backend=backend)
-    return group
 
 
 def _holders(config: Config, stage: int) -> Iterable[int]:
@@ -189,7 +183,10 @@ def make_trainer(
             one.__class__ = spread
             one.exchange = Exchange(mesh.exchange, stack.total)
     holders = {
-        name: Holders(_of_module(name, modules), name in experts and mesh.experts > 1)
+        name: Holders(
+            next(one for module, one in modules.items() if is_inside(name, module)),
+            name in experts and mesh.experts > 1,
+        )
         for name, _ in own.named_parameters()
     }
     found = {name: mesh.groups[one] for name, one in holders.items()} if zero else {}
@@ -198,11 +195,6 @@ def make_trainer(
     schedule = Path(inspect.getfile(model)).parent / "graph" / "schedule.json"
     trainer.attach(mesh, plans, here, holders, Row.read(schedule, mesh.pipeline))
     return trainer
-
-
-def _of_module(name: str, modules: Mapping[str, frozenset[int]]) -> frozenset[int]:
-    """What `modules` say of the module that a weight is in."""
-    return next(one for module, one in modules.items() if name.startswith(f"{module}."))
 
 
 class MeshTrainer(Trainer):
@@ -298,9 +290,8 @@ class MeshTrainer(Trainer):
         for balance in self.balances.values():
             balance.load = None
 
-    def _first_not_finite(self, batch: int) -> str | None:
-        bad = self.optimizer.not_finite() if batch else []
-        return f"the gradient of {bad[0]}" if bad else None
+    def _forward(self, tokens: Tensor) -> None:
+        self.losses(tokens)
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:

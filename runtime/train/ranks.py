@@ -7,7 +7,7 @@ here then only does its work.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,8 +73,7 @@ def init_process_groups() -> Iterator[ProcessGroups]:
         ) from None
     try:
         yield ProcessGroups(
-            # The device of a tensor decides which of the two backends is used.
-            training=new_group(backend="cpu:gloo,cuda:nccl" if is_available() else "gloo"),
+            training=new_training_group(),
             control=group.WORLD,
             writing=new_group(backend="gloo", timeout=TIMEOUT),
         )
@@ -85,6 +84,17 @@ def init_process_groups() -> Iterator[ProcessGroups]:
         raise TrainError("another rank has failed, so this one exits") from None
     finally:
         destroy_process_group()
+
+
+def new_training_group(ranks: Iterable[int] | None = None) -> ProcessGroup:
+    """A group, by default of all ranks, for tensors of the device that trains.
+
+    All ranks call it, in the same order.
+    """
+    # The device of a tensor decides which of the two backends is used.
+    backend = "cpu:gloo,cuda:nccl" if is_available() else "gloo"
+    made: ProcessGroup = new_group(None if ranks is None else list(ranks), backend=backend)
+    return made
 
 
 def on_rank0(ranks: ProcessGroup | None, work: Callable[[], T]) -> T:

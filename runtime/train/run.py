@@ -174,8 +174,7 @@ class Run:
         trainer = self.trainer
         if self.newest is not None:
             progress.say(f"resuming from {self.newest}, {trainer.tokens:,} tokens")
-        whole = type(trainer.model)(device="meta")
-        parameters = sum(p.numel() for p in whole.parameters())
+        parameters = sum(p.numel() for p in trainer.model.whole.parameters())
         by = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
         progress.say(
             f"{trainer.model.config.model}: {parameters:,} parameters, "

@@ -61,9 +61,8 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
     tensors that are missing, left over, or of the wrong shape or type.
     """
     tensors = training_state(trainer, whole=True).tensors
-    # The folder has the whole model, of which a pipeline rank holds a part.
-    whole = type(trainer.model)(device="meta")
-    shapes = {part.name: part.shape for part in published(whole)}
+    # The folder has the whole model, of which a rank may hold a part.
+    shapes = {part.name: part.shape for part in published(trainer.model.whole)}
     try:
         with matched(folder, shapes, trainer.model.aliases) as (shards, sources):
             for name, view in tensors[MODEL].items():

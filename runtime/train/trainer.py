@@ -106,7 +106,7 @@ class Trainer:
         self.optimizer.step(steps + 1, rate, squares)
         experts = self._finish_balance(speed)
         if self.average is not None:
-            self.average.update(self.optimizer)
+            self.average.update()
         self.position = Position(steps + 1, self.position.sequences + batch)
         total, main, balance, *mtp = losses
         return StepMetrics(
@@ -155,7 +155,8 @@ class Trainer:
 
     def _refuse(self, losses: list[float], norm: float, batch: int) -> None:
         """Raises NotFinite, naming the first module that gave NaN or infinity."""
-        names = self.optimizer.not_finite()
+        parts = all_gather_objects(self.group, self.optimizer.not_finite())
+        names = list(dict.fromkeys(name for part in parts for name in part))
         self.optimizer.drop_gradients()
         self._drop_loads()
         found = all_gather_objects(self.group, self._first_not_finite(batch))
@@ -180,8 +181,6 @@ class Trainer:
                 found.append(f"what {name} ({kind}) gives")
 
         bad = [p.name for p in published(self.model) if not p.tensor.isfinite().all()]
-        if bad:
-            return f"the weight {bad[0]}"
         hooks = [
             module.register_forward_hook(
                 lambda m, _, out, name=name: watch(name, type(m).__name__, out)
@@ -190,11 +189,17 @@ class Trainer:
         ]
         try:
             for tokens in self._micro_batches(batch):
-                loss_of(self.model, tokens, self.tokens)
+                self._forward(tokens)
         finally:
             for hook in hooks:
                 hook.remove()
+        if bad:  # only now, for ranks may have to compute together
+            return f"the weight {bad[0]}"
         return found[0] if found else None
+
+    def _forward(self, tokens: Tensor) -> None:
+        """Computes the loss of a micro-batch, so that hooks see what modules give."""
+        loss_of(self.model, tokens, self.tokens)
 
 
 def loss_of(model: LanguageModel, tokens: Tensor, tokens_seen: int = 0) -> Loss:
@@ -218,13 +223,14 @@ class Average:
 
     def __init__(self, model: nn.Module, optimizer: AdamW, decay: float) -> None:
         self.decay = decay
-        self._model = model
-        self.values = {
-            part.name: part.tensor.float().cpu().clone() for part, _ in optimizer.kept(model)
+        self._followed = {
+            part.name: part.tensor if shard is None else shard.master
+            for part, shard in optimizer.kept(model)
         }
+        self.values = {name: now.float().cpu().clone() for name, now in self._followed.items()}
 
     @torch.no_grad()
-    def update(self, optimizer: AdamW) -> None:
-        for part, shard in optimizer.kept(self._model):
-            value, now = self.values[part.name], part.tensor if shard is None else shard.master
+    def update(self) -> None:
+        for name, now in self._followed.items():
+            value = self.values[name]
             value.lerp_(now.to(value.device, value.dtype), 1 - self.decay)

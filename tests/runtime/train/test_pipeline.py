@@ -232,6 +232,18 @@ def test_ranks_end_together_and_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_not_finite_is_found_on_all_ranks(tmp_path: Path) -> None:
+    """The second step's gradients overflow: ranks look for what did together, and all end."""
+    changes = {"train.learning_rate": "1e30", **parallel(2, "1f1b", expert=2)}
+    outcome = train(package(tmp_path, "tiny_infinite", **changes), 4, tmp_path / "run")
+    assert outcome.returncode != 0
+    assert re.search(
+        r"step 2: .*; first not finite is the gradients of model\.embed_tokens", outcome.stderr
+    )
+    assert list(tensors(tmp_path / "run", step=1))
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path) -> None:
     """A step on 2 x 2 ranks, one on 4 pipeline ranks and one in one process, as if all in one."""
     out = tmp_path / "run"
@@ -261,7 +273,7 @@ def test_a_layout_that_cannot_be_trained_is_refused(
     changes: dict[str, str], ranks: int, message: str, tmp_path: Path
 ) -> None:
     """Never silently in another way."""
-    made = package(tmp_path, f"tiny_refused_{abs(hash(message)) % 10**6}", **changes)
+    made = package(tmp_path, f"tiny_refused_{ranks}", **changes)
     with pytest.raises(part(made, "settings").TrainError, match=re.escape(message)):
         part(made, "parallel").check_parallel(made.config, ranks)
 
