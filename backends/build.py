@@ -25,7 +25,8 @@ from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
 from compiler.lower.model import DTYPES
 from compiler.pipeline import Compiled, compile
-from compiler.plan.make import make_plan
+from compiler.plan.greedy import schedule_of
+from compiler.plan.make import make_plan, step_counts
 from compiler.plan.plan import Plan
 from compiler.plan.record import record
 from compiler.plan.schedule import schedule
@@ -141,9 +142,11 @@ def package(
         if (mesh.expert > 1 and target is None) or (mesh.expert == 1 and mesh.pipeline > 1):
             stages = stages_py(description, compiled, layout, found, **emitted)
             texts |= {"stages.py": stages} if stages is not None else {}
-        order = schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
+        order = schedule(layout.schedule, mesh.pipeline, layout.micro_batches)
         texts["graph/schedule.txt"] = str(order)
-        texts["graph/schedule.json"] = with_transfers(order).to_json()
+        for count in {layout.micro_batches, *step_counts(description, layout)}:
+            steps = schedule_of(layout.schedule, mesh.pipeline, count)
+            texts[f"graph/schedule-{count}.json"] = with_transfers(steps).to_json()
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
         description, compiled, numbers, version=VERSION, files=names, plan=plan

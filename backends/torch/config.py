@@ -8,6 +8,7 @@ from backends.render import render
 from backends.torch.layout import Call, lay_out
 from backends.torch.records import docstring
 from compiler.parallel.layout import Layout, placement
+from compiler.plan.make import step_counts
 from compiler.plan.plan import Plan
 from dsl.hf import hf_config
 from dsl.load import Description
@@ -45,11 +46,11 @@ def _numbers(description: Description, plan: Plan | None) -> dict[str, Any]:
         "sequence": spec.sequence.model_dump(),
         "precision": spec.precision.model_dump(),
         "train": _training(spec.train, spec.parallel),
-        "parallel": _parallel(plan.layout) if plan else None,
+        "parallel": _parallel(description, plan.layout) if plan else None,
     }
 
 
-def _parallel(layout: Layout) -> dict[str, Any]:
+def _parallel(description: Description, layout: Layout) -> dict[str, Any]:
     """What the trainer reads of a layout."""
     mesh = layout.mesh
     return {
@@ -58,7 +59,7 @@ def _parallel(layout: Layout) -> dict[str, Any]:
         "expert": mesh.expert,
         "zero": layout.zero,
         "schedule": layout.schedule,
-        "micro_batches": layout.micro_batches,
+        "micro_batches": step_counts(description, layout),
         "stages": placement(layout.schedule, mesh.pipeline),
     }
 

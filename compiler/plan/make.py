@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from compiler.graph.core import Program
+from compiler.parallel.layout import Layout
 from compiler.pipeline import Compiled
 from compiler.plan.plan import Plan, Planner
+from compiler.plan.ramp import Sizes, micro_batches, uneven
 from compiler.plan.search import changes, neighbours, why_not
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -13,7 +15,8 @@ from dsl.load import Description
 def make_plan(description: Description, compiled: Compiled) -> Plan | None:
     """The plan that `parallel` of a spec asks for; None where a spec has no such section.
 
-    Raises `DiagnosticError` (E530) where the layout cannot be; whether it fits is `Plan.fits`.
+    Raises `DiagnosticError` where the layout cannot be (E530), or where batches of training cannot
+    be cut for it (E533); whether it fits is `Plan.fits`.
     """
     parallel = description.spec.parallel
     if parallel is None:
@@ -28,7 +31,37 @@ def make_plan(description: Description, compiled: Compiled) -> Plan | None:
             Diagnostic("E530", one.message, span, "this cannot be", help="" if i else help)
             for i, (one, span) in enumerate(zip(wrong, spans, strict=True))
         )
-    return planner.plan(parallel)
+    plan = planner.plan(parallel)
+    step_counts(description, plan.layout)
+    return plan
+
+
+def step_counts(description: Description, layout: Layout) -> tuple[int, ...]:
+    """The counts of micro-batches that the steps of training have, ascending.
+
+    Raises `DiagnosticError` (E533) where a batch cannot be cut into any.
+    """
+    train, parallel = description.spec.train, description.spec.parallel
+    assert parallel is not None
+    if train.batch is None or layout.mesh.pipeline * layout.mesh.expert == 1:
+        return (layout.micro_batches,)  # data ranks alone take any batch
+    sizes = Sizes.of(layout, train, parallel)
+    wrong = uneven(train.batch, sizes)
+    if wrong:
+        ways = ", half of them from each end" if sizes.directions > 1 else ""
+        shown = " and ".join(f"{value:,.12g}" for value in wrong)
+        near = (max(1, round(value / sizes.least)) * sizes.least for value in wrong)
+        raise DiagnosticError([
+            Diagnostic(
+                "E533",
+                f"batches of {shown} sequences cannot be dealt evenly to {sizes.data:,} ranks in "
+                f"micro-batches of {sizes.micro_batch}{ways}",
+                description.span("train", "batch"),
+                f"these have to be multiples of {sizes.least:,}",
+                help=f"the nearest that can be: {' and '.join(f'{value:,}' for value in near)}",
+            )
+        ])  # fmt: skip
+    return micro_batches(train.batch, sizes)
 
 
 def planner_of(description: Description, compiled: Compiled) -> Planner:

@@ -192,8 +192,12 @@ def make_trainer(
     found = {name: mesh.groups[one] for name, one in holders.items()} if zero else {}
     shards = {name: group for name, group in found.items() if group is not None}
     trainer = MeshTrainer(own, settings, sequences, mesh.world, shard_groups=shards)
-    schedule = Path(inspect.getfile(model)).parent / "graph" / "schedule.json"
-    trainer.attach(mesh, plans, here, holders, Row.read(schedule, mesh.pipeline))
+    graphs = Path(inspect.getfile(model)).parent / "graph"
+    rows = {
+        count: Row.read(graphs / f"schedule-{count}.json", mesh.pipeline)
+        for count in model.config.parallel.micro_batches
+    }
+    trainer.attach(mesh, plans, here, holders, rows)
     return trainer
 
 
@@ -206,11 +210,11 @@ class MeshTrainer(Trainer):
         plans: Sequence[StagePlan],
         here: Sequence[int],
         holders: Mapping[str, Holders],
-        row: Row,
+        rows: Mapping[int, Row],
     ) -> None:
         """Gives the trainer its place; `here` are the numbers of its stages, `holders` those of
-        each weight."""
-        self.mesh, self.row, self.holders = mesh, row, holders
+        each weight, `rows` are by the count of micro-batches."""
+        self.mesh, self.rows, self.holders = mesh, rows, holders
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
@@ -225,18 +229,23 @@ class MeshTrainer(Trainer):
             and (mesh.replica if one.expert else mesh.data) == 0
         }
 
+    @property
+    def batches(self) -> list[int]:
+        """The batches for which there is a schedule, in sequences."""
+        return [count * (self.settings.micro_batch or 1) * self.ranks for count in self.rows]
+
+    def _batch_at(self, tokens: int, steps: int) -> int:
+        """The nearest batch for which there is a schedule: while it grows, it grows in stairs."""
+        batch = super()._batch_at(tokens, steps)
+        return min(self.batches, key=lambda one: (abs(one - batch), one))
+
     def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
         batches = self._micro_batches(batch)
-        wanted = self.model.config.parallel.micro_batches
-        if len(batches) != wanted or len({len(one) for one in batches}) > 1:
-            raise TrainError(
-                f"a batch of {batch} sequences is {len(batches)} micro-batches for each data rank; "
-                f"the schedule of the package is for {wanted}, all of one size"
-            )
+        row = self.rows[len(batches)]
         # Terms of a stage are those of all ranks over which experts are spread.
         share = len(batches[0]) * self.mesh.experts / batch
-        step, sums = Execution(self.row, self.held, batches, tokens_seen), self._zeros()
-        for entry in self.row.entries:
+        step, sums = Execution(row, self.held, batches, tokens_seen), self._zeros()
+        for entry in row.entries:
             if not isinstance(entry, Chunk):
                 step.transfer(entry)
             elif entry.kind == "F":

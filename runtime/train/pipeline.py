@@ -1,8 +1,8 @@
 """Executes the row of the schedule of one pipeline rank, with torch.distributed.
 
-`graph/schedule.json` of the package has for each pipeline rank what it computes, sends and
-receives, and numbers all messages. Each rank works through its row with blocking sends and
-receives: their order excludes deadlocks (`compiler/plan/transfers.py`).
+`graph/schedule-N.json` of the package, for N micro-batches, has for each pipeline rank what it
+computes, sends and receives, and numbers all messages. Each rank works through its row with
+blocking sends and receives: their order excludes deadlocks (`compiler/plan/transfers.py`).
 """
 
 from __future__ import annotations

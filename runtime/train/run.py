@@ -181,6 +181,9 @@ class Run:
             f"{trainer.sequences.count:,} sequences of {self.settings.sequence_length} tokens per "
             f"epoch, {self.held_out.count:,} held out; on {self.device.type}{by}"
         )
+        if isinstance(trainer, MeshTrainer) and len(trainer.batches) > 1:
+            stairs = ", ".join(f"{batch:,}" for batch in trainer.batches)
+            progress.say(f"batches are rounded to those that can be dealt: {stairs} sequences")
 
     def _evaluate(self, metrics: Metrics, progress: Progress, limit: int | None) -> None:
         if not self.held_out.count:

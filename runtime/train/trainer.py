@@ -90,7 +90,7 @@ class Trainer:
         infinite; TrainError for a batch with fewer sequences than there are ranks.
         """
         settings, steps, before = self.settings, self.position.steps, self.tokens
-        batch = settings.batch_at(before, steps)
+        batch = self._batch_at(before, steps)
         if batch < self.ranks:
             raise TrainError(f"a batch of {batch} sequences is too small for {self.ranks} ranks")
         sums = self._gradients(batch, before)
@@ -112,6 +112,10 @@ class Trainer:
         return StepMetrics(
             steps + 1, after, batch, total, main, tuple(mtp), balance, rate, speed, norm, experts
         )
+
+    def _batch_at(self, tokens: int, steps: int) -> int:
+        """Sequences of the step that follows so many tokens and steps."""
+        return self.settings.batch_at(tokens, steps)
 
     def _reduce(self, sums: Tensor) -> None:
         """Sums losses, gradients and loads over the ranks."""

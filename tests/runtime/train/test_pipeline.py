@@ -126,6 +126,20 @@ def test_ranks_train_what_one_process_does(
 
 
 @pytest.mark.slow
+def test_a_batch_that_grows(tmp_path: Path) -> None:
+    """Steps of 4, 6 and 8 sequences on 4 pipeline ranks under DualPipe, which has no order of its
+    own for less than 8, and with one more direction than the single process has."""
+    ramp = {"train.batch": "[{until_step: 2, start: 4, value: 8}, {value: 8}]"}
+    one, four = tmp_path / "one", tmp_path / "four"
+    assert train(package(tmp_path, "tiny_ramp_1", **ramp), 1, one).returncode == 0
+    outcome = train(package(tmp_path, "tiny_ramp_4", **ramp, **parallel(4, "dualpipe")), 4, four)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "rounded to those that can be dealt: 4, 6, 8 sequences" in outcome.stderr
+    assert [line["batch"] for line in lines(four)[:3]] == [4, 6, 8]
+    check_same(four, one)
+
+
+@pytest.mark.slow
 def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
     """Without MTP no weight lies on two stages, and without clipping no sum crosses stages."""
     changes = {"architecture.mtp": "{depth: 0}", "train.optimizer.clip": "1000", "train.ema": "0.9"}
