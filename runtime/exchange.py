@@ -80,7 +80,7 @@ class Exchange:
     def _back(self, rows: Tensor, handle: Handle) -> Tensor:
         back = self._exchanged(rows, handle.arrived, handle.sent)
         total = rows.new_zeros(handle.shape.numel(), rows.shape[-1])
-        return total.index_add_(0, handle.tokens, back).view(*handle.shape, -1)
+        return total.index_add_(0, handle.tokens, back).view(*handle.shape, rows.shape[-1])
 
     def _exchanged(self, rows: Tensor, out: list[int], into: list[int]) -> Tensor:
         found, given = rows.new_empty(sum(into), rows.shape[-1]), rows.contiguous()

@@ -1,0 +1,181 @@
+"""Tokens to the experts of other ranks and back, in processes with gloo, against one process.
+
+All numbers are small whole ones in float64, so that sums are exact in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from runtime import exchange
+
+WORLD, EXPERTS, K, WIDTH = 4, 8, 3, 4
+TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A routing: `experts` are those that may be chosen, `tokens` how many each rank has."""
+
+    experts: tuple[int, ...]
+    tokens: tuple[int, ...] = (TOKENS,) * WORLD
+    k: int = K
+
+
+CASES = {
+    "even": Case(tuple(range(EXPERTS))),
+    "skewed": Case((0, 1, 2, 3, 7)),
+    "all to one expert": Case((5,), k=1),
+    "all to one rank": Case((6, 7), k=2),
+    "ranks without arrivals": Case((0, 1, 7)),
+    "a rank without tokens": Case(tuple(range(EXPERTS)), (0, 6, 2, 4)),
+    "no tokens at all": Case(tuple(range(EXPERTS)), (0,) * WORLD),
+}
+SIZES = (2, 4)
+
+
+def tokens_of(case: Case, rank: int) -> dict[str, Tensor]:
+    """What a rank has: x and the gradient of y [1, tokens, width], weights and experts [.., k]."""
+    generator = torch.manual_seed(100 * list(CASES.values()).index(case) + rank)
+    count, chosen = case.tokens[rank], torch.tensor(case.experts)
+    order = torch.rand(1, count, len(chosen), generator=generator).argsort(-1)[..., : case.k]
+    whole = {"x": WIDTH, "d_y": WIDTH, "weight": case.k}
+    found = {
+        name: torch.randint(-4, 5, (1, count, width), generator=generator).double()
+        for name, width in whole.items()
+    }
+    return {**found, "experts": chosen[order]}
+
+
+def matrices() -> Tensor:
+    """One for each expert: y is the sum over a token's experts of weight * x @ matrix."""
+    generator = torch.manual_seed(7)
+    return torch.randint(-3, 4, (EXPERTS, WIDTH, WIDTH), generator=generator).double()
+
+
+def computed(x: Tensor, weight: Tensor, experts: Tensor, d_y: Tensor | None, first: int) -> Any:
+    """y of the rows, or with `d_y` the gradients of x and weight; experts of -1 are elsewhere."""
+    there = (experts >= 0).double()
+    every = matrices()[experts.clamp(min=0) + first]
+    each = torch.einsum("nd,nkde->nke", x, every)
+    if d_y is None:
+        return torch.einsum("nk,nke->ne", weight * there, each)
+    d_x = torch.einsum("nk,nkde,ne->nd", weight * there, every, d_y)
+    return d_x, torch.einsum("nke,ne->nk", each, d_y) * there
+
+
+def exchanged(one: exchange.Exchange, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer of experts, forward and backward, as generated code calls it."""
+    x_8 = given["x"].to(torch.float8_e4m3fn)
+    x, x_8, weight, experts, handle = one.dispatch(
+        given["x"], x_8, given["weight"], given["experts"]
+    )
+    assert isinstance(x, Tensor) and isinstance(x_8, Tensor) and isinstance(weight, Tensor)
+    assert isinstance(experts, Tensor) and isinstance(handle, exchange.Handle)
+    assert torch.equal(x_8.double(), x), "rows of FP8 arrive as they were sent"
+    y = one.combine(computed(x, weight, experts, None, one.first), handle)
+    d_y = one.dispatch_again(given["d_y"], handle)
+    assert isinstance(y, Tensor) and isinstance(d_y, Tensor)
+    d_x, d_weight = one.combine(*computed(x, weight, experts, d_y, one.first), handle)
+    sent, arrived = torch.tensor(handle.sent), torch.tensor(handle.arrived)
+    return {"y": y, "d_x": d_x, "d_weight": d_weight, "sent": sent, "arrived": arrived}
+
+
+def work(rank: int, folder: str) -> None:
+    """All cases in one process, among 2 ranks and among 4."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
+    groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
+    rows: list[int] = []
+    plain = exchange.all_to_all_single
+
+    def counted(out: Tensor, given: Tensor, *sizes: list[int], group: dist.ProcessGroup) -> None:
+        plain(out, given, *sizes, group=group)
+        if sizes:
+            rows.append(len(given) - sizes[1][group.rank()])
+
+    exchange.all_to_all_single = counted
+    found = {}
+    for size, group in groups.items():
+        assert group is not None
+        one = exchange.Exchange(group, EXPERTS)
+        for name, case in CASES.items():
+            rows.clear()
+            results = exchanged(one, tokens_of(case, rank))
+            found[size, name] = {**results, "rows": torch.tensor(rows)}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+Found = list[dict[tuple[int, str], dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank has of each case: one start of four processes for all of them."""
+    folder = tmp_path_factory.mktemp("exchange")
+    mp.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_compute_what_one_process_does(name: str, size: int, found: Found) -> None:
+    """Forward and backward, to the last bit."""
+    for rank in range(WORLD):
+        given = {key: value.flatten(0, 1) for key, value in tokens_of(CASES[name], rank).items()}
+        x, weight, experts, d_y = (given[key] for key in ("x", "weight", "experts", "d_y"))
+        y = computed(x, weight, experts, None, 0)
+        d_x, d_weight = computed(x, weight, experts, d_y, 0)
+        for key, expected in (("y", y), ("d_x", d_x), ("d_weight", d_weight)):
+            got = found[rank][size, name][key]
+            assert got.shape == (1, len(x), expected.shape[-1])
+            assert torch.equal(got[0], expected), f"{key} on rank {rank}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_token_is_sent_once_to_each_rank_that_has_its_experts(
+    name: str, size: int, found: Found
+) -> None:
+    sent = torch.zeros(WORLD, WORLD, dtype=torch.int64)
+    for rank in range(WORLD):
+        for experts in tokens_of(CASES[name], rank)["experts"].flatten(0, 1).tolist():
+            for to in {expert * size // EXPERTS for expert in experts}:
+                sent[rank, rank // size * size + to] += 1
+    for rank in range(WORLD):
+        results, first = found[rank][size, name], rank // size * size
+        assert torch.equal(results["sent"], sent[rank, first : first + size])
+        assert torch.equal(results["arrived"], sent[first : first + size, rank])
+        out = int(sent[rank].sum() - sent[rank, rank])
+        back = int(sent[:, rank].sum() - sent[rank, rank])
+        # x, x in FP8, weights and experts; y back; its gradient; back those of x and of weights.
+        assert results["rows"].tolist() == [out] * 4 + [back] + [out] + [back] * 2
+
+
+def test_the_cases_are_what_they_are_called() -> None:
+    """Otherwise the tests above would show less than they say."""
+    loads = {
+        name: torch.stack([
+            torch.bincount(tokens_of(case, rank)["experts"].flatten(), minlength=EXPERTS)
+            for rank in range(WORLD)
+        ]).sum(0).tolist()
+        for name, case in CASES.items()
+    }  # fmt: skip
+    assert min(loads["even"]) > 0
+    assert loads["skewed"][4:7] == [0, 0, 0] and loads["skewed"][7] > 0
+    assert loads["all to one expert"] == [24 * (expert == 5) for expert in range(EXPERTS)]
+    assert sum(loads["all to one rank"][:6]) == 0
+    assert sum(loads["ranks without arrivals"][2:6]) == 0
+    assert sum(loads["no tokens at all"]) == 0
