@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.places import TEXT
+from tests.support.processes import processes
 from tests.support.trained import SETTINGS, built, lines, part, published
 
 BASE = {
@@ -41,24 +43,38 @@ def package(folder: Path, name: str, **changes: str) -> Any:
     return built(folder, name, only={**BASE, **changes})
 
 
-def started(package: Any, ranks: int, out: Path, *more: str) -> subprocess.Popen[str]:
-    """A run of so many processes on the shipped text."""
-    folder, data = Path(package.__file__).parents[1], out.with_name("text.txt")
+def words(out: Path) -> list[str]:
+    """The options of a run on the shipped text."""
+    data = out.with_name("text.txt")
     data.write_bytes(TEXT.read_bytes()[:3000])
+    return ["--out", str(out), "--data", str(data)]
+
+
+def started(package: Any, ranks: int, out: Path, *more: str) -> subprocess.Popen[str]:
+    """A run of so many processes under torchrun."""
+    folder = Path(package.__file__).parents[1]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), "-m", f"{package.__name__}.train",
-         "--out", str(out), "--data", str(data), *more],
+        [sys.executable, *launcher, "-m", f"{package.__name__}.train", *words(out), *more],
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def train(package: Any, ranks: int, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
-    process = started(package, ranks, out, *more)
-    _, error = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(process.args, process.returncode, stderr=error)
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def train() -> Iterator[Train]:
+    """`train(package, ranks, out)`: the same to its end, in processes that stay."""
+    with processes(4) as ranks:
+
+        def run(
+            package: Any, count: int, out: Path, *more: str
+        ) -> subprocess.CompletedProcess[str]:
+            return ranks.train(package, count, *words(out), *more)
+
+        yield run
 
 
 def tensors(out: Path, step: int = 3) -> dict[str, torch.Tensor]:
@@ -90,7 +106,7 @@ def check_same(ours: Path, theirs: Path, exact: bool = False) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("alone")
     outcome = train(package(folder, "tiny_alone"), 1, folder / "run")
@@ -113,7 +129,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_ranks_train_what_one_process_does(
-    pipeline: int, expert: int, schedule: str, alone: Path, tmp_path: Path
+    pipeline: int, expert: int, schedule: str, alone: Path, tmp_path: Path, train: Train
 ) -> None:
     """2 pipeline ranks times 2 data ranks, or 4 pipeline ranks; with MTP, whose embedding and head
     lie on the first and the last stage, and with balance losses on all stages."""
@@ -126,7 +142,7 @@ def test_ranks_train_what_one_process_does(
 
 
 @pytest.mark.slow
-def test_a_batch_that_grows(tmp_path: Path) -> None:
+def test_a_batch_that_grows(tmp_path: Path, train: Train) -> None:
     """Steps of 4, 6 and 8 sequences on 4 pipeline ranks under DualPipe, which has no order of its
     own for less than 8, and with one more direction than the single process has."""
     ramp = {"train.batch": "[{until_step: 2, start: 4, value: 8}, {value: 8}]"}
@@ -140,7 +156,7 @@ def test_a_batch_that_grows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
+def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path, train: Train) -> None:
     """Without MTP no weight lies on two stages, and without clipping no sum crosses stages."""
     changes = {"architecture.mtp": "{depth: 0}", "train.optimizer.clip": "1000", "train.ema": "0.9"}
     one, four = tmp_path / "one", tmp_path / "four"
@@ -152,7 +168,9 @@ def test_pipeline_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_sharded_optimizer_state_has_the_bits_of_whole_state(pipeline: int, tmp_path: Path) -> None:
+def test_sharded_optimizer_state_has_the_bits_of_whole_state(
+    pipeline: int, tmp_path: Path, train: Train
+) -> None:
     """In bfloat16 with masters and an average; each rank then has its share of both."""
     changes = {"precision.policy": "bf16", "train.ema": "0.9"}
     runs = []
@@ -191,7 +209,7 @@ def test_each_rank_has_its_share_of_the_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fp8_masks_averages_and_weights_that_are_given(tmp_path: Path) -> None:
+def test_fp8_masks_averages_and_weights_that_are_given(tmp_path: Path, train: Train) -> None:
     """All at once, in bfloat16 with FP8 products: the bits of one process on four ranks."""
     changes = {
         "precision.policy": "fp8_blockwise",
@@ -213,7 +231,7 @@ def test_fp8_masks_averages_and_weights_that_are_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_experts_on_several_ranks_in_fp8(tmp_path: Path) -> None:
+def test_experts_on_several_ranks_in_fp8(tmp_path: Path, train: Train) -> None:
     """Tokens travel as E4M3 with their scales. What comes back of them is summed in bfloat16, rank
     by rank, hence the tolerance."""
     changes = {"precision.policy": "fp8_blockwise"}
@@ -229,9 +247,9 @@ def test_experts_on_several_ranks_in_fp8(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_end_together_and_go_on(tmp_path: Path) -> None:
+def test_ranks_end_together_and_go_on(tmp_path: Path, train: Train) -> None:
     """One of four is killed in the middle of a run; the others leave, and all go on."""
-    made = package(tmp_path, "tiny_killed", **{"train.steps": "40"}, **parallel(2, "dualpipe_v"))
+    made = package(tmp_path, "tiny_killed", **{"train.steps": "16"}, **parallel(2, "dualpipe_v"))
     out = tmp_path / "run"
     first = started(made, 4, out, "--save-every", "1")
     deadline = time.monotonic() + 100
@@ -240,13 +258,13 @@ def test_ranks_end_together_and_go_on(tmp_path: Path) -> None:
     ranks = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     os.kill(int(ranks[2]), signal.SIGKILL)
     assert first.wait(60) != 0
-    assert lines(out)[-1]["step"] != 40
+    assert lines(out)[-1]["step"] != 16
     assert train(made, 4, out).returncode == 0
-    assert [line["step"] for line in lines(out) if "main" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines(out) if "main" in line] == list(range(1, 17))
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_is_found_on_all_ranks(tmp_path: Path) -> None:
+def test_what_is_not_finite_is_found_on_all_ranks(tmp_path: Path, train: Train) -> None:
     """The second step's gradients overflow: ranks look for what did together, and all end."""
     changes = {"train.learning_rate": "1e30", **parallel(2, "1f1b", expert=2)}
     outcome = train(package(tmp_path, "tiny_infinite", **changes), 4, tmp_path / "run")
@@ -258,7 +276,7 @@ def test_what_is_not_finite_is_found_on_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path, train: Train) -> None:
     """A step on 2 x 2 ranks, one on 4 pipeline ranks and one in one process, as if all in one."""
     out = tmp_path / "run"
     for steps, ranks, layout in (
@@ -310,7 +328,7 @@ def test_every_module_is_on_some_stage_and_only_those_of_a_stage_are_held(tmp_pa
 
 @pytest.mark.slow
 def test_a_weight_on_two_stages_whose_gradients_are_not_added_is_noticed(
-    alone: Path, tmp_path: Path
+    alone: Path, tmp_path: Path, train: Train
 ) -> None:
     made = package(tmp_path, "tiny_faulty", **parallel(2, "1f1b"))
     place = Path(made.__file__).parent / "runtime/train/parallel.py"
