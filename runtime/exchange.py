@@ -6,6 +6,8 @@ for its route by nodes: here each token goes straight to its ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +32,14 @@ class Handle:
 class Exchange:
     """Between the ranks of a group, each with `count / ranks` experts that follow one another."""
 
-    def __init__(self, group: ProcessGroup, count: int) -> None:
-        self.group, self.ranks = group, group.size()
+    def __init__(
+        self,
+        group: ProcessGroup,
+        count: int,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`waiting` is entered around each wait for the other ranks."""
+        self.group, self.ranks, self.waiting = group, group.size(), waiting
         self.each = count // self.ranks
         self.first = group.rank() * self.each
 
@@ -48,7 +56,8 @@ class Exchange:
         ranks, tokens = to.t().nonzero(as_tuple=True)
         sent = torch.bincount(ranks, minlength=self.ranks)
         arrived = torch.empty_like(sent)
-        all_to_all_single(arrived, sent, group=self.group)
+        with self.waiting():
+            all_to_all_single(arrived, sent, group=self.group)
         handle = Handle(tokens, sent.tolist(), arrived.tolist(), rows[-1].shape[:-1])
         *others, there = self._send(rows, handle)
         mine = (there >= self.first) & (there < self.first + self.each)
@@ -85,5 +94,6 @@ class Exchange:
     def _exchanged(self, rows: Tensor, out: list[int], into: list[int]) -> Tensor:
         found, given = rows.new_empty(sum(into), rows.shape[-1]), rows.contiguous()
         wire = torch.uint8 if rows.itemsize == 1 else rows.dtype  # transports know nothing of FP8
-        all_to_all_single(found.view(wire), given.view(wire), into, out, group=self.group)
+        with self.waiting():
+            all_to_all_single(found.view(wire), given.view(wire), into, out, group=self.group)
         return found

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup, all_reduce, broadcast, get_process_g
 from ..config import Config
 from ..model import LanguageModel
 from ..weights import Index, Published, published
+from .waits import Waits
 
 
 @dataclass
@@ -80,8 +81,9 @@ class AdamW:
         model: LanguageModel,
         settings: Config,
         groups: Mapping[str, ProcessGroup] | None = None,
+        waits: Waits | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.waits = settings, waits or Waits()
         self.functions = model.optimizer
         groups = groups or {}
         owners = _owners(model, groups)
@@ -170,7 +172,8 @@ class AdamW:
         """Takes the parts of sharded weights from the ranks that have updated them."""
         for group, owner, parts in self._shared:
             flat = torch.cat([part.reshape(-1) for part in parts])
-            broadcast(flat, group_src=owner, group=group)
+            with self.waits.waiting("new weights", get_process_group_ranks(group)):
+                broadcast(flat, group_src=owner, group=group)
             if owner != group.rank():
                 sizes = [part.numel() for part in parts]
                 for part, new in zip(parts, flat.split(sizes), strict=True):

@@ -44,6 +44,9 @@ class Options:
     eval_sequences: Annotated[
         int, Option("Sequences of an evaluation; the last one takes all [64].", "N", 1)
     ] = 64
+    patience: Annotated[
+        int, Option("Seconds that a rank waits for others before all end [600].", "SECONDS", 1)
+    ] = 600
     device: Annotated[
         str | None, Option("cpu, cuda or cuda:N [a GPU if there is one].", "DEVICE")
     ] = None

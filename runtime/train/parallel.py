@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 
 from ..config import Config
 from ..exchange import Exchange
@@ -29,6 +31,7 @@ from .ranks import ProcessGroups, all_gather_objects, new_training_group
 from .sequences import Sequences
 from .settings import Settings, TrainError
 from .trainer import Trainer
+from .waits import Waits
 
 
 def check_parallel(config: Config, world_size: int) -> None:
@@ -159,6 +162,7 @@ def make_trainer(
     sequences: Sequences,
     ranks: ProcessGroups,
     mesh: RankMesh | None,
+    waits: Waits,
 ) -> Trainer:
     """The trainer of a fresh model, or of what a rank of a mesh holds of it."""
     zero = model.config.parallel is not None and model.config.parallel.zero
@@ -166,7 +170,7 @@ def make_trainer(
         whole, group = model(device, seed=seed), ranks.training
         names = (name for name, _ in whole.named_parameters())
         shards = dict.fromkeys(names, group) if zero and group else {}
-        return Trainer(whole, settings, sequences, group, shard_groups=shards)
+        return Trainer(whole, settings, sequences, group, shard_groups=shards, waits=waits)
     module = stages_of(model)
     plans: Sequence[StagePlan] = module.STAGES
     here = [s for s in range(len(plans)) if mesh.pipeline in _holders(model.config, s)]
@@ -174,6 +178,8 @@ def make_trainer(
     own = model(device, seed=seed, share=ModelShare(holds, mesh.expert, mesh.experts))
     modules = _module_holders(model.config, plans)
     experts: set[str] = set()
+    others = get_process_group_ranks(mesh.exchange)
+    exchanging = partial(waits.waiting, "the exchange of tokens", others)
     for name, one in own.named_modules():
         if isinstance(one, Stack):
             experts |= {f"{name}.{weight}" for weight, _ in one.named_parameters()}
@@ -181,7 +187,7 @@ def make_trainer(
         if spread is not None:
             (stack,) = (child for child in one.children() if isinstance(child, Stack))
             one.__class__ = spread
-            one.exchange = Exchange(mesh.exchange, stack.total)
+            one.exchange = Exchange(mesh.exchange, stack.total, exchanging)
     holders = {
         name: Holders(
             next(one for module, one in modules.items() if is_inside(name, module)),
@@ -191,7 +197,7 @@ def make_trainer(
     }
     found = {name: mesh.groups[one] for name, one in holders.items()} if zero else {}
     shards = {name: group for name, group in found.items() if group is not None}
-    trainer = MeshTrainer(own, settings, sequences, mesh.world, shard_groups=shards)
+    trainer = MeshTrainer(own, settings, sequences, mesh.world, shard_groups=shards, waits=waits)
     graphs = Path(inspect.getfile(model)).parent / "graph"
     rows = {
         count: Row.read(graphs / f"schedule-{count}.json", mesh.pipeline)
@@ -218,7 +224,7 @@ class MeshTrainer(Trainer):
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
-        self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world)
+        self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world, self.waits)
         self.balances = {s: Balance(self.model, plans[s].holds) for s in here}
         self.stage_holders = {s: Holders(frozenset(_holders(config, s))) for s in here}
         # Of several ranks that hold a weight, one counts it in the norm.
@@ -272,26 +278,33 @@ class MeshTrainer(Trainer):
         return torch.zeros(3 + depth, dtype=torch.float64, device=self.model.device)
 
     def _reduce(self, sums: Tensor) -> None:
-        all_reduce(sums, group=self.mesh.world)
-        for weight in self.optimizer.weights:
-            group = self.mesh.groups[self.holders[weight.name]]
-            if group is not None:
-                weight.reduce(group)
-        for stage, balance in self.balances.items():
-            group = self.mesh.groups[self.stage_holders[stage]]
-            if group is not None:
-                balance.reduce(group)
+        with self._all_waiting("the sums of gradients"):
+            all_reduce(sums, group=self.mesh.world)
+            for weight in self.optimizer.weights:
+                group = self.mesh.groups[self.holders[weight.name]]
+                if group is not None:
+                    weight.reduce(group)
+            for stage, balance in self.balances.items():
+                group = self.mesh.groups[self.stage_holders[stage]]
+                if group is not None:
+                    balance.reduce(group)
+
+    def _all_waiting(self, what: str) -> AbstractContextManager[None]:
+        return self.waits.waiting(what, get_process_group_ranks(self.mesh.world))
 
     def _squares(self) -> Tensor:
         squares = self.optimizer.squares(self.counted).to(self.model.device)
-        all_reduce(squares, group=self.mesh.world)
+        with self._all_waiting("the norm of gradients"):
+            all_reduce(squares, group=self.mesh.world)
         return squares
 
     def _finish_balance(self, speed: float) -> dict[str, ExpertUtilization]:
         """The utilization in the layers of all stages, in their order."""
         own = {stage: balance.finish(speed) for stage, balance in self.balances.items()}
         found: dict[int, dict[str, ExpertUtilization]] = {}
-        for part in all_gather_objects(self.mesh.column, own):
+        with self.waits.waiting("the loads of experts", self.mesh.ranks):
+            parts = all_gather_objects(self.mesh.column, own)
+        for part in parts:
             found |= part
         return {name: use for stage in sorted(found) for name, use in found[stage].items()}
 

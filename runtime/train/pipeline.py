@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup, recv, send
 from ..config import Config
 from ..stage import Stage, StageLoss
 from .sequences import positions
+from .waits import Waits
 
 
 class Chunk(NamedTuple):
@@ -30,6 +31,9 @@ class Chunk(NamedTuple):
     kind: str
     stage: int
     batch: int
+
+    def __str__(self) -> str:
+        return f"chunk {self.stage}{self.kind}{self.batch}"
 
 
 class Message(NamedTuple):
@@ -40,6 +44,10 @@ class Message(NamedTuple):
     batch: int
     sender: int
     receiver: int
+
+    def __str__(self) -> str:
+        what = "activations" if self.kind == "F" else "gradients"
+        return f"{what} of micro-batch {self.batch} for stage {self.stage}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Held:
     column: Sequence[int]
     """The global rank of each pipeline rank with this rank's sequences."""
     group: ProcessGroup
+    waits: Waits
 
 
 class Execution:
@@ -104,15 +113,17 @@ class Execution:
     def transfer(self, entry: tuple[str, int]) -> None:
         """Sends or receives one message."""
         kind, number = entry
-        message = self.row.messages[number]
-        if kind == "send":
-            for tensor in self.made.pop(number):
-                send(tensor, self.held.column[message.receiver], group=self.held.group)
-            return
-        tensors = self._buffers(message)
-        for tensor in tensors:
-            recv(tensor, self.held.column[message.sender], group=self.held.group)
-        self.arrived[message[:3]] = tensors
+        message, group = self.row.messages[number], self.held.group
+        other = self.held.column[message.receiver if kind == "send" else message.sender]
+        tensors = self.made.pop(number) if kind == "send" else self._buffers(message)
+        with self.held.waits.waiting(f"{kind} {number}, {message}", [other]):
+            for tensor in tensors:
+                if kind == "send":
+                    send(tensor, other, group=group)
+                else:
+                    recv(tensor, other, group=group)
+        if kind == "receive":
+            self.arrived[message[:3]] = tensors
 
     def _buffers(self, message: Message) -> Sequence[Tensor]:
         if message.kind == "F":
@@ -127,7 +138,8 @@ class Execution:
         received = tuple(t.requires_grad_() for t in self.arrived.pop(chunk, ()))
         inputs = tokens[:, :-1]
         place = positions(inputs, self.held.config)
-        loss = stage.loss(inputs, tokens[:, 1:], received, place, self.tokens_seen)
+        with self.held.waits.computing(chunk):
+            loss = stage.loss(inputs, tokens[:, 1:], received, place, self.tokens_seen)
         self.saved[chunk.stage, chunk.batch] = received, loss
         self._leave(Chunk("F", chunk.stage + 1, chunk.batch), [t.detach() for t in loss.sent])
         return loss
@@ -140,7 +152,8 @@ class Execution:
         if loss.total is not None and loss.total.requires_grad:
             ends.append(loss.total * share)
             gradients.append(None)
-        torch.autograd.backward(ends, gradients)
+        with self.held.waits.computing(chunk):
+            torch.autograd.backward(ends, gradients)
         found = [torch.zeros_like(t) if t.grad is None else t.grad for t in received]
         self._leave(Chunk("B", chunk.stage - 1, chunk.batch), found)
 

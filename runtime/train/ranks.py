@@ -26,6 +26,8 @@ from torch.distributed import (
     init_process_group,
     new_group,
 )
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from .settings import TrainError
 
@@ -36,7 +38,7 @@ TIMEOUT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Three groups of all ranks of a run; None: there is one rank.
+    """Three groups of all ranks of a run, and their store; None: there is one rank.
 
     `training` reduces gradients, on the device that trains. `control` keeps the ranks in step.
     `writing` is for checkpoints, which are written in the background.
@@ -45,6 +47,8 @@ class ProcessGroups:
     training: ProcessGroup | None = None
     control: ProcessGroup | None = None
     writing: ProcessGroup | None = None
+    store: Store | None = None
+    """Where ranks leave notes for one another, also while they wait in a group."""
 
     @property
     def world_size(self) -> int:
@@ -66,7 +70,11 @@ def init_process_groups() -> Iterator[ProcessGroups]:
         yield ProcessGroups()
         return
     try:
-        init_process_group("gloo", timeout=TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun starts ranks again with the store of before, and its old addresses.
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        groups = PrefixStore("groups", store)
+        init_process_group("gloo", store=groups, rank=rank, world_size=size, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise TrainError(
             f"WORLD_SIZE is set, but the process groups cannot be initialized: {error}"
@@ -76,6 +84,7 @@ def init_process_groups() -> Iterator[ProcessGroups]:
             training=new_training_group(),
             control=group.WORLD,
             writing=new_group(backend="gloo", timeout=TIMEOUT),
+            store=PrefixStore("notes", store),
         )
     except RuntimeError as error:
         if "gloo" not in str(error):

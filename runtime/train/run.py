@@ -36,6 +36,7 @@ from .settings import Settings, TrainError
 from .state import State, load_weights, restore, training_state
 from .tokens import Tokens
 from .trainer import NotFinite
+from .waits import Waits, hang_report
 
 RECORD = "run.json"
 
@@ -60,6 +61,7 @@ class Run:
         )
         control = self.ranks.control
         self.mesh = make_mesh(model, self.ranks)
+        self.waits = Waits()
         self.device = on_all_ranks(control, lambda: select_device(options.device))
         self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))
         self.changes: list[str] = []
@@ -98,7 +100,14 @@ class Run:
         torch.manual_seed(record["seed"])
         sequences = Sequences(trained, length, record["seed"])
         self.trainer = make_trainer(
-            model, self.device, record["seed"], self.settings, sequences, self.ranks, self.mesh
+            model,
+            self.device,
+            record["seed"],
+            self.settings,
+            sequences,
+            self.ranks,
+            self.mesh,
+            self.waits,
         )
         self.held_out = ValidationSet(held_out, length)
         if self.newest is not None:
@@ -126,7 +135,10 @@ class Run:
             return None
         monitor = HealthMonitor(trainer.model.config)
         try:
-            with stop_signals() as received:
+            with (
+                stop_signals() as received,
+                hang_report(self.waits, self.ranks, self.options.patience),
+            ):
                 while not self._stopped(received) and not trainer.ended:
                     self._step(metrics, progress, monitor)
                 stopped = self._stopped(received)
@@ -145,7 +157,8 @@ class Run:
         Raises TrainError if writing a checkpoint has failed.
         """
         signals, failed = received[0] if received else 0, int(self.checkpoints.failed)
-        signal, failed = all_reduce_max(self.ranks.control, signals, failed)
+        with self.waits.waiting("the start of a step", range(self.ranks.world_size)):
+            signal, failed = all_reduce_max(self.ranks.control, signals, failed)
         if failed:
             self.checkpoints.wait()
         return signal or None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 
 from ..model import LanguageModel, Loss
 from ..weights import published
@@ -17,6 +17,7 @@ from .optimizer import AdamW
 from .ranks import all_gather_objects
 from .sequences import Sequences, positions
 from .settings import Settings, TrainError
+from .waits import Waits
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ class Trainer:
     position: Position = field(default_factory=Position)
     shard_groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
     """The ranks over which the optimizer's state of a weight is sharded, by stored name."""
+    waits: Waits = field(default_factory=Waits)
 
     def __post_init__(self) -> None:
         self.rank = self.group.rank() if self.group else 0
         self.ranks = self.group.size() if self.group else 1
-        self.optimizer = AdamW(self.model, self.settings.optimizer, self.shard_groups)
+        self.optimizer = AdamW(self.model, self.settings.optimizer, self.shard_groups, self.waits)
         self.balance = Balance(self.model)
         self.average = None
         if self.settings.ema:
@@ -120,9 +122,10 @@ class Trainer:
     def _reduce(self, sums: Tensor) -> None:
         """Sums losses, gradients and loads over the ranks."""
         if self.group is not None:
-            all_reduce(sums, group=self.group)
-            self.optimizer.reduce(self.group)
-            self.balance.reduce(self.group)
+            with self.waits.waiting("the sums of gradients", get_process_group_ranks(self.group)):
+                all_reduce(sums, group=self.group)
+                self.optimizer.reduce(self.group)
+                self.balance.reduce(self.group)
 
     def _squares(self) -> Tensor:
         """The square of the norm of all gradients."""

@@ -50,17 +50,6 @@ def words(out: Path) -> list[str]:
     return ["--out", str(out), "--data", str(data)]
 
 
-def started(package: Any, ranks: int, out: Path, *more: str) -> subprocess.Popen[str]:
-    """A run of so many processes under torchrun."""
-    folder = Path(package.__file__).parents[1]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", f"{package.__name__}.train", *words(out), *more],
-        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -247,20 +236,53 @@ def test_experts_on_several_ranks_in_fp8(tmp_path: Path, train: Train) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_end_together_and_go_on(tmp_path: Path, train: Train) -> None:
-    """One of four is killed in the middle of a run; the others leave, and all go on."""
-    made = package(tmp_path, "tiny_killed", **{"train.steps": "16"}, **parallel(2, "dualpipe_v"))
-    out = tmp_path / "run"
-    first = started(made, 4, out, "--save-every", "1")
-    deadline = time.monotonic() + 100
-    while not list(out.glob("checkpoints/step-*/manifest.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ranks = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    os.kill(int(ranks[2]), signal.SIGKILL)
-    assert first.wait(60) != 0
-    assert lines(out)[-1]["step"] != 16
+def test_ranks_start_again_say_who_hangs_and_go_on(tmp_path: Path, train: Train) -> None:
+    """One of four is killed in the middle of a run, and torchrun starts all again from the last
+    checkpoint; then one is stopped, and the others say so and end. At last all go on."""
+    made = package(tmp_path, "tiny_killed", **{"train.steps": "20"}, **parallel(2, "dualpipe_v"))
+    out, errors = tmp_path / "run", tmp_path / "errors.txt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "4", "--max-restarts", "1", "-m", "tiny_killed.train",
+               *words(out), "--save-every", "1", "--patience", "4"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with errors.open("w") as file:
+        above = subprocess.Popen(command, env=environment, stderr=file)
+
+    def after_a_checkpoint(number: int) -> int:
+        """The process of the third rank, once another checkpoint is there."""
+        wait_for(lambda: len(list(out.glob("checkpoints/step-*/manifest.json"))) >= number)
+        children = Path(f"/proc/{above.pid}/task/{above.pid}/children").read_text().split()
+        return int(children[2])
+
+    try:
+        os.kill(after_a_checkpoint(1), signal.SIGKILL)
+        wait_for(lambda: errors.read_text().count("resuming from") == 1)
+        done = lines(out)[-1]["step"]
+        wait_for(lambda: lines(out)[-1]["step"] > done)
+        stopped = after_a_checkpoint(1)
+        os.kill(stopped, signal.SIGSTOP)
+        wait_for(lambda: "does not answer" in errors.read_text())
+        os.kill(stopped, signal.SIGCONT)
+        assert above.wait(60) != 0
+    finally:
+        above.kill()
+    (line,) = re.findall(r"error: rank .*", errors.read_text())
+    assert re.fullmatch(
+        r"error: rank 2 on \S+ does not answer, and rank [013] on \S+ waits for it, the first for "
+        r"[4-9] s: (receive|send) \d+, (activations|gradients) of micro-batch \d for stage \d|"
+        r".*: (the (sums|norm) of gradients|new weights|the loads of experts|the start of a step)",
+        line,
+    )
+    assert lines(out)[-1]["step"] != 20
     assert train(made, 4, out).returncode == 0
-    assert [line["step"] for line in lines(out) if "main" in line] == list(range(1, 17))
+    assert [line["step"] for line in lines(out) if "main" in line] == list(range(1, 21))
+
+
+def wait_for(there: Callable[[], bool], patience: float = 100) -> None:
+    deadline = time.monotonic() + patience
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
