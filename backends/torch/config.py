@@ -7,7 +7,7 @@ from typing import Any
 from backends.render import render
 from backends.torch.layout import Call, lay_out
 from backends.torch.records import docstring
-from compiler.parallel.layout import Layout, placement
+from compiler.parallel.layout import placement
 from compiler.plan.make import step_counts
 from compiler.plan.plan import Plan
 from dsl.hf import hf_config
@@ -46,13 +46,13 @@ def _numbers(description: Description, plan: Plan | None) -> dict[str, Any]:
         "sequence": spec.sequence.model_dump(),
         "precision": spec.precision.model_dump(),
         "train": _training(spec.train, spec.parallel),
-        "parallel": _parallel(description, plan.layout) if plan else None,
+        "parallel": _parallel(description, plan) if plan else None,
     }
 
 
-def _parallel(description: Description, layout: Layout) -> dict[str, Any]:
-    """What the trainer reads of a layout."""
-    mesh = layout.mesh
+def _parallel(description: Description, plan: Plan) -> dict[str, Any]:
+    """What the trainer reads of a plan."""
+    layout, mesh = plan.layout, plan.layout.mesh
     return {
         "pipeline": mesh.pipeline,
         "replicas": mesh.replicas,
@@ -61,6 +61,8 @@ def _parallel(description: Description, layout: Layout) -> dict[str, Any]:
         "schedule": layout.schedule,
         "micro_batches": step_counts(description, layout),
         "stages": placement(layout.schedule, mesh.pipeline),
+        "flops_of_token": plan.flops_of_token,
+        "peak_seconds_of_token": plan.peak_seconds_of_token,
     }
 
 

@@ -84,6 +84,24 @@ class Plan:
         order = schedule(self.layout.schedule, self.layout.mesh.pipeline, self.layout.micro_batches)
         return simulate(order, Costs(forward, forward, forward)).end
 
+    @property
+    def flops_of_token(self) -> int:
+        """FLOPs of training on one token, without recomputation, on all ranks together."""
+        return sum(rank.flops.total for rank in self.ranks) // self._tokens_of_column
+
+    @property
+    def peak_seconds_of_token(self) -> float | None:
+        """The seconds of one GPU at peak rates for that; None where no rate is known."""
+        found = [self._computing(rank.flops) for rank in self.ranks]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) / self._tokens_of_column if len(known) == len(found) else None
+
+    @property
+    def _tokens_of_column(self) -> int:
+        """Tokens of a step in one pipeline, of whose ranks `ranks` has each."""
+        sequences = self.layout.micro_batches * self.layout.micro_batch
+        return sequences * self.parallel.sequence_length
+
     def _computing(self, flops: Flops) -> float | None:
         rates = self.cluster.flops
         if not rates.bf16 or (flops.fp8 and not rates.fp8):

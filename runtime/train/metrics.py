@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import replace_text
+from .performance import Performance
 from .settings import Settings
 from .trainer import StepMetrics
 
@@ -36,13 +37,18 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder, after) if folder else None
 
-    def step(self, step: StepMetrics, seconds: float) -> None:
+    def step(
+        self, step: StepMetrics, seconds: float, performance: Performance | None = None
+    ) -> None:
         content = asdict(step)
         content["step"] = content.pop("number")
         if step.number % LOADS_EVERY and step.number != 1:
             for experts in content["experts"].values():
                 del experts["load"]
-        self.add({**content, "seconds": round(seconds, 4)})
+        content["seconds"] = round(seconds, 4)
+        if performance is not None:
+            content["performance"] = asdict(performance)
+        self.add(content)
 
     def add(self, content: dict[str, Any]) -> None:
         """`content` has its `step`."""

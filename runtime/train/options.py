@@ -44,6 +44,9 @@ class Options:
     eval_sequences: Annotated[
         int, Option("Sequences of an evaluation; the last one takes all [64].", "N", 1)
     ] = 64
+    profile: Annotated[
+        int | None, Option("Write a trace of so many steps to RUN/profile.", "STEPS", 1)
+    ] = None
     patience: Annotated[
         int, Option("Seconds that a rank waits for others before all end [600].", "SECONDS", 1)
     ] = 600

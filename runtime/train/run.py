@@ -29,13 +29,14 @@ from .interrupt import LOCK, stop_signals
 from .metrics import Metrics, Progress, progress_to_terminal
 from .options import FIXED, Options
 from .parallel import MeshTrainer, make_mesh, make_trainer
+from .performance import Performance, measure, profiled
 from .prepare import check_tokens, prepare_tokens
 from .ranks import ProcessGroups, all_reduce_max, on_all_ranks, on_rank0
 from .sequences import Sequences, ValidationSet, split
 from .settings import Settings, TrainError
 from .state import State, load_weights, restore, training_state
 from .tokens import Tokens
-from .trainer import NotFinite
+from .trainer import NotFinite, StepMetrics
 from .waits import Waits, hang_report
 
 RECORD = "run.json"
@@ -138,9 +139,11 @@ class Run:
             with (
                 stop_signals() as received,
                 hang_report(self.waits, self.ranks, self.options.patience),
+                profiled(*self._trace()) as profiled_step,
             ):
                 while not self._stopped(received) and not trainer.ended:
                     self._step(metrics, progress, monitor)
+                    profiled_step()
                 stopped = self._stopped(received)
                 self._save_now()
                 if not stopped:
@@ -150,6 +153,13 @@ class Run:
             metrics.close()
             self.checkpoints.close()
         return stopped
+
+    def _trace(self) -> tuple[int | None, Path]:
+        """How many steps are traced, and where: of ranks that do the same only the first."""
+        rank = self.ranks.control.rank() if self.ranks.control else 0
+        first = rank == 0 if self.mesh is None else self.mesh.data == 0
+        path = self.options.out / "profile" / f"rank-{rank}.json"
+        return self.options.profile if first else None, path
 
     def _stopped(self, received: list[int]) -> int | None:
         """The signal to stop that any rank received.
@@ -164,14 +174,15 @@ class Run:
         return signal or None
 
     def _step(self, metrics: Metrics, progress: Progress, monitor: HealthMonitor) -> None:
-        start = time.monotonic()
+        start, waited = time.monotonic(), self.waits.seconds
         try:
             step = self.trainer.step()
         except NotFinite as error:
             self._save_now()
             place = self.checkpoints.place(self.trainer.position.steps)
             raise NotFinite(f"{error}; the state before it is saved in {place}") from None
-        metrics.step(step, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        metrics.step(step, seconds, self._performance(step, seconds, self.waits.seconds - waited))
         progress.show(step)
         for text in monitor.warnings(step):
             metrics.add({"step": step.number, "warning": text})
@@ -180,6 +191,14 @@ class Run:
             self.checkpoints.save(self._state())
         if step.number % self.options.eval_every == 0 and not self.trainer.ended:
             self._evaluate(metrics, progress, self.options.eval_sequences)
+
+    def _performance(self, step: StepMetrics, seconds: float, waited: float) -> Performance | None:
+        """What a step took on the ranks of a layout, whose build says how much work it is."""
+        parallel = self.trainer.model.config.parallel
+        if parallel is None:
+            return None
+        tokens = step.batch * self.settings.sequence_length
+        return measure(parallel, self.ranks, self.device, tokens, seconds, waited)
 
     def _announce(self, progress: Progress) -> None:
         for change in self.changes:

@@ -14,6 +14,7 @@ from datetime import timedelta
 from threading import Event, Thread
 
 from torch.distributed.distributed_c10d import Store
+from torch.profiler import record_function
 
 from .ranks import ProcessGroups
 
@@ -43,7 +44,8 @@ class Waits:
         """Around a chunk, in which ranks may wait, too."""
         self.chunk = chunk
         try:
-            yield
+            with record_function(str(chunk)):
+                yield
         finally:
             self.chunk = None
 
@@ -53,7 +55,8 @@ class Waits:
         start = time.monotonic()
         self.now = Wait(what if self.chunk is None else f"{what} in {self.chunk}", ranks, start)
         try:
-            yield
+            with record_function(what):
+                yield
         finally:
             self.now = None
             self.seconds += time.monotonic() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -124,10 +125,34 @@ def test_ranks_train_what_one_process_does(
     lie on the first and the last stage, and with balance losses on all stages."""
     name = f"tiny_{pipeline}_{expert}_{schedule}"
     made = package(tmp_path, name, **parallel(pipeline, schedule, expert=expert))
-    outcome = train(made, 4, tmp_path / "run")
+    traced = (pipeline, expert, schedule) == (2, 2, "dualpipe")
+    outcome = train(made, 4, tmp_path / "run", *(["--profile", "1"] if traced else []))
     assert outcome.returncode == 0, outcome.stderr
     assert "on cpu, 4 ranks" in outcome.stderr
     check_same(tmp_path / "run", alone)
+    for line in lines(tmp_path / "run")[:3]:
+        found = line["performance"]
+        assert 0 < found["waited_least"] <= found["waited_most"] < line["seconds"]
+        assert found["tokens_per_second"] == pytest.approx(8 * 16 / line["seconds"], rel=0.05)
+        assert 10**8 < found["memory_bytes"] < 10**10
+    assert (tmp_path / "run" / "profile").exists() == traced
+    if traced:
+        check_traces(tmp_path / "run" / "profile", pipeline, made)
+
+
+def check_traces(folder: Path, pipeline: int, made: Any) -> None:
+    """One of each pipeline rank, of one step, with its chunks and messages by name."""
+    assert len(list(folder.iterdir())) == pipeline
+    graphs = Path(made.__file__).parent / "graph"
+    rows = json.loads(next(graphs.glob("schedule-*.json")).read_text())["rows"]
+    for rank, row in enumerate(rows):
+        trace = json.loads((folder / f"rank-{rank * 4 // pipeline}.json").read_text())
+        names = [str(event.get("name")) for event in trace["traceEvents"]]
+        kinds = re.findall(r"[FBI](?=\d)", " ".join(row))
+        assert sum(name.startswith("chunk ") for name in names) == len(kinds)
+        transfers = [entry.split()[0] for entry in row if " " in entry]
+        for way in ("send", "receive"):
+            assert sum(name.startswith(f"{way} ") for name in names) == transfers.count(way)
 
 
 @pytest.mark.slow
