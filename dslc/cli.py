@@ -15,6 +15,7 @@ from dslc.commands import (
     build,
     check,
     diff,
+    dryrun,
     eval,
     explain,
     export,
@@ -81,8 +82,8 @@ def options(
 
 
 COMMANDS = (
-    check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, study, eval,
-    sample, plot, import_, export, init, schema, ops, explain,
+    check, show, plan, dryrun, graph, passes, diff, build, kernels, tune, tokenizer, train, study,
+    eval, sample, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from .sequences import ValidationSet, split
 from .settings import Settings, TrainError
 from .state import AVERAGE, MODEL
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .dryrun import DryRun
 
 
 def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +61,13 @@ def train(model: type[LanguageModel], options: Options) -> int:
             reason = error.strerror or error
             raise TrainError(f"cannot write {options.out}: {reason}") from None
     return 128 + stopped if stopped else 0
+
+
+def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
+    """What a rank of the layout of a model holds and sends in a step. Raises TrainError."""
+    from .dryrun import dryrun as run  # here: it needs torch's pieces for tests
+
+    return run(model, rank)
 
 
 def evaluate(model: type[LanguageModel], run: Path, average: bool) -> Evaluation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -210,6 +210,8 @@ def make_trainer(
 class MeshTrainer(Trainer):
     """Trains what a rank holds; after each step all holders of a weight are equal."""
 
+    execution: Callable[..., Execution] = Execution
+
     def attach(
         self,
         mesh: RankMesh,
@@ -250,7 +252,7 @@ class MeshTrainer(Trainer):
         row = self.rows[len(batches)]
         # Terms of a stage are those of all ranks over which experts are spread.
         share = len(batches[0]) * self.mesh.experts / batch
-        step, sums = Execution(row, self.held, batches, tokens_seen), self._zeros()
+        step, sums = self.execution(row, self.held, batches, tokens_seen), self._zeros()
         for entry in row.entries:
             if not isinstance(entry, Chunk):
                 step.transfer(entry)

@@ -16,9 +16,9 @@ from tests.support.command import Run
 from tests.support.places import ROOT
 
 COMMANDS = (
-    "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",
-    "train", "study", "eval", "sample", "plot", "import", "export", "init", "schema", "ops",
-    "explain",
+    "check", "show", "plan", "dryrun", "graph", "passes", "diff", "build", "kernels", "tune",
+    "tokenizer", "train", "study", "eval", "sample", "plot", "import", "export", "init", "schema",
+    "ops", "explain",
 )  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""`dslc dryrun`: one rank of a plan executed without data, against the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantOption
+
+if TYPE_CHECKING:
+    from dslc.commands.show import Row
+
+EXAMPLES = """\
+\b
+Examples:
+  dslc dryrun deepseek_v3 --rank 0       of 2,048, on any machine
+  dslc dryrun deepseek_v3 --rank 2047 --format json
+"""
+
+NOTES = (
+    "A step of the largest batch, with torch's fake process group and tensors without values, and "
+    "experts in balance. Optimizer: the plan has the mean of all ranks, a run deals out whole "
+    "published tensors. Activations: the most between two entries of the row; the plan counts "
+    "some in FP8 or 12 bits that programs keep in bfloat16, and what a chunk takes inside apart.",
+    "A run sends tokens straight to at most as many ranks as they have experts, in the plan they "
+    "go to nodes first; it sums gradients by all-reduce, of which a ring sends twice the bytes of "
+    "the plan's reduce-scatter.",
+)
+
+
+def run(
+    spec: SpecArgument,
+    rank: Annotated[int, typer.Option(help="Which rank, from 0.", metavar="R", min=0)] = 0,
+    sets: SetOption = None,
+    variant: VariantOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Execute one rank of a plan without data.
+
+    Shows its memory and what it sends, as planned and as executed.
+    """
+    from backends.build import build
+    from dsl.diagnostic import DiagnosticError
+    from dslc.commands.plan import no_section
+    from dslc.report import print_json, reporting
+    from dslc.specs import read
+    from dslc.trained import using
+
+    with tempfile.TemporaryDirectory() as folder:
+        with reporting(as_json=format is Format.json):
+            description = read(spec, sets, variant)
+            if description.spec.parallel is None:
+                raise DiagnosticError([no_section(description)])
+            name = description.spec.model
+            build(description, Path(folder) / name)
+        with using(Path(folder), name) as (command, model):
+            found = command.dryrun(model, rank)
+        plan = json.loads((Path(folder) / name / "plan.json").read_text(encoding="utf-8"))
+    planned = plan["ranks"][found.pipeline]
+    if format is Format.json:
+        print_json({"model": name, **dataclasses.asdict(found), "planned": planned})
+    else:
+        print(as_text(name, found, planned))
+
+
+def as_text(model: str, found: Any, planned: Mapping[str, Any]) -> str:
+    from dslc.commands.show import table, wrapped
+
+    where = f"{found.rank:,} of {found.ranks:,}: pipeline rank {found.pipeline}"
+    head: list[Row] = [("model", model), ("rank", where)]
+    head.append(("step", f"{found.micro_batches} micro-batches"))
+    parts = [
+        table(head, "<<"),
+        table(list(memory_rows(found, planned["memory_bytes"])), "<>>"),
+        table(list(sent_rows(found, planned["sent"])), "<>>>>"),
+        *(wrapped([note]) for note in NOTES),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def memory_rows(found: Any, planned: Mapping[str, int]) -> Iterator[Row]:
+    """Bytes by what they are for, planned and executed."""
+    both = {
+        "weights": (planned["weights"], found.weights),
+        "FP8 copies": (planned["fp8_copies"], found.fp8_copies),
+        "gradients": (planned["gradients"], found.gradients),
+        "optimizer": (planned["master_weights"] + planned["moments"], found.optimizer),
+        "activations": (planned["activations"], found.activations),
+    }
+    yield ("memory, bytes", "plan", "dry run")
+    for name, values in both.items():
+        yield (name, *(f"{value:,}" for value in values))
+    yield ("all of them", *(f"{sum(values):,}" for values in zip(*both.values(), strict=True)))
+
+
+def sent_rows(found: Any, planned: list[Mapping[str, Any]]) -> Iterator[Row]:
+    yield ("sent", "messages, plan", "dry run", "bytes, plan", "dry run")
+    for one in planned:
+        messages, size = (
+            sum(one[where][what] for where in ("inside", "across"))
+            for what in ("messages", "bytes")
+        )
+        ours = found.sent.get(one["purpose"])
+        numbers = (messages, ours.messages if ours else 0, size, ours.bytes if ours else 0)
+        yield (one["purpose"], *(f"{number:,}" for number in numbers))

@@ -1,0 +1,363 @@
+"""One rank of a layout, executed without data and without other ranks: what it holds and sends.
+
+Tensors are on torch's `meta` device and have no values; the process group is torch's `fake` one,
+which sends nothing. All else is what a run does: the groups, the stages and experts of the rank,
+its row of the schedule, the sums and the optimizer. Experts are in balance, and each of a token's
+goes to a rank of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import all_to_all_single, destroy_process_group, init_process_group
+from torch.distributed.distributed_c10d import GroupMember, ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .. import fp8, functional
+from ..exchange import Exchange, Handle
+from ..model import LanguageModel
+from ..stage import StageLoss
+from .parallel import MeshTrainer, RankMesh, make_trainer, stages_of
+from .pipeline import Chunk, Execution
+from .ranks import ProcessGroups
+from .settings import Settings, TrainError
+from .waits import Waits
+
+KINDS = {
+    "send": "pipeline",
+    "allreduce_": "gradients",
+    "broadcast_": "parameters",
+}
+"""Operations of torch.distributed, and what a rank sends by them. An all-to-all is for `dispatch`
+or `combine`."""
+
+
+@dataclass
+class Traffic:
+    """What a rank sent for one purpose in a step."""
+
+    messages: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class DryRun:
+    """What a rank holds and sends in a step; sizes in bytes."""
+
+    rank: int
+    ranks: int
+    pipeline: int
+    micro_batches: int
+    weights: int = 0
+    fp8_copies: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    """Masters and moments of the rank's share."""
+    activations: int = 0
+    """The most that is held besides between two entries of the row: of all micro-batches in
+    flight. What a chunk holds inside depends on kernels."""
+    sent: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+
+    @property
+    def peak(self) -> int:
+        parts = self.weights, self.fp8_copies, self.gradients, self.optimizer, self.activations
+        return sum(parts)
+
+
+class Recorder(TorchDispatchMode):
+    """Adds up the storage of all tensors that are alive, and what is sent."""
+
+    def __init__(self, run: DryRun) -> None:
+        super().__init__()
+        self.run = run
+        self.now = self.most = 0
+        """Bytes that are held, and the most between two entries of a row."""
+        self.purpose = ""
+        """What the next all-to-all is for."""
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type != "meta" or storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(storage)
+        weakref.finalize(storage, self._drop, size)
+        self.now += size
+
+    def template(self, made: Any) -> Any:
+        """The same tensors without what they were made of, which are not counted."""
+
+        def like(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            with _disable_current_modes():
+                empty = torch.empty_like(leaf, requires_grad=False)
+            self._known.add(empty.untyped_storage())
+            return empty
+
+        if isinstance(made, StageLoss):
+            return StageLoss(*(tree_map(like, getattr(made, f.name)) for f in fields(made)))
+        return tree_map(like, made)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()  # such as whether all is finite
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            self._count(func._schema.name.partition("::")[2], args)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf)
+        return result
+
+    def _count(self, name: str, args: Sequence[Any]) -> None:
+        purpose = KINDS.get(name) if name != "alltoall_base_" else self.purpose
+        if not purpose:
+            return
+        traffic = self.run.sent[purpose]
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        size = tensors[-1 if name == "alltoall_base_" else 0].nbytes
+        groups = [leaf for leaf in args if isinstance(leaf, torch.ScriptObject)]
+        ranks = ProcessGroup.unbox(groups[0]).size()
+        match name:
+            case "send":
+                traffic.messages, traffic.bytes = traffic.messages + 1, traffic.bytes + size
+            case "alltoall_base_":  # equal parts, one of which stays here
+                traffic.messages += ranks - 1
+                traffic.bytes += size * (ranks - 1) // ranks
+            case "allreduce_":  # by a ring: each rank sends all parts but one, twice
+                traffic.messages += 2 * (ranks - 1)
+                traffic.bytes += 2 * size * (ranks - 1) // ranks
+            case "broadcast_":  # by a ring, which all but one rank pass on
+                traffic.messages += 1
+                traffic.bytes += size * (ranks - 1) // ranks
+
+
+class BalancedExchange(Exchange):
+    """As many tokens to each rank; their sizes need no values of the route."""
+
+    @classmethod
+    def of(cls, exchange: Exchange, recorder: Recorder) -> BalancedExchange:
+        made = cls(exchange.group, exchange.each * exchange.ranks)
+        made.recorder = recorder
+        return made
+
+    recorder: Recorder
+
+    def dispatch(self, *rows: Tensor) -> tuple[Tensor | Handle, ...]:
+        count, k = rows[-1].flatten(0, -2).shape
+        each = -(-count * min(k, self.ranks) // self.ranks)
+        tokens = torch.empty(each * self.ranks, dtype=torch.int64, device="meta")
+        sizes = [each] * self.ranks
+        handle = Handle(tokens, sizes, sizes, rows[-1].shape[:-1])
+        self.recorder.purpose = "dispatch"
+        counts = torch.empty(self.ranks, dtype=torch.int64, device="meta")
+        all_to_all_single(counts, counts, group=self.group)
+        return (*self._send(rows, handle), handle)
+
+    def dispatch_again(self, *given: Tensor | Handle) -> Tensor | tuple[Tensor, ...]:
+        self.recorder.purpose = "dispatch"
+        return super().dispatch_again(*given)
+
+    def combine(self, *given: Tensor | Handle) -> Tensor | tuple[Tensor, ...]:
+        self.recorder.purpose = "combine"
+        return super().combine(*given)
+
+
+@contextmanager
+def without_values(ranks: int) -> Iterator[None]:
+    """`functional.permute` and `permute_local` with as many rows for each expert.
+
+    And FP8 products without the steps by which they are computed where there is no kernel.
+    """
+    plain = functional.permute, functional.permute_local, fp8._product
+
+    def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        slots = index.numel()
+        if ranks > 1:  # of the choices of a token that came, those of experts here
+            sent = min(index.shape[-1], ranks)
+            slots = slots // sent
+        rows = x.new_empty(slots, x.shape[-1])
+        ends = [slots * (expert + 1) // experts for expert in range(experts)]
+        offs = torch.tensor(ends, dtype=torch.int32, device="cpu")
+        return rows, offs, index.new_empty(slots)
+
+    def product(
+        a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, parts: Sequence[int] = ()
+    ) -> Tensor:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+    functional.permute = functional.permute_local = permute
+    fp8._product = product
+    try:
+        yield
+    finally:
+        functional.permute, functional.permute_local, fp8._product = plain
+
+
+@dataclass
+class Chunks:
+    """What a chunk of a stage does, measured at the last that was executed."""
+
+    executed: int = 0
+    kept: int = 0
+    """Bytes that are held more after a forward chunk than before."""
+    sent: dict[str, Traffic] = field(default_factory=dict)
+    made: Any = None
+    """The loss of a forward chunk, the gradients of inputs of a backward one."""
+
+
+class Replay(Execution):
+    """Executes the first two chunks of each kind and stage, and repeats what the second did.
+
+    In the first one FP8 copies of weights and the sums of gradients are made, too.
+    """
+
+    def __init__(self, recorder: Recorder, *given: Any) -> None:
+        super().__init__(*given)
+        self.recorder = recorder
+        self.known: dict[tuple[str, int], Chunks] = defaultdict(Chunks)
+
+    def transfer(self, entry: tuple[str, int]) -> None:
+        self._between()
+        super().transfer(entry)
+
+    def forward(self, chunk: Chunk) -> StageLoss:
+        self._between()
+        known, place = self.known["F", chunk.stage], (chunk.stage, chunk.batch)
+        if known.executed < 2:
+            with self._executed(known):
+                first = super().forward(chunk)
+            known.made = self.recorder.template(first)
+            return first
+        self.recorder.now += known.kept
+        self._send(known)
+        loss: StageLoss = known.made
+        self.saved[place] = tuple(self.arrived.pop(chunk, ())), loss
+        self._leave(Chunk("F", chunk.stage + 1, chunk.batch), loss.sent)
+        return loss
+
+    def backward(self, chunk: Chunk, share: float) -> None:
+        self._between()
+        known, reader = self.known["B", chunk.stage], Chunk("B", chunk.stage - 1, chunk.batch)
+        if known.executed < 2:
+            with self._executed(known):
+                super().backward(chunk, share)
+            number = self.numbers.get(reader)
+            found = self.arrived.get(reader) if number is None else self.made[number]
+            known.made = self.recorder.template(found or ())
+            return
+        self._send(known)
+        self.recorder.now -= self.known["F", chunk.stage].kept
+        self.saved.pop((chunk.stage, chunk.batch))
+        self.arrived.pop(("B", *chunk[1:]), None)
+        self._leave(reader, known.made)
+
+    @contextmanager
+    def _executed(self, known: Chunks) -> Iterator[None]:
+        """Measures what a chunk does while it is executed."""
+        recorder, run = self.recorder, self.recorder.run
+        before, sent = recorder.now, run.sent
+        run.sent = defaultdict(Traffic)
+        yield
+        known.executed += 1
+        known.kept, known.sent, run.sent = recorder.now - before, run.sent, sent
+        self._send(known)
+
+    def _send(self, known: Chunks) -> None:
+        for purpose, traffic in known.sent.items():
+            self.recorder.run.sent[purpose].messages += traffic.messages
+            self.recorder.run.sent[purpose].bytes += traffic.bytes
+
+    def _between(self) -> None:
+        self.recorder.most = max(self.recorder.most, self.recorder.now)
+
+
+class NoText:
+    """Sequences without values."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        return torch.empty(len(indices), self.length + 1, dtype=torch.int64, device="meta")
+
+
+def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
+    """Executes one rank's part of a step of the largest batch.
+
+    Raises TrainError where there is no such rank, or the package is for one rank.
+    """
+    config, parallel = model.config, model.config.parallel
+    ranks = parallel.pipeline * parallel.replicas * parallel.expert
+    if not 0 <= rank < ranks:
+        raise TrainError(f"there is no rank {rank:,} of {ranks:,}: they count from 0")
+    settings, plans = Settings.of(config), stages_of(model).STAGES
+    with fake_ranks(rank, ranks) as world:
+        mesh = RankMesh.of(config, plans, world)
+        run = DryRun(rank, ranks, mesh.pipeline, parallel.micro_batches[-1])
+        recorder = Recorder(run)
+        text: Any = NoText(settings.sequence_length)
+        groups = ProcessGroups(training=world, control=world)
+        with recorder, without_values(parallel.expert):
+            trainer = make_trainer(
+                model, torch.device("meta"), 0, settings, text, groups, mesh, Waits()
+            )
+            assert isinstance(trainer, MeshTrainer)
+            trainer.execution = partial(Replay, recorder)
+            for module in trainer.model.modules():
+                exchange = getattr(module, "exchange", None)
+                if isinstance(exchange, Exchange):
+                    setattr(module, "exchange", BalancedExchange.of(exchange, recorder))  # noqa: B010
+            _step(trainer, recorder)
+    run.sent = dict(run.sent)
+    return run
+
+
+def _step(trainer: MeshTrainer, recorder: Recorder) -> None:
+    """A step, and what is held before, in and after it."""
+    run, model = recorder.run, trainer.model
+    for tensor in (*model.parameters(), *model.buffers()):
+        recorder.hold(tensor)
+        run.weights += tensor.nbytes
+    start = recorder.now
+    run.optimizer = start - run.weights
+    batch = run.micro_batches * (trainer.settings.micro_batch or 1) * trainer.ranks
+    sums = trainer._gradients(batch, 0)
+    trainer._reduce(sums)
+    known = [w.gradient for w in trainer.optimizer.weights if w.gradient is not None]
+    run.gradients = sum(gradient.nbytes for gradient in known)
+    del known
+    trainer.optimizer.step(1, 1e-4, trainer._squares())
+    loads = [b.load for b in trainer.balances.values() if b.load is not None]
+    run.fp8_copies = recorder.now - start - sum(tensor.nbytes for tensor in (sums, *loads))
+    run.activations = recorder.most - start - run.fp8_copies - run.gradients
+
+
+@contextmanager
+def fake_ranks(rank: int, size: int) -> Iterator[ProcessGroup]:
+    """A group of `size` ranks in which this process is `rank`, and nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        assert GroupMember.WORLD is not None
+        yield GroupMember.WORLD
+    finally:
+        destroy_process_group()

@@ -1,0 +1,84 @@
+"""`dslc dryrun`: one rank of a plan, executed without data, against the plan and a real run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.command import Run
+from tests.support.places import TINY
+
+pytestmark = pytest.mark.slow
+SMALL = [
+    "train.sequence_length=16", "train.batch=8", "train.micro_batch=1", "train.learning_rate=1e-3",
+    "train.steps=1", "architecture.layers.1.repeat=3", "architecture.mtp={depth: 0}",
+]  # fmt: skip
+
+
+def parallel(pipeline: int, expert: int, schedule: str = "1f1b") -> list[str]:
+    layout = f"cluster: cpu_2x2, pipeline: {pipeline}, expert: {expert}, schedule: {schedule}"
+    section = f"parallel={{{layout}, batch: 8, sequence_length: 16, micro_batch: 1}}"
+    return [word for change in (*SMALL, section) for word in ("--set", change)]
+
+
+def record(dslc: Run, *arguments: str) -> Any:
+    outcome = dslc("dryrun", *arguments, "--format", "json")
+    assert outcome.status == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def planned(found: Any, purpose: str) -> int:
+    sent = (one for one in found["planned"]["sent"] if one["purpose"] == purpose)
+    return sum(one["inside"]["bytes"] + one["across"]["bytes"] for one in sent)
+
+
+@pytest.mark.parametrize("rank", [0, 2047])
+def test_ranks_of_2048_hold_and_send_what_is_planned(dslc: Run, rank: int) -> None:
+    """What differs has its reason in the notes of the command."""
+    found = record(dslc, "deepseek_v3", "--rank", str(rank))
+    memory, sent = found["planned"]["memory_bytes"], found["sent"]
+    assert (found["pipeline"], found["micro_batches"]) == (rank // 128, 120)
+    for name in ("weights", "fp8_copies", "gradients"):
+        assert found[name] == memory[name], name
+    assert memory["activations"] < found["activations"] < 1.25 * memory["activations"]
+    assert sent["pipeline"] == {"messages": 120, "bytes": planned(found, "pipeline")}
+    assert sent["gradients"]["bytes"] == pytest.approx(2 * planned(found, "gradients"), rel=1e-5)
+    assert sent["parameters"]["bytes"] == pytest.approx(planned(found, "parameters"), rel=1e-5)
+    # A token goes to 8 ranks of 64, in 120 micro-batches through a layer on one stage and two on
+    # the other: in FP8 with scales, weights and experts, and its gradient in bfloat16.
+    rows = 3 * 60 * 4096 * 8 * 63 // 64
+    row = 7168 + 4 * 56 + 4 * 8 + 8 * 8
+    assert sent["dispatch"]["bytes"] == rows * (row + 2 * 7168) + 3 * 60 * 63 * 8
+    assert sent["combine"]["bytes"] == rows * (2 * 2 * 7168 + 4 * 8)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "expert", "schedule"),
+    [(4, 1, "zero_bubble"), (2, 2, "dualpipe_v"), (1, 4, "1f1b")],
+)
+def test_every_layout_and_rank_is_executed(
+    pipeline: int, expert: int, schedule: str, dslc: Run
+) -> None:
+    """Without and with experts on other ranks; each micro-batch crosses each cut."""
+    for rank in (0, 3):
+        found = record(dslc, str(TINY), "--rank", str(rank), *parallel(pipeline, expert, schedule))
+        assert found["weights"] == found["planned"]["memory_bytes"]["weights"]
+        assert found["gradients"] == found["planned"]["memory_bytes"]["gradients"]
+        stages, each = len(found["planned"]["stages"]), 8 * pipeline // 4
+        # Activations to the next stage and gradients to the one before, but for the ends.
+        ends = (found["pipeline"] in (0, pipeline - 1)) + (schedule == "dualpipe_v")
+        messages = (2 * stages - ends) * each if pipeline > 1 else 0
+        sent = found["sent"].get("pipeline", {"messages": 0, "bytes": 0})
+        assert sent == {"messages": messages, "bytes": planned(found, "pipeline")}
+        assert ("dispatch" in found["sent"]) == (expert > 1)
+
+
+def test_what_cannot_be_executed_is_refused(dslc: Run) -> None:
+    outcome = dslc("dryrun", TINY, "--rank", "4", *parallel(2, 2))
+    assert outcome.status == 1
+    assert outcome.err == "error: there is no rank 4 of 4: they count from 0\n"
+    assert "E532" in dslc("dryrun", TINY).err
+    outcome = dslc("dryrun", TINY, *parallel(1, 1))
+    assert outcome.status == 1 and "stages.py" in outcome.err
