@@ -23,6 +23,7 @@ from dslc.commands import (
     import_,
     init,
     kernels,
+    launch,
     ops,
     passes,
     plan,
@@ -82,8 +83,8 @@ def options(
 
 
 COMMANDS = (
-    check, show, plan, dryrun, graph, passes, diff, build, kernels, tune, tokenizer, train, study,
-    eval, sample, plot, import_, export, init, schema, ops, explain,
+    check, show, plan, dryrun, graph, passes, diff, build, kernels, tune, tokenizer, train, launch,
+    study, eval, sample, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_")

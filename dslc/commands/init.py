@@ -97,5 +97,5 @@ def write_new(path: Path, text: str) -> None:
             file.write(text)
     except FileExistsError:
         help = "choose another file with -o"
-        problem = Diagnostic("E692", f"{path} exists, and init overwrites nothing", help=help)
+        problem = Diagnostic("E692", f"{path} exists, and is not overwritten", help=help)
         raise DiagnosticError([problem]) from None

@@ -72,8 +72,11 @@ def init_process_groups() -> Iterator[ProcessGroups]:
         return
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        # torchrun starts ranks again with the store of before, and its old addresses.
-        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun starts ranks again with the store of before, which has their old addresses.
+            # Agents count alike unless one has joined later, as spare nodes do: job files of
+            # `dslc launch` ask for a new store each time.
+            store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         groups = PrefixStore("groups", store)
         init_process_group("gloo", store=groups, rank=rank, world_size=size, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:

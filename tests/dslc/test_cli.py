@@ -17,8 +17,8 @@ from tests.support.places import ROOT
 
 COMMANDS = (
     "check", "show", "plan", "dryrun", "graph", "passes", "diff", "build", "kernels", "tune",
-    "tokenizer", "train", "study", "eval", "sample", "plot", "import", "export", "init", "schema",
-    "ops", "explain",
+    "tokenizer", "train", "launch", "study", "eval", "sample", "plot", "import", "export", "init",
+    "schema", "ops", "explain",
 )  # fmt: skip
 
 

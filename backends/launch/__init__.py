@@ -1,0 +1,1 @@
+"""Job files: training under Slurm or Kubernetes."""
