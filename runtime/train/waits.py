@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from threading import Event, Thread
@@ -141,28 +141,30 @@ class HangReport:
 
     def _ask(self, now: Wait) -> None:
         """Collects what all ranks do and prints the line, unless another rank does so already."""
-        if self.store.add("asked", 1) > 1:
-            time.sleep(8 * self.tick)  # `_answer` ends the process
-            return
-        time.sleep(3 * self.tick)
-        states = {}
-        for rank in range(self.size):
-            if self.store.check([f"state {rank}"]):
-                states[rank] = RankState(**json.loads(self.store.get(f"state {rank}")))
-        states[self.rank] = RankState.of(self.waits)
-        hosts = [self.store.get(f"host {rank}").decode() for rank in range(self.size)]
-        line = report(self.rank, time.monotonic() - now.since, states, hosts)
-        self.store.set("reported", "")
-        self._end(line)
+        with suppress(RuntimeError):  # the store has gone: `_watch` tells what this rank knows
+            if self.store.add("asked", 1) > 1:
+                time.sleep(8 * self.tick)  # `_answer` ends the process
+                return
+            time.sleep(3 * self.tick)
+            states = {self.rank: RankState.of(self.waits)}
+            for rank in range(self.size):
+                if rank != self.rank and self.store.check([f"state {rank}"]):
+                    states[rank] = RankState(**json.loads(self.store.get(f"state {rank}")))
+            hosts = [self.store.get(f"host {rank}").decode() for rank in range(self.size)]
+            line = report(self.rank, time.monotonic() - now.since, states, hosts)
+            self.store.set("reported", "")
+            self._end(line)
 
     def _answer(self) -> None:
         """Tells what this rank does once any has asked, and ends when that has reported."""
-        while not self.ended.wait(self.tick):
-            if self.store.check(["asked"]):
-                self.store.set(f"state {self.rank}", json.dumps(asdict(RankState.of(self.waits))))
-                while not self.store.check(["reported"]):
-                    time.sleep(self.tick)
-                self._end()
+        with suppress(RuntimeError):  # the store ends with the rank or torchrun that has it
+            while not self.ended.wait(self.tick):
+                if self.store.check(["asked"]):
+                    state = json.dumps(asdict(RankState.of(self.waits)))
+                    self.store.set(f"state {self.rank}", state)
+                    while not self.store.check(["reported"]):
+                        time.sleep(self.tick)
+                    self._end()
 
     def _end(self, line: str = "") -> None:
         if line:

@@ -87,6 +87,10 @@ def test_the_arithmetic_of_v3_is_that_of_the_model(v3: Plan) -> None:
     of_plan = sum(rank.flops.total for rank in v3.ranks) * v3.layout.mesh.data
     # The summary rounds FLOPs for each token down.
     assert of_model * tokens <= of_plan < (of_model + 50) * tokens
+    # What a build keeps for the metrics of a run.
+    assert v3.flops_of_token == of_plan // tokens
+    busy = sum(v3.seconds(rank)["compute"] for rank in v3.ranks) * v3.layout.mesh.data
+    assert v3.peak_seconds_of_token == pytest.approx(busy / tokens)
 
 
 def test_a_step_of_v3_is_the_slowest_stage_with_the_bubble_of_dualpipe(v3: Plan) -> None:

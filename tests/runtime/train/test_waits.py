@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
 from runtime.config import Config
 from runtime.train import pipeline
-from runtime.train.waits import RankState, Waits, report
+from runtime.train.waits import HangReport, RankState, Waits, report
 
 HOSTS = [f"node{rank}" for rank in range(4)]
 
@@ -36,6 +39,71 @@ def test_a_rank_that_computes_is_named_unless_another_is_gone() -> None:
     assert report(0, 5, states, HOSTS).startswith("rank 1 on node1 goes on computing, and rank 0")
     del states[3]
     assert report(0, 5, states, HOSTS).startswith("rank 3 on node3 does not answer, and rank 0")
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each process printed as it ended; here threads end instead."""
+    found: list[str] = []
+
+    def end(watching: HangReport, line: str = "") -> None:
+        if not watching.ended.is_set():
+            found.append(line)
+            watching.ended.set()
+
+    monkeypatch.setattr(HangReport, "_end", end)
+    return found
+
+
+def test_one_line_is_printed_by_all_ranks_together(ended: list[str]) -> None:
+    """0 waits for 1 and 1 for 2, which has stopped; 3 waits for all."""
+    store, there = HashStore(), (0, 1, 3)
+    store.set("host 2", "node2")
+    waits = {rank: Waits() for rank in there}
+    needed = {0: [0, 1], 1: [2], 3: [0, 1, 2, 3]}
+    ranks = [HangReport(waits[rank], store, rank, 4, patience=0.3) for rank in there]
+    with ExitStack() as stack:
+        for rank in there:
+            stack.enter_context(waits[rank].waiting(f"what {rank} needs", needed[rank]))
+        for thread in (thread for one in ranks for thread in one.threads):
+            thread.join(10)
+    (line,) = (line for line in ended if line)
+    assert re.fullmatch(
+        r"rank 2 on node2 does not answer, and rank [13] on \S+ waits for it, .*: what [13] needs",
+        line,
+    )
+    assert all(one.ended.is_set() for one in ranks)
+
+
+def test_a_rank_tells_what_it_knows_if_the_store_has_gone(ended: list[str]) -> None:
+    """As it does where the first rank has it, and is the one that stopped."""
+
+    class Gone:
+        def set(self, key: str, value: str) -> None:
+            pass
+
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("connection reset")
+
+        def add(self, key: str, amount: int) -> int:
+            raise RuntimeError("connection reset")
+
+    waits, store = Waits(), Gone()
+    with waits.waiting("receive 4", [0]):
+        rank = HangReport(waits, store, 1, 2, patience=0.2)  # type: ignore[arg-type]
+        rank.threads[0].join(10)
+    (line,) = ended
+    assert re.fullmatch(r"rank 1 on \S+ waits for receive 4", line)
+
+
+def test_ranks_that_do_not_wait_long_are_left_alone(ended: list[str]) -> None:
+    waits = Waits()
+    rank = HangReport(waits, HashStore(), 0, 2, patience=0.3)
+    for _ in range(8):
+        with waits.waiting("a message", [1]):
+            time.sleep(0.1)
+    rank.close()
+    assert ended == [] and waits.seconds > 0.8
 
 
 def test_ranks_that_wait_for_one_another_are_told() -> None:
