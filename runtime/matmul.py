@@ -7,7 +7,8 @@ ms against 0.97 on one core of a Zen 5), and for bfloat16 torch takes it anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,31 @@ BUCKET = 32
 rows of 512 by 256. Routing brings new numbers with every batch; rounded up, they are few."""
 
 
+TILE = 32
+"""Rows of a call where no row's bits may depend on how many there are."""
+
+_invariant = False
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within it, a row's bits do not depend on the other rows of a call, nor on how many."""
+    global _invariant
+    before, _invariant = _invariant, True
+    try:
+        yield
+    finally:
+        _invariant = before
+
+
+def is_batch_invariant() -> bool:
+    return _invariant
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` for x [..., in] and weight [out, in], of any strides: [..., out]."""
+    if _invariant:
+        return _row_invariant(x, weight)
     many = x.numel() > FEW * x.shape[-1] or weight.numel() >= LARGE
     if many and x.numel() and _suits_onednn(x):
         return _onednn(x, weight)
@@ -40,6 +64,13 @@ def grouped_product(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         out = x.new_empty(len(x), weight.shape[1])
+        if _invariant:
+            start = 0
+            for expert, end in enumerate(offs.tolist()):
+                if end > start:
+                    out[start:end] = _row_invariant(x[start:end], weight[expert])
+                start = end
+            return out
         if len(x) <= FEW:
             _row_by_row(x, offs, weight, out)
             return out
@@ -106,6 +137,50 @@ def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:
             slice(start - first, end - first),
         )
         start = end
+
+
+def _row_invariant(x: Tensor, weight: Tensor) -> Tensor:
+    """`product` in calls of at most TILE rows, of which one has the bits of all."""
+    rows = x.reshape(-1, x.shape[-1])
+    key = (tuple(weight.shape), weight.stride(), weight.dtype, weight.device.type)
+    few = _FEWEST.get(key)
+    if few is None:
+        few = _FEWEST[key] = _fewest_rows(weight)
+    multiply = _multiply(x)
+    out = by_tiles(rows, lambda tile: multiply(tile, weight), few)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def by_tiles(x: Tensor, compute: Callable[[Tensor], Tensor], fewest: int = TILE) -> Tensor:
+    """What `compute` makes of rows x [n, ...], in calls of TILE rows and a last one of fewer, but
+    not fewer than `fewest`: zeros fill up."""
+    rows = x.shape[0]
+    if rows > TILE:
+        return torch.cat([by_tiles(tile, compute, fewest) for tile in x.split(TILE)])
+    if rows >= fewest:
+        return compute(x)
+    filled = x.new_zeros(fewest, *x.shape[1:])
+    filled[:rows] = x
+    return compute(filled)[:rows]
+
+
+_FEWEST: dict[tuple[object, ...], int] = {}
+"""For a kind of weight, from how many rows on a row has the bits that it has in a whole tile."""
+
+
+def _fewest_rows(weight: Tensor) -> int:
+    """By trying every number of rows. oneDNN computes one row in another way than several, and all
+    numbers from two to TILE alike; where that does not hold, only whole tiles are computed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TILE, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    multiply = _multiply(x)
+    whole = multiply(x, weight)
+    agree = [torch.equal(multiply(x[:n], weight), whole[:n]) for n in range(1, TILE + 1)]
+    return next(n for n in range(1, TILE + 1) if all(agree[n - 1 :]))
+
+
+def _multiply(x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return _onednn if _suits_onednn(x) else torch_f.linear
 
 
 def grouped_mm_takes(*factors: Tensor) -> bool:
