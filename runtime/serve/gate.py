@@ -38,14 +38,14 @@ class Gate:
         self, app: ASGIApp, keys: Iterable[str], hosts: Iterable[str] | None, max_body: int
     ) -> None:
         """`hosts` are the names by which the server may be called; None: any."""
-        self._app = app
+        self.app = app
         self._keys = [_hash(key) for key in keys]
         self._hosts = None if hosts is None else frozenset(hosts)
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            return await self.app(scope, receive, send)
         try:
             key = self._key(HTTPConnection(scope))
             body = await self._body(HTTPConnection(scope), receive)
@@ -59,7 +59,7 @@ class Gate:
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
-        await self._app(scope, replay, send)
+        await self.app(scope, replay, send)
 
     def _key(self, request: HTTPConnection) -> bytes:
         host = re.sub(r":\d+$", "", request.headers.get("host", ""))

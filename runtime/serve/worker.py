@@ -201,20 +201,30 @@ def _run(connection: Connection, make: Callable[[], Engine]) -> None:
     # A signal to the whole group is for the server, which lets requests end first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
+    with suppress(EOFError, OSError):  # the server is gone, and nobody is left to be told
         try:
             engine = make()
-            connection.send(("ready", engine.max_model_len, engine.vocab_size))
-            while _messages(engine, connection):
-                if events := engine.step():
-                    connection.send(("events", events))
-        except (EOFError, ConnectionError):
-            return  # the server is gone
+        except ValueError as error:  # what was asked for does not fit
+            connection.send(("failed", str(error)))
+            return
         except Exception as error:
-            traceback.print_exc()
-            connection.send(("failed", f"the engine failed: {type(error).__name__}: {error}"))
-    except OSError:
-        pass
+            connection.send(("failed", _failure(error)))
+            return
+        connection.send(("ready", engine.max_model_len, engine.vocab_size))
+        while _messages(engine, connection):
+            try:
+                events = engine.step()
+            except Exception as error:
+                connection.send(("failed", _failure(error)))
+                return
+            if events:
+                connection.send(("events", events))
+
+
+def _failure(error: Exception) -> str:
+    """What clients are told; the log has more."""
+    traceback.print_exception(error)
+    return f"the engine failed: {type(error).__name__}: {error}"
 
 
 def _messages(engine: Engine, connection: Connection) -> bool:

@@ -93,5 +93,5 @@ class FakeEngine:
         }
 
 
-def fails() -> FakeEngine:
-    raise RuntimeError("no such model")
+def fails(kind: type[Exception], message: str) -> FakeEngine:
+    raise kind(message)

@@ -136,14 +136,21 @@ def test_death_reaches_every_request_at_once(how: str) -> None:
     asyncio.run(run())
 
 
-def test_an_engine_that_cannot_be_made_is_told() -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(ValueError, "^too long$"), (RuntimeError, "^the engine failed: RuntimeError: too long$")],
+)
+def test_an_engine_that_cannot_be_made_is_told(
+    kind: type[Exception], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     async def run() -> None:
-        worker = Worker(fails)
-        with pytest.raises(Unavailable, match="no such model"):
+        worker = Worker(partial(fails, kind, "too long"))
+        with pytest.raises(Unavailable, match=message):
             await worker.start()
         await worker.stop()
 
     asyncio.run(run())
+    assert ("Traceback" in capfd.readouterr().err) == (kind is RuntimeError)
 
 
 def test_a_held_up_engine_gives_no_answer_and_goes_on_afterwards() -> None:
