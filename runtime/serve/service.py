@@ -178,6 +178,7 @@ class Service:
         running = {choice.id: choice for choice in choices}
         started = time.monotonic()
         last = dict.fromkeys(running, started)
+        reason = "abort"
         try:
             for choice in choices:
                 self.worker.submit(choice.id, choice.prompt, choice.sampling, salt, events)
@@ -197,10 +198,14 @@ class Service:
                     del running[event.id]
                 yield known, delta
         except Unavailable as error:
+            reason = "error"
             raise Error(503, str(error), "unavailable") from None
+        except Error:
+            reason = "error"
+            raise
         finally:
             for id in running:
-                self.metrics.ended("abort", time.monotonic() - started)
+                self.metrics.ended(reason, time.monotonic() - started)
                 self.worker.abort(id)
 
     async def stats(self) -> Stats:

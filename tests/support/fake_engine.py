@@ -24,7 +24,7 @@ class Running:
 
 
 class FakeEngine:
-    """Its answer is the prompt, again and again; a choice with another seed starts elsewhere.
+    """Its answer is the prompt, again and again; `by_seed` it starts elsewhere with another seed.
 
     `cached` of the first event is the length of the salt. Requests above `slots` wait.
     """
@@ -35,9 +35,10 @@ class FakeEngine:
         vocab_size: int = 512,
         seconds: float = 0.0,
         slots: int = 64,
+        by_seed: bool = True,
     ) -> None:
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
-        self.seconds, self.slots = seconds, slots
+        self.seconds, self.slots, self.by_seed = seconds, slots, by_seed
         self.requests: dict[str, Running] = {}
         self.counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "steps"), 0)
 
@@ -67,7 +68,8 @@ class FakeEngine:
             del self.requests[id]
             return Event(id, finish="error", message="its logits were NaN")
         sampling = one.sampling
-        token = one.prompt[(sampling.seed + one.done) % len(one.prompt)]
+        start = sampling.seed if self.by_seed else 0
+        token = one.prompt[(start + one.done) % len(one.prompt)]
         one.done += 1
         self.counts["generated_tokens"] += 1
         ended = token in sampling.end_tokens and one.done > sampling.min_tokens
