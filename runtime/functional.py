@@ -491,7 +491,7 @@ def head_linear(x: Tensor, weight: Tensor, rows: tuple[int, int], *, transposed:
     # By hand what einsum would do: a decoding step is as long as its calls are many.
     flat = x.flatten(0, 1)
     if matmul.is_batch_invariant():
-        out = matmul.by_tiles(flat, lambda tile: _by_head(tile, part))
+        out = matmul.by_rows(lambda rows: _by_head(rows, part), flat, part)
     else:
         out = _by_head(flat, part)
     return out.view(*x.shape[:3], -1)

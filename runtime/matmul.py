@@ -26,9 +26,6 @@ BUCKET = 32
 rows of 512 by 256. Routing brings new numbers with every batch; rounded up, they are few."""
 
 
-TILE = 32
-"""Rows of a call where no row's bits may depend on how many there are."""
-
 _invariant = False
 
 
@@ -140,47 +137,72 @@ def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:
 
 
 def _row_invariant(x: Tensor, weight: Tensor) -> Tensor:
-    """`product` in calls of at most TILE rows, of which one has the bits of all."""
+    """`product`, each row with the bits that it has in any call."""
     rows = x.reshape(-1, x.shape[-1])
-    key = (tuple(weight.shape), weight.stride(), weight.dtype, weight.device.type)
-    few = _FEWEST.get(key)
-    if few is None:
-        few = _FEWEST[key] = _fewest_rows(weight)
-    multiply = _multiply(x)
-    out = by_tiles(rows, lambda tile: multiply(tile, weight), few)
+    out = by_rows(lambda part: torch_f.linear(part, weight), rows, weight)
     return out.view(*x.shape[:-1], len(weight))
 
 
-def by_tiles(x: Tensor, compute: Callable[[Tensor], Tensor], fewest: int = TILE) -> Tensor:
-    """What `compute` makes of rows x [n, ...], in calls of TILE rows and a last one of fewer, but
-    not fewer than `fewest`: zeros fill up."""
+TILE = 32
+"""Rows of a call, at most, where no row's bits may depend on how many there are."""
+
+FILLED = 4
+"""Rows that a call may be filled up to, at most: what one row alone costs."""
+
+_AGREEING: dict[tuple[object, ...], tuple[int, int]] = {}
+"""From how many rows on to how many all calls agree, for a kind of product."""
+
+
+def by_rows(compute: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """`compute(x)`, a product of rows x [n, ...] with `weight`, each row with the same bits for any
+    n: in calls of such sizes as agree, the last of which is filled up."""
+    key = (weight.shape, weight.stride(), weight.dtype, weight.device, torch.get_num_threads())
+    sizes = _AGREEING.get(key)
+    if sizes is None:
+        sizes = _AGREEING[key] = _agreeing_sizes(compute, x)
+    return _in_parts(compute, x, *sizes)
+
+
+def _in_parts(compute: Callable[[Tensor], Tensor], x: Tensor, fewest: int, most: int) -> Tensor:
     rows = x.shape[0]
-    if rows > TILE:
-        return torch.cat([by_tiles(tile, compute, fewest) for tile in x.split(TILE)])
+    if rows > most:
+        return torch.cat([_in_parts(compute, part, fewest, most) for part in x.split(most)])
     if rows >= fewest:
         return compute(x)
+    if rows == 1:  # any rows may fill it up: the same one is the cheapest
+        return compute(x.expand(fewest, *x.shape[1:]))[:1]
     filled = x.new_zeros(fewest, *x.shape[1:])
     filled[:rows] = x
     return compute(filled)[:rows]
 
 
-_FEWEST: dict[tuple[object, ...], int] = {}
-"""For a kind of weight, from how many rows on a row has the bits that it has in a whole tile."""
+def _agreeing_sizes(compute: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, int]:
+    """The numbers of rows, from the first to the second, for which a row has the same bits.
 
-
-def _fewest_rows(weight: Tensor) -> int:
-    """By trying every number of rows. oneDNN computes one row in another way than several, and all
-    numbers from two to TILE alike; where that does not hold, only whole tiles are computed."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TILE, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    multiply = _multiply(x)
-    whole = multiply(x, weight)
-    agree = [torch.equal(multiply(x[:n], weight), whole[:n]) for n in range(1, TILE + 1)]
-    return next(n for n in range(1, TILE + 1) if all(agree[n - 1 :]))
-
-
-def _multiply(x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    return _onednn if _suits_onednn(x) else torch_f.linear
+    Libraries have a kernel for one row, others for few and for many, which sum in different orders:
+    MKL, for one, has borders at 2, and between 3 and 16 by the shape. Every number is tried, once
+    for each shape; of the ranges that begin with few rows the longest is taken. One row at a time
+    is always a range, and the only one where the place in a call matters.
+    """
+    shape = (TILE, *like.shape[1:])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    same = x[:1].expand(shape).contiguous()
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)  # at another address
+    found = [compute(x[:n]) for n in range(1, TILE + 1)]
+    alike = [
+        all(torch.equal(row, found[n - 1][0]) for row in compute(same[:n]))
+        and torch.equal(compute(shifted[:n]), found[n - 1])
+        for n in range(1, TILE + 1)
+    ]
+    ranges = [(1, 1)]
+    for most in range(2, TILE + 1):
+        fewest = most
+        whole = found[most - 1]
+        while fewest and alike[fewest - 1] and torch.equal(found[fewest - 1], whole[:fewest]):
+            fewest -= 1
+        if fewest < min(most, FILLED):
+            ranges.append((fewest + 1, most))
+    return max(ranges, key=lambda sizes: sizes[1])
 
 
 def grouped_mm_takes(*factors: Tensor) -> bool:

@@ -127,12 +127,13 @@ class Engine:
             return ended
         logits = self._compute(planned)
         self._counts["steps"] += 1
-        events, row = [], 0
+        finite = iter(logits.isfinite().all(-1).tolist())
+        rows = iter(logits)
+        events = []
         for request, new in planned:
             self.scheduler.computed(request, new)
             if request.computed == request.known:
-                events.append(self._next(request, logits[row]))
-                row += 1
+                events.append(self._next(request, next(rows), next(finite)))
         return [*ended, *events]
 
     @torch.inference_mode()
@@ -150,14 +151,14 @@ class Engine:
         with matmul.batch_invariant():
             return self.model.decode(torch.tensor([tokens], device=device), position, self.pages)
 
-    def _next(self, request: Request, logits: Tensor) -> Event:
+    def _next(self, request: Request, logits: Tensor, finite: bool) -> Event:
         """Chooses the next token of a request, which may end it."""
         sampling = request.sampling
         first = not request.output
         if first:
             self._counts["cached_tokens"] += request.cached or 0
         cached = request.cached or 0 if first else 0
-        if not logits.isfinite().all():
+        if not finite:
             message = f"the logits are NaN or infinite at token {request.known}"
             return self._end(request, (), "error", message)
         id = choose(logits, sampling, request.prompt, request.output)

@@ -23,6 +23,8 @@ def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], output: Se
     In the order of the fields of `Sampling`: bias, penalties, temperature, top-k, top-p, min-p,
     chance. Of equal scores the lowest id.
     """
+    if sampling.temperature == 0 and not _adjusts(sampling):
+        return int(logits.argmax())
     score = _adjusted(logits.detach().double().cpu(), sampling, prompt, output)
     if sampling.temperature == 0:
         return int(score.argmax())
@@ -30,6 +32,13 @@ def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], output: Se
     place = len(prompt) + len(output)
     noise = uniform(len(score), tensor_key(sampling.seed, f"token {place}"))
     return int((score - noise.log().neg_().log_()).argmax())
+
+
+def _adjusts(sampling: Sampling) -> bool:
+    """Whether scores are other ones than the logits."""
+    penalties = sampling.presence_penalty or sampling.frequency_penalty
+    repeats = sampling.repetition_penalty != 1
+    return bool(sampling.logit_bias or sampling.min_tokens or penalties or repeats)
 
 
 def _adjusted(
