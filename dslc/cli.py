@@ -12,6 +12,7 @@ import typer
 
 from backends import VERSION
 from dslc.commands import (
+    bench_serve,
     build,
     check,
     diff,
@@ -84,10 +85,10 @@ def options(
 
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, study, eval,
-    sample, serve, plot, import_, export, init, schema, ops, explain,
+    sample, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
-    name = command.__name__.rpartition(".")[2].rstrip("_")
+    name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(name, epilog=command.EXAMPLES)(command.run)
 
 
