@@ -70,21 +70,30 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
 
     Raises `DiagnosticError` if there is no such model.
     """
-    description = spec
-    if description is None:
-        source = read_source(folder / CONFIG, str(folder / CONFIG))
-        config = read_config(source)
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "imported.yaml"
-            path.write_text(spec_from_hf(config, source, "imported"), encoding="utf-8")
-            description = load(path)
+    if spec is None:
+        config = read_config(_config_source(folder))
+        description = description_of(folder)
     else:
-        config = hf_config(description)
+        config = hf_config(spec)
+        description = spec
     lowered = lower(description)
     power = _quantization(config).get("scale_fmt") == "ue8m0"
     scale = "ue8m0" if power else _scale(lowered)
     beside = _files(folder, BESIDE)
     return Checkpoint(folder, _tensors(lowered), config, scale, beside=beside)
+
+
+def description_of(folder: Path) -> Description:
+    """The model of a folder's config.json, called `imported`. Raises `DiagnosticError`."""
+    source = _config_source(folder)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "imported.yaml"
+        path.write_text(spec_from_hf(read_config(source), source, "imported"), encoding="utf-8")
+        return load(path)
+
+
+def _config_source(folder: Path) -> Source:
+    return read_source(folder / CONFIG, str(folder / CONFIG))
 
 
 def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
