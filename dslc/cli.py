@@ -19,6 +19,7 @@ from dslc.commands import (
     eval,
     explain,
     export,
+    generate,
     graph,
     import_,
     init,
@@ -27,7 +28,6 @@ from dslc.commands import (
     passes,
     plan,
     plot,
-    sample,
     schema,
     serve,
     show,
@@ -85,11 +85,12 @@ def options(
 
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, study, eval,
-    sample, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
+    generate, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(name, epilog=command.EXAMPLES)(command.run)
+app.command("sample", hidden=True)(generate.run)  # its former name
 
 
 def main() -> None:

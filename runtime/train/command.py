@@ -1,15 +1,12 @@
-"""What `python -m MODEL.train`, `dslc eval` and `dslc sample` do with a built model."""
+"""What `python -m MODEL.train` and `dslc eval` do with a built model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..model import LanguageModel
 from ..shards import LoadError
@@ -73,40 +70,6 @@ def evaluate(model: type[LanguageModel], run: Path, average: bool) -> Evaluation
         raise TrainError(f"{run} has no held-out text: start a run with --held-out 0.1")
     trained = load_checkpoint(model, checkpoint, average)
     return evaluation.evaluate(trained, text, tokens.tokenizer, settings.micro_batch or 16)
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """A prompt and the settings of `generate`."""
-
-    prompt: str
-    new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def sample(model: type[LanguageModel], run: Path, request: SampleRequest, average: bool) -> str:
-    """The prompt and its continuation by the newest checkpoint of a run. Raises TrainError."""
-    _, tokens, checkpoint = open_run(run)
-    trained = load_checkpoint(model, checkpoint, average)
-    ids = tokens.tokenizer.encode(request.prompt)
-    if not ids:
-        raise TrainError("give a prompt of at least one token")
-    longest = model.config.sequence.max_position_embeddings
-    if len(ids) + request.new_tokens > longest:
-        raise TrainError(
-            f"the prompt has {len(ids)} tokens: {request.new_tokens} new ones exceed "
-            f"max_position_embeddings ({longest})"
-        )
-    text = trained.generate(
-        torch.tensor([ids]),
-        request.new_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-    )
-    return tokens.tokenizer.decode(text[0].tolist())
 
 
 def open_run(run: Path) -> tuple[Mapping[str, Any], Tokens, Path]:

@@ -17,8 +17,8 @@ from tests.support.places import ROOT
 
 COMMANDS = (
     "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",
-    "train", "study", "eval", "sample", "serve", "bench-serve", "plot", "import", "export", "init",
-    "schema", "ops", "explain",
+    "train", "study", "eval", "generate", "serve", "bench-serve", "plot", "import", "export",
+    "init", "schema", "ops", "explain",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`dslc tokenizer`, `train`, `eval` and `sample`: the way from a spec to a text."""
+"""`dslc tokenizer`, `train`, `eval` and `generate`: the way from a spec to a text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     averaged = json.loads(dslc("eval", str(run), "--ema", "--format", "json").out)
     assert averaged["loss"] != told["loss"]
 
-    words = ("sample", str(run), "--prompt", "ROMEO:", "--tokens", "20")
+    words = ("generate", str(run), "--prompt", "ROMEO:", "--tokens", "20")
     outcome = dslc(*words)
     assert outcome.status == 0, outcome.err
     assert outcome.out.startswith("ROMEO:")
@@ -61,8 +61,8 @@ def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> No
     assert dslc(*train(run, "--data", str(run.parent / "text.txt"))).status == 0
     for words, message in [
         (["eval", str(tmp_path)], "is not a dslc run directory"),
-        (["sample", str(run), "--tokens", "1000"], "max_position_embeddings (256)"),
-        (["sample", str(run), "--prompt", ""], "at least one token"),
+        (["generate", str(run), "--tokens", "1000"], "exceed the longest text (256)"),
+        (["generate", str(run), "--prompt", ""], "at least one token"),
         (train(run, "--seed", "1"), "was started with --seed 0"),
         (["train", "deepseek_v3_tiny", "--out", str(tmp_path / "x")], "train.batch is missing"),
     ]:

@@ -86,8 +86,10 @@ def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None
         "from pathlib import Path; import tiny_trained as t;"
         "import tiny_trained.runtime.train.command as c;"
         "print(c.evaluate(t.Model, Path('.'), False).loss);"
-        "request = c.SampleRequest('KING', 5, 0.8, 0.9, 1);"
-        "print(len(c.sample(t.Model, Path('.'), request, False)) > 3)"
+        "import tiny_trained.runtime.serve.offline as o;"
+        "asked = o.Asked(['KING'], 5, {'temperature': 0.8}, seed=1);"
+        "(one,) = o.generate_run(t.Model, Path('.'), asked, False, lambda index, text: None);"
+        "print(one.completion_tokens)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=moved, capture_output=True, text=True, check=True
@@ -95,7 +97,7 @@ def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None
     loss, sampled = done.stdout.split()
     expected = [line["held_out"]["loss"] for line in lines(whole) if "held_out" in line][-1]
     assert float(loss) == pytest.approx(expected, rel=1e-6)
-    assert sampled == "True"
+    assert sampled == "5"
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(
