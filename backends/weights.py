@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from runtime.shards import Problem
 
 CONFIG, RECORD = "config.json", "run.json"
+DEPTH = "num_nextn_predict_layers"
 FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -40,6 +41,8 @@ FP8 = {
     "activation_scheme": "dynamic",
 }
 """`quantization_config` of DeepSeek-V3: which weights are FP8 is known from their scales."""
+SCALES = "scale_fmt"
+"""In `quantization_config`, as DeepSeek-V3.1; beside weights in BF16 a key of its own."""
 BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
@@ -54,7 +57,7 @@ class Checkpoint:
     """A folder of weights, and the model whose weights they are to be.
 
     `seed` is what their first values came from, where it is known; `scale` how its FP8 scales are
-    kept, `fp32` or `ue8m0`; `beside` are files that go along.
+    kept, `fp32` or `ue8m0`; `beside` are files that go along; `note` is for people.
     """
 
     folder: Path
@@ -63,6 +66,7 @@ class Checkpoint:
     scale: str
     seed: int | None = None
     beside: tuple[Path, ...] = ()
+    note: str = ""
 
 
 def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
@@ -70,21 +74,40 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
 
     Raises `DiagnosticError` if there is no such model.
     """
-    description = spec
-    if description is None:
+    beside, note = _files(folder, BESIDE), ""
+    if spec is not None:
+        config, description = hf_config(spec), spec
+    else:
         source = read_source(folder / CONFIG, str(folder / CONFIG))
         config = read_config(source)
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "imported.yaml"
-            path.write_text(spec_from_hf(config, source, "imported"), encoding="utf-8")
-            description = load(path)
-    else:
-        config = hf_config(description)
-    lowered = lower(description)
-    power = _quantization(config).get("scale_fmt") == "ue8m0"
-    scale = "ue8m0" if power else _scale(lowered)
-    beside = _files(folder, BESIDE)
-    return Checkpoint(folder, _tensors(lowered), config, scale, beside=beside)
+        description = _described(config, source)
+        if description.spec.architecture.mtp.depth and not _has_mtp(folder, config):
+            config[DEPTH] = 0
+            description = _described(config, source)
+            note = f"{folder} declares MTP modules and holds no tensor of them: left out"
+    tensors = _tensors(lower(description))
+    return Checkpoint(folder, tensors, config, _scale(config), beside=beside, note=note)
+
+
+def _described(config: Mapping[str, Any], source: Source) -> Description:
+    """The model of a config.json, whose text is `source`."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "imported.yaml"
+        path.write_text(spec_from_hf(config, source, "imported"), encoding="utf-8")
+        return load(path)
+
+
+def _has_mtp(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a layer behind the last is in the files, or may be in one that cannot be read.
+
+    transformers declares such layers in what it saves, 1 by default, and never saves them.
+    """
+    from runtime.shards import Shards
+
+    with Shards(folder) as shards:
+        layers = (re.match(r"model\.layers\.(\d+)\.", name) for name in shards.entries)
+        first = config["num_hidden_layers"]
+        return bool(shards.problems) or any(found and int(found[1]) >= first for found in layers)
 
 
 def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
@@ -116,7 +139,7 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
     # Tokens have a tokenizer beside them if they are not bytes.
     beside = _files(run / str(record.get("tokens")), ("tokenizer.json",))
     config = _hf_config(source)
-    return Checkpoint(folder, _tensors(lowered), config, _scale(lowered), seed, beside)
+    return Checkpoint(folder, _tensors(lowered), config, _scale(config), seed, beside)
 
 
 def is_run(folder: Path) -> bool:
@@ -147,10 +170,9 @@ def _files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names if (folder / name).is_file())
 
 
-def _scale(program: Program) -> str:
-    """How the scales of its weights are kept: as powers of two, or not."""
-    kept = {weight.fp8 for graph in program.graphs.values() for weight in graph.weights.values()}
-    return "ue8m0" if "ue8m0" in kept else "fp32"
+def _scale(config: Mapping[str, Any]) -> str:
+    """How FP8 scales are kept: as powers of two, or not."""
+    return "ue8m0" if "ue8m0" in (_quantization(config).get(SCALES), config.get(SCALES)) else "fp32"
 
 
 def convert(
@@ -211,8 +233,8 @@ def _problems(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[D
         by_text["missing"] = [name for name in by_text["missing"] if name not in absent]
         message = f"the MTP module (layer {layer}) is declared, and no tensor of it is in the files"
         help = (
-            "transformers saves models without it: set num_nextn_predict_layers to 0 in "
-            "config.json, or name a spec with architecture.mtp.depth 0 by --spec"
+            f"if it was never saved, set {DEPTH} in config.json, or architecture.mtp.depth of "
+            "the spec, to the number of modules that were"
         )
         yield Diagnostic("E610", message, help=help)
     for text, names in by_text.items():
@@ -246,13 +268,11 @@ def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:
 
 def _config(config: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """The same model, stored in another way; without code that is not copied."""
-    dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype")
+    dropped = ("quantization_config", SCALES, "auto_map", "dtype", "torch_dtype")
     kept = {key: value for key, value in config.items() if key not in dropped}
     kept["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
-    if form.fp8:
-        power = {"scale_fmt": "ue8m0"} if form.scale == "ue8m0" else {}
-        kept["quantization_config"] = {**FP8, **power}
-    return kept
+    powers = {SCALES: "ue8m0"} if form.scale == "ue8m0" else {}
+    return kept | ({"quantization_config": FP8 | powers} if form.fp8 else powers)
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -206,7 +206,8 @@ def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
     word = "whole number" if number["type"] == "integer" else "number"
     if "maximum" in number:
         return f"{word}, {number['minimum']} to {number['maximum']}"
-    return f"{word}, at least {number['minimum']}"
+    several = any(one.get("type") == "array" for one in schema["anyOf"])
+    return f"{word}, at least {number['minimum']}{', or a list of them' if several else ''}"
 
 
 def variant_rows() -> list[Row]:

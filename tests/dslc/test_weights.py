@@ -24,8 +24,8 @@ from dsl.load import load
 from dslc.weights import ProgressPrinter, progress_line
 from runtime.convert import Progress
 from tests.support.command import Run
-from tests.support.places import ROOT, TEXT
-from tests.support.trained import built, part
+from tests.support.places import ROOT, TEXT, TINY
+from tests.support.trained import SETTINGS, built, part
 
 
 def trained(folder: Path, name: str, **changes: str) -> Path:
@@ -154,25 +154,58 @@ def test_folders_that_cannot_be_read(dslc: Run, tmp_path: Path) -> None:
         assert outcome.err == "error[E610]: the model has more than 200,000 weights\n"
 
 
-def test_an_mtp_module_that_was_declared_and_not_saved(
-    dslc: Run, run: Path, tmp_path: Path
-) -> None:
+def without(folder: str, name: str, *layers: int, **config: Any) -> str:
+    """A copy of a folder without some layers, and with changes of its config.json."""
+    Path(name).mkdir()
+    gone = tuple(f".layers.{layer}." for layer in layers)
+    tensors = state(Path(folder)).items()
+    kept = {n: t for n, t in tensors if not any(part in n for part in gone)}
+    save_file(kept, f"{name}/model.safetensors")
+    text = json.loads(Path(folder, "config.json").read_text())
+    Path(name, "config.json").write_text(json.dumps({**text, **config}))
+    return name
+
+
+def test_an_mtp_module_that_was_declared_and_not_saved(dslc: Run, run: Path) -> None:
     """What transformers saves: `num_nextn_predict_layers: 1`, and no layer behind the last one."""
     assert dslc("export", run, "--to", "whole").status == 0
     config = json.loads(Path("whole/config.json").read_text())
     module = config["num_hidden_layers"]
     assert config["num_nextn_predict_layers"] == 1
-    kept = {n: t for n, t in state(Path("whole")).items() if f".layers.{module}." not in n}
-    Path("saved").mkdir()
-    save_file(kept, "saved/model.safetensors")
-    Path("saved/config.json").write_text(json.dumps(config))
-    outcome = dslc("import", "saved", "--to", "out")
-    assert outcome.status == 1
-    assert outcome.err.count("error[") == 1
+    saved = without("whole", "saved", module)
+    outcome = dslc("import", saved, "--to", "out", "--first-values")
+    assert outcome.status == 0
+    assert outcome.err == "dslc: saved declares MTP modules and holds no tensor of them: left out\n"
+    assert json.loads(Path("out/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert state(Path("out")).keys() == state(Path(saved)).keys()
+    # A file that cannot be read may have them, and another layer's absence is another matter.
+    Path("saved/model-2.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    outcome = dslc("import", saved, "--to", "out2", "--first-values")
+    assert outcome.status == 1 and "Git LFS" in outcome.err and "left out" not in outcome.err
+    outcome = dslc("import", without("whole", "cut", 1, module), "--to", "out3", "--first-values")
+    assert outcome.status == 1 and "model.layers.1.mlp.gate.weight: missing" in outcome.err
+
+
+def test_an_mtp_module_of_a_spec_that_the_files_do_not_have(dslc: Run, run: Path) -> None:
+    assert dslc("export", run, "--to", "whole").status == 0
+    module = json.loads(Path("whole/config.json").read_text())["num_hidden_layers"]
+    values = "".join(f"  {path}: {value}\n" for path, value in SETTINGS.items())
+    Path("its.yaml").write_text(f"extends: {TINY}\nset:\n{values}")
+    saved = without("whole", "saved", module)
+    outcome = dslc("import", saved, "--to", "out", "--spec", "its.yaml")
+    assert outcome.status == 1 and outcome.err.count("error[") == 1
     assert f"the MTP module (layer {module}) is declared" in outcome.err
-    Path("saved/config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    outcome = dslc("import", "saved", "--to", "out", "--first-values")
-    assert outcome.status == 0, outcome.err
+
+
+def test_weights_in_float16_are_cast(dslc: Run, run: Path) -> None:
+    assert dslc("export", run, "--to", "whole").status == 0
+    half = without("whole", "half", dtype="float16")
+    numbers = {name: tensor.half() for name, tensor in state(Path(half)).items()}
+    save_file(numbers, f"{half}/model.safetensors")
+    assert dslc("import", half, "--to", "out", "--first-values").status == 0
+    for name, tensor in state(Path("out")).items():
+        assert torch.equal(tensor, numbers[name].to(tensor.dtype))
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
