@@ -1,8 +1,9 @@
 """One spec from many places: `extends` with `set`, variants and `--set` are all overlays.
 
-An overlay is a path and a new value, which replaces the old one whole. They are applied in the
-order base, `set` of each file that extends it, chosen variant, `--set`. Nodes keep the spans of
-the files they were read from, so that the result knows where each of its values came from.
+An overlay is a path and a new value, which replaces the old one whole; `null` leaves the key out.
+They are applied in the order base, `set` of each file that extends it, chosen variant, `--set`.
+Nodes keep the spans of the files they were read from, so that the result knows where each of its
+values came from.
 """
 
 from __future__ import annotations
@@ -257,9 +258,15 @@ def _replaced(node: yaml.Node, overlay: Overlay, depth: int) -> yaml.Node:
     if depth == len(overlay.path):
         return overlay.node
     segment = overlay.path[depth]
+    if yaml.is_null(node):
+        node = yaml.Mapping(segment.span)  # left out, as if it had never been there
     path = ".".join(overlay.parts[:depth])
     if isinstance(node, yaml.Mapping):
         old = node.entries.get(segment.text)
+        if old is None and path == "params" and yaml.is_null(overlay.node):
+            message = f"there is no parameter `{segment.text}` to leave out"
+            help = did_you_mean(segment.text, node.entries)
+            raise _error("E114", message, segment.span, "unknown", help)
         key_span = old.key_span if old else segment.span
         child = old.node if old else yaml.Mapping(segment.span)
         new = yaml.Entry(key_span, _replaced(child, overlay, depth + 1))

@@ -31,9 +31,10 @@ def validate(
     section = yaml.child_of(root, "params")
     failed: frozenset[str] = frozenset()
     if isinstance(section, yaml.Mapping):
-        failed = frozenset(section.entries) - frozenset(values)
+        given = [name for name, entry in section.entries.items() if not yaml.is_null(entry.node)]
+        failed = frozenset(given) - frozenset(values)
         # Parameters that failed have a diagnostic; their names are still to be checked.
-        data["params"] = {name: values.get(name, 0) for name in section.entries}
+        data["params"] = {name: values.get(name, 0) for name in given}
     return _validated(Spec, data, Scope(values, failed), root)
 
 
@@ -145,7 +146,12 @@ def _typo(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> str | None:
 def _missing_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnostic:
     node = yaml.nearest_node(root, loc[:-1])
     about = _fields(loc[:-1], schema)[str(loc[-1])].description
-    message = f"`{'.'.join(map(str, loc))}` is missing"
+    name = ".".join(map(str, loc))
+    unset = yaml.child_of(node, loc[-1])
+    if unset is not None:
+        message, help = f"`{name}` cannot be left out", f"give it a value ({about})"
+        return Diagnostic("E301", message, unset.span, "needs a value", help=help)
+    message = f"`{name}` is missing"
     help = f"add `{loc[-1]}: ...` ({about})"
     return Diagnostic("E301", message, node.span, f"has no key `{loc[-1]}`", help=help)
 
