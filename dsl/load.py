@@ -89,13 +89,15 @@ class Description:
         return f"{node.span.location} ({label})" if label else node.span.location
 
 
-def load(path: str | Path, *, sets: Sequence[str] = (), variant: str | None = None) -> Description:
-    """Reads the spec at `path`, with the changes of `variant` and of `sets` ("path=value").
+def load(
+    path: str | Path, *, sets: Sequence[str] = (), variants: Sequence[str] = ()
+) -> Description:
+    """Reads the spec at `path`, with the changes of `variants` and of `sets` ("path=value").
 
     Raises `DiagnosticError` with every problem of the stage that could not go on: reading and
     composing YAML (E1xx), then values (E3xx) together with block files (E1xx, E2xx).
     """
-    composed = compose(Path(path), str(path), sets, variant)
+    composed = compose(Path(path), str(path), sets, variants)
     problems = Diagnostics()
     params: dict[str, Value] = {}
     section = yaml.child_of(composed.root, "params")

@@ -43,7 +43,7 @@ def run(
         ),
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     sets_a: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,8 +53,8 @@ def run(
             show_default=False,
         ),
     ] = None,
-    variant_a: Annotated[
-        str | None,
+    variants_a: Annotated[
+        list[str] | None,
         typer.Option(
             "--variant-a", metavar="NAME", help="Like --variant, for A.", show_default=False
         ),
@@ -70,7 +70,8 @@ def run(
 
     with reporting(as_json=format is Format.json):
         found = difference(
-            side(a, sets_a or (), variant_a), side(b if b is not None else a, sets or (), variant)
+            side(a, sets_a or (), variants_a or ()),
+            side(b if b is not None else a, sets or (), variants or ()),
         )
         if format is Format.json:
             print_json({"ok": True, "diagnostics": [], **found.to_json()})
@@ -80,7 +81,7 @@ def run(
     raise typer.Exit(0 if found.equal else 1)
 
 
-def side(spec: str, sets: Sequence[str], variant: str | None) -> Side:
+def side(spec: str, sets: Sequence[str], variants: Sequence[str]) -> Side:
     """One of the two models. Raises `DiagnosticError`."""
     from backends.read import is_build, read_build
     from compiler.pipeline import compile
@@ -90,7 +91,7 @@ def side(spec: str, sets: Sequence[str], variant: str | None) -> Side:
     from dslc.difference import Side
     from dslc.specs import read
 
-    changes = [*([f"--variant {variant}"] if variant else []), *(f"--set {one}" for one in sets)]
+    changes = [*(f"--variant {one}" for one in variants), *(f"--set {one}" for one in sets)]
     folder = Path(spec)
     if is_build(folder):
         if changes:
@@ -98,7 +99,7 @@ def side(spec: str, sets: Sequence[str], variant: str | None) -> Side:
             raise DiagnosticError([Diagnostic("E695", message, help="name its spec")])
         built = read_build(folder)
         return Side(spec, built.values, built.lowered, built.programs, built.plan)
-    description = read(spec, sets, variant)
+    description = read(spec, sets, variants)
     compiled = compile(description)
     name = " ".join([spec, *changes])
     plan = make_plan(description, compiled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os.path
 import tempfile
 from pathlib import Path
 from types import GenericAlias
@@ -31,7 +32,7 @@ Several ranks: by the section `parallel` of the spec, or with data parallelism w
 
 
 def run(
-    spec: SpecArgument, sets: SetOption = None, variant: VariantOption = None, **given: Any
+    spec: SpecArgument, sets: SetOption = None, variants: VariantOption = None, **given: Any
 ) -> None:
     """Train a model on text; the same command resumes a run that was stopped.
 
@@ -46,17 +47,22 @@ def run(
     options["data"] = tuple(options.get("data", ()))
     with tempfile.TemporaryDirectory() as folder:
         with reporting():
-            description = read(spec, sets, variant)
+            description = read(spec, sets, variants)
             name = description.spec.model
+            made_from = {
+                "spec": os.path.abspath(description.composed.sources[-1].path or spec),
+                "variants": variants or [],
+                "set": sets or [],
+            }
             build(description, Path(folder) / name)
         with using(Path(folder), name) as (command, model):
-            status = command.train(model, command.Options(**options))
+            status = command.train(model, command.Options(**options), made_from)
     raise typer.Exit(status)
 
 
 def with_options() -> inspect.Signature:
     """The parameters that typer reads: the options of training in place of `given`."""
-    spec, sets, variant, _ = inspect.signature(run, eval_str=True).parameters.values()
+    spec, sets, variants, _ = inspect.signature(run, eval_str=True).parameters.values()
     options = [
         inspect.Parameter(
             name,
@@ -77,7 +83,7 @@ def with_options() -> inspect.Signature:
     ]
     required = [spec, *(one for one in options if one.default is one.empty)]
     return inspect.Signature(
-        [*required, *(one for one in options if one.default is None), sets, variant]
+        [*required, *(one for one in options if one.default is None), sets, variants]
     )
 
 

@@ -40,8 +40,12 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
         return 1
 
 
-def train(model: type[LanguageModel], options: Options) -> int:
+def train(
+    model: type[LanguageModel], options: Options, made_from: Mapping[str, Any] | None = None
+) -> int:
     """The same with options, for one process or a rank that torchrun started.
+
+    `made_from` says in run.json which spec the package was built of, with which changes.
 
     Raises TrainError if training fails; of several ranks, only rank 0 does, the others return 1.
     """
@@ -49,7 +53,7 @@ def train(model: type[LanguageModel], options: Options) -> int:
         try:
             with ExitStack() as held:
                 on_rank0(ranks.control, lambda: held.enter_context(run_lock(options.out)))
-                stopped = Run(model, options, ranks).train()
+                stopped = Run(model, options, ranks, made_from).train()
         except (TrainError, OSError) as error:
             if not ranks.is_rank0:
                 return 1

@@ -44,13 +44,20 @@ class Run:
     """A new run, or one that resumes from its newest checkpoint."""
 
     def __init__(
-        self, model: type[LanguageModel], options: Options, ranks: ProcessGroups | None = None
+        self,
+        model: type[LanguageModel],
+        options: Options,
+        ranks: ProcessGroups | None = None,
+        made_from: Mapping[str, Any] | None = None,
     ) -> None:
         """Every rank has one, and they stay equal; only rank 0 writes.
+
+        `made_from` is recorded: the spec, variants and changes that the package is built of.
 
         Raises TrainError, the same on all ranks, if the run cannot start.
         """
         self.options, self.ranks = options, ranks or ProcessGroups()
+        self.made_from = made_from or {}
         self.settings = Settings.of(model.config)
         self.spec = {
             name: value for name, value in flatten("", model.config) if not name.startswith("about")
@@ -110,7 +117,8 @@ class Run:
         """Writes the package and run.json, once nothing else can fail."""
         name, out = model.config.model, self.options.out
         install_package(Path(inspect.getfile(model)).parent, out / name)
-        replace_text(out / RECORD, json.dumps({**self.record, "model": name}, indent=2) + "\n")
+        record = {**self.record, "model": name, **self.made_from}
+        replace_text(out / RECORD, json.dumps(record, indent=2) + "\n")
 
     def train(self) -> int | None:
         """Trains to the end or until a signal to stop, which it returns.

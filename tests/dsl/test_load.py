@@ -53,7 +53,7 @@ def test_resolved_values_and_origins(
 ) -> None:
     monkeypatch.chdir(ERRORS)
     sets = ["sequence.max_position_embeddings=2 * hidden_size"] if variant == "flat" else []
-    text = listing(load("valid.yaml", variant=variant, sets=sets))
+    text = listing(load("valid.yaml", variants=[variant] if variant else [], sets=sets))
     golden(f"errors/valid{f'_{variant}' if variant else ''}.txt", text)
 
 
