@@ -14,7 +14,7 @@ from dsl.schema.base import Section
 from dsl.schema.sections import VARIANT_KEYS, Spec
 from dsl.schema.train import Phase, Schedule
 from dsl.schema.values import Loc, Scope
-from dsl.suggest import did_you_mean, nearest
+from dsl.suggest import ABSENT, did_you_mean, nearest
 
 File = TypeVar("File", bound=Section)
 
@@ -160,14 +160,17 @@ def _unknown_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnos
     key = str(loc[-1])
     extra = VARIANT_KEYS if len(loc) == 1 and schema is Spec else ()
     known = [*_fields(loc[:-1], schema), *extra]
-    help = did_you_mean(key, known)
+    paths: dict[str, str] = {}
+    for path in _paths(schema):
+        paths.setdefault(path[-1], ".".join(path))
+    params = yaml.child_of(root, "params")
+    if isinstance(params, yaml.Mapping):
+        paths |= {name: f"params.{name}" for name in params.entries}
+    # Right name, wrong place: `hidden_size` next to `params` instead of in it.
+    help = f"did you mean `{paths[key]}`?" if key in paths else did_you_mean(key, known)
+    help = help or ABSENT.get(key, "")
     if not help:
-        # Right name, wrong place: `hidden_size` next to `params` instead of in it.
-        paths = {path[-1]: ".".join(path) for path in _paths(schema)}
-        params = yaml.child_of(root, "params")
-        if isinstance(params, yaml.Mapping):
-            paths |= {name: f"params.{name}" for name in params.entries}
-        near = nearest(key, paths)
+        near = nearest(key, paths, cutoff=0.8)
         help = f"did you mean `{paths[near]}`?" if near else f"known are {', '.join(known)}"
     message = f"unknown key `{'.'.join(map(str, loc))}`"
     return Diagnostic("E300", message, yaml.key_span(root, loc), "unknown", help=help)
