@@ -17,6 +17,7 @@ from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
 from .interrupt import run_lock
+from .memory import LESS, shortage
 from .options import Options, parse
 from .ranks import init_process_groups, on_rank0
 from .run import Run, read_record
@@ -61,6 +62,12 @@ def train(
                 raise
             reason = error.strerror or error
             raise TrainError(f"cannot write {options.out}: {reason}") from None
+        except (MemoryError, RuntimeError) as error:
+            told = shortage(error)
+            if told is None:
+                raise
+            kept = f"; {options.out} resumes from its newest checkpoint"
+            raise TrainError(f"{told}; {LESS}{kept if read_record(options.out) else ''}") from None
     return 128 + stopped if stopped else 0
 
 

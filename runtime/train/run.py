@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .device import select_device
 from .evaluation import evaluate
 from .health import HealthMonitor
 from .interrupt import LOCK, stop_signals
+from .memory import require_memory
 from .metrics import Metrics, Progress, progress_to_terminal
 from .options import FIXED, Options
 from .parallel import MeshTrainer, make_mesh, make_trainer
@@ -68,6 +70,8 @@ class Run:
         control = self.ranks.control
         self.mesh = make_mesh(model, self.ranks)
         self.device = on_all_ranks(control, lambda: select_device(options.device))
+        if self.ranks.world_size == 1:
+            require_memory(model, self.device)
         self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))
         self.changes: list[str] = []
         on_all_ranks(control, lambda: self._make(model))
@@ -145,6 +149,12 @@ class Run:
         finally:
             metrics.close()
             self.checkpoints.close()
+        if stopped:
+            steps = trainer.position.steps
+            progress.say(
+                f"stopped by {Signals(stopped).name} after step {steps:,}; "
+                f"saved {self.checkpoints.place(steps)}, from which the same command resumes"
+            )
         return stopped
 
     def _stopped(self, received: list[int]) -> int | None:
