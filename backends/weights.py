@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.read import read_build
+from backends.read import read_build, read_run
 from compiler.graph.core import Program
 from compiler.lower.model import lower
 from compiler.published import Published, published
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from runtime.recode import Form, Wanted
     from runtime.shards import Problem
 
-CONFIG, RECORD = "config.json", "run.json"
+CONFIG = "config.json"
 DEPTH = "num_nextn_predict_layers"
 FP8 = {
     "quant_method": "fp8",
@@ -120,10 +120,8 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
     from runtime.train.settings import TrainError
     from runtime.train.state import AVERAGE, MODEL
 
-    record = read_config(read_source(run / RECORD, str(run / RECORD)))
-    model, seed = record.get("model"), record.get("seed")
-    if not (isinstance(model, str) and model.isidentifier() and isinstance(seed, int)):
-        raise DiagnosticError([Diagnostic("E612", f"{run / RECORD} does not name model and seed")])
+    record = read_run(run)
+    model, seed = record["model"], record["seed"]
     try:
         newest = Checkpoints(run / "checkpoints", keep=1).newest()
     except TrainError as error:
@@ -140,10 +138,6 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
     beside = _files(run / str(record.get("tokens")), ("tokenizer.json",))
     config = _hf_config(source)
     return Checkpoint(folder, _tensors(lowered), config, _scale(config), seed, beside)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / RECORD).is_file()
 
 
 def _hf_config(source: Source) -> dict[str, Any]:
