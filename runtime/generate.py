@@ -93,11 +93,12 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.G
 def _check(
     model: Decoder, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(
-            f"tokens must be int64 [batch, seq] with at least one token, "
-            f"got {tokens.dtype} {list(tokens.shape)}"
+    is_tensor = isinstance(tokens, Tensor)
+    if not is_tensor or tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
+        found = (
+            f"{tokens.dtype} {list(tokens.shape)}" if is_tensor else f"a {type(tokens).__name__}"
         )
+        raise ValueError(f"tokens must be int64 [batch, seq] with at least one token, got {found}")
     if model.device.type == "meta":
         raise ValueError("the model has no weights yet (device='meta'): load some first")
     vocab, low, high = model.config.params.vocab_size, int(tokens.min()), int(tokens.max())

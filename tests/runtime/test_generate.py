@@ -169,6 +169,7 @@ def test_a_very_low_temperature_is_greedy() -> None:
     ("prompt", "new", "settings", "message"),
     [
         (torch.ones(1, 2), 1, {}, "int64"),
+        ([[3, 4]], 1, {}, "got a list"),
         (torch.ones(2, dtype=torch.int64), 1, {}, r"int64 \[batch, seq\]"),
         (torch.ones(1, 0, dtype=torch.int64), 1, {}, "at least one token"),
         (torch.tensor([[3, 96]]), 1, {}, "from 0 to 95, got 3 to 96"),
