@@ -21,7 +21,7 @@ from compiler.graph.core import Program
 from compiler.lower.model import lower
 from compiler.published import Published, published
 from dsl.diagnostic import Diagnostic, DiagnosticError
-from dsl.hf import hf_config, read_config, spec_from_hf
+from dsl.hf import hf_config, language_model, read_config, spec_from_hf
 from dsl.load import Description, load
 from dsl.read import read_source
 from dsl.source import Source
@@ -43,6 +43,8 @@ FP8 = {
 """`quantization_config` of DeepSeek-V3: which weights are FP8 is known from their scales."""
 SCALES = "scale_fmt"
 """In `quantization_config`, as DeepSeek-V3.1; beside weights in BF16 a key of its own."""
+PREFIX = "language_model."
+"""Of the weights of a language model that is a part of a larger one."""
 BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
@@ -57,7 +59,8 @@ class Checkpoint:
     """A folder of weights, and the model whose weights they are to be.
 
     `seed` is what their first values came from, where it is known; `scale` how its FP8 scales are
-    kept, `fp32` or `ue8m0`; `beside` are files that go along; `note` is for people.
+    kept, `fp32` or `ue8m0`; `prefix` what names in the folder begin with, where the model is a part
+    of a larger one; `beside` are files that go along; `notes` are for people.
     """
 
     folder: Path
@@ -65,8 +68,9 @@ class Checkpoint:
     config: Mapping[str, Any]
     scale: str
     seed: int | None = None
+    prefix: str = ""
     beside: tuple[Path, ...] = ()
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
@@ -74,19 +78,26 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
 
     Raises `DiagnosticError` if there is no such model.
     """
-    beside, note = _files(folder, BESIDE), ""
+    names, unread = _names(folder)
+    notes = []
     if spec is not None:
         config, description = hf_config(spec), spec
     else:
         source = read_source(folder / CONFIG, str(folder / CONFIG))
-        config = read_config(source)
-        description = _described(config, source)
-        if description.spec.architecture.mtp.depth and not _has_mtp(folder, config):
+        whole = read_config(source)
+        config, description = {**language_model(whole)}, _described(whole, source)
+        depth = description.spec.architecture.mtp.depth
+        if depth and not unread and not _has_mtp(names, config["num_hidden_layers"]):
             config[DEPTH] = 0
             description = _described(config, source)
-            note = f"{folder} declares MTP modules and holds no tensor of them: left out"
+            notes.append(f"{folder} declares MTP modules and holds no tensor of them: left out")
     tensors = _tensors(lower(description))
-    return Checkpoint(folder, tensors, config, _scale(config), beside=beside, note=note)
+    prefix = _prefix(names, tensors)
+    others = sum(not name.startswith(prefix) for name in names)
+    if others:
+        notes.append(f"{folder} has {others} tensors besides {prefix}*, the model: left out")
+    beside = _files(folder, BESIDE)
+    return Checkpoint(folder, tensors, config, _scale(config), None, prefix, beside, tuple(notes))
 
 
 def _described(config: Mapping[str, Any], source: Source) -> Description:
@@ -97,17 +108,27 @@ def _described(config: Mapping[str, Any], source: Source) -> Description:
         return load(path)
 
 
-def _has_mtp(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a layer behind the last is in the files, or may be in one that cannot be read.
-
-    transformers declares such layers in what it saves, 1 by default, and never saves them.
-    """
+def _names(folder: Path) -> tuple[list[str], bool]:
+    """The tensors in a folder, and whether it has files that cannot be read."""
     from runtime.shards import Shards
 
     with Shards(folder) as shards:
-        layers = (re.match(r"model\.layers\.(\d+)\.", name) for name in shards.entries)
-        first = config["num_hidden_layers"]
-        return bool(shards.problems) or any(found and int(found[1]) >= first for found in layers)
+        return list(shards.entries), bool(shards.problems)
+
+
+def _has_mtp(names: Iterable[str], layers: int) -> bool:
+    """Whether a layer behind the last is among the names of tensors.
+
+    transformers declares such layers in what it saves, 1 by default, and never saves them.
+    """
+    found = (re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name) for name in names)
+    return any(layer and int(layer[1]) >= layers for layer in found)
+
+
+def _prefix(names: Iterable[str], tensors: Iterable[Published]) -> str:
+    """What the names in a folder begin with, where the model is a part of a larger one."""
+    own = any(one.name.startswith(PREFIX) for one in tensors)
+    return PREFIX if not own and any(name.startswith(PREFIX) for name in names) else ""
 
 
 def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
@@ -137,7 +158,7 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
     # Tokens have a tokenizer beside them if they are not bytes.
     beside = _files(run / str(record.get("tokens")), ("tokenizer.json",))
     config = _hf_config(source)
-    return Checkpoint(folder, _tensors(lowered), config, _scale(config), seed, beside)
+    return Checkpoint(folder, _tensors(lowered), config, _scale(config), seed, beside=beside)
 
 
 def _hf_config(source: Source) -> dict[str, Any]:
@@ -197,6 +218,7 @@ def convert(
             wanted,
             form,
             files,
+            prefix=checkpoint.prefix,
             beside=checkpoint.beside,
             max_shard_bytes=max_file,
             report=report,

@@ -68,8 +68,8 @@ def converted(
     from dslc.report import note, print_json, print_table
     from dslc.specs import shown
 
-    if checkpoint.note:
-        note(checkpoint.note)
+    for text in checkpoint.notes:
+        note(text)
     gc.enable()  # off in dslc, whose other commands take half a second
     progress = ProgressPrinter()
     table = convert(

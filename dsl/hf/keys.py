@@ -1,7 +1,8 @@
-"""The keys of a `config.json` of the DeepSeek family that need no more than a table."""
+"""Which model a `config.json` is of, and its keys that need no more than a table."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 # Families: the same equations under several names. Moonlight calls itself deepseek_v3.
@@ -63,6 +64,13 @@ GENERATION: dict[str, Any] = {
     "remove_invalid_values": False, "repetition_penalty": 1, "return_dict_in_generate": False,
     "suppress_tokens": None, "temperature": 1, "top_k": 50, "top_p": 1, "typical_p": 1,
 }  # fmt: skip
+# Where the config of a model of several parts has that of its language model, and which keys of
+# the whole are meant for it, too.
+PART = "text_config"
+OF_THE_WHOLE = (
+    "bos_token_id", "dtype", "eos_token_id", "quantization_config", "tie_word_embeddings",
+    "torch_dtype",
+)  # fmt: skip
 ROPE_TYPE_KEYS = ("rope_type", "type")  # the new and the old spelling
 EXPERT_KEYS = frozenset({
     "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
@@ -71,3 +79,20 @@ EXPERT_KEYS = frozenset({
 # float16 is rounded to bfloat16, whose range is larger: the blocks of a spec have no float16.
 POLICIES = {"bfloat16": "bf16", "float32": "fp32", "float16": "bf16"}
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def model_type(config: Mapping[str, Any]) -> Any:
+    """`model_type`, or what `architectures` says where it is absent."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return config.get("model_type") or ARCHITECTURES.get(str(first), first)
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model: `config`, or its part if that is of a known family."""
+    part = config.get(PART)
+    if not isinstance(part, dict) or str(model_type(config)) in FAMILIES:
+        return config
+    if str(model_type(part)) not in FAMILIES:
+        return config
+    return {key: config[key] for key in OF_THE_WHOLE if key in config} | part

@@ -25,9 +25,12 @@ from dsl.hf.keys import (
     FP8_BLOCKS,
     GENERATION,
     IGNORED,
+    PART,
     POLICIES,
     RELATIVES,
     ROPE_TYPE_KEYS,
+    language_model,
+    model_type,
 )
 from dsl.source import Source
 
@@ -35,12 +38,14 @@ from dsl.source import Source
 def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     """The text of a spec that describes the model of a `config.json`.
 
-    `source` is the text that `config` was read from (by `read_config`), so that messages can point
-    into it; `name` becomes the spec's `model`. Raises DiagnosticError naming every key that a spec
+    Of a model of several parts it is the language model, as `language_model` gives it. `source` is
+    the text that `config` was read from (by `read_config`), so that messages can point into it;
+    `name` becomes the spec's `model`. Raises DiagnosticError naming every key that a spec
     cannot express, that is missing, or that has a wrong type.
     """
     problems = Diagnostics()
-    reader = Reader(config, spans_of(source), problems)
+    part = language_model(config)
+    reader = Reader(part, spans_of(source), problems, () if part is config else (PART,))
     if not (name.isascii() and name.isidentifier()):
         help = "letters, digits and `_`, for example `my_model`"
         problems.error("E384", f"`{name}` cannot name a model", help=help)
@@ -56,7 +61,10 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     generation = _generation(reader)
     reader.finish()
     problems.raise_if_any()
-    about = f"{layers.dense + layers.sparse} layers, from a config.json of {_model_type(config)}"
+    origin = f"a config.json of {model_type(part)}"
+    if part is not config:
+        origin = f"the `{PART}` of a config.json, {model_type(part)}"
+    about = f"{layers.dense + layers.sparse} layers, from {origin}"
     sections = [
         [f"model: {name}", f"about: {about}", f"blocks: [{', '.join(_blocks(family, layers))}]"],
         ["params:", *_titled(params)],
@@ -82,25 +90,18 @@ class Layers:
         return self.sparse + self.mtp > 0
 
 
-def _model_type(config: Mapping[str, Any]) -> Any:
-    """`model_type`, or what `architectures` says where it is absent."""
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else None
-    return config.get("model_type") or ARCHITECTURES.get(str(first), first)
-
-
 def _family(reader: Reader) -> str:
     """ "v3", "v2", or "" for a model of another kind."""
-    model_type = str(_model_type(reader.config))
+    kind = str(model_type(reader.config))
     key = "model_type" if reader.config.get("model_type") else "architectures"
-    family = FAMILIES.get(model_type, "")
+    family = FAMILIES.get(kind, "")
     help = f"known are {', '.join(FAMILIES)}"
-    if model_type in RELATIVES:
-        message = f"`{model_type}` is another model: {RELATIVES[model_type]}"
+    if kind in RELATIVES:
+        message = f"`{kind}` is another model: {RELATIVES[kind]}"
         reader.refuse(key, message, help, "E380")
         return "v3"
     if not family:
-        message = f"{shown(_model_type(reader.config))} is no model of the DeepSeek V2/V3 family"
+        message = f"{shown(model_type(reader.config))} is no model of the DeepSeek V2/V3 family"
         reader.refuse(key, message, help, "E380")
         return ""
     names = reader.config.get("architectures") or []
@@ -113,9 +114,9 @@ def _family(reader: Reader) -> str:
 
 def _layers(reader: Reader) -> Layers:
     count = reader.integer("num_hidden_layers")
-    model_type = str(_model_type(reader.config))
+    kind = str(model_type(reader.config))
     # Youtu has no experts at all; GLM reads `mlp_layer_types` only.
-    dense = {"youtu": count, "glm4_moe_lite": 1}.get(model_type)
+    dense = {"youtu": count, "glm4_moe_lite": 1}.get(kind)
     if reader.take("mlp_layer_types") is not None:
         dense = _leading_dense(reader, count)
     if dense is None:
@@ -123,7 +124,7 @@ def _layers(reader: Reader) -> Layers:
     else:
         reader.only("first_k_dense_replace", [dense], "transformers makes so many layers dense")
     mtp = reader.integer("num_nextn_predict_layers", 0, minimum=0)
-    if mtp and FAMILIES.get(model_type) == "v2":
+    if mtp and FAMILIES.get(kind) == "v2":
         reader.refuse("num_nextn_predict_layers", "DeepSeek-V2 has no MTP modules")
     return Layers(dense, count - dense, mtp)
 

@@ -17,7 +17,7 @@ from dsl.load import Description, load
 from dsl.schema import MTP, LayerGroup
 from dsl.source import Source
 from tests.support.golden import Golden
-from tests.support.published import MOONLIGHT, PUBLISHED, V2, V3, YARN
+from tests.support.published import KIMI_K2, MOONLIGHT, PUBLISHED, V2, V3, YARN
 
 
 def convert(config: dict[str, Any], name: str = "converted") -> str:
@@ -152,6 +152,34 @@ def test_scales_that_are_powers_of_two_stay_so(where: dict[str, Any], tmp_path: 
     assert written["scale_fmt"] == "ue8m0"
     assert "scale_format: ue8m0" in convert(written)
     assert "scale_fmt" not in hf_config(described(convert(V3), tmp_path))
+
+
+@pytest.mark.parametrize("outer", ["kimi_k25", "llava", None])
+def test_the_language_model_of_a_larger_one(outer: str | None, tmp_path: Path) -> None:
+    """Keys of the whole count where the part does not give them."""
+    part = {k: v for k, v in KIMI_K2.items() if k not in ("torch_dtype", "eos_token_id")}
+    whole = {"model_type": outer, "architectures": ["AnyForConditionalGeneration"],
+             "torch_dtype": "float32", "eos_token_id": 7, "bos_token_id": 8, "vision_config": {},
+             "hidden_size": 1}  # fmt: skip
+    text = convert({**whole, "text_config": part})
+    assert "from the `text_config` of a config.json, kimi_k2" in text
+    alone = convert({**KIMI_K2, "torch_dtype": "float32", "eos_token_id": 7})
+    assert text.partition("blocks:")[2] == alone.partition("blocks:")[2]
+    assert described(text, tmp_path).spec.precision.policy == "fp32"
+
+
+def test_what_the_language_model_cannot_be_is_told_in_its_part() -> None:
+    whole = {"model_type": "llava", "text_config": {**KIMI_K2, "hidden_act": "gelu"}}
+    (problem,) = problems(whole)
+    assert problem.span is not None and problem.span.text == '"hidden_act"'
+    part = {k: v for k, v in KIMI_K2.items() if k != "kv_lora_rank"}
+    (problem,) = problems({"model_type": "llava", "text_config": part})
+    assert problem.message == "`text_config` does not give `kv_lora_rank`"
+    for other in ({"model_type": "llama"}, {"model_type": []}, {}, [], None):
+        (problem,) = problems({"model_type": "llava", "text_config": other})
+        assert problem.message == '"llava" is no model of the DeepSeek V2/V3 family'
+    # A model of the family that has other parts, too, is not read as their sum.
+    assert any("`text_config`" in p.message for p in problems({**V3, "text_config": KIMI_K2}))
 
 
 REFUSED: dict[str, Any] = {

@@ -197,6 +197,35 @@ def test_an_mtp_module_of_a_spec_that_the_files_do_not_have(dslc: Run, run: Path
     assert f"the MTP module (layer {module}) is declared" in outcome.err
 
 
+def test_the_language_model_of_a_larger_one_is_imported(dslc: Run, run: Path) -> None:
+    """Its config in `text_config`, its weights under a prefix, and others beside them."""
+    assert dslc("export", run, "--to", "whole").status == 0
+    text = json.loads(Path("whole/config.json").read_text())
+    dtype = text.pop("dtype")
+    config = {"model_type": "llava", "text_config": text, "vision_config": {}, "dtype": dtype}
+    Path("larger").mkdir()
+    Path("larger/config.json").write_text(json.dumps(config))
+    tensors = {f"language_model.{name}": one for name, one in state(Path("whole")).items()}
+    vision = {"vision_tower.conv.weight": torch.ones(2), "model.norm.weight": torch.ones(3)}
+    save_file({**tensors, **vision}, "larger/model.safetensors")
+    outcome = dslc("import", "larger", "--to", "out", "--first-values")
+    assert outcome.status == 0, outcome.err
+    told = "dslc: larger has 2 tensors besides language_model.*, the model: left out\n"
+    assert outcome.err == told
+    whole, out = state(Path("whole")), state(Path("out"))
+    assert whole.keys() == out.keys() and all(torch.equal(whole[n], out[n]) for n in out)
+    assert json.loads(Path("out/config.json").read_text()) == {**text, "dtype": "bfloat16"}
+    assert dslc("init", "--from-hf", "larger", "-o", "text.yaml").status == 0
+    assert (
+        dslc("import", "larger", "--to", "o2", "--first-values", "--spec", "text.yaml").status == 0
+    )
+    # What is missing of it is missing.
+    del tensors["language_model.model.norm.weight"]
+    save_file({**tensors, **vision}, "larger/model.safetensors")
+    outcome = dslc("import", "larger", "--to", "o3", "--first-values")
+    assert outcome.status == 1 and "error[E610]: model.norm.weight: missing\n" in outcome.err
+
+
 def test_weights_in_float16_are_cast(dslc: Run, run: Path) -> None:
     assert dslc("export", run, "--to", "whole").status == 0
     half = without("whole", "half", dtype="float16")
