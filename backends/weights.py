@@ -78,26 +78,38 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
 
     Raises `DiagnosticError` if there is no such model.
     """
-    names, unread = _names(folder)
     notes = []
     if spec is not None:
         config, description = hf_config(spec), spec
     else:
-        source = read_source(folder / CONFIG, str(folder / CONFIG))
-        whole = read_config(source)
-        config, description = {**language_model(whole)}, _described(whole, source)
-        depth = description.spec.architecture.mtp.depth
-        if depth and not unread and not _has_mtp(names, config["num_hidden_layers"]):
+        config = {**language_model(read_config(_config_source(folder)))}
+        description = description_of(folder)
+        if config.get(DEPTH) and not description.spec.architecture.mtp.depth:
             config[DEPTH] = 0
-            description = _described(config, source)
             notes.append(f"{folder} declares MTP modules and holds no tensor of them: left out")
-    tensors = _tensors(lower(description))
+    tensors, (names, _) = _tensors(lower(description)), _names(folder)
     prefix = _prefix(names, tensors)
     others = sum(not name.startswith(prefix) for name in names)
     if others:
         notes.append(f"{folder} has {others} tensors besides {prefix}*, the model: left out")
     beside = _files(folder, BESIDE)
     return Checkpoint(folder, tensors, config, _scale(config), None, prefix, beside, tuple(notes))
+
+
+def description_of(folder: Path) -> Description:
+    """The model of a folder's config.json, called `imported`. Raises `DiagnosticError`.
+
+    Without MTP modules that it declares and no file holds a tensor of.
+    """
+    source = _config_source(folder)
+    config = read_config(source)
+    description = _described(config, source)
+    if description.spec.architecture.mtp.depth:
+        names, unread = _names(folder)
+        part = language_model(config)
+        if not unread and not _has_mtp(names, part["num_hidden_layers"]):
+            return _described({**part, DEPTH: 0}, source)
+    return description
 
 
 def _described(config: Mapping[str, Any], source: Source) -> Description:
@@ -129,6 +141,10 @@ def _prefix(names: Iterable[str], tensors: Iterable[Published]) -> str:
     """What the names in a folder begin with, where the model is a part of a larger one."""
     own = any(one.name.startswith(PREFIX) for one in tensors)
     return PREFIX if not own and any(name.startswith(PREFIX) for name in names) else ""
+
+
+def _config_source(folder: Path) -> Source:
+    return read_source(folder / CONFIG, str(folder / CONFIG))
 
 
 def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:

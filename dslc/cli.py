@@ -12,6 +12,7 @@ import typer
 
 from backends import VERSION
 from dslc.commands import (
+    bench_serve,
     build,
     check,
     diff,
@@ -28,6 +29,7 @@ from dslc.commands import (
     plot,
     sample,
     schema,
+    serve,
     show,
     study,
     tokenizer,
@@ -45,6 +47,7 @@ Examples:
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
   dslc kernels deepseek_v3 --target sm_90  its compiled Triton kernels, without a GPU
   dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
+  dslc serve runs/mini                     the API of OpenAI, and a chat page
   dslc import DeepSeek-V3 --to v3_bf16     published weights, verified, in BF16
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
   dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
@@ -82,10 +85,10 @@ def options(
 
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, study, eval,
-    sample, plot, import_, export, init, schema, ops, explain,
+    sample, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
-    name = command.__name__.rpartition(".")[2].rstrip("_")
+    name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(name, epilog=command.EXAMPLES)(command.run)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import os.path
 import tempfile
 from pathlib import Path
-from types import GenericAlias
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from dslc.options import SetOption, SpecArgument, VariantOption
-from runtime.train.options import declared
+from dslc.options import SetOption, SpecArgument, VariantOption, with_declared
+from runtime.train.options import Options
 
 EXAMPLES = """
 \b
@@ -60,31 +58,4 @@ def run(
     raise typer.Exit(status)
 
 
-def with_options() -> inspect.Signature:
-    """The parameters that typer reads: the options of training in place of `given`."""
-    spec, sets, variants, _ = inspect.signature(run, eval_str=True).parameters.values()
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=inspect.Parameter.empty if name == "out" else None,
-            annotation=Annotated[
-                GenericAlias(list, (kind,)) if repeatable else kind,
-                typer.Option(
-                    help=option.help,
-                    metavar=option.metavar,
-                    min=option.minimum,
-                    max=option.maximum,
-                    show_default=False,
-                ),
-            ],
-        )
-        for name, kind, repeatable, option in declared()
-    ]
-    required = [spec, *(one for one in options if one.default is one.empty)]
-    return inspect.Signature(
-        [*required, *(one for one in options if one.default is None), sets, variants]
-    )
-
-
-run.__signature__ = with_options()  # type: ignore[attr-defined]
+run.__signature__ = with_declared(run, Options)  # type: ignore[attr-defined]

@@ -35,7 +35,7 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
     try:
         name = model.config.model
         about = f"Train {name} on text. The same command resumes a run that was stopped."
-        return train(model, parse(f"python -m {name}.train", about, arguments))
+        return train(model, parse(Options, f"python -m {name}.train", about, arguments))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,8 +18,8 @@ from tests.support.places import ROOT
 
 COMMANDS = (
     "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",
-    "train", "study", "eval", "sample", "plot", "import", "export", "init", "schema", "ops",
-    "explain",
+    "train", "study", "eval", "sample", "serve", "bench-serve", "plot", "import", "export", "init",
+    "schema", "ops", "explain",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_help_names_every_command_and_shows_examples(dslc: Run) -> None:
     outcome = dslc("--help")
     assert outcome.status == 0
     listed = outcome.out.split("Commands:")[1].split("Examples:")[0]
-    assert re.findall(r"^  (\w+) ", listed, re.M) == list(COMMANDS)
+    assert re.findall(r"^  ([\w-]+) ", listed, re.M) == list(COMMANDS)
     assert "dslc build specs/deepseek_v3.yaml" in outcome.out
 
 
@@ -58,7 +58,7 @@ def test_help_is_instant_and_loads_no_stage() -> None:
 
 def test_commands_import_stages_only_where_they_run() -> None:
     for command in COMMANDS:
-        name = f"{command}_" if keyword.iskeyword(command) else command
+        name = f"{command}_" if keyword.iskeyword(command) else command.replace("-", "_")
         path = ROOT / "dslc" / "commands" / f"{name}.py"
         tree = ast.parse(path.read_text(encoding="utf-8"))
         modules = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
