@@ -69,7 +69,8 @@ def using_source(
     """The same, with the folder that holds the package, for a run or a folder of weights; whether
     it is a run. For weights the package is built, from their config.json or `spec`."""
     from backends.build import build
-    from backends.weights import description_of, is_run
+    from backends.read import is_run
+    from backends.weights import description_of
     from dslc.report import reporting
     from dslc.specs import read
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import config
 from ..model import LanguageModel
 from ..shards import LoadError
 from ..train.command import open_run
@@ -181,8 +182,7 @@ def end_tokens(model: type[LanguageModel], folder: Path) -> frozenset[int]:
         ids = found if isinstance(found, list) else [found]
         if ids and all(type(id) is int for id in ids):
             return frozenset(ids)
-    own = model.config.sequence.eos_token_id
-    return frozenset() if own is None else frozenset({own})
+    return frozenset(config.end_tokens(model.config))
 
 
 def fingerprint(model: type[LanguageModel], folder: Path, options: Options) -> str:

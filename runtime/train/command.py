@@ -14,6 +14,7 @@ from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
 from .interrupt import run_lock
+from .memory import LESS, shortage
 from .options import Options, parse
 from .ranks import init_process_groups, on_rank0
 from .run import Run, read_record
@@ -37,8 +38,12 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
         return 1
 
 
-def train(model: type[LanguageModel], options: Options) -> int:
+def train(
+    model: type[LanguageModel], options: Options, made_from: Mapping[str, Any] | None = None
+) -> int:
     """The same with options, for one process or a rank that torchrun started.
+
+    `made_from` says in run.json which spec the package was built of, with which changes.
 
     Raises TrainError if training fails; of several ranks, only rank 0 does, the others return 1.
     """
@@ -46,7 +51,7 @@ def train(model: type[LanguageModel], options: Options) -> int:
         try:
             with ExitStack() as held:
                 on_rank0(ranks.control, lambda: held.enter_context(run_lock(options.out)))
-                stopped = Run(model, options, ranks).train()
+                stopped = Run(model, options, ranks, made_from).train()
         except (TrainError, OSError) as error:
             if not ranks.is_rank0:
                 return 1
@@ -54,6 +59,12 @@ def train(model: type[LanguageModel], options: Options) -> int:
                 raise
             reason = error.strerror or error
             raise TrainError(f"cannot write {options.out}: {reason}") from None
+        except (MemoryError, RuntimeError) as error:
+            told = shortage(error)
+            if told is None:
+                raise
+            kept = f"; {options.out} resumes from its newest checkpoint"
+            raise TrainError(f"{told}; {LESS}{kept if read_record(options.out) else ''}") from None
     return 128 + stopped if stopped else 0
 
 

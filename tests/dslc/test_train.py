@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Run
-from tests.support.places import ROOT
+from tests.support.places import ROOT, TINY
 
 SETS = [
     "params.hidden_size=32",
@@ -54,6 +54,29 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     assert outcome.out.startswith("ROMEO:")
     assert dslc(*words).out == outcome.out
     assert dslc(*words, "--seed", "1").out != outcome.out
+
+
+def test_a_run_says_what_it_was_started_with(dslc: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes((ROOT / "data/tinyshakespeare.txt").read_bytes()[:4000])
+    spec = tmp_path / "study.yaml"
+    values = "".join(f"  {one.replace('=', ': ')}\n" for one in SETS)
+    variants = "variants:\n  short: {train.steps: 1}\n  slow: {train.learning_rate: 1e-3}\n"
+    spec.write_text(f"extends: {TINY}\nmodel: varied\nset:\n{values}{variants}")
+    words = ["train", str(spec), "--out", "run", "--variant", "short", "--variant", "slow"]
+    outcome = dslc(*words, "--set", "train.ema=0.9", "--data", str(text))
+    assert outcome.status == 0, outcome.err
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["variants"] == ["short", "slow"] and record["set"] == ["train.ema=0.9"]
+    assert record["spec"] == str(spec)
+    # Another spec of the same run, which goes on.
+    assert (
+        dslc(
+            "train", str(spec), "--out", "run", "--variant", "slow", "--set", "train.steps=2"
+        ).status
+        == 0
+    )
+    assert json.loads(Path("run/run.json").read_text())["variants"] == ["slow"]
 
 
 @pytest.mark.slow

@@ -100,24 +100,36 @@ def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None
     assert sampled == "5"
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    package: Any, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: Any,
+    text: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: signal.Signals,
 ) -> None:
-    """Ctrl-C in the third step: it is finished and saved."""
+    """Ctrl-C in the third step: it is finished and saved, which is told."""
     trainer = part(package, "trainer").Trainer
     step = trainer.step
 
     def interrupted(self: Any) -> Any:
         if self.position.steps == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), stop)
         return step(self)
 
     out = tmp_path / "run"
     monkeypatch.setattr(trainer, "step", interrupted)
-    assert train(package, out, "--data", text) == 128 + signal.SIGINT
+    assert train(package, out, "--data", text) == 128 + stop
     monkeypatch.undo()
+    place = out / "checkpoints" / "step-00000003"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped by {stop.name} after step 3; saved {place}, from which the same command resumes"
+    )
     assert [line["step"] for line in lines(out)] == [1, 2, 3]
     assert train(package, out) == 0
+    assert "stopped by" not in capsys.readouterr().err
     assert content(out) == content(whole)
     ours = [line | {"seconds": 0} for line in lines(out) if "main" in line]
     theirs = [line | {"seconds": 0} for line in lines(whole) if "main" in line]
