@@ -63,5 +63,5 @@ $(READY): pyproject.toml
 	rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[torch,train,study,dev]'
+	$(BIN)/pip install --quiet --editable '.[torch,train,serve,study,dev]'
 	touch $@

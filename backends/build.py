@@ -108,13 +108,14 @@ def package(
         ),
         "model.py": model_py(compiled, about=about, **emitted),
         "config.py": config_py(description, plan, **facts),
-        "train.py": render(
-            "torch/train.py.jinja",
+    }
+    for name in ("train", "serve"):
+        texts[f"{name}.py"] = render(
+            f"torch/{name}.py.jinja",
             model=description.spec.model,
             spec=docstring(spec),
             version=VERSION,
-        ),
-    }
+        )
     folder = Path(runtime.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         texts[f"runtime/{path.relative_to(folder).as_posix()}"] = path.read_text(encoding="utf-8")

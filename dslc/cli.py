@@ -12,6 +12,7 @@ import typer
 
 from backends import VERSION
 from dslc.commands import (
+    bench_serve,
     build,
     check,
     diff,
@@ -19,6 +20,7 @@ from dslc.commands import (
     eval,
     explain,
     export,
+    generate,
     graph,
     import_,
     init,
@@ -28,8 +30,8 @@ from dslc.commands import (
     passes,
     plan,
     plot,
-    sample,
     schema,
+    serve,
     show,
     study,
     tokenizer,
@@ -47,6 +49,7 @@ Examples:
   dslc build deepseek_v3 --set params.n_routed_experts=128 -o build/v3_128
   dslc kernels deepseek_v3 --target sm_90  its compiled Triton kernels, without a GPU
   dslc train deepseek_v3_mini --data data/tinyshakespeare.txt --out runs/mini
+  dslc serve runs/mini                     the API of OpenAI, and a chat page
   dslc import DeepSeek-V3 --to v3_bf16     published weights, verified, in BF16
   dslc graph deepseek_v3_tiny --block MLA  the equations as the compiler sees them
   dslc diff deepseek_v2_236b deepseek_v3   what differs between two models
@@ -84,17 +87,21 @@ def options(
 
 COMMANDS = (
     check, show, plan, dryrun, graph, passes, diff, build, kernels, tune, tokenizer, train, launch,
-    study, eval, sample, plot, import_, export, init, schema, ops, explain,
+    study, eval, generate, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
-    name = command.__name__.rpartition(".")[2].rstrip("_")
+    name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(name, epilog=command.EXAMPLES)(command.run)
+app.command("sample", hidden=True)(generate.run)  # its former name
 
 
 def main() -> None:
     """Runs the command line and exits; no traceback unless DSLC_DEBUG is set."""
     # The process lives for half a second: garbage collection would take a sixth of it.
     gc.disable()
+    # Threads that wait for one another in a loop keep other runs on the machine from the cores:
+    # of two trainings at once each was tens of times slower. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = run()
     except KeyboardInterrupt:
@@ -102,16 +109,27 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DSLC_DEBUG"):
             traceback.print_exc()
-        print(
-            f"dslc: internal error: {type(error).__name__}: {error}\n"
-            "This is a bug in dslc, not in your spec. Please report it with the spec and the "
-            "command; DSLC_DEBUG=1 prints the traceback.",
-            file=sys.stderr,
-        )
-        status = 70
+        status = report(error)
     finally:
         gc.enable()
     sys.exit(status)
+
+
+def report(error: Exception) -> int:
+    """Prints an error that no command expected; returns the exit status."""
+    from runtime.train.memory import shortage
+
+    told = shortage(error)
+    if told is not None:
+        print(f"dslc: {told}", file=sys.stderr)
+        return 1
+    print(
+        f"dslc: internal error: {type(error).__name__}: {error}\n"
+        "This is a bug in dslc, not in your spec. Please report it with the spec and the "
+        "command; DSLC_DEBUG=1 prints the traceback.",
+        file=sys.stderr,
+    )
+    return 70
 
 
 def run() -> str | int | None:

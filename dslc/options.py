@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection
 from enum import StrEnum
-from typing import Annotated
+from types import GenericAlias
+from typing import Annotated, Any
 
 import typer
+
+from runtime.train.options import declared
 
 
 class Format(StrEnum):
@@ -41,9 +46,12 @@ SetOption = Annotated[
     ),
 ]
 VariantOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--variant", metavar="NAME", help="Use a variant of the spec.", show_default=False
+        "--variant",
+        metavar="NAME",
+        help="Use a variant of the spec. Repeatable: variants combine.",
+        show_default=False,
     ),
 ]
 SkipOption = Annotated[
@@ -67,3 +75,37 @@ UntilOption = Annotated[
 FormatOption = Annotated[
     Format, typer.Option("--format", help="Print text, or JSON on standard output.")
 ]
+
+
+def with_declared(
+    run: Callable[..., Any], options: type[Any], without: Collection[str] = ()
+) -> inspect.Signature:
+    """The parameters that typer reads: those of `run`, with declared options in place of `given`.
+
+    What must be given comes first.
+    """
+    own = inspect.signature(run, eval_str=True).parameters.values()
+    found = [one for one in own if one.kind is not one.VAR_KEYWORD]
+    needed = [one for one in found if one.default is one.empty]
+    others = [one for one in found if one.default is not one.empty]
+    for one in declared(options):
+        if one.name in without:
+            continue
+        option = typer.Option(
+            f"--{one.name.replace('_', '-')}",
+            help=one.option.help,
+            metavar=one.option.metavar,
+            min=one.option.minimum,
+            max=one.option.maximum,
+            show_default=False,
+        )
+        parameter = inspect.Parameter(
+            one.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if one.required else None,
+            annotation=Annotated[
+                GenericAlias(list, (one.kind,)) if one.repeatable else one.kind, option
+            ],
+        )
+        (needed if one.required else others).append(parameter)
+    return inspect.Signature([*needed, *others])

@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,15 @@ from typing import Any
 
 import typer
 
+TRAIN, SERVE = "runtime.train.command", "runtime.serve.command"
+GENERATE = "runtime.serve.offline"
+"""What packages are used for."""
+NEEDS = "a built model needs torch and safetensors"
+
 
 @contextmanager
-def using(parent: Path, package: str) -> Iterator[Any]:
-    """The module `runtime.train.command` of a package in `parent`, and the package's `Model`.
+def using(parent: Path, package: str, what: str = TRAIN) -> Iterator[Any]:
+    """The module `what` of a package in `parent`, and the package's `Model`.
 
     A TrainError of the package is printed and ends the command with status 1.
     """
@@ -27,10 +33,13 @@ def using(parent: Path, package: str) -> Iterator[Any]:
         del sys.modules[name]
     sys.path.insert(0, str(parent.resolve()))
     try:
-        command = importlib.import_module(f"{package}.runtime.train.command")
+        command = importlib.import_module(f"{package}.{what}")
         model = importlib.import_module(package).Model
     except ModuleNotFoundError as error:
-        print(f"error: {error}: a built model needs torch and safetensors", file=sys.stderr)
+        # The name is of a module that the package lacks, or of a library.
+        older = (error.name or "").startswith(f"{package}.")
+        needs = "the package was built by an older dslc" if older else NEEDS
+        print(f"error: {error}: {needs}", file=sys.stderr)
         raise typer.Exit(1) from None
     finally:
         sys.path.pop(0)
@@ -42,12 +51,39 @@ def using(parent: Path, package: str) -> Iterator[Any]:
 
 
 @contextmanager
-def using_run(run: Path) -> Iterator[Any]:
+def using_run(run: Path, what: str = TRAIN) -> Iterator[Any]:
     """The same for the package that a run holds."""
     try:
         package = json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         print(f"error: {run} is not a dslc run directory: run.json cannot be read", file=sys.stderr)
         raise typer.Exit(1) from None
-    with using(run, str(package)) as found:
+    with using(run, str(package), what) as found:
         yield found
+
+
+@contextmanager
+def using_source(
+    source: Path, spec: str | None, what: str
+) -> Iterator[tuple[Any, Any, Path, bool]]:
+    """The same, with the folder that holds the package, for a run or a folder of weights; whether
+    it is a run. For weights the package is built, from their config.json or `spec`."""
+    from backends.build import build
+    from backends.read import is_run
+    from backends.weights import description_of
+    from dslc.report import reporting
+    from dslc.specs import read
+
+    with reporting():
+        trained = is_run(source)
+    if trained:
+        with using_run(source, what) as (command, model):
+            yield command, model, source, True
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        parent = Path(folder)
+        with reporting():
+            found = description_of(source) if spec is None else read(spec, None, None)
+            build(found, parent / found.spec.model)
+        with using(parent, found.spec.model, what) as (command, model):
+            yield command, model, parent, False

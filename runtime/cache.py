@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,14 @@ class Cache:
         buffer.narrow(1, old, entry.shape[1]).copy_(entry.detach())
         self._lengths[key] = length
         return buffer.narrow(1, 0, length)
+
+    def attend(self, attention: Callable[..., Tensor], *operands: Tensor, scale: float) -> Tensor:
+        """`attention` of queries to what `append` returned, both among the operands."""
+        return attention(*operands, scale=scale)
+
+    def last(self, x: Tensor) -> Tensor:
+        """Of states x [batch, new, hidden] those whose next token is asked for: [batch, hidden]."""
+        return x[:, -1]
 
     @property
     def bytes(self) -> int:

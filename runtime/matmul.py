@@ -7,7 +7,8 @@ ms against 0.97 on one core of a Zen 5), and for bfloat16 torch takes it anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,28 @@ BUCKET = 32
 rows of 512 by 256. Routing brings new numbers with every batch; rounded up, they are few."""
 
 
+_invariant = False
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within it, a row's bits do not depend on the other rows of a call, nor on how many."""
+    global _invariant
+    before, _invariant = _invariant, True
+    try:
+        yield
+    finally:
+        _invariant = before
+
+
+def is_batch_invariant() -> bool:
+    return _invariant
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` for x [..., in] and weight [out, in], of any strides: [..., out]."""
+    if _invariant:
+        return _row_invariant(x, weight)
     many = x.numel() > FEW * x.shape[-1] or weight.numel() >= LARGE
     if many and x.numel() and _suits_onednn(x):
         return _onednn(x, weight)
@@ -40,6 +61,13 @@ def grouped_product(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         out = x.new_empty(len(x), weight.shape[1])
+        if _invariant:
+            start = 0
+            for expert, end in enumerate(offs.tolist()):
+                if end > start:
+                    out[start:end] = _row_invariant(x[start:end], weight[expert])
+                start = end
+            return out
         if len(x) <= FEW:
             _row_by_row(x, offs, weight, out)
             return out
@@ -106,6 +134,75 @@ def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:
             slice(start - first, end - first),
         )
         start = end
+
+
+def _row_invariant(x: Tensor, weight: Tensor) -> Tensor:
+    """`product`, each row with the bits that it has in any call."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = by_rows(lambda part: torch_f.linear(part, weight), rows, weight)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+TILE = 32
+"""Rows of a call, at most, where no row's bits may depend on how many there are."""
+
+FILLED = 4
+"""Rows that a call may be filled up to, at most: what one row alone costs."""
+
+_AGREEING: dict[tuple[object, ...], tuple[int, int]] = {}
+"""From how many rows on to how many all calls agree, for a kind of product."""
+
+
+def by_rows(compute: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """`compute(x)`, a product of rows x [n, ...] with `weight`, each row with the same bits for any
+    n: in calls of such sizes as agree, the last of which is filled up."""
+    key = (weight.shape, weight.stride(), weight.dtype, weight.device, torch.get_num_threads())
+    sizes = _AGREEING.get(key)
+    if sizes is None:
+        sizes = _AGREEING[key] = _agreeing_sizes(compute, x)
+    return _in_parts(compute, x, *sizes)
+
+
+def _in_parts(compute: Callable[[Tensor], Tensor], x: Tensor, fewest: int, most: int) -> Tensor:
+    rows = x.shape[0]
+    if rows > most:
+        return torch.cat([_in_parts(compute, part, fewest, most) for part in x.split(most)])
+    if rows >= fewest:
+        return compute(x)
+    if rows == 1:  # any rows may fill it up: the same one is the cheapest
+        return compute(x.expand(fewest, *x.shape[1:]))[:1]
+    filled = x.new_zeros(fewest, *x.shape[1:])
+    filled[:rows] = x
+    return compute(filled)[:rows]
+
+
+def _agreeing_sizes(compute: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, int]:
+    """The numbers of rows, from the first to the second, for which a row has the same bits.
+
+    Libraries have a kernel for one row, others for few and for many, which sum in different orders:
+    MKL, for one, has borders at 2, and between 3 and 16 by the shape. Every number is tried, once
+    for each shape; of the ranges that begin with few rows the longest is taken. One row at a time
+    is always a range, and the only one where the place in a call matters.
+    """
+    shape = (TILE, *like.shape[1:])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    same = x[:1].expand(shape).contiguous()
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)  # at another address
+    found = [compute(x[:n]) for n in range(1, TILE + 1)]
+    alike = [
+        all(torch.equal(row, found[n - 1][0]) for row in compute(same[:n]))
+        and torch.equal(compute(shifted[:n]), found[n - 1])
+        for n in range(1, TILE + 1)
+    ]
+    ranges = [(1, 1)]
+    for most in range(2, TILE + 1):
+        fewest = most
+        whole = found[most - 1]
+        while fewest and alike[fewest - 1] and torch.equal(found[fewest - 1], whole[:fewest]):
+            fewest -= 1
+        if fewest < min(most, FILLED):
+            ranges.append((fewest + 1, most))
+    return max(ranges, key=lambda sizes: sizes[1])
 
 
 def grouped_mm_takes(*factors: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -91,6 +92,13 @@ class LanguageModel(CheckpointModule, ABC):
             self.to_empty(device=device)
             initialize(self, seed)
 
+    draft_offset: ClassVar[int | None] = None
+    """From the position of a state to that which `draft` takes; None where nothing can draft."""
+
+    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Scores of the token after the next one, by an MTP module. Raises ValueError without."""
+        raise ValueError(f"{self.config.model} has no MTP module that could draft")
+
     @property
     def whole(self) -> LanguageModel:
         """The model; of one that holds a share, all of it, without weights."""
@@ -158,7 +166,7 @@ class LanguageModel(CheckpointModule, ABC):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        eos_token_id: int | Literal["config"] | None = "config",
+        eos_token_id: int | Sequence[int] | Literal["config"] | None = "config",
     ) -> Tensor:
         """Continues tokens [batch, seq]; see `generate.generate`."""
         return generate(self, tokens, max_new_tokens, temperature, top_p, seed, eos_token_id)

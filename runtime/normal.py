@@ -78,6 +78,14 @@ def fill_normal(
         part.copy_(numbers.mul_(std).add_(mean).view(part.shape))
 
 
+def uniform(count: int, key: Key) -> Tensor:
+    """Numbers 0 to `count` - 1 of a key, uniform between 0 and 1, neither included: float64
+    [count], on the CPU."""
+    x = torch.arange(count, dtype=torch.int32) + _int32(key[0])
+    _hash(x, key, torch.empty_like(x))
+    return (x.double() + (2.0**31 + 0.5)) / 2.0**32
+
+
 def _chunks(
     out: Tensor, start: int, strides: Sequence[int], size: int
 ) -> Iterator[tuple[Tensor, int]]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, sources
+from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, ruled, sources
 from tests.support.places import ROOT
 
 # Building V3 must start and end before importing any of these would have.
@@ -16,11 +16,11 @@ HEAVY = ("torch", "triton", "numpy", "networkx", "sympy", "transformers", "panda
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_a_folder_imports_only_the_stages_before_it(folder: str) -> None:
-    assert sources(folder), f"{folder}/ holds no Python: this test would pass on nothing"
+    assert ruled(folder), f"{folder}/ holds no Python: this test would pass on nothing"
     allowed = MAY_IMPORT[folder] | LIBRARIES[folder] | set(sys.stdlib_module_names)
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
-        for path in sources(folder)
+        for path in ruled(folder)
         for line, level, module in imports(path)
         if level == 0 and module.split(".")[0] not in allowed
     ]
@@ -37,6 +37,18 @@ def test_runtime_imports_itself_only_relatively_and_never_leaves_its_folder() ->
     ]
     assert not wrong, "\n".join(wrong)
     assert not imports(ROOT / "runtime" / "__init__.py"), "locating the folder would load torch"
+
+
+def test_nothing_of_runtime_imports_serving() -> None:
+    """A build that is not served needs no library of a server."""
+    found = []
+    for path in ruled("runtime"):
+        parts = path.relative_to(ROOT).parts
+        for line, level, module in imports(path):
+            name = ".".join((*parts[: len(parts) - level], module)) if level else module
+            if name.startswith("runtime.serve"):
+                found.append(f"{path.relative_to(ROOT)}:{line}")
+    assert not found
 
 
 def test_no_file_is_a_drawer_for_leftovers() -> None:

@@ -10,6 +10,7 @@ from backends.torch.names import identifier
 from backends.torch.sizes import literal
 from backends.torch.statements_grad import GRADIENTS
 from compiler.graph.core import Op
+from compiler.graph.types import Dim
 from compiler.ops.base import dims_of
 
 
@@ -147,8 +148,17 @@ def _drop_last(e: Emitter, op: Op) -> None:
 
 
 def _last_entry(e: Emitter, op: Op) -> None:
-    at = index_of(op.operands[0].type, "seq")
-    e.assign(op, f"{e.operand(op, 0)}[{':, ' * at}-1]")
+    """Which positions are scored, the cache says: with pages, rows of several sequences."""
+    e.assign(op, f"cache.last({e.operand(op, 0)})")
+
+
+def _attention(e: Emitter, op: Op) -> None:
+    """Of a decoder by the cache, which knows where the keys of each sequence are."""
+    arguments = ", ".join([e.operands(op), *e.named(op, "scale")])
+    if op.operands[-1].type.dims[1] == Dim("context"):
+        e.assign(op, f"cache.attend(F.{op.kind}, {arguments})")
+    else:
+        e.assign(op, f"F.{op.kind}({arguments})")
 
 
 def _cast(e: Emitter, op: Op) -> None:
@@ -271,13 +281,13 @@ STATEMENTS: Mapping[str, Emit] = {
     "rotate": call_f("rotate"),
     "rotate_last": call_f("rotate_last"),
     "join_rotated": call_f("join_rotated"),
-    "attention": call_f("attention", "scale"),
+    "attention": _attention,
     "document_attention": call_f("document_attention", "scale"),
     "cache_append": _cache_append,
     "topk_groups": _gate,
     "gate": _gate,
     "gate_saving": _gate,
-    "latent_attention": call_f("latent_attention", "scale"),
+    "latent_attention": _attention,
     "head_linear": _head_linear,
     "experts": _experts,
     "permute": _permute,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
+import os.path
 import tempfile
 from pathlib import Path
-from types import GenericAlias
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from dslc.options import SetOption, SpecArgument, VariantOption
-from runtime.train.options import declared
+from dslc.options import SetOption, SpecArgument, VariantOption, with_declared
+from runtime.train.options import Options
 
 EXAMPLES = """
 \b
@@ -31,7 +30,7 @@ Several ranks: by the section `parallel` of the spec, or with data parallelism w
 
 
 def run(
-    spec: SpecArgument, sets: SetOption = None, variant: VariantOption = None, **given: Any
+    spec: SpecArgument, sets: SetOption = None, variants: VariantOption = None, **given: Any
 ) -> None:
     """Train a model on text; the same command resumes a run that was stopped.
 
@@ -46,39 +45,17 @@ def run(
     options["data"] = tuple(options.get("data", ()))
     with tempfile.TemporaryDirectory() as folder:
         with reporting():
-            description = read(spec, sets, variant)
+            description = read(spec, sets, variants)
             name = description.spec.model
+            made_from = {
+                "spec": os.path.abspath(description.composed.sources[-1].path or spec),
+                "variants": variants or [],
+                "set": sets or [],
+            }
             build(description, Path(folder) / name)
         with using(Path(folder), name) as (command, model):
-            status = command.train(model, command.Options(**options))
+            status = command.train(model, command.Options(**options), made_from)
     raise typer.Exit(status)
 
 
-def with_options() -> inspect.Signature:
-    """The parameters that typer reads: the options of training in place of `given`."""
-    spec, sets, variant, _ = inspect.signature(run, eval_str=True).parameters.values()
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=inspect.Parameter.empty if name == "out" else None,
-            annotation=Annotated[
-                GenericAlias(list, (kind,)) if repeatable else kind,
-                typer.Option(
-                    help=option.help,
-                    metavar=option.metavar,
-                    min=option.minimum,
-                    max=option.maximum,
-                    show_default=False,
-                ),
-            ],
-        )
-        for name, kind, repeatable, option in declared()
-    ]
-    required = [spec, *(one for one in options if one.default is one.empty)]
-    return inspect.Signature(
-        [*required, *(one for one in options if one.default is None), sets, variant]
-    )
-
-
-run.__signature__ = with_options()  # type: ignore[attr-defined]
+run.__signature__ = with_declared(run, Options)  # type: ignore[attr-defined]

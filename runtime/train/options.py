@@ -1,11 +1,14 @@
-"""The options of training, declared once for `python -m MODEL.train` and `dslc train`."""
+"""The options of training, declared once for `python -m MODEL.train` and `dslc train`.
+
+How they are declared and read serves `python -m MODEL.serve`, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -59,31 +62,62 @@ FIXED: Mapping[str, Any] = {"weights": None, "tokenizer": "bytes", "held_out": 0
 """Options that cannot change during the life of a run, with their defaults."""
 
 
-def declared() -> Iterator[tuple[str, Any, bool, Option]]:
-    """Of every option its name, the type of a value, whether it is repeatable, and its help."""
-    for name, hint in get_type_hints(Options, include_extras=True).items():
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option: its name, the type of a value, whether it is repeatable or must be given."""
+
+    name: str
+    kind: Any
+    repeatable: bool
+    required: bool
+    option: Option
+
+
+def declared(options: type[Any]) -> Iterator[Declared]:
+    """The options that a dataclass declares."""
+    required = {one.name for one in fields(options) if one.default is MISSING}
+    for name, hint in get_type_hints(options, include_extras=True).items():
         kind, option = get_args(hint)
-        yield name, (get_args(kind) or (kind,))[0], get_origin(kind) is tuple, option
+        value = (get_args(kind) or (kind,))[0]
+        yield Declared(name, value, get_origin(kind) is tuple, name in required, option)
 
 
-def parse(program: str, description: str, arguments: Sequence[str] | None) -> Options:
+def parse(
+    options: type[T],
+    program: str,
+    description: str,
+    arguments: Sequence[str] | None,
+    examples: str = "",
+) -> T:
     """The options of a command line (sys.argv by default); ends the process on wrong usage."""
     import argparse  # here: dslc, which has a parser of its own, starts faster without
 
-    parser = argparse.ArgumentParser(prog=program, description=description)
-    for name, kind, repeatable, option in declared():
-        more: dict[str, Any] = {"nargs": "+", "action": "extend"} if repeatable else {}
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    listed = list(declared(options))
+    for one in listed:
+        more: dict[str, Any] = {"nargs": "+", "action": "extend"} if one.repeatable else {}
+        if one.kind is bool:
+            more = {"action": "store_true"}
+        else:
+            more |= {"type": _bounded(one.kind, one.option), "metavar": one.option.metavar}
         parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            required=name == "out",
+            f"--{one.name.replace('_', '-')}",
+            required=one.required,
             default=argparse.SUPPRESS,
-            type=_bounded(kind, option),
-            metavar=option.metavar,
-            help=option.help,
+            help=one.option.help,
             **more,
         )
     given = vars(parser.parse_args(arguments))
-    return Options(**{**given, "data": tuple(given.get("data", ()))})
+    lists = {one.name: tuple(given.get(one.name, ())) for one in listed if one.repeatable}
+    return options(**{**given, **lists})
 
 
 def _bounded(kind: Any, option: Option) -> Any:

@@ -10,7 +10,7 @@ from backends.triton.target import TARGETS
 from compiler.pipeline import PIPELINES
 from dsl.load import load
 from tests.support.documents import tables
-from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, sources
+from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, ruled, sources
 from tests.support.places import ROOT, TINY
 
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def test_the_table_of_folders_is_the_rule_that_is_tested() -> None:
         assert named or rows[folder][2] == "nothing"
         used = {
             module.split(".")[0]
-            for path in sources(folder)
+            for path in ruled(folder)
             for _, level, module in imports(path)
             if level == 0
         }

@@ -97,10 +97,14 @@ class Browser:
 
     def open(self, path: Path, hash: str = "") -> None:
         """Loads a file and waits until it is there."""
+        self.visit(path.as_uri() + hash)
+
+    def visit(self, url: str) -> None:
+        """The same for any address."""
         # From another page, so that it is loaded anew also where only the address inside changes.
-        for url in ("about:blank", path.as_uri() + hash):
+        for address in ("about:blank", url):
             self._events.clear()
-            self.send("Page.navigate", url=url)
+            self.send("Page.navigate", url=address)
             while not any(e["method"] == "Page.loadEventFired" for e in self._events):
                 self._events.append(self._receive())
 

@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "backends": {"dsl", "compiler", "backends", "runtime"},
     "dslc": {"dsl", "compiler", "backends", "runtime", "specs", "dslc"},
     "runtime": set[str](),
+    # Imported by nothing but `serve.py` of a build and the command that serves.
+    "runtime/serve": set[str](),
     "specs": {"specs"},
 }
 
@@ -27,12 +29,30 @@ LIBRARIES = {
     "backends": {"jinja2", "torch", "triton"},
     "dslc": {"typer", "matplotlib", "scipy"},
     "runtime": {"torch", "safetensors", "tokenizers"},
+    "runtime/serve": {
+        "torch",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "pydantic",
+        "pydantic_core",
+        "jinja2",
+        "prometheus_client",
+        "llguidance",
+        "tokenizers",
+    },
     "specs": set[str](),
 }
 
 
 def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+def ruled(folder: str) -> list[Path]:
+    """The files that the rules of a folder hold for: not those of a folder within with its own."""
+    inner = [ROOT / other for other in MAY_IMPORT if other.startswith(f"{folder}/")]
+    return [p for p in sources(folder) if not any(p.is_relative_to(other) for other in inner)]
 
 
 def imports(path: Path) -> list[tuple[int, int, str]]:

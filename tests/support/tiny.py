@@ -10,6 +10,7 @@ from runtime import functional as F
 from runtime.cache import Cache
 from runtime.config import Phase, Schedule, freeze
 from runtime.model import LanguageModel, Loss, Output
+from runtime.pages import Pages
 from runtime.weights import Block, Joined, Stack, Tensors, normal, ones, zeros
 
 CONFIG = freeze(
@@ -26,6 +27,8 @@ CONFIG = freeze(
     }
 )
 STD = 0.1
+SCALE = 0.264642258
+"""24^-0.5 times the square of YaRN's 0.1 ln(4) + 1"""
 
 
 def linear(out: int, in_: int) -> Tensors:
@@ -76,17 +79,21 @@ class MLA(Block):
         kv = F.linear(c_kv, self.kv_b_proj.weight).unflatten(-1, (2, 28))
         k_nope, v = kv.split((16, 12), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(-1, -1, 2, -1)), -1)
-        # 24^-0.5 times the square of YaRN's 0.1 ln(4) + 1
-        o = F.attention(q, k, v, scale=0.264642258)
+        o = F.attention(q, k, v, scale=SCALE)
         return F.linear(o.flatten(-2), self.o_proj.weight)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         return self.outputs(*self.inputs(x, position))
 
-    def decode(self, x: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    def decode(self, x: Tensor, position: Tensor, cache: Cache | Pages) -> Tensor:
         q, c_kv, k_rope = self.inputs(x, position)
         c_kv, k_rope = cache.append(self, c_kv=c_kv, k_rope=k_rope)
-        return self.outputs(q, c_kv, k_rope)
+        q_nope, q_rope = q.split((16, 8), dim=-1)
+        weight = self.kv_b_proj.weight
+        q_latent = F.head_linear(q_nope, weight, (0, 16), transposed=True)
+        o = cache.attend(F.latent_attention, q_latent, q_rope, c_kv, k_rope, scale=SCALE)
+        o = F.head_linear(o, weight, (16, 28), transposed=False)
+        return F.linear(o.flatten(-2), self.o_proj.weight)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -152,7 +159,7 @@ class DecoderLayer(Block):
         self.post_attention_layernorm = norm(64)
 
     def forward(
-        self, x: Tensor, position: Tensor, cache: Cache | None = None
+        self, x: Tensor, position: Tensor, cache: Cache | Pages | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         normed = F.rms_norm(x, self.input_layernorm.weight, eps=1e-6)
         if cache is None:
@@ -228,7 +235,7 @@ class Model(LanguageModel):
         self.lm_head = linear(96, 64)
 
     def hidden(
-        self, tokens: Tensor, position: Tensor, cache: Cache | None = None
+        self, tokens: Tensor, position: Tensor, cache: Cache | Pages | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         balances, loads = [], []
@@ -239,18 +246,24 @@ class Model(LanguageModel):
                 loads.append(load)
         return F.rms_norm(x, self.model.norm.weight, eps=1e-6), balances, loads
 
+    def look_ahead(
+        self, h: Tensor, tokens: Tensor, position: Tensor, cache: Cache | Pages | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The MTP module, of states and the tokens after them."""
+        mtp = self.model.layers[2]
+        e = F.embedding(tokens, self.model.embed_tokens.weight)
+        e = F.rms_norm(e, mtp.enorm.weight, eps=1e-6)
+        both = torch.cat((e, F.rms_norm(h, mtp.hnorm.weight, eps=1e-6)), -1)
+        x, balance, load = mtp(F.linear(both, mtp.eh_proj.weight), position, cache)
+        return F.rms_norm(x, mtp.shared_head.norm.weight, eps=1e-6), balance, load
+
     def compute(
         self, tokens: Tensor, position: Tensor | None
     ) -> tuple[Output, list[Tensor], list[Tensor]]:
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         h, balances, loads = self.hidden(tokens, position)
-        mtp = self.model.layers[2]
-        e = F.embedding(tokens[:, 1:], self.model.embed_tokens.weight)
-        e = F.rms_norm(e, mtp.enorm.weight, eps=1e-6)
-        both = torch.cat((e, F.rms_norm(h[:, :-1], mtp.hnorm.weight, eps=1e-6)), -1)
-        x, balance, load = mtp(F.linear(both, mtp.eh_proj.weight), position[:, 1:])
-        x = F.rms_norm(x, mtp.shared_head.norm.weight, eps=1e-6)
+        x, balance, load = self.look_ahead(h[:, :-1], tokens[:, 1:], position[:, 1:])
         logits = [F.linear(y, self.lm_head.weight) for y in (h, x)]
         return Output(logits[0], (logits[1],)), [*balances, balance], [*loads, load]
 
@@ -268,9 +281,17 @@ class Model(LanguageModel):
         total = main + train.mtp_weight.value_at(tokens_seen) * mtp + train.balance_alpha * balance
         return Loss(total, main, (mtp,), balance, (torch.stack(loads),))
 
-    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache | Pages) -> Tensor:
         return self.decode(tokens, position, cache)
 
-    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    def decode(self, tokens: Tensor, position: Tensor, cache: Cache | Pages) -> Tensor:
         h, _, _ = self.hidden(tokens, position, cache)
-        return F.linear(h[:, -1], self.lm_head.weight)
+        return F.linear(cache.last(h), self.lm_head.weight)
+
+    draft_offset = 1
+
+    def draft(
+        self, state: Tensor, tokens: Tensor, position: Tensor, cache: Cache | Pages
+    ) -> Tensor:
+        x, _, _ = self.look_ahead(state, tokens, position, cache)
+        return F.linear(cache.last(x), self.lm_head.weight)

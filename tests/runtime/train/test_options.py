@@ -32,18 +32,21 @@ WORDS = [
 
 
 def test_every_option_is_declared_with_its_default_in_the_help() -> None:
-    assert [name for name, *_ in declared()] == [one.name for one in fields(Options)]
-    for name, _, _, option in declared():
-        default = FIXED.get(name) or getattr(Options, name, None)
+    assert [one.name for one in declared(Options)] == [one.name for one in fields(Options)]
+    for one in declared(Options):
+        default = FIXED.get(one.name) or getattr(Options, one.name, None)
         if isinstance(default, int | float):
-            assert f"[{default}]" in option.help
+            assert f"[{default}]" in one.option.help
 
 
 def test_both_command_lines_take_every_option() -> None:
-    expected = parse("train", "", WORDS)
+    expected = parse(Options, "train", "", WORDS)
     assert expected.data == (Path("a.txt"), Path("b.jsonl"))
     assert all(getattr(expected, name) != getattr(Options, name, None) for name in GIVEN)
-    assert parse("train", "", ["--out", "run", "--data", "a.txt", "b.jsonl"]).data == expected.data
+    assert (
+        parse(Options, "train", "", ["--out", "run", "--data", "a.txt", "b.jsonl"]).data
+        == expected.data
+    )
 
     taken: dict[str, object] = {}
 
@@ -72,6 +75,6 @@ def test_wrong_values_are_refused(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse("train", "", ["--out", "run", *words])
+        parse(Options, "train", "", ["--out", "run", *words])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

@@ -1,0 +1,248 @@
+"""The paged KV cache: what a decoder remembers of many sequences, in blocks that tables list.
+
+A step computes tokens of several sequences at once, one behind the other in a batch of one, and no
+row's bits depend on the rows beside it: scores, sums and products have one order, whatever else is
+computed, so that a request gives the same in any company.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .functional import wide
+
+SCORES = 2**22
+"""So many scores are in memory at once, at most, where rows of a long prompt can be parted."""
+
+
+FEW = 2
+"""Rows of a sequence that attend like rows of as many sequences, beside others: a draft's."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring rows that attend together: each by its own table, or all by the same."""
+
+    rows: slice
+    table: Tensor
+    """int64 [rows or 1, blocks]: the blocks of each sequence; block 0 fills up."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step computes: `n` tokens of several sequences."""
+
+    slots: Tensor
+    """int64 [n]: the place of each token in the cache, its block times the page plus its place
+    within."""
+    lengths: Tensor
+    """int64 [n]: how many keys each row sees, itself included."""
+    groups: tuple[Group, ...]
+    """Cover all rows in order."""
+    scored: Tensor
+    """int64 [scored]: the rows whose next token is asked for."""
+
+
+class Pages:
+    """The cache of up to `blocks - 1` blocks of `page` tokens, for every module that appends to it.
+
+    Block 0 belongs to nobody: tables are filled up with it. Memory is allocated when a module first
+    appends, with the dtype and device of the entry. `rows` is set before each step.
+    """
+
+    rows: Rows
+    states: Tensor
+    """The states [1, n, hidden] that the last step handed to the head, of all its rows."""
+
+    def __init__(self, blocks: int, page: int) -> None:
+        self.blocks = blocks
+        self.page = page
+        self._pools: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def append(self, module: nn.Module, **entries: Tensor) -> tuple[Tensor, ...]:
+        """Writes entries [1, n, ...] to the slots of the rows; all of the cache [blocks, page, ...]
+        each, without gradients."""
+        return tuple(self._append((module, name), entry) for name, entry in entries.items())
+
+    def _append(self, key: tuple[nn.Module, str], entry: Tensor) -> Tensor:
+        pool = self._pools.get(key)
+        if pool is None:
+            # Zeros: what no token has written counts nothing, and nothing times NaN would count.
+            pool = entry.new_zeros(self.blocks, self.page, *entry.shape[2:])
+            self._pools[key] = pool
+        pool.flatten(0, 1)[self.rows.slots] = entry[0].detach()
+        return pool
+
+    def attend(self, attention: Callable[..., Tensor], *operands: Tensor, scale: float) -> Tensor:
+        """`F.attention` or `F.latent_attention` of the rows, each to its own sequence."""
+        return ATTENTIONS[attention.__name__](self.rows, *operands, scale)
+
+    def last(self, x: Tensor) -> Tensor:
+        """Of states x [1, n, hidden] those of the scored rows: [scored, hidden]."""
+        self.states = x
+        return x[0, self.rows.scored]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a block."""
+        for pool in self._pools.values():
+            pool[target] = pool[source]
+
+    @property
+    def bytes(self) -> int:
+        """Memory allocated so far, in bytes."""
+        return sum(pool.nbytes for pool in self._pools.values())
+
+
+def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [1, n, heads, dim], k [blocks, page, kv_heads, dim], v [blocks, page, kv_heads, v_dim]:
+    [1, n, heads, v_dim]."""
+    q = q[0].unflatten(1, (k.shape[2], -1))
+
+    def keys(table: Tensor) -> tuple[Tensor, Tensor]:
+        return wide(k[table]).transpose(2, 3), wide(v[table]).transpose(2, 3)
+
+    return _attend(rows, q, keys, scale).flatten(1, 2).unsqueeze(0)
+
+
+def latent_attention(
+    rows: Rows, q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
+) -> Tensor:
+    """q_latent [1, n, heads, c], q_rope [1, n, heads, r], c_kv [blocks, page, c], k_rope [blocks,
+    page, r]: [1, n, heads, c]."""
+    q = torch.cat([q_latent, q_rope], -1)[0].unsqueeze(1)
+
+    def keys(table: Tensor) -> tuple[Tensor, Tensor]:
+        k = wide(torch.cat([c_kv[table], k_rope[table]], -1)).unsqueeze(2)
+        return k, k[..., : c_kv.shape[-1]]
+
+    return _attend(rows, q, keys, scale).flatten(1, 2).unsqueeze(0)
+
+
+ATTENTIONS: dict[str, Callable[..., Tensor]] = {
+    "attention": attention,
+    "latent_attention": latent_attention,
+}
+
+Keys = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Of a table [s, blocks] the keys and values [s, blocks, kv_heads, page, ..]."""
+
+
+def _attend(rows: Rows, q: Tensor, keys: Keys, scale: float) -> Tensor:
+    """q [n, kv_heads, heads of each, dim]: [n, kv_heads, heads of each, v_dim]."""
+    parts = []
+    for group in rows.groups:
+        k, v = keys(group.table)
+        start, stop = group.rows.start, group.rows.stop
+        scores = q[0].shape[:2].numel() * k.shape[1] * k.shape[3]  # of a row
+        step = max(SCORES // scores, 1) if len(k) == 1 else stop - start
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], scale))
+    return torch.cat(parts).to(q.dtype)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Softmax attention of each row to as many keys as `lengths` says, block by block in order.
+
+    q [n, kv_heads, g, dim], k [n or 1, blocks, kv_heads, page, dim], v likewise: [n, kv_heads, g,
+    v_dim]. Every product is of the same shape whatever the number of rows and blocks, every sum
+    over blocks runs from the first to the last, and blocks that a row does not see add zeros: its
+    bits depend on its own sequence alone.
+    """
+    blocks, page = k.shape[1], k.shape[3]
+    score = _blockwise(q.unsqueeze(1).expand(-1, blocks, *q.shape[1:]), k.transpose(3, 4)) * scale
+    place = torch.arange(blocks * page, device=q.device).view(blocks, 1, 1, page)
+    score.masked_fill_(place >= lengths.view(-1, 1, 1, 1, 1), -math.inf)
+    score = score.sub_(score.amax((1, 4), keepdim=True)).exp_()
+    total = _in_order(score.sum(-1, keepdim=True))
+    return _in_order(_blockwise(score, v)) / total
+
+
+def _blockwise(a: Tensor, b: Tensor) -> Tensor:
+    """Products of a [n, blocks, kv_heads, i, j] and b [n or 1, blocks, kv_heads, j, k]."""
+    n, blocks, heads = a.shape[:3]
+    if len(b) == n:
+        out = torch.bmm(a.reshape(-1, *a.shape[3:]), b.reshape(-1, *b.shape[3:]))
+        return out.view(n, blocks, heads, *out.shape[1:])
+    # One sequence for all rows: its keys are not copied for each of them.
+    out = a.new_empty(n, blocks, heads, a.shape[3], b.shape[4])
+    for block in range(blocks):
+        for head in range(heads):
+            shared = b[0, block, head].expand(n, -1, -1)
+            out[:, block, head] = torch.bmm(a[:, block, head], shared)
+    return out
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """The sum over blocks of x [n, blocks, ...], from the first to the last: [n, ...]."""
+    total = x[:, 0]
+    for block in range(1, x.shape[1]):
+        total = total + x[:, block]
+    return total
+
+
+def make_rows(
+    sequences: Sequence[tuple[Sequence[int], int, int]],
+    scored: Sequence[int],
+    page: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Rows, Tensor]:
+    """The rows of a step, and their positions int64 [1, n].
+
+    A sequence is its blocks, the position of its first new token, and how many are new; it has
+    blocks for all of them. `scored` are numbers of rows. Sequences of few new tokens that have
+    about the same length, one behind the other, attend together.
+    """
+    slots: list[int] = []
+    position: list[int] = []
+    tables: list[tuple[int, list[int]]] = []  # rows, blocks that they see
+    for blocks, first, new in sequences:
+        places = range(first, first + new)
+        position += places
+        slots += [blocks[i // page] * page + i % page for i in places]
+        if new <= FEW:
+            tables += ((1, list(blocks[: i // page + 1])) for i in places)
+        else:
+            tables.append((new, list(blocks[: (first + new - 1) // page + 1])))
+    return Rows(
+        torch.tensor(slots, device=device),
+        torch.tensor(position, device=device) + 1,
+        tuple(_groups(tables, device)),
+        torch.tensor(scored, dtype=torch.int64, device=device),
+    ), torch.tensor([position], device=device)
+
+
+def _groups(tables: Sequence[tuple[int, list[int]]], device: torch.device | str) -> list[Group]:
+    groups: list[Group] = []
+    start = 0
+    waiting: list[list[int]] = []
+
+    def close() -> None:
+        nonlocal start
+        if waiting:
+            most = max(map(len, waiting))
+            table = [[*blocks, *[0] * (most - len(blocks))] for blocks in waiting]
+            rows = slice(start, start + len(waiting))
+            groups.append(Group(rows, torch.tensor(table, device=device)))
+            start += len(waiting)
+            waiting.clear()
+
+    for new, blocks in tables:
+        if new > 1 or (waiting and _size(blocks) != _size(waiting[0])):
+            close()
+        if new > 1:
+            groups.append(Group(slice(start, start + new), torch.tensor([blocks], device=device)))
+            start += new
+        else:
+            waiting.append(blocks)
+    close()
+    return groups
+
+
+def _size(blocks: Sequence[int]) -> int:
+    return (len(blocks) - 1).bit_length()

@@ -1,0 +1,199 @@
+"""What a step computes: which requests, and how many tokens of each.
+
+A request has tokens that are known and, of these, tokens that are computed: their entries are in
+the cache. Each step brings the two closer, for a running answer by one token, for a prompt by a
+part of it. A request that was preempted has nothing computed any more and everything still known,
+so that it resumes like a longer prompt.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .blocks import Blocks, first_hash, next_hash
+from .options import Options
+from .request import Sampling
+
+
+@dataclass(eq=False)
+class Request:
+    """One request inside the engine."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    salt: bytes = b""
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose entries are in the cache."""
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of its text, as far as they were needed."""
+    cached: int | None = None
+    """Tokens of the prompt that were found in the prefix cache; None before it runs."""
+    draft: int | None = None
+    """What the MTP module expects for the token after the known ones."""
+
+    @property
+    def known(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Of prompt and output together, and of the draft behind them."""
+        n = len(self.prompt)
+        found = [*self.prompt[start:stop], *self.output[max(start - n, 0) : max(stop - n, 0)]]
+        if stop > self.known and self.draft is not None:
+            found.append(self.draft)
+        return found
+
+    def hash_of(self, block: int, page: int) -> bytes:
+        """Of the full block `block` of its text."""
+        while len(self.hashes) <= block:
+            i = len(self.hashes)
+            before = self.hashes[-1] if self.hashes else first_hash(self.salt)
+            self.hashes.append(next_hash(before, self.tokens(i * page, (i + 1) * page)))
+        return self.hashes[block]
+
+
+Planned = tuple[Request, int]
+"""A request and how many of its tokens a step computes; one more than are known is a draft."""
+
+
+class Scheduler:
+    """Requests that run and wait, and the blocks that they hold.
+
+    The oldest request is never preempted for a younger one and fits into the cache alone, so that
+    every request ends.
+    """
+
+    def __init__(self, options: Options, blocks: Blocks) -> None:
+        self.options = options
+        self.blocks = blocks
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # the oldest first
+        self.preemptions = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, wherever it is; its blocks are available at once."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._release(request)
+
+    def plan(self) -> list[Planned]:
+        """What the next step computes, with blocks for all of it.
+
+        Answers come first, one token each and its draft, then prompts, the oldest first, as far as
+        `step_tokens` allows; then waiting requests that fit. Raises RuntimeError if nothing can be
+        computed although somebody waits, which would be a fault of the scheduler.
+        """
+        left = self.options.step_tokens
+        planned: list[Planned] = []
+        for request in list(self.running):
+            answers = request in self.running and request.known - request.computed == 1
+            if left and answers and self._make_room(request):
+                new = 2 if left > 1 and self._has_room_for_draft(request) else 1
+                planned.append((request, new))
+                left -= new
+        for request in self.running:
+            new = min(request.known - request.computed, left)
+            if new and request.known - request.computed > 1:
+                planned.append((request, new))
+                left -= new
+        while left and self.waiting and len(self.running) < self.options.max_requests:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break
+            self.waiting.popleft()
+            new = min(request.known - request.computed, left)
+            planned.append((request, new))
+            left -= new
+        if self.waiting and not planned:
+            raise RuntimeError(f"no request of {len(self.waiting)} that wait can run")
+        return planned
+
+    def computed(self, request: Request, new: int) -> None:
+        """Notes that a step computed `new` tokens; full blocks can be found from now on."""
+        page = self.options.page
+        first, request.computed = request.computed // page, request.computed + new
+        if self.options.prefix_cache:
+            for block in range(first, request.computed // page):
+                self.blocks.publish(request.blocks[block], request.hash_of(block, page))
+
+    def _make_room(self, request: Request) -> bool:
+        """A block for the next token of an answer; whether it is still running then."""
+        while len(request.blocks) * self.options.page < request.known:
+            if self.blocks.available:
+                request.blocks.append(self.blocks.take())
+            else:
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest is request:
+                    return False
+        return True
+
+    def _has_room_for_draft(self, request: Request) -> bool:
+        """Whether its draft can be computed, too; nobody is preempted for it."""
+        if request.draft is None:
+            return False
+        if len(request.blocks) * self.options.page <= request.known:
+            if not self.blocks.available:
+                return False
+            request.blocks.append(self.blocks.take())
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self.blocks.release(request.blocks)
+        request.blocks, request.computed, request.draft = [], 0, None
+
+    def _admit(self, request: Request) -> bool:
+        """Starts a request if there are blocks for all its known tokens and the next one.
+
+        Blocks that its text has in common with others are shared, but never that of its last token,
+        which is computed for its logits.
+        """
+        page = self.options.page
+        found: list[int] = []
+        if self.options.prefix_cache:
+            full = (request.known - 1) // page
+            found = self.blocks.find([request.hash_of(i, page) for i in range(full)])
+        needed = _blocks_for(min(request.known + 1, self._longest(request)), page) - len(found)
+        # A few blocks stay free, so that admission does not preempt somebody at once.
+        spare = self.blocks.count // 100 if self.running else 0
+        if self.blocks.available - self.blocks.resting(found) < needed + spare:
+            return False
+        self.blocks.hold(found)
+        request.blocks = [*found, *(self.blocks.take() for _ in range(needed))]
+        request.computed = len(found) * page
+        if request.cached is None:
+            request.cached = request.computed
+        self.running.append(request)
+        return True
+
+    def _longest(self, request: Request) -> int:
+        return len(request.prompt) + request.sampling.max_tokens
+
+    def fits(self, request: Request) -> bool:
+        """Whether the request could run alone to its end."""
+        return _blocks_for(self._longest(request), self.options.page) < self.blocks.count
+
+
+def _blocks_for(tokens: int, page: int) -> int:
+    return -(-tokens // page)
+
+
+def in_order(planned: Sequence[Planned]) -> list[Planned]:
+    """Short sequences first: neighbours of about the same length attend together."""
+    return sorted(planned, key=lambda one: (one[1] > 1, one[0].known))
