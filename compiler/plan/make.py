@@ -10,6 +10,7 @@ from compiler.plan.ramp import Sizes, micro_batches, uneven
 from compiler.plan.search import changes, neighbours, why_not
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
+from dsl.schema import constant
 
 
 def make_plan(description: Description, compiled: Compiled) -> Plan | None:
@@ -43,10 +44,11 @@ def step_counts(description: Description, layout: Layout) -> tuple[int, ...]:
     """
     train, parallel = description.spec.train, description.spec.parallel
     assert parallel is not None
-    if train.batch is None or layout.mesh.pipeline * layout.mesh.expert == 1:
+    if layout.mesh.pipeline * layout.mesh.expert == 1:
         return (layout.micro_batches,)  # data ranks alone take any batch
-    sizes = Sizes.of(layout, train, parallel)
-    wrong = uneven(train.batch, sizes)
+    batch = train.batch or constant(parallel.batch)
+    sizes = Sizes.of(parallel, layout.mesh.data, train.micro_batch)
+    wrong = uneven(batch, sizes)
     if wrong:
         ways = ", half of them from each end" if sizes.directions > 1 else ""
         shown = " and ".join(f"{value:,.12g}" for value in wrong)
@@ -61,7 +63,7 @@ def step_counts(description: Description, layout: Layout) -> tuple[int, ...]:
                 help=f"the nearest that can be: {' and '.join(f'{value:,}' for value in near)}",
             )
         ])  # fmt: skip
-    return micro_batches(train.batch, sizes)
+    return micro_batches(batch, sizes)
 
 
 def planner_of(description: Description, compiled: Compiled) -> Planner:
@@ -69,7 +71,9 @@ def planner_of(description: Description, compiled: Compiled) -> Planner:
     assert description.cluster is not None
     longest = description.spec.sequence.max_position_embeddings
     train = compiled.programs["train"]
-    return Planner(planned(compiled), train, description.cluster, longest)
+    batch = description.spec.train.batch
+    growing = batch if batch is not None and len(batch.root) > 1 else None
+    return Planner(planned(compiled), train, description.cluster, longest, growing)
 
 
 def planned(compiled: Compiled) -> Program:

@@ -18,7 +18,7 @@ from compiler.plan.simulate import Costs, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
 from compiler.plan.traffic import Exchange, Sent, exchanges, sent
 from compiler.plan.weights import weights_of
-from dsl.schema import Cluster, Parallel
+from dsl.schema import Cluster, Parallel, Schedule
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,23 @@ class Planner:
     """Makes plans of one model on one cluster, for any layout that can be.
 
     `program` is what training computes, as the equations say it: before operators are fused;
-    `train` is the finished program, which says what is saved for the gradients.
+    `train` is the finished program, which says what is saved for the gradients. `batch` is how that
+    of training changes on the way, if it does.
     """
 
-    def __init__(self, program: Program, train: Program, cluster: Cluster, longest: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        train: Program,
+        cluster: Cluster,
+        longest: int,
+        batch: Schedule | None = None,
+    ) -> None:
         self.program = program
         self.train = train
         self.cluster = cluster
         self.longest = longest  # tokens of a sequence
+        self.batch = batch
         self._costs: dict[tuple[int, int], _Costs] = {}
         self.units = units(program.main)
         self.kinds: Mapping[range, Unit] = {unit.ops: unit for unit in self.units}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from compiler.parallel.layout import Layout
-from dsl.schema import Parallel, Schedule, Train
+from compiler.parallel.layout import placement
+from dsl.schema import Parallel, Schedule
 
 MOST = 16
 """Counts for one phase: a schedule of DeepSeek-V3's has 200 kB, and is made in 30 ms."""
@@ -26,9 +26,10 @@ class Sizes:
     directions: int
 
     @classmethod
-    def of(cls, layout: Layout, train: Train, parallel: Parallel) -> Sizes:
-        size = train.micro_batch or parallel.micro_batch
-        return cls(layout.mesh.data, size, len(layout.placement))
+    def of(cls, parallel: Parallel, data: int, micro_batch: int | None = None) -> Sizes:
+        """On `data` ranks a stage; `micro_batch` is that of training, by default the plan's."""
+        ways = len(placement(parallel.schedule, parallel.pipeline))
+        return cls(data, micro_batch or parallel.micro_batch, ways)
 
     @property
     def least(self) -> int:

@@ -10,6 +10,7 @@ from typing import get_args
 from compiler.parallel.layout import placement
 from compiler.plan.plan import Plan, Planner
 from compiler.plan.possible import Problem, problems
+from compiler.plan.ramp import Sizes, uneven
 from dsl.schema import Parallel
 from dsl.schema.sections import ScheduleName
 
@@ -35,9 +36,19 @@ def neighbours(planner: Planner, parallel: Parallel) -> list[Parallel]:
             break
         for expert in _divisors(ranks // pipeline):
             for changed in _with_batch(near, ranks // pipeline, pipeline, expert, schedule):
-                if changed != parallel and not why_not(planner, changed):
+                if changed == parallel or why_not(planner, changed):
+                    continue
+                if _deals(planner, changed):
                     found.setdefault(changed, _distance(parallel, changed))
     return sorted(found, key=lambda one: (found[one], one.pipeline, one.expert, one.micro_batch))
+
+
+def _deals(planner: Planner, parallel: Parallel) -> bool:
+    """Whether the batches that training has on the way can be dealt, too."""
+    if planner.batch is None or parallel.pipeline * parallel.expert == 1:
+        return True
+    sizes = Sizes.of(parallel, planner.cluster.ranks // parallel.pipeline)
+    return not uneven(planner.batch, sizes)
 
 
 def that_fit(planner: Planner, parallel: Parallel, count: int = 3) -> list[Plan]:

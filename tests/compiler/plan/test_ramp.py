@@ -9,9 +9,10 @@ import pytest
 from compiler.pipeline import compile
 from compiler.plan.check import blocked, problems
 from compiler.plan.greedy import greedy, schedule_of
-from compiler.plan.make import make_plan, step_counts
+from compiler.plan.make import make_plan, planner_of, step_counts
 from compiler.plan.ramp import MOST, Sizes, micro_batches, uneven
 from compiler.plan.schedule import SCHEDULES, schedule
+from compiler.plan.search import neighbours
 from compiler.plan.simulate import Costs, simulate, under_way
 from compiler.plan.transfers import with_transfers
 from dsl.diagnostic import DiagnosticError, render
@@ -43,6 +44,18 @@ def test_the_shipped_v3_starts_under_its_own_layout() -> None:
         assert problems(order) == [] and order.batches == count
 
 
+@pytest.mark.parametrize(
+    ("train", "counts"),
+    [([], (4,)), (["train.micro_batch=2"], (2,)), (["train.batch=8", "train.micro_batch=4"], (1,))],
+)
+def test_a_batch_that_does_not_grow_has_one_count(train: list[str], counts: tuple[int]) -> None:
+    """By the micro-batches of training, whatever size the plan has."""
+    layout = "parallel={cluster: cpu_2x2, pipeline: 2, batch: 8, sequence_length: 16}"
+    description = load(shipped()["deepseek_v3_tiny"], sets=[layout, *train])
+    plan = make_plan(description, compile(description))
+    assert plan is not None and step_counts(description, plan.layout) == counts
+
+
 def test_stairs_reach_both_ends_and_are_bounded() -> None:
     sizes = Sizes(data=2, micro_batch=1, directions=2)
     assert micro_batches(ramp("[{until: 1M, start: 4, value: 16}, {value: 16}]"), sizes) == (
@@ -63,6 +76,19 @@ def test_every_end_of_a_phase_has_to_divide() -> None:
     assert uneven(ramp("[{until: 1M, start: 12, value: 24}, {value: 36}]"), sizes) == []
     assert uneven(ramp("[{until: 1M, start: 6, value: 24}, {value: 30}]"), sizes) == [6, 30]
     assert uneven(ramp("[{until: 1M, start: 0, value: 24}, {value: 24}]"), sizes) == [0]
+
+
+def test_layouts_that_are_proposed_can_be_trained() -> None:
+    """V3's batch begins at 3,072 sequences, of which 2,048 data ranks cannot all have as many."""
+    layout = "cluster: h800_2048, sequence_length: 4096, pipeline: 1, expert: 64, batch: 4096"
+    sets = [f"parallel={{{layout}, schedule: dualpipe}}"]
+    description = load(shipped()["deepseek_v3"], sets=sets)
+    compiled = compile(description)
+    parallel, batch = description.spec.parallel, description.spec.train.batch
+    assert parallel is not None and batch is not None
+    near = neighbours(planner_of(description, compiled), parallel)
+    cut = [one for one in near if one.pipeline * one.expert > 1]
+    assert cut and not any(uneven(batch, Sizes.of(one, 2048 // one.pipeline)) for one in cut)
 
 
 @pytest.mark.parametrize(
