@@ -28,6 +28,7 @@ from compiler.pipeline import Compiled, compile
 from compiler.plan.greedy import schedule_of
 from compiler.plan.make import make_plan, step_counts
 from compiler.plan.plan import Plan
+from compiler.plan.ramp import longest, rounds
 from compiler.plan.record import record
 from compiler.plan.schedule import schedule
 from compiler.plan.transfers import with_transfers
@@ -145,9 +146,11 @@ def package(
             texts |= {"stages.py": stages} if stages is not None else {}
         order = schedule(layout.schedule, mesh.pipeline, layout.micro_batches)
         texts["graph/schedule.txt"] = str(order)
-        for count in {layout.micro_batches, *step_counts(description, layout)}:
-            steps = schedule_of(layout.schedule, mesh.pipeline, count)
-            texts[f"graph/schedule-{count}.json"] = with_transfers(steps).to_json()
+        ways, most = len(layout.placement), longest(mesh.pipeline)
+        counts = step_counts(description, layout)
+        for size in sorted({size for count in counts for size in rounds(count, ways, most)}):
+            steps = schedule_of(layout.schedule, mesh.pipeline, size)
+            texts[f"graph/schedule-{size}.json"] = with_transfers(steps).to_json()
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
         description, compiled, numbers, version=VERSION, files=names, plan=plan

@@ -10,6 +10,7 @@ from backends.torch.records import docstring
 from compiler.parallel.layout import placement
 from compiler.plan.make import step_counts
 from compiler.plan.plan import Plan
+from compiler.plan.ramp import longest
 from dsl.hf import hf_config
 from dsl.load import Description
 from dsl.schema import BlockUse, Parallel, Phase, Schedule, Train, constant
@@ -60,6 +61,7 @@ def _parallel(description: Description, plan: Plan) -> dict[str, Any]:
         "zero": layout.zero,
         "schedule": layout.schedule,
         "micro_batches": step_counts(description, layout),
+        "longest_schedule": longest(mesh.pipeline),
         "stages": placement(layout.schedule, mesh.pipeline),
         "flops_of_token": plan.flops_of_token,
         "peak_seconds_of_token": plan.peak_seconds_of_token,

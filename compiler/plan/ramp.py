@@ -16,6 +16,21 @@ MOST = 16
 """Counts for one phase: a schedule of DeepSeek-V3's has 200 kB, and is made in 30 ms."""
 
 
+def longest(pipeline: int) -> int:
+    """Micro-batches of the longest schedule: its bubble is an eighth at most."""
+    return max(256, 8 * pipeline)
+
+
+def rounds(count: int, directions: int, longest: int) -> list[int]:
+    """How `count` micro-batches are executed: schedules one after the other, of even lengths.
+
+    The runtime has the same rule (`runtime/train/pipeline.py`).
+    """
+    parts = -(-count // longest)
+    each, more = divmod(count // directions, parts)
+    return [(each + (i < more)) * directions for i in range(parts)]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a batch is cut into: micro-batches of `micro_batch` sequences on each of `data` ranks,

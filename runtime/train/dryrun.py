@@ -229,10 +229,12 @@ class Replay(Execution):
     In the first one FP8 copies of weights and the sums of gradients are made, too.
     """
 
-    def __init__(self, recorder: Recorder, *given: Any) -> None:
+    def __init__(
+        self, recorder: Recorder, known: dict[tuple[str, int], Chunks], *given: Any
+    ) -> None:
+        """`known` is that of all schedules of a step."""
         super().__init__(*given)
-        self.recorder = recorder
-        self.known: dict[tuple[str, int], Chunks] = defaultdict(Chunks)
+        self.recorder, self.known = recorder, known
 
     def transfer(self, entry: tuple[str, int]) -> None:
         self._between()
@@ -320,7 +322,7 @@ def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
                 model, torch.device("meta"), 0, settings, text, groups, mesh, Waits()
             )
             assert isinstance(trainer, MeshTrainer)
-            trainer.execution = partial(Replay, recorder)
+            trainer.execution = partial(Replay, recorder, defaultdict(Chunks))
             for module in trainer.model.modules():
                 exchange = getattr(module, "exchange", None)
                 if isinstance(exchange, Exchange):

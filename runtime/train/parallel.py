@@ -26,7 +26,7 @@ from ..model import LanguageModel
 from ..stage import ModelShare, StageLoss, StagePlan, is_inside
 from ..weights import Stack
 from .balance import Balance, ExpertUtilization
-from .pipeline import Chunk, Execution, Held, Row
+from .pipeline import Chunk, Execution, Held, Row, rounds
 from .ranks import ProcessGroups, all_gather_objects, new_training_group
 from .sequences import Sequences
 from .settings import Settings, TrainError
@@ -199,10 +199,9 @@ def make_trainer(
     shards = {name: group for name, group in found.items() if group is not None}
     trainer = MeshTrainer(own, settings, sequences, mesh.world, shard_groups=shards, waits=waits)
     graphs = Path(inspect.getfile(model)).parent / "graph"
-    rows = {
-        count: Row.read(graphs / f"schedule-{count}.json", mesh.pipeline)
-        for count in model.config.parallel.micro_batches
-    }
+    parallel = model.config.parallel
+    sizes = {size for count in parallel.micro_batches for size in rounds(count, parallel)}
+    rows = {size: Row.read(graphs / f"schedule-{size}.json", mesh.pipeline) for size in sizes}
     trainer.attach(mesh, plans, here, holders, rows)
     return trainer
 
@@ -221,7 +220,7 @@ class MeshTrainer(Trainer):
         rows: Mapping[int, Row],
     ) -> None:
         """Gives the trainer its place; `here` are the numbers of its stages, `holders` those of
-        each weight, `rows` are by the count of micro-batches."""
+        each weight, `rows` are by the count of micro-batches of a schedule."""
         self.mesh, self.rows, self.holders = mesh, rows, holders
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
@@ -240,7 +239,8 @@ class MeshTrainer(Trainer):
     @property
     def batches(self) -> list[int]:
         """The batches for which there is a schedule, in sequences."""
-        return [count * (self.settings.micro_batch or 1) * self.ranks for count in self.rows]
+        counts = self.model.config.parallel.micro_batches
+        return [count * (self.settings.micro_batch or 1) * self.ranks for count in counts]
 
     def _batch_at(self, tokens: int, steps: int) -> int:
         """The nearest batch for which there is a schedule: while it grows, it grows in stairs."""
@@ -248,11 +248,18 @@ class MeshTrainer(Trainer):
         return min(self.batches, key=lambda one: (abs(one - batch), one))
 
     def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
-        batches = self._micro_batches(batch)
-        row = self.rows[len(batches)]
+        batches, sums = self._micro_batches(batch), self._zeros()
         # Terms of a stage are those of all ranks over which experts are spread.
         share = len(batches[0]) * self.mesh.experts / batch
-        step, sums = self.execution(row, self.held, batches, tokens_seen), self._zeros()
+        for size in rounds(len(batches), self.model.config.parallel):
+            sums += self._round(batches[:size], share, tokens_seen)
+            del batches[:size]
+        return sums
+
+    def _round(self, batches: Sequence[Tensor], share: float, tokens_seen: int) -> Tensor:
+        """The gradients of some micro-batches, by one schedule."""
+        row, sums = self.rows[len(batches)], self._zeros()
+        step = self.execution(row, self.held, batches, tokens_seen)
         for entry in row.entries:
             if not isinstance(entry, Chunk):
                 step.transfer(entry)

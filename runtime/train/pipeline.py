@@ -50,6 +50,14 @@ class Message(NamedTuple):
         return f"{what} of micro-batch {self.batch} for stage {self.stage}"
 
 
+def rounds(count: int, parallel: Config) -> list[int]:
+    """The lengths of the schedules by which `count` micro-batches are executed, in order."""
+    directions = len(parallel.stages)
+    parts = -(-count // parallel.longest_schedule)
+    each, more = divmod(count // directions, parts)
+    return [(each + (i < more)) * directions for i in range(parts)]
+
+
 @dataclass(frozen=True)
 class Row:
     """What one pipeline rank does in a step, in order: chunks, `send N` and `receive N`."""

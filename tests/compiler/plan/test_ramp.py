@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from compiler.pipeline import compile
 from compiler.plan.check import blocked, problems
 from compiler.plan.greedy import greedy, schedule_of
 from compiler.plan.make import make_plan, planner_of, step_counts
-from compiler.plan.ramp import MOST, Sizes, micro_batches, uneven
+from compiler.plan.ramp import MOST, Sizes, micro_batches, rounds, uneven
 from compiler.plan.schedule import SCHEDULES, schedule
 from compiler.plan.search import neighbours
 from compiler.plan.simulate import Costs, simulate, under_way
@@ -19,6 +20,8 @@ from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
 from dsl.schema import Schedule
 from dslc.specs import shipped
+from runtime.config import Config
+from runtime.train.pipeline import rounds as rounds_of_runtime
 from tests.support.golden import Golden
 
 
@@ -69,6 +72,23 @@ def test_stairs_reach_both_ends_and_are_bounded() -> None:
     assert len(long) <= MOST and (long[0], long[-1]) == (2, 2000)
     steps = {b - a for a, b in pairwise(long[:-1])}
     assert len(steps) == 1 and all(count % 2 == 0 for count in long)
+
+
+def test_many_micro_batches_are_executed_in_rounds() -> None:
+    """By the rule of the runtime, of even lengths that both directions share."""
+    for count, ways, most in (
+        (120, 2, 256),
+        (15360, 2, 256),
+        (15838, 2, 256),
+        (7, 1, 2),
+        (9, 1, 9),
+    ):
+        found = rounds(count, ways, most)
+        config = Config({"stages": [()] * ways, "longest_schedule": most})
+        assert rounds_of_runtime(count, config) == found
+        assert sum(found) == count and max(found) <= most
+        assert max(found) - min(found) <= ways and not any(size % ways for size in found)
+        assert len(found) == math.ceil(count / most)
 
 
 def test_every_end_of_a_phase_has_to_divide() -> None:

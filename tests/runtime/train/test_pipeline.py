@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import backends.build
+import backends.torch.config
 from tests.support.places import TEXT
 from tests.support.processes import processes
 from tests.support.trained import SETTINGS, built, lines, part, published
@@ -156,17 +158,27 @@ def check_traces(folder: Path, pipeline: int, made: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_that_grows(tmp_path: Path, train: Train) -> None:
+def test_a_batch_that_grows(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 4, 6 and 8 sequences on 4 pipeline ranks under DualPipe, which has no order of its
-    own for less than 8, and with one more direction than the single process has."""
+    own for less than 8; and the same where no schedule is longer than 4, so that steps are executed
+    by 1 or 2, the second step by one of 4 and one of 2."""
     ramp = {"train.batch": "[{until_step: 2, start: 4, value: 8}, {value: 8}]"}
-    one, four = tmp_path / "one", tmp_path / "four"
+    one = tmp_path / "one"
     assert train(package(tmp_path, "tiny_ramp_1", **ramp), 1, one).returncode == 0
-    outcome = train(package(tmp_path, "tiny_ramp_4", **ramp, **parallel(4, "dualpipe")), 4, four)
-    assert outcome.returncode == 0, outcome.stderr
-    assert "rounded to those that can be dealt: 4, 6, 8 sequences" in outcome.stderr
-    assert [line["batch"] for line in lines(four)[:3]] == [4, 6, 8]
-    check_same(four, one)
+    layout = {**ramp, **parallel(4, "dualpipe")}
+    whole = package(tmp_path, "tiny_ramp_4", **layout)
+    for module in (backends.build, backends.torch.config):
+        monkeypatch.setattr(module, "longest", lambda pipeline: 4)
+    for made in (whole, package(tmp_path, "tiny_ramp_rounds", **layout)):
+        out = tmp_path / f"run_of_{made.__name__}"
+        outcome = train(made, 4, out)
+        assert outcome.returncode == 0, outcome.stderr
+        assert "rounded to those that can be dealt: 4, 6, 8 sequences" in outcome.stderr
+        assert [line["batch"] for line in lines(out)[:3]] == [4, 6, 8]
+        check_same(out, one)
+    graphs = Path(made.__file__).parent / "graph"
+    names = {path.name for path in graphs.glob("schedule-*")}
+    assert names == {"schedule-2.json", "schedule-4.json"}
 
 
 @pytest.mark.slow
