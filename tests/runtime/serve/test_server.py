@@ -223,6 +223,7 @@ REFUSED = [
     ({"top_p": 0}, "top_p", ""),
     ({"logit_bias": {"x": 1}}, "logit_bias", "no token id"),
     ({"logit_bias": {"1": 101}}, "logit_bias.1", ""),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
     ({"logit_bias": {"512": 1}}, "logit_bias", "from 0 to 511"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "from 0 to 511"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "exceeds"),
