@@ -18,6 +18,7 @@ from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
 from compiler.passes.count_step import COUNT_STEP
 from compiler.passes.cut_stages import cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
+from compiler.passes.draft import CUT_DRAFT, first_module
 from compiler.passes.fuse_casts import FUSE_CASTS
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_gate import FUSE_GATE
@@ -106,6 +107,14 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     ),
 }
 
+DRAFT: tuple[Pass, ...] = (
+    FUSE_PROJECTIONS,
+    CUT_DRAFT,
+    *PIPELINES["decode"][PIPELINES["decode"].index(SIMPLIFY) :],
+)
+"""Those of a further program, `draft`, where a model has MTP modules: scores of the token after the
+next one, from states that the decode program had and the tokens after them."""
+
 
 def shared_passes(program: str) -> tuple[Pass, ...]:
     """The passes of a program that all ranks have in common; `rank_passes` follow."""
@@ -184,6 +193,9 @@ def compile(
         for step in run(name, lowered, chosen(PIPELINES[name], skip, until), description):
             steps.append(step)
             programs[name] = step.program
+    if first_module(lowered.main) is not None:
+        *_, step = run("draft", lowered, chosen(DRAFT, skip, until), description)
+        programs["draft"] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 

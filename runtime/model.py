@@ -91,6 +91,13 @@ class LanguageModel(CheckpointModule, ABC):
             self.to_empty(device=device)
             initialize(self, seed)
 
+    draft_offset: ClassVar[int | None] = None
+    """From the position of a state to that which `draft` takes; None where nothing can draft."""
+
+    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Scores of the token after the next one, by an MTP module. Raises ValueError without."""
+        raise ValueError(f"{self.config.model} has no MTP module that could draft")
+
     @property
     def whole(self) -> LanguageModel:
         """The model; of one that holds a share, all of it, without weights."""

@@ -20,6 +20,10 @@ SCORES = 2**22
 """So many scores are in memory at once, at most, where rows of a long prompt can be parted."""
 
 
+FEW = 2
+"""Rows of a sequence that attend like rows of as many sequences, beside others: a draft's."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Neighbouring rows that attend together: each by its own table, or all by the same."""
@@ -52,6 +56,8 @@ class Pages:
     """
 
     rows: Rows
+    states: Tensor
+    """The states [1, n, hidden] that the last step handed to the head, of all its rows."""
 
     def __init__(self, blocks: int, page: int) -> None:
         self.blocks = blocks
@@ -78,6 +84,7 @@ class Pages:
 
     def last(self, x: Tensor) -> Tensor:
         """Of states x [1, n, hidden] those of the scored rows: [scored, hidden]."""
+        self.states = x
         return x[0, self.rows.scored]
 
     def copy(self, source: int, target: int) -> None:
@@ -188,8 +195,8 @@ def make_rows(
     """The rows of a step, and their positions int64 [1, n].
 
     A sequence is its blocks, the position of its first new token, and how many are new; it has
-    blocks for all of them. `scored` are numbers of rows. Sequences of one new token that have about
-    the same length, one behind the other, attend together.
+    blocks for all of them. `scored` are numbers of rows. Sequences of few new tokens that have
+    about the same length, one behind the other, attend together.
     """
     slots: list[int] = []
     position: list[int] = []
@@ -198,7 +205,10 @@ def make_rows(
         places = range(first, first + new)
         position += places
         slots += [blocks[i // page] * page + i % page for i in places]
-        tables.append((new, list(blocks[: (first + new - 1) // page + 1])))
+        if new <= FEW:
+            tables += ((1, list(blocks[: i // page + 1])) for i in places)
+        else:
+            tables.append((new, list(blocks[: (first + new - 1) // page + 1])))
     return Rows(
         torch.tensor(slots, device=device),
         torch.tensor(position, device=device) + 1,

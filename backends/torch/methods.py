@@ -11,7 +11,13 @@ from compiler.pipeline import Compiled
 
 # Programs and their methods, in the order in which a class lists them; a graph that equals that of
 # an earlier program is served by its method.
-METHODS = {"forward": "forward", "train": "loss", "prefill": "prefill", "decode": "decode"}
+METHODS = {
+    "forward": "forward",
+    "train": "loss",
+    "prefill": "prefill",
+    "decode": "decode",
+    "draft": "draft",  # of models with MTP modules
+}
 PROGRAMS = tuple(METHODS)
 
 
@@ -57,6 +63,8 @@ class Methods:
         """The methods of a block by program; what equals an earlier one is served by it."""
         seen: list[tuple[str, Graph]] = []
         for program in PROGRAMS:
+            if program not in self.compiled.programs:
+                continue
             graph = self.compiled.programs[program].graphs.get(name)
             if graph is None or (program == "train" and self.derived(name)):
                 continue

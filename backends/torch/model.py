@@ -27,6 +27,7 @@ from backends.torch.records import (
 from backends.torch.sizes import PARAMS, Sizes
 from backends.torch.statements import STATEMENTS
 from compiler.graph.core import Graph, Op
+from compiler.passes.draft import first_module
 from compiler.pipeline import Compiled
 
 MANY_CONSTANTS = 5
@@ -250,8 +251,15 @@ class Emission:
             loss=self._loss(),
             prefill=self._logits("prefill"),
             decode=self._logits("decode"),
+            draft=self._logits("draft") if "draft" in self.compiled.programs else [],
+            draft_offset=self._draft_offset(),
             parts=[self.segment_method(g) for g in self.segment_graphs()],
         )
+
+    def _draft_offset(self) -> int:
+        """From the position of a state to that which the MTP module counts from."""
+        module = first_module(self.compiled.lowered.main)
+        return int(module is not None and module.position.kind == "drop_first")
 
     def segment_graphs(self) -> Iterator[Graph]:
         """The parts of the outermost block, each with its gradients behind it."""

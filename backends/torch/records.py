@@ -68,6 +68,8 @@ class Root:
     loss: list[str]
     prefill: list[str]
     decode: list[str]
+    draft: list[str]
+    draft_offset: int
     parts: list[Method]
 
 

@@ -43,7 +43,7 @@ def _insert(program: Program, description: Description) -> Sequence[Miss]:
                     graph.caches[name] = Cache(value.type)
             if op.kind == "document_attention":  # a decoder continues one document
                 op.kind, op.operands = "attention", op.operands[:3]
-        _retype(graph, program)
+        retype(graph, program)
     _only_last(program)
     return ()
 
@@ -58,8 +58,8 @@ INSERT_CACHE = Pass(
 )
 
 
-def _retype(graph: Graph, program: Program) -> None:
-    """Types again from the operands on: keys and values now run over `context`."""
+def retype(graph: Graph, program: Program) -> None:
+    """Types again from the operands on, where dimensions of some have changed."""
 
     def again(ops: list[Op]) -> None:
         for op in ops:
@@ -104,4 +104,4 @@ def _only_last(program: Program) -> None:
     at = made if head else len(main.ops) - 1
     main.ops.insert(at, Op("last_entry", [x], results=[last], spans=main.ops[made].spans))
     reader.operands = [last]
-    _retype(main, program)
+    retype(main, program)

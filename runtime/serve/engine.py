@@ -29,7 +29,10 @@ class Decoder(Protocol):
     def config(self) -> Config: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def draft_offset(self) -> int | None: ...
     def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor: ...
+    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor: ...
 
 
 class Engine:
@@ -49,6 +52,8 @@ class Engine:
             raise ValueError(
                 f"max_model_len {self.max_model_len} exceeds max_position_embeddings ({longest})"
             )
+        if options.speculate and model.draft_offset is None:
+            raise ValueError("speculate=1, but the model has no MTP module that could draft")
         self.vocab_size = model.config.params.vocab_size
         self.block_bytes = self._bytes_of_a_block()
         self.pages = Pages(self._count_blocks(), options.page)
@@ -56,7 +61,15 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._ended: list[Event] = []
         self._counts = dict.fromkeys(
-            ("steps", "prompt_tokens", "cached_tokens", "generated_tokens"), 0
+            (
+                "steps",
+                "prompt_tokens",
+                "cached_tokens",
+                "generated_tokens",
+                "drafts",
+                "accepted_drafts",
+            ),
+            0,
         )
 
     # ---- requests --------------------------------------------------------------------------------
@@ -125,54 +138,96 @@ class Engine:
         planned = in_order(self.scheduler.plan())
         if not planned:
             return ended
-        logits = self._compute(planned)
+        with torch.inference_mode(), matmul.batch_invariant():
+            firsts = [request.computed for request, _ in planned]
+            logits = self._compute(planned)
+            finite = iter(logits.isfinite().all(-1).tolist())
+            rows = iter(logits)
+            events = []
+            for request, new in planned:
+                drafted = request.computed + new > request.known
+                self.scheduler.computed(request, new - drafted)
+                if request.computed == request.known:
+                    scored = [(next(rows), next(finite)) for _ in range(1 + drafted)]
+                    events.append(self._answer(request, scored))
+            if self.options.speculate:
+                self._draft(planned, firsts)
         self._counts["steps"] += 1
-        finite = iter(logits.isfinite().all(-1).tolist())
-        rows = iter(logits)
-        events = []
-        for request, new in planned:
-            self.scheduler.computed(request, new)
-            if request.computed == request.known:
-                events.append(self._next(request, next(rows), next(finite)))
         return [*ended, *events]
 
-    @torch.inference_mode()
     def _compute(self, planned: Sequence[Planned]) -> Tensor:
-        """Logits of the requests all of whose tokens are computed now, in order."""
+        """Logits of requests whose known tokens are all computed now, each with its draft's."""
         tokens: list[int] = []
         scored: list[int] = []
         for request, new in planned:
-            tokens += request.tokens(request.computed, request.computed + new)
-            if request.computed + new == request.known:
-                scored.append(len(tokens) - 1)
+            end = request.computed + new
+            scored += (len(tokens) + i - request.computed for i in range(request.known - 1, end))
+            tokens += request.tokens(request.computed, end)
         sequences = [(request.blocks, request.computed, new) for request, new in planned]
         device = self.model.device
         self.pages.rows, position = make_rows(sequences, scored, self.options.page, device)
-        with matmul.batch_invariant():
-            return self.model.decode(torch.tensor([tokens], device=device), position, self.pages)
+        return self.model.decode(torch.tensor([tokens], device=device), position, self.pages)
 
-    def _next(self, request: Request, logits: Tensor, finite: bool) -> Event:
-        """Chooses the next token of a request, which may end it."""
+    def _answer(self, request: Request, scored: Sequence[tuple[Tensor, bool]]) -> Event:
+        """Chooses the next token of a request from its logits, which may end it; and one more from
+        the next row, if that token was drafted."""
         sampling = request.sampling
-        first = not request.output
-        if first:
-            self._counts["cached_tokens"] += request.cached or 0
-        cached = request.cached or 0 if first else 0
-        if not finite:
-            message = f"the logits are NaN or infinite at token {request.known}"
-            return self._end(request, (), "error", message)
-        id = choose(logits, sampling, request.prompt, request.output)
-        token = told(logits, id, sampling.logprobs)
-        request.output.append(id)
-        self._counts["generated_tokens"] += 1
-        finish: FinishReason | None = None
-        if id in sampling.end_tokens:
-            finish = "stop"
-        elif len(request.output) == sampling.max_tokens:
-            finish = "length"
-        if finish:
-            return self._end(request, (token,), finish, cached=cached)
-        return Event(request.id, (token,), cached=cached)
+        cached, draft = 0, request.draft
+        if not request.output:
+            cached = request.cached or 0
+            self._counts["cached_tokens"] += cached
+        tokens: list[Token] = []
+        for logits, finite in scored:
+            if tokens and tokens[-1].id != draft:
+                break
+            if tokens:
+                self._counts["accepted_drafts"] += 1
+                self.scheduler.computed(request, 1)
+            if not finite:
+                message = f"the logits are NaN or infinite at token {request.known}"
+                return self._end(request, tuple(tokens), "error", message)
+            id = choose(logits, sampling, request.prompt, request.output)
+            tokens.append(told(logits, id, sampling.logprobs))
+            request.output.append(id)
+            self._counts["generated_tokens"] += 1
+            if id in sampling.end_tokens:
+                return self._end(request, tuple(tokens), "stop", cached=cached)
+            if len(request.output) == sampling.max_tokens:
+                return self._end(request, tuple(tokens), "length", cached=cached)
+        return Event(request.id, tuple(tokens), cached=cached)
+
+    def _draft(self, planned: Sequence[Planned], firsts: Sequence[int]) -> None:
+        """Computes the MTP module's entries of this step's tokens, and drafts of running answers.
+
+        The entry of a token is made from its state and the token after it, and stored in its slot.
+        A draft is chosen as the token itself will be, by the same chance. What is drafted changes
+        how many steps an answer takes and nothing else.
+        """
+        states, tokens, sequences = [], [], []
+        drafting: list[tuple[Request, int]] = []
+        row = 0
+        for (request, new), first in zip(planned, firsts, strict=True):
+            count = request.computed - first
+            if request.id in self._requests:
+                states.append(self.pages.states[:, row : row + count])
+                tokens += request.tokens(first + 1, first + 1 + count)
+                sequences.append((request.blocks, first, count))
+                request.draft = None
+                answering = request.known - request.computed == 1
+                if answering and len(request.output) + 1 < request.sampling.max_tokens:
+                    drafting.append((request, len(tokens) - 1))
+            row += new
+        if not sequences:
+            return
+        device, scored = self.model.device, [i for _, i in drafting]
+        self.pages.rows, position = make_rows(sequences, scored, self.options.page, device)
+        position += self.model.draft_offset or 0
+        given = torch.cat(states, 1), torch.tensor([tokens], device=device), position
+        for (request, _), logits in zip(
+            drafting, self.model.draft(*given, self.pages), strict=True
+        ):
+            request.draft = choose(logits, request.sampling, request.prompt, request.output)
+            self._counts["drafts"] += 1
 
     def _end(
         self,

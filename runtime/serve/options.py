@@ -21,6 +21,8 @@ class Options:
     """Rows of a step: tokens of running requests first, then parts of prompts."""
     prefix_cache: bool = True
     """Whether blocks of ended requests serve others that begin alike."""
+    speculate: int = 0
+    """Tokens that the first MTP module drafts for the next step: 0 or 1."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes below 1."""
@@ -28,3 +30,5 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.speculate not in (0, 1):
+            raise ValueError(f"speculate must be 0 or 1, got {self.speculate}")

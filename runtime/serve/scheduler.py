@@ -33,15 +33,20 @@ class Request:
     """Of the full blocks of its text, as far as they were needed."""
     cached: int | None = None
     """Tokens of the prompt that were found in the prefix cache; None before it runs."""
+    draft: int | None = None
+    """What the MTP module expects for the token after the known ones."""
 
     @property
     def known(self) -> int:
         return len(self.prompt) + len(self.output)
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Of prompt and output together."""
+        """Of prompt and output together, and of the draft behind them."""
         n = len(self.prompt)
-        return [*self.prompt[start:stop], *self.output[max(start - n, 0) : max(stop - n, 0)]]
+        found = [*self.prompt[start:stop], *self.output[max(start - n, 0) : max(stop - n, 0)]]
+        if stop > self.known and self.draft is not None:
+            found.append(self.draft)
+        return found
 
     def hash_of(self, block: int, page: int) -> bytes:
         """Of the full block `block` of its text."""
@@ -53,7 +58,7 @@ class Request:
 
 
 Planned = tuple[Request, int]
-"""A request and how many of its known tokens a step computes."""
+"""A request and how many of its tokens a step computes; one more than are known is a draft."""
 
 
 class Scheduler:
@@ -84,17 +89,18 @@ class Scheduler:
     def plan(self) -> list[Planned]:
         """What the next step computes, with blocks for all of it.
 
-        Answers come first, one token each, then prompts, the oldest first, as far as `step_tokens`
-        allows; then waiting requests that fit. Raises RuntimeError if nothing can be computed
-        although somebody waits, which would be a fault of the scheduler.
+        Answers come first, one token each and its draft, then prompts, the oldest first, as far as
+        `step_tokens` allows; then waiting requests that fit. Raises RuntimeError if nothing can be
+        computed although somebody waits, which would be a fault of the scheduler.
         """
         left = self.options.step_tokens
         planned: list[Planned] = []
         for request in list(self.running):
             answers = request in self.running and request.known - request.computed == 1
             if left and answers and self._make_room(request):
-                planned.append((request, 1))
-                left -= 1
+                new = 2 if left > 1 and self._has_room_for_draft(request) else 1
+                planned.append((request, new))
+                left -= new
         for request in self.running:
             new = min(request.known - request.computed, left)
             if new and request.known - request.computed > 1:
@@ -132,6 +138,16 @@ class Scheduler:
                     return False
         return True
 
+    def _has_room_for_draft(self, request: Request) -> bool:
+        """Whether its draft can be computed, too; nobody is preempted for it."""
+        if request.draft is None:
+            return False
+        if len(request.blocks) * self.options.page <= request.known:
+            if not self.blocks.available:
+                return False
+            request.blocks.append(self.blocks.take())
+        return True
+
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
@@ -140,7 +156,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.blocks.release(request.blocks)
-        request.blocks, request.computed = [], 0
+        request.blocks, request.computed, request.draft = [], 0, None
 
     def _admit(self, request: Request) -> bool:
         """Starts a request if there are blocks for all its known tokens and the next one.

@@ -85,11 +85,13 @@ def test_what_others_wrote_counts_nothing() -> None:
 
 
 def test_rows_know_their_places() -> None:
-    rows, position = make_rows([([3, 1], 15, 2), ([2], 4, 1)], [1, 2], PAGE)
-    assert position.tolist() == [[15, 16, 4]]
-    assert rows.slots.tolist() == [3 * 16 + 15, 1 * 16, 2 * 16 + 4]
-    assert rows.lengths.tolist() == [16, 17, 5]
+    rows, position = make_rows([([2], 4, 1), ([3, 1], 15, 2), ([4, 5], 14, 3)], [0, 5], PAGE)
+    assert position.tolist() == [[4, 15, 16, 14, 15, 16]]
+    assert rows.slots.tolist() == [36, 63, 16, 78, 79, 80]
+    assert rows.lengths.tolist() == [5, 16, 17, 15, 16, 17]
+    # Few rows attend each by their own table, with others of about the same length.
     assert [(g.rows.start, g.rows.stop, g.table.tolist()) for g in rows.groups] == [
-        (0, 2, [[3, 1]]),
-        (2, 3, [[2]]),
+        (0, 2, [[2], [3]]),
+        (2, 3, [[3, 1]]),
+        (3, 6, [[4, 5]]),
     ]

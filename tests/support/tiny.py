@@ -246,18 +246,24 @@ class Model(LanguageModel):
                 loads.append(load)
         return F.rms_norm(x, self.model.norm.weight, eps=1e-6), balances, loads
 
+    def look_ahead(
+        self, h: Tensor, tokens: Tensor, position: Tensor, cache: Cache | Pages | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The MTP module, of states and the tokens after them."""
+        mtp = self.model.layers[2]
+        e = F.embedding(tokens, self.model.embed_tokens.weight)
+        e = F.rms_norm(e, mtp.enorm.weight, eps=1e-6)
+        both = torch.cat((e, F.rms_norm(h, mtp.hnorm.weight, eps=1e-6)), -1)
+        x, balance, load = mtp(F.linear(both, mtp.eh_proj.weight), position, cache)
+        return F.rms_norm(x, mtp.shared_head.norm.weight, eps=1e-6), balance, load
+
     def compute(
         self, tokens: Tensor, position: Tensor | None
     ) -> tuple[Output, list[Tensor], list[Tensor]]:
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         h, balances, loads = self.hidden(tokens, position)
-        mtp = self.model.layers[2]
-        e = F.embedding(tokens[:, 1:], self.model.embed_tokens.weight)
-        e = F.rms_norm(e, mtp.enorm.weight, eps=1e-6)
-        both = torch.cat((e, F.rms_norm(h[:, :-1], mtp.hnorm.weight, eps=1e-6)), -1)
-        x, balance, load = mtp(F.linear(both, mtp.eh_proj.weight), position[:, 1:])
-        x = F.rms_norm(x, mtp.shared_head.norm.weight, eps=1e-6)
+        x, balance, load = self.look_ahead(h[:, :-1], tokens[:, 1:], position[:, 1:])
         logits = [F.linear(y, self.lm_head.weight) for y in (h, x)]
         return Output(logits[0], (logits[1],)), [*balances, balance], [*loads, load]
 
@@ -281,3 +287,11 @@ class Model(LanguageModel):
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache | Pages) -> Tensor:
         h, _, _ = self.hidden(tokens, position, cache)
         return F.linear(cache.last(h), self.lm_head.weight)
+
+    draft_offset = 1
+
+    def draft(
+        self, state: Tensor, tokens: Tensor, position: Tensor, cache: Cache | Pages
+    ) -> Tensor:
+        x, _, _ = self.look_ahead(state, tokens, position, cache)
+        return F.linear(cache.last(x), self.lm_head.weight)

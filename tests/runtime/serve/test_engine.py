@@ -95,21 +95,26 @@ def test_requests_give_the_same_bits_alone_and_in_any_company(model: Model) -> N
             Options(page=8),
             Options(page=8, max_requests=7, step_tokens=33),
             Options(page=8, max_requests=30, step_tokens=10, prefix_cache=False),
+            Options(page=8, max_requests=9, step_tokens=40, speculate=1),
         ]
     ):
         found, engine = together(model, requests, options, seed)
         assert found == expected
         assert engine.stats()["cached_tokens"] > 0 or not options.prefix_cache
+        assert engine.stats()["accepted_drafts"] > 0 or not options.speculate
 
 
 @pytest.mark.slow
-def test_preempted_requests_resume_with_the_same_bits(model: Model) -> None:
+@pytest.mark.parametrize("speculate", [0, 1])
+def test_preempted_requests_resume_with_the_same_bits(model: Model, speculate: int) -> None:
     rng = random.Random(1)
     requests = [
         (prompt[:8], replace(sampling, max_tokens=40, end_tokens=frozenset()))
-        for prompt, sampling in (asked(rng) for _ in range(50))
+        for prompt, sampling in (asked(rng) for _ in range(60))
     ]
-    options = Options(page=4, max_requests=20, step_tokens=64, max_model_len=48)
+    options = Options(
+        page=4, max_requests=20, step_tokens=64, max_model_len=48, speculate=speculate
+    )
     # Room for three of them.
     found, engine = together(model, requests, options, 2, blocks=37)
     assert engine.scheduler.preemptions >= 100
@@ -186,12 +191,39 @@ def test_abort_frees_at_once_and_may_be_repeated(model: Model) -> None:
     assert not engine.busy
 
 
+def test_drafts_are_what_the_forward_pass_expects(model: Model) -> None:
+    """Of the text that was made: each draft, whether it was right, and the steps it took."""
+    prompt = [5, 9, 40, 2, 77, 31]
+    engine = Engine(model, Options(speculate=1, step_tokens=4))
+    engine.add("a", prompt, Sampling(max_tokens=40))
+    request = engine.scheduler.waiting[0]
+    drafts: dict[int, int] = {}
+    while engine.busy:
+        engine.step()
+        if request.draft is not None:
+            drafts[request.known] = request.draft
+    text = [*prompt, *request.output]
+    with torch.no_grad():
+        ahead = model(torch.tensor([text])).mtp_logits[0][0].argmax(-1).tolist()
+    # Score i of the module is that of token i + 2.
+    assert drafts == {place: ahead[place - 2] for place in drafts}
+    right = sum(text[place] == draft for place, draft in drafts.items())
+    stats = engine.stats()
+    assert (stats["drafts"], stats["accepted_drafts"]) == (len(drafts), right)
+    # Two steps for the prompt, of which the second gives a token; a right draft saves one.
+    assert stats["steps"] == 1 + 40 - right
+
+
 class Broken(Model):
     """NaN for rows of token 13."""
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:  # type: ignore[override]
         logits = super().decode(tokens, position, cache)
         return logits.masked_fill((tokens[0, cache.rows.scored] == 13).unsqueeze(-1), torch.nan)
+
+
+class NoModule(Model):
+    draft_offset = None
 
 
 def test_nan_ends_the_request_that_has_it(model: Model) -> None:
@@ -242,6 +274,8 @@ def test_what_can_never_run_is_refused(
         (lambda m: Engine(m, Options(cache_bytes=5000)), r"holds 0 tokens.*give it 102400 bytes"),
         (lambda m: Engine(Model(device="meta")), "has no weights yet"),
         (lambda m: Options(page=0), "page must be 1 or more, got 0"),
+        (lambda m: Options(speculate=2), "speculate must be 0 or 1, got 2"),
+        (lambda m: Engine(NoModule(), Options(speculate=1)), "no MTP module that could draft"),
     ],
 )
 def test_options_that_do_not_fit(
