@@ -147,6 +147,7 @@ def engine_options(settings: Settings) -> Options:
         max_requests=settings.max_requests,
         step_tokens=settings.step_tokens,
         prefix_cache=not settings.no_prefix_cache,
+        speculate=settings.speculate,
     )
 
 

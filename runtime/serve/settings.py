@@ -48,6 +48,9 @@ class Settings:
     no_prefix_cache: Annotated[
         bool, Option("Compute every prompt whole, even if it begins as an earlier one.")
     ] = False
+    speculate: Annotated[
+        int, Option("Tokens that the first MTP module drafts for a next step [0].", "N", 0, 1)
+    ] = 0
     max_pending: Annotated[
         int, Option("Answers that run or wait; above, requests get a 429 [512].", "N", 1)
     ] = 512
