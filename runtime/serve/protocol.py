@@ -155,6 +155,7 @@ class Request(Body):
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1000)
 
     def token_limit(self) -> int | None:

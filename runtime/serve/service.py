@@ -117,6 +117,7 @@ class Service:
                 samplings[index // body.n](index),
                 self.model.vocabulary,
                 StopStrings((*body.stop, *stops), body.include_stop_str_in_output),
+                self.model.vocabulary.special if body.skip_special_tokens else frozenset(),
             )
             for index in range(total)
         ]

@@ -430,6 +430,10 @@ def test_chat_without_a_template_says_how_to_give_one() -> None:
         assert post(served, "/tokenize", prompt="<s>").json()["tokens"] == [0, 0]
         found = post(served, "/tokenize", prompt="<s>", add_special_tokens=False).json()
         assert found["tokens"] == [0]
+        body = {"prompt": "the</s> fox<think>", "seed": 0, "max_tokens": 5, "logprobs": 0}
+        for skip, text in ((True, "the fox<think>"), (False, "<s>the</s> fox<think>")):
+            (choice,) = post(served, **body, skip_special_tokens=skip).json()["choices"]
+            assert choice["text"] == text and "</s>" in choice["logprobs"]["tokens"]
 
 
 @pytest.mark.slow
