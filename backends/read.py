@@ -1,4 +1,4 @@
-"""A build read back: its values, its graphs, its plan. Nothing of it is run."""
+"""A build read back, by itself or in a run: its values, its graphs, its plan. None of it is run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from compiler.graph.parse import parse_program
 from compiler.graph.verify import verify
 from compiler.pipeline import PIPELINES
 from dsl.diagnostic import Diagnostic, DiagnosticError
+from dsl.hf import read_config
 from dsl.load import Resolved
 from dsl.read import read_source
 
 LOWERED = "graph/00-all-lower.graph"
 PROGRAM = re.compile(r"graph/([a-z_]+)\.graph")
 PLAN = "plan.json"
+RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,22 @@ class Built:
 
 def is_build(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / RECORD).is_file()
+
+
+def read_run(run: Path) -> Mapping[str, Any]:
+    """What run.json says, with the `model` whose build is in the run, and its `seed`.
+
+    Raises `DiagnosticError`: a stranger may have written it.
+    """
+    record = read_config(read_source(run / RECORD, str(run / RECORD)))
+    model, seed = record.get("model"), record.get("seed")
+    if not (isinstance(model, str) and model.isidentifier() and isinstance(seed, int)):
+        raise DiagnosticError([Diagnostic("E612", f"{run / RECORD} does not name model and seed")])
+    return record
 
 
 def read_build(folder: Path) -> Built:

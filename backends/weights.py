@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.read import read_build
+from backends.read import read_build, read_run
 from compiler.graph.core import Program
 from compiler.lower.model import lower
 from compiler.published import Published, published
 from dsl.diagnostic import Diagnostic, DiagnosticError
-from dsl.hf import hf_config, read_config, spec_from_hf
+from dsl.hf import hf_config, language_model, read_config, spec_from_hf
 from dsl.load import Description, load
 from dsl.read import read_source
 from dsl.source import Source
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from runtime.recode import Form, Wanted
     from runtime.shards import Problem
 
-CONFIG, RECORD = "config.json", "run.json"
+CONFIG = "config.json"
+DEPTH = "num_nextn_predict_layers"
 FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -40,6 +41,10 @@ FP8 = {
     "activation_scheme": "dynamic",
 }
 """`quantization_config` of DeepSeek-V3: which weights are FP8 is known from their scales."""
+SCALES = "scale_fmt"
+"""In `quantization_config`, as DeepSeek-V3.1; beside weights in BF16 a key of its own."""
+PREFIX = "language_model."
+"""Of the weights of a language model that is a part of a larger one."""
 BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
@@ -54,7 +59,8 @@ class Checkpoint:
     """A folder of weights, and the model whose weights they are to be.
 
     `seed` is what their first values came from, where it is known; `scale` how its FP8 scales are
-    kept, `fp32` or `ue8m0`; `beside` are files that go along.
+    kept, `fp32` or `ue8m0`; `prefix` what names in the folder begin with, where the model is a part
+    of a larger one; `beside` are files that go along; `notes` are for people.
     """
 
     folder: Path
@@ -62,7 +68,9 @@ class Checkpoint:
     config: Mapping[str, Any]
     scale: str
     seed: int | None = None
+    prefix: str = ""
     beside: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
@@ -70,26 +78,69 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
 
     Raises `DiagnosticError` if there is no such model.
     """
-    if spec is None:
-        config = read_config(_config_source(folder))
-        description = description_of(folder)
+    notes = []
+    if spec is not None:
+        config, description = hf_config(spec), spec
     else:
-        config = hf_config(spec)
-        description = spec
-    lowered = lower(description)
-    power = _quantization(config).get("scale_fmt") == "ue8m0"
-    scale = "ue8m0" if power else _scale(lowered)
+        config = {**language_model(read_config(_config_source(folder)))}
+        description = description_of(folder)
+        if config.get(DEPTH) and not description.spec.architecture.mtp.depth:
+            config[DEPTH] = 0
+            notes.append(f"{folder} declares MTP modules and holds no tensor of them: left out")
+    tensors, (names, _) = _tensors(lower(description)), _names(folder)
+    prefix = _prefix(names, tensors)
+    others = sum(not name.startswith(prefix) for name in names)
+    if others:
+        notes.append(f"{folder} has {others} tensors besides {prefix}*, the model: left out")
     beside = _files(folder, BESIDE)
-    return Checkpoint(folder, _tensors(lowered), config, scale, beside=beside)
+    return Checkpoint(folder, tensors, config, _scale(config), None, prefix, beside, tuple(notes))
 
 
 def description_of(folder: Path) -> Description:
-    """The model of a folder's config.json, called `imported`. Raises `DiagnosticError`."""
+    """The model of a folder's config.json, called `imported`. Raises `DiagnosticError`.
+
+    Without MTP modules that it declares and no file holds a tensor of.
+    """
     source = _config_source(folder)
+    config = read_config(source)
+    description = _described(config, source)
+    if description.spec.architecture.mtp.depth:
+        names, unread = _names(folder)
+        part = language_model(config)
+        if not unread and not _has_mtp(names, part["num_hidden_layers"]):
+            return _described({**part, DEPTH: 0}, source)
+    return description
+
+
+def _described(config: Mapping[str, Any], source: Source) -> Description:
+    """The model of a config.json, whose text is `source`."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "imported.yaml"
-        path.write_text(spec_from_hf(read_config(source), source, "imported"), encoding="utf-8")
+        path.write_text(spec_from_hf(config, source, "imported"), encoding="utf-8")
         return load(path)
+
+
+def _names(folder: Path) -> tuple[list[str], bool]:
+    """The tensors in a folder, and whether it has files that cannot be read."""
+    from runtime.shards import Shards
+
+    with Shards(folder) as shards:
+        return list(shards.entries), bool(shards.problems)
+
+
+def _has_mtp(names: Iterable[str], layers: int) -> bool:
+    """Whether a layer behind the last is among the names of tensors.
+
+    transformers declares such layers in what it saves, 1 by default, and never saves them.
+    """
+    found = (re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name) for name in names)
+    return any(layer and int(layer[1]) >= layers for layer in found)
+
+
+def _prefix(names: Iterable[str], tensors: Iterable[Published]) -> str:
+    """What the names in a folder begin with, where the model is a part of a larger one."""
+    own = any(one.name.startswith(PREFIX) for one in tensors)
+    return PREFIX if not own and any(name.startswith(PREFIX) for name in names) else ""
 
 
 def _config_source(folder: Path) -> Source:
@@ -106,10 +157,8 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
     from runtime.train.settings import TrainError
     from runtime.train.state import AVERAGE, MODEL
 
-    record = read_config(read_source(run / RECORD, str(run / RECORD)))
-    model, seed = record.get("model"), record.get("seed")
-    if not (isinstance(model, str) and model.isidentifier() and isinstance(seed, int)):
-        raise DiagnosticError([Diagnostic("E612", f"{run / RECORD} does not name model and seed")])
+    record = read_run(run)
+    model, seed = record["model"], record["seed"]
     try:
         newest = Checkpoints(run / "checkpoints", keep=1).newest()
     except TrainError as error:
@@ -125,11 +174,7 @@ def checkpoint_of(run: Path, average: bool = False) -> Checkpoint:
     # Tokens have a tokenizer beside them if they are not bytes.
     beside = _files(run / str(record.get("tokens")), ("tokenizer.json",))
     config = _hf_config(source)
-    return Checkpoint(folder, _tensors(lowered), config, _scale(lowered), seed, beside)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / RECORD).is_file()
+    return Checkpoint(folder, _tensors(lowered), config, _scale(config), seed, beside=beside)
 
 
 def _hf_config(source: Source) -> dict[str, Any]:
@@ -156,10 +201,9 @@ def _files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names if (folder / name).is_file())
 
 
-def _scale(program: Program) -> str:
-    """How the scales of its weights are kept: as powers of two, or not."""
-    kept = {weight.fp8 for graph in program.graphs.values() for weight in graph.weights.values()}
-    return "ue8m0" if "ue8m0" in kept else "fp32"
+def _scale(config: Mapping[str, Any]) -> str:
+    """How FP8 scales are kept: as powers of two, or not."""
+    return "ue8m0" if "ue8m0" in (_quantization(config).get(SCALES), config.get(SCALES)) else "fp32"
 
 
 def convert(
@@ -190,6 +234,7 @@ def convert(
             wanted,
             form,
             files,
+            prefix=checkpoint.prefix,
             beside=checkpoint.beside,
             max_shard_bytes=max_file,
             report=report,
@@ -220,8 +265,8 @@ def _problems(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[D
         by_text["missing"] = [name for name in by_text["missing"] if name not in absent]
         message = f"the MTP module (layer {layer}) is declared, and no tensor of it is in the files"
         help = (
-            "transformers saves models without it: set num_nextn_predict_layers to 0 in "
-            "config.json, or name a spec with architecture.mtp.depth 0 by --spec"
+            f"if it was never saved, set {DEPTH} in config.json, or architecture.mtp.depth of "
+            "the spec, to the number of modules that were"
         )
         yield Diagnostic("E610", message, help=help)
     for text, names in by_text.items():
@@ -255,13 +300,11 @@ def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:
 
 def _config(config: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """The same model, stored in another way; without code that is not copied."""
-    dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype")
+    dropped = ("quantization_config", SCALES, "auto_map", "dtype", "torch_dtype")
     kept = {key: value for key, value in config.items() if key not in dropped}
     kept["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
-    if form.fp8:
-        power = {"scale_fmt": "ue8m0"} if form.scale == "ue8m0" else {}
-        kept["quantization_config"] = {**FP8, **power}
-    return kept
+    powers = {SCALES: "ue8m0"} if form.scale == "ue8m0" else {}
+    return kept | ({"quantization_config": FP8 | powers} if form.fp8 else powers)
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

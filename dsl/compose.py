@@ -1,12 +1,14 @@
 """One spec from many places: `extends` with `set`, variants and `--set` are all overlays.
 
-An overlay is a path and a new value, which replaces the old one whole. They are applied in the
-order base, `set` of each file that extends it, chosen variant, `--set`. Nodes keep the spans of
-the files they were read from, so that the result knows where each of its values came from.
+An overlay is a path and a new value, which replaces the old one whole; `null` leaves the key out.
+They are applied in the order base, `set` of each file that extends it, chosen variants, `--set`.
+Nodes keep the spans of the files they were read from, so that the result knows where each of its
+values came from.
 """
 
 from __future__ import annotations
 
+import itertools
 import os.path
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsl import yaml
-from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
+from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics, Label
 from dsl.read import read_source
 from dsl.schema import VARIANT_KEYS
 from dsl.source import Source, Span
@@ -68,8 +70,10 @@ class _File:
         return self.root.entries.get(key)
 
 
-def compose(path: Path, name: str, sets: Sequence[str], variant: str | None) -> Composed:
+def compose(path: Path, name: str, sets: Sequence[str], chosen: Sequence[str]) -> Composed:
     """Reads `path` (called `name` in messages) and what it extends, and applies all overlays.
+
+    Of its variants those that are `chosen` by name, which must not contradict each other.
 
     Raises `DiagnosticError` (E1xx, and E302 for a value of the wrong kind) with every problem.
     """
@@ -83,21 +87,52 @@ def compose(path: Path, name: str, sets: Sequence[str], variant: str | None) -> 
             options.append(_option(text))
         except DiagnosticError as error:
             problems.extend(error.diagnostics)
-    if variant is not None and variant not in variants:
-        known = f"the variants are {', '.join(variants)}" if variants else "the spec names none"
-        help = did_you_mean(variant, variants) or known
-        span = Source("--variant", variant).span(0, len(variant))
-        problems.error("E113", f"there is no variant `{variant}`", span, "unknown", help=help)
+    for variant in chosen:
+        if variant not in variants:
+            known = f"the variants are {', '.join(variants)}" if variants else "the spec names none"
+            help = did_you_mean(variant, variants) or known
+            span = Source("--variant", variant).span(0, len(variant))
+            problems.error("E113", f"there is no variant `{variant}`", span, "unknown", help=help)
+    combined = [overlay for variant in chosen for overlay in variants.get(variant, ())]
+    problems.extend(_contradictions(combined))
     base = files[0].root
     root = yaml.Mapping(base.span, {k: e for k, e in base.entries.items() if k not in VARIANT_KEYS})
     root = _applied(root, own, problems)
     for other in variants.values():
         # Those not chosen are tried, too: their mistakes should not wait for the day of their use.
         _applied(root, other, problems)
-    chosen = [*variants.get(variant or "", ()), *options]
-    root = _applied(root, chosen, problems)
+    last = [*combined, *options]
+    root = _applied(root, last, problems)
     problems.raise_if_any()
-    return Composed(root, (*own, *chosen), tuple(file.source for file in files))
+    return Composed(root, (*own, *last), tuple(file.source for file in files))
+
+
+def _contradictions(overlays: Sequence[Overlay]) -> Iterator[Diagnostic]:
+    """Values that one variant sets and another one sets differently, or within which it sets one.
+
+    The later one would win, which nobody who combines two variants asks for.
+    """
+    for a, b in itertools.combinations(overlays, 2):
+        depth = min(len(a.path), len(b.path))
+        if a.label == b.label or a.parts[:depth] != b.parts[:depth]:
+            continue
+        if a.parts == b.parts and _written(a.node) == _written(b.node):
+            continue
+        outer = ".".join(a.parts[:depth])
+        one, other = (label.label.removeprefix("variant ") for label in (a, b))
+        message = f"the variants `{one}` and `{other}` set `{outer}` differently"
+        help = "choose one of the two, or add a variant with the value that is meant"
+        related = (Label(a.node.span, f"set by `{one}`"),)
+        yield Diagnostic("E120", message, b.node.span, f"set by `{other}`", related, help)
+
+
+def _written(node: yaml.Node) -> object:
+    """A value without its place, for comparison."""
+    if isinstance(node, yaml.Mapping):
+        return {key: _written(entry.node) for key, entry in node.entries.items()}
+    if isinstance(node, yaml.Sequence):
+        return [_written(item) for item in node.items]
+    return node.value, node.quoted
 
 
 def _error(code: str, message: str, span: Span, label: str, help: str = "") -> DiagnosticError:
@@ -257,9 +292,15 @@ def _replaced(node: yaml.Node, overlay: Overlay, depth: int) -> yaml.Node:
     if depth == len(overlay.path):
         return overlay.node
     segment = overlay.path[depth]
+    if yaml.is_null(node):
+        node = yaml.Mapping(segment.span)  # left out, as if it had never been there
     path = ".".join(overlay.parts[:depth])
     if isinstance(node, yaml.Mapping):
         old = node.entries.get(segment.text)
+        if old is None and path == "params" and yaml.is_null(overlay.node):
+            message = f"there is no parameter `{segment.text}` to leave out"
+            help = did_you_mean(segment.text, node.entries)
+            raise _error("E114", message, segment.span, "unknown", help)
         key_span = old.key_span if old else segment.span
         child = old.node if old else yaml.Mapping(segment.span)
         new = yaml.Entry(key_span, _replaced(child, overlay, depth + 1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -16,7 +16,7 @@ from typing import NoReturn
 from dsl import ast
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics, Label
 from dsl.parse import parse_expression
-from dsl.source import Span
+from dsl.source import Source, Span
 from dsl.suggest import did_you_mean
 from dsl.yaml import Entry, Scalar, kind
 
@@ -128,6 +128,7 @@ def evaluate(expr: ast.Expr, names: Mapping[str, Constant]) -> Constant:
 def evaluate_params(entries: Mapping[str, Entry], problems: Diagnostics) -> dict[str, Value]:
     """The parameters of a spec, which may use each other in any order, in the order given.
 
+    Text that has a value without its quotes is refused.
     Adds to `problems` (E302, E311 for cycles, and those of `expression` and `evaluate`). A
     parameter that cannot be evaluated, or that uses such a one, is left out.
     """
@@ -140,7 +141,12 @@ def evaluate_params(entries: Mapping[str, Entry], problems: Diagnostics) -> dict
             problems.error("E302", message, entry.node.span, label, help=help)
             continue
         try:
-            parsed[name] = expression(entry.node)
+            if _is_quoted_expression(entry.node, entries):
+                message = f"the parameter `{name}` is {describe(entry.node.value)}"
+                label, help = "quoted, so it is text", "remove the quotes"
+                problems.error("E302", message, entry.node.span, label, help=help)
+            else:
+                parsed[name] = expression(entry.node)
         except DiagnosticError as error:
             problems.extend(error.diagnostics)
     names = {name: list(free_names(expr)) for name, expr in parsed.items()}
@@ -154,6 +160,23 @@ def evaluate_params(entries: Mapping[str, Entry], problems: Diagnostics) -> dict
             except DiagnosticError as error:
                 problems.extend(error.diagnostics)
     return {name: Value(values[name], parsed[name].span) for name in entries if name in values}
+
+
+def _is_quoted_expression(scalar: Scalar, names: Collection[str]) -> bool:
+    """Whether text has a value without its quotes: "192", "true", "hidden_size * 4".
+
+    Used as what it looks like, it would fail where it is used, far from the quotes. A single word
+    is text, and so is what has words that are no parameters: "top2_sum", "pre-norm".
+    """
+    if not scalar.quoted:
+        return False
+    text = Source("", scalar.value)
+    try:
+        expr = parse_expression(text, 0, len(text.text))
+    except DiagnosticError:
+        return False
+    is_word = isinstance(expr, ast.Name | ast.Text | ast.Path)
+    return not is_word and all(name.value in names for name in free_names(expr))
 
 
 def _dependency_order(

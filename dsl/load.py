@@ -68,7 +68,7 @@ class Description:
         node: yaml.Node | None = self.composed.root
         for part in path:
             node = yaml.child_of(node, part) if node is not None else None
-        return node is not None
+        return node is not None and not yaml.is_null(node)
 
     def resolved(self) -> list[Resolved]:
         """Every value of the model with its origin, in the order of the schema."""
@@ -81,7 +81,7 @@ class Description:
         node: yaml.Node | None = self.composed.root
         for part in path:
             node = yaml.child_of(node, part) if node is not None else None
-        if node is None:
+        if node is None or yaml.is_null(node):
             return "default"
         label = self.composed.label(path)
         if label == "--set":
@@ -89,18 +89,21 @@ class Description:
         return f"{node.span.location} ({label})" if label else node.span.location
 
 
-def load(path: str | Path, *, sets: Sequence[str] = (), variant: str | None = None) -> Description:
-    """Reads the spec at `path`, with the changes of `variant` and of `sets` ("path=value").
+def load(
+    path: str | Path, *, sets: Sequence[str] = (), variants: Sequence[str] = ()
+) -> Description:
+    """Reads the spec at `path`, with the changes of `variants` and of `sets` ("path=value").
 
     Raises `DiagnosticError` with every problem of the stage that could not go on: reading and
     composing YAML (E1xx), then values (E3xx) together with block files (E1xx, E2xx).
     """
-    composed = compose(Path(path), str(path), sets, variant)
+    composed = compose(Path(path), str(path), sets, variants)
     problems = Diagnostics()
     params: dict[str, Value] = {}
     section = yaml.child_of(composed.root, "params")
     if isinstance(section, yaml.Mapping):
-        params = evaluate_params(section.entries, problems)
+        given = {k: e for k, e in section.entries.items() if not yaml.is_null(e.node)}
+        params = evaluate_params(given, problems)
     spec, found = validate(composed.root, params)
     problems.extend(found)
     library = _Library(problems)
@@ -124,7 +127,7 @@ def _cluster(root: yaml.Mapping, problems: Diagnostics) -> tuple[Cluster | None,
     """The cluster that `parallel` names, and its file."""
     section = yaml.child_of(root, "parallel")
     named = yaml.child_of(section, "cluster") if section is not None else None
-    if isinstance(named, yaml.Scalar) and named.value:
+    if isinstance(named, yaml.Scalar) and named.value and not yaml.is_null(named):
         try:
             cluster, source = read_cluster(named)
             return cluster, [source]

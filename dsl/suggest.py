@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # What other code bases and papers call a thing -> the names it may have here.
 SYNONYMS = {
@@ -42,6 +42,30 @@ SYNONYMS = {
     "attention": ("attn", "self_attn"),
     "repeat": ("num_layers", "n_layers", "num_hidden_layers", "count", "times"),
     "depth": ("num_nextn_predict_layers", "mtp_depth", "n_mtp_layers"),
+    "learning_rate": ("lr", "base_lr", "max_lr", "peak_lr"),
+    "weight_decay": ("wd", "adam_weight_decay"),
+    "beta1": ("adam_beta1",),
+    "beta2": ("adam_beta2",),
+    "clip": ("grad_clip", "clip_grad", "clip_grad_norm", "gradient_clip", "gradient_clipping",
+             "max_grad_norm"),
+    "bias_update": ("bias_update_speed", "bias_update_rate", "moe_router_bias_update_rate"),
+    "sequence_length": ("seq_len", "seq_length", "block_size", "max_seq_length"),
+    "batch": ("batch_size", "global_batch_size", "gbs", "train_batch_size"),
+    "micro_batch": ("mbs", "micro_batch_size", "microbatch_size",
+                    "per_device_train_batch_size"),
+    "steps": ("iterations", "max_iters", "max_steps", "num_steps", "train_iters", "train_steps"),
+    "tokens": ("max_tokens", "num_tokens", "total_tokens", "train_tokens"),
+    "document_mask": ("doc_mask", "reset_attention_mask", "intra_document_mask"),
+    "fim": ("fill_in_the_middle",),
+    "ema": ("ema_decay",),
+    "pipeline": ("pp", "stages", "pipeline_parallel", "pipeline_parallel_size",
+                 "pipeline_model_parallel_size"),
+    "expert": ("ep", "ep_size", "expert_parallel", "expert_parallel_size",
+               "expert_model_parallel_size"),
+    "zero": ("zero_stage", "distributed_optimizer", "use_distributed_optimizer"),
+    "eos_token_id": ("eos", "eos_id", "eod", "eos_token"),
+    "bos_token_id": ("bos", "bos_id", "bos_token"),
+    "scale_format": ("scale_fmt",),
     "precision": ("dtype",),
     "about": ("description", "doc"),
     "model": ("name",),
@@ -49,16 +73,39 @@ SYNONYMS = {
     "false": ("no", "off", "False", "FALSE", "null", "none", "None"),
 }  # fmt: skip
 
+# What other code bases have and specs have not.
+_TENSOR = (
+    "there is no tensor parallelism, as in DeepSeek-V3 (report, 3.2): `pipeline` and `expert` "
+    "cut a model"
+)
+_CONTEXT = "there is no context parallelism: a rank has whole sequences"
+_DATA = "the ranks that `pipeline` and `expert` leave are replicas"
+ABSENT = {
+    **dict.fromkeys(("tensor", "tp", "tensor_parallel", "tensor_parallel_size",
+                     "tensor_model_parallel_size"), _TENSOR),
+    **dict.fromkeys(("context", "cp", "context_parallel", "context_parallel_size",
+                     "sequence_parallel"), _CONTEXT),
+    **dict.fromkeys(("data", "dp", "data_parallel", "data_parallel_size", "replicas"), _DATA),
+}  # fmt: skip
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The name among `known` most likely meant by `name`; None when nothing is near."""
+
+def synonym(name: str, known: Collection[str]) -> str | None:
+    """The name among `known` that means what others call `name`."""
+    name = _plain(name)
+    return next((m for m, others in SYNONYMS.items() if m in known and name in others), None)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.65) -> str | None:
+    """The name among `known` most likely meant by `name`; None when nothing is near.
+
+    `cutoff`, from 0 to 1, is how alike two names must be.
+    """
     names = sorted(set(known))
-    for meant, others in SYNONYMS.items():
-        if meant in names and name in others:
-            return meant
+    if meant := synonym(name, names):
+        return meant
     # Case and the kind of separator are the commonest slips, and difflib counts them fully.
     plain = {_plain(n): n for n in names}
-    close = difflib.get_close_matches(_plain(name)[:80], list(plain), n=1, cutoff=0.65)
+    close = difflib.get_close_matches(_plain(name)[:80], list(plain), n=1, cutoff=cutoff)
     return plain[close[0]] if close else None
 
 

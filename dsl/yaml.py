@@ -86,6 +86,11 @@ def kind(node: Node) -> str:
     return "a list" if isinstance(node, Sequence) else "a single value"
 
 
+def is_null(node: object) -> bool:
+    """Whether a value is `null`, which leaves its key out."""
+    return isinstance(node, Scalar) and node.value == "null" and not node.quoted
+
+
 def nearest_node(root: Node, path: Iterable[str | int]) -> Node:
     """The node at `path`, or the last one on the way where the tree ends before it."""
     node = root

@@ -19,6 +19,7 @@ from dslc.commands import (
     eval,
     explain,
     export,
+    generate,
     graph,
     import_,
     init,
@@ -27,7 +28,6 @@ from dslc.commands import (
     passes,
     plan,
     plot,
-    sample,
     schema,
     serve,
     show,
@@ -85,17 +85,21 @@ def options(
 
 COMMANDS = (
     check, show, plan, graph, passes, diff, build, kernels, tune, tokenizer, train, study, eval,
-    sample, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
+    generate, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(name, epilog=command.EXAMPLES)(command.run)
+app.command("sample", hidden=True)(generate.run)  # its former name
 
 
 def main() -> None:
     """Runs the command line and exits; no traceback unless DSLC_DEBUG is set."""
     # The process lives for half a second: garbage collection would take a sixth of it.
     gc.disable()
+    # Threads that wait for one another in a loop keep other runs on the machine from the cores:
+    # of two trainings at once each was tens of times slower. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = run()
     except KeyboardInterrupt:
@@ -103,16 +107,27 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DSLC_DEBUG"):
             traceback.print_exc()
-        print(
-            f"dslc: internal error: {type(error).__name__}: {error}\n"
-            "This is a bug in dslc, not in your spec. Please report it with the spec and the "
-            "command; DSLC_DEBUG=1 prints the traceback.",
-            file=sys.stderr,
-        )
-        status = 70
+        status = report(error)
     finally:
         gc.enable()
     sys.exit(status)
+
+
+def report(error: Exception) -> int:
+    """Prints an error that no command expected; returns the exit status."""
+    from runtime.train.memory import shortage
+
+    told = shortage(error)
+    if told is not None:
+        print(f"dslc: {told}", file=sys.stderr)
+        return 1
+    print(
+        f"dslc: internal error: {type(error).__name__}: {error}\n"
+        "This is a bug in dslc, not in your spec. Please report it with the spec and the "
+        "command; DSLC_DEBUG=1 prints the traceback.",
+        file=sys.stderr,
+    )
+    return 70
 
 
 def run() -> str | int | None:

@@ -16,13 +16,17 @@ from dsl.load import Resolved
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: a spec with its changes, or a build. `plan` is as in `plan.json`."""
+    """One of the two: a spec with its changes, a build, or a run.
+
+    `plan` is as in `plan.json`; `run` holds how a run was started: data, seed and the like.
+    """
 
     name: str
     values: Sequence[Resolved]
     lowered: Program
     programs: Mapping[str, Program]
     plan: Mapping[str, Any] | None
+    run: Sequence[Resolved] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,11 @@ def difference(a: Side, b: Side) -> Difference:
 
 
 def _values(a: Side, b: Side) -> Iterator[ChangedValue]:
-    before, after = ({v.path: v for v in side.values} for side in (a, b))
+    # How it was started is no property of a model: it is compared between runs only.
+    runs = a.run and b.run
+    before, after = (
+        {v.path: v for v in (*side.values, *(side.run if runs else ()))} for side in (a, b)
+    )
     for path in dict.fromkeys([*before, *after]):
         old, new = before.get(path), after.get(path)
         if old is None or new is None or old.value != new.value:

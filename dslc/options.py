@@ -46,9 +46,12 @@ SetOption = Annotated[
     ),
 ]
 VariantOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--variant", metavar="NAME", help="Use a variant of the spec.", show_default=False
+        "--variant",
+        metavar="NAME",
+        help="Use a variant of the spec. Repeatable: variants combine.",
+        show_default=False,
     ),
 ]
 SkipOption = Annotated[

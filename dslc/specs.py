@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from dsl.load import Description
 
 
-def read(spec: str, sets: Sequence[str] | None, variant: str | None) -> Description:
+def read(spec: str, sets: Sequence[str] | None, variants: Sequence[str] | None) -> Description:
     """The description of a spec file. Raises `DiagnosticError` with every problem in it."""
     from dsl.load import load
 
-    return load(find(spec), sets=sets or (), variant=variant)
+    return load(find(spec), sets=sets or (), variants=variants or ())
 
 
 def find(spec: str) -> Path:

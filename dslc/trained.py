@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import typer
 
 TRAIN, SERVE = "runtime.train.command", "runtime.serve.command"
+GENERATE = "runtime.serve.offline"
 """What packages are used for."""
 NEEDS = "a built model needs torch and safetensors"
 
@@ -58,3 +60,30 @@ def using_run(run: Path, what: str = TRAIN) -> Iterator[Any]:
         raise typer.Exit(1) from None
     with using(run, str(package), what) as found:
         yield found
+
+
+@contextmanager
+def using_source(
+    source: Path, spec: str | None, what: str
+) -> Iterator[tuple[Any, Any, Path, bool]]:
+    """The same, with the folder that holds the package, for a run or a folder of weights; whether
+    it is a run. For weights the package is built, from their config.json or `spec`."""
+    from backends.build import build
+    from backends.read import is_run
+    from backends.weights import description_of
+    from dslc.report import reporting
+    from dslc.specs import read
+
+    with reporting():
+        trained = is_run(source)
+    if trained:
+        with using_run(source, what) as (command, model):
+            yield command, model, source, True
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        parent = Path(folder)
+        with reporting():
+            found = description_of(source) if spec is None else read(spec, None, None)
+            build(found, parent / found.spec.model)
+        with using(parent, found.spec.model, what) as (command, model):
+            yield command, model, parent, False

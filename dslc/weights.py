@@ -65,9 +65,11 @@ def converted(
 ) -> None:
     """Converts weights and prints the audit. Raises `DiagnosticError`, OSError."""
     from backends.weights import convert
-    from dslc.report import print_json, print_table
+    from dslc.report import note, print_json, print_table
     from dslc.specs import shown
 
+    for text in checkpoint.notes:
+        note(text)
     gc.enable()  # off in dslc, whose other commands take half a second
     progress = ProgressPrinter()
     table = convert(

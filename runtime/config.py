@@ -66,6 +66,12 @@ def freeze(value: Any) -> Any:
     return value
 
 
+def end_tokens(config: Config) -> tuple[int, ...]:
+    """The tokens that end a text, `sequence.eos_token_id`; documents end with the first."""
+    eos = config.sequence.eos_token_id
+    return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of a schedule, up to `until` tokens or `until_step` steps; the last has no end.

@@ -92,12 +92,14 @@ def convert(
     form: Form,
     files: Mapping[str, str],
     *,
+    prefix: str = "",
     beside: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> Table:
     """Writes the `wanted` tensors of a folder to `target`, as `form` asks; gives the audit.
 
+    Where the model is a part of a larger one, `prefix` is what its names begin with in the folder.
     The target gets the texts of `files` besides, those `beside` unchanged, and an index.
 
     Raises ConversionError with all problems: tensors missing, left over, of the wrong shape or type
@@ -111,7 +113,7 @@ def convert(
     partial = target.with_name(f"{target.name}.partial")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TargetError(target, "exists, and is not overwritten")
-    with Shards(folder) as shards:
+    with Shards(folder, prefix) as shards:
         if not shards.entries and shards.problems:
             raise ConversionError(shards.problems)
         sources = Sources(

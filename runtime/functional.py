@@ -373,9 +373,12 @@ def sequence_balance_loss(score: Tensor, k: int) -> Tensor:
 
     score [batch, seq, experts] are affinities as the gate gives them. Experts are counted by the
     `k` best raw scores, without bias or group limit, as the equations are printed. The mean over
-    the sequences of the batch.
+    the sequences of the batch; 0 for sequences without a token, which an MTP module has where they
+    are not longer than its depth.
     """
     experts = score.shape[-1]
+    if score.shape[-2] == 0:
+        return score.sum()
     frequency = chosen(score, k).mean(-2) * (experts / k)
     probability = (score / (score.sum(-1, keepdim=True) + TINY)).mean(-2)
     return (frequency * probability).sum(-1).mean()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .cache import Cache
-from .config import Config
+from .config import Config, end_tokens
 
 
 class Decoder(Protocol):
@@ -31,20 +32,24 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_token_id: int | Literal["config"] | None = "config",
+    eos_token_id: int | Sequence[int] | Literal["config"] | None = "config",
 ) -> Tensor:
     """The int64 prompts [batch, seq] with up to `max_new_tokens` more: [batch, seq + new].
 
     `temperature` 0 is greedy (of equals the lowest id); above, tokens are sampled from the
     smallest set of tokens that holds `top_p` of the probability, the same each time for the same
-    `seed`. A sequence that reached `eos_token_id` is padded with it until all have ended;
-    None never ends, "config" is that of the spec. Prompts have equal lengths: there is no padding.
+    `seed`. A sequence that reached `eos_token_id`, or one of several, is padded with it (the
+    first) until all have ended; None never ends, "config" is that of the spec. Prompts have equal
+    lengths: there is no padding.
 
     Raises ValueError for invalid tokens or settings, FloatingPointError for logits that are NaN or
     infinite.
     """
     _check(model, tokens, max_new_tokens, temperature, top_p)
-    eos = model.config.sequence.eos_token_id if eos_token_id == "config" else eos_token_id
+    if eos_token_id == "config":
+        eos_token_id = end_tokens(model.config)
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else [*(eos_token_id or ())]
+    eos = torch.tensor(ends, dtype=torch.int64, device=tokens.device)
     batch, start = tokens.shape
     cache = Cache(batch, start + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -60,9 +65,9 @@ def generate(
         chosen = (
             _sample(logits, temperature, top_p, generator) if temperature else logits.argmax(-1)
         )
-        if eos is not None:
-            chosen = chosen.masked_fill(ended, eos)
-            ended |= chosen == eos
+        if ends:
+            chosen = chosen.masked_fill(ended, ends[0])
+            ended |= torch.isin(chosen, eos)
         new = chosen.unsqueeze(-1)
         text = torch.cat((text, new), dim=1)
     return text.clone()
@@ -88,11 +93,12 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.G
 def _check(
     model: Decoder, tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(
-            f"tokens must be int64 [batch, seq] with at least one token, "
-            f"got {tokens.dtype} {list(tokens.shape)}"
+    is_tensor = isinstance(tokens, Tensor)
+    if not is_tensor or tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
+        found = (
+            f"{tokens.dtype} {list(tokens.shape)}" if is_tensor else f"a {type(tokens).__name__}"
         )
+        raise ValueError(f"tokens must be int64 [batch, seq] with at least one token, got {found}")
     if model.device.type == "meta":
         raise ValueError("the model has no weights yet (device='meta'): load some first")
     vocab, low, high = model.config.params.vocab_size, int(tokens.min()), int(tokens.max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -165,7 +166,7 @@ class LanguageModel(CheckpointModule, ABC):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        eos_token_id: int | Literal["config"] | None = "config",
+        eos_token_id: int | Sequence[int] | Literal["config"] | None = "config",
     ) -> Tensor:
         """Continues tokens [batch, seq]; see `generate.generate`."""
         return generate(self, tokens, max_new_tokens, temperature, top_p, seed, eos_token_id)

@@ -102,7 +102,9 @@ def recode(shards: Shards, source: Source, wanted: Wanted, form: Form) -> Recode
     for values, out in zip(_runs(read), _runs(made), strict=True):
         x = values[0] if len(values) == 1 else dequantize(*values)
         w = x.to(DTYPES[wanted.dtype])
-        fault = fault or _not_finite(w)
+        if not (fault or _finite(w)):
+            beyond = f"holds numbers too large for {wanted.dtype}"
+            fault = beyond if _finite(x) else "holds infinities or NaN"
         if how != "copied":
             new = quantize_weight(w, form.scale) if how == "quantized" else (w,)
             for to, value in zip(out, new, strict=True):
@@ -150,9 +152,9 @@ def _runs(parts: list[Part]) -> Iterator[list[Tensor]]:
         yield [weight[start : start + rows], *(scale[blocks] for scale in scales)]
 
 
-def _not_finite(x: Tensor) -> str | None:
+def _finite(x: Tensor) -> bool:
     least, most = torch.aminmax(x) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
-    return None if least.isfinite() and most.isfinite() else "holds infinities or NaN"
+    return bool(least.isfinite() and most.isfinite())
 
 
 def _at_first(read: list[Part], wanted: Wanted, seed: int | None) -> str | None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
 FP8 = "F8_E4M3"
 DTYPES = {
@@ -28,6 +29,9 @@ DTYPES = {
 """The element types that weights may be stored in, by their safetensors names."""
 PICKLES = {".bin", ".pt", ".pth"}
 POINTER = b"version https://git-lfs.github.com/spec/"
+_NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.safetensors")
+MOST_FILES = 10_000
+"""Files of a model; DeepSeek-V3 has 163."""
 CHUNK = 1 << 24
 """Bytes that are compared at once."""
 BLOCK = 128
@@ -75,17 +79,19 @@ class Entry:
 class Shards(ExitStack):
     """The files of a folder, kept open; `entries` by tensor name, `problems` found on the way.
 
-    Only headers are read at first. `values` reads one tensor into memory of its own; files are not
-    mapped, so that what was read and dropped takes no memory.
+    With a `prefix`, only tensors whose names begin with it, and by their names without it: those of
+    one part of a larger model. Only headers are read at first. `values` reads one tensor into
+    memory of its own; files are not mapped, so that what was read and dropped takes no memory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         super().__init__()
         self.folder = folder
         self.problems: list[Problem] = []
         self.entries: dict[str, Entry] = {}
         self._open: dict[Path, BufferedReader] = {}
         placed = self._read_index()
+        self._unread = False
         for file in self._files(placed):
             self._read_header(file)
         for name, file_name in placed.items():
@@ -93,6 +99,18 @@ class Shards(ExitStack):
             opened = folder / file_name in self._open
             if opened and (entry is None or entry.file.name != file_name):
                 self._add(f"the index says it is in {file_name}, but it is not", name)
+        self.entries = _under(prefix, self.entries)
+        self._placed = _under(prefix, placed)
+
+    def may_hold(self, name: str) -> bool:
+        """Whether a tensor that is in no file may be in one that is absent or cannot be read.
+
+        Such a file is among `problems`; that its tensors are missing follows from it.
+        """
+        if self._placed:
+            file = self._placed.get(name)
+            return file is not None and self.folder / file not in self._open
+        return self._unread
 
     def values(self, entry: Entry) -> Tensor:
         """The tensor as stored, on the CPU."""
@@ -142,6 +160,9 @@ class Shards(ExitStack):
                 self._add("a pickle can run code and is not read; convert to safetensors", name)
             if not pickles:
                 self._add("the folder holds no *.safetensors file", str(self.folder))
+        for name in [] if placed else sorted(_gaps(files)):
+            self._unread = True
+            self._add("not there, though the names of others count it", name)
         listed = set(placed.values())
         for name in sorted(listed - files):
             self._add("the index names a file that is not there", name)
@@ -151,6 +172,7 @@ class Shards(ExitStack):
 
     def _read_header(self, file: Path) -> None:
         if _is_pointer(file):
+            self._unread = True
             self._add("a Git LFS pointer, not the file itself; run `git lfs pull` there", file.name)
             return
         try:
@@ -158,6 +180,7 @@ class Shards(ExitStack):
                 handle = self.enter_context(file.open("rb"))
                 header, data = read_header(handle)
         except (SafetensorError, OSError) as error:
+            self._unread = True
             self._add(f"damaged, cut off, or no safetensors file ({error})", file.name)
             return
         self._open[file] = handle
@@ -167,6 +190,22 @@ class Shards(ExitStack):
             begin, _ = about["data_offsets"]
             shape, dtype = tuple(about["shape"]), str(about["dtype"])
             self.entries[name] = Entry(name, file, shape, dtype, data + begin)
+
+
+def _under(prefix: str, named: Mapping[str, T]) -> dict[str, T]:
+    return {n.removeprefix(prefix): one for n, one in named.items() if n.startswith(prefix)}
+
+
+def _gaps(files: Collection[str]) -> set[str]:
+    """Names of files that are absent: of `model-00001-of-00003.safetensors` two."""
+    counted = [found for file in files if (found := _NUMBERED.fullmatch(file))]
+    named = {(start, int(of), len(of)) for start, of in (found.group(1, 3) for found in counted)}
+    return {
+        f"{start}-{number:0{width}}-of-{of:0{width}}.safetensors"
+        for start, of, width in named
+        if of <= MOST_FILES
+        for number in range(1, of + 1)
+    } - {*files}
 
 
 def _is_pointer(file: Path) -> bool:

@@ -12,6 +12,7 @@ from .shards import BLOCK, DTYPES, FP8, Entry, Problem, Shards, dequantize
 
 Shape = tuple[int, ...]
 CONSTANT = ".rotary_emb.inv_freq"
+SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ class Sources:
     def _take(self, name: str, shape: Shape) -> None:
         entry = self._left.pop(name, None)
         if entry is None:
-            self._refuse("missing", name)
+            if not self.shards.may_hold(name):
+                self._refuse("missing", name)
             return
-        scale = self._left.pop(f"{name}_scale_inv", None) if entry.dtype == FP8 else None
+        scale = self._left.pop(f"{name}{SCALE}", None) if entry.dtype == FP8 else None
+        if entry.dtype == FP8 and scale is None and self.shards.may_hold(f"{name}{SCALE}"):
+            return
         fault = _fault(entry, scale, shape)
         if fault:
             self._refuse(fault, name)
@@ -77,7 +81,9 @@ class Sources:
         for name, entry in self._left.items():
             # Where transformers has 0 shared experts, it saves their weights without an element.
             # Some files hold the frequencies of rotary embedding, which follow from the config.
-            if 0 not in entry.shape and not name.endswith(CONSTANT):
+            constant = 0 in entry.shape or name.endswith(CONSTANT)
+            alone = name.endswith(SCALE) and self.shards.may_hold(name.removesuffix(SCALE))
+            if not (constant or alone):
                 self._refuse("not a tensor of this model", name)
 
     def _refuse(self, text: str, name: str) -> None:

@@ -363,7 +363,9 @@ class Lowering:
             place,
             f"is {size!r}",
             [label for label in related_settings(names, params, place) if label.span != place],
-            "remove the quotes" if isinstance(size, str) else "give it a size of 1 or more",
+            "give it a number, without quotes"
+            if isinstance(size, str)
+            else "give it a size of 1 or more",
         )
 
     # ---- afterwards -------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dsl.diagnostic import Diagnostic, Label
 from dsl.load import Description
 from dsl.parse import parse_expression
 from dsl.source import Span
-from dsl.suggest import nearest
+from dsl.suggest import nearest, synonym
 
 
 def silent_losses(description: Description, program: Program) -> Iterator[Diagnostic]:
@@ -43,7 +43,7 @@ def unused_params(description: Description, used: Set[str]) -> Iterator[Diagnost
     wanted = {p.name.value for block in description.blocks.values() for p in block.params}
     for name, value in description.params.items():
         if name not in read:
-            near = nearest(name, [w for w in wanted if w not in description.params])
+            near = nearest(name, wanted - description.params.keys()) or synonym(name, wanted)
             yield Diagnostic(
                 "E407",
                 f"no block of this model uses {name}",

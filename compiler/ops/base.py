@@ -153,11 +153,13 @@ def grad_name(symbols: Sequence[str]) -> str:
 
 def same_shape(kind: str, a: Type, b: Type) -> None:
     """Raises `TypeMismatch` that names the first pair of dimensions that do not meet."""
+    help = "nothing is broadcast: both must have the same dimensions, by name and size"
     if len(a.dims) != len(b.dims):
-        raise TypeMismatch(f"{kind} needs equal shapes: {a.words} does not meet {b.words}", 1)
+        raise TypeMismatch(f"{kind} needs equal shapes: {a.words} does not meet {b.words}", 1, help)
     for x, y in zip(a.dims, b.dims, strict=True):
         if x != y:
-            raise TypeMismatch(f"{kind} needs equal shapes: {x.words} does not meet {y.words}", 1)
+            message = f"{kind} needs equal shapes: {x.words} does not meet {y.words}"
+            raise TypeMismatch(message, 1, help)
     if a.dtype != b.dtype:
         raise TypeMismatch(
             f"{kind} needs equal element types: {a.dtype} does not meet {b.dtype}",

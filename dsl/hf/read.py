@@ -10,78 +10,42 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dsl.diagnostic import Diagnostics
-from dsl.hf.config_file import Reader, shown, spans_of
+from dsl.hf.config_file import MAX_NUMBER, Reader, shown, spans_of
+from dsl.hf.keys import (
+    ARCHITECTURES,
+    EXPERT_KEYS,
+    FAMILIES,
+    FIXED,
+    FP8_BLOCKS,
+    GENERATION,
+    IGNORED,
+    PART,
+    POLICIES,
+    RELATIVES,
+    ROPE_TYPE_KEYS,
+    language_model,
+    model_type,
+)
 from dsl.source import Source
-
-# Families: the same equations under several names. Moonlight calls itself deepseek_v3.
-FAMILIES = {
-    "deepseek_v3": "v3",
-    "kimi_k2": "v3",
-    "glm4_moe_lite": "v3",
-    "youtu": "v3",
-    "deepseek_v2": "v2",
-}
-ARCHITECTURES = {
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-    "KimiK2ForCausalLM": "kimi_k2",
-    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
-    "YoutuForCausalLM": "youtu",
-    "DeepseekV2ForCausalLM": "deepseek_v2",
-}
-# Near relatives that compute something else; their files are read on to name every difference.
-RELATIVES = {
-    "deepseek_v32": "DeepSeek-V3.2 chooses keys by an indexer (sparse attention)",
-    "deepseek_v4": "DeepSeek-V4 has another attention",
-    "axk1": "A.X-K1 has a norm behind every feed-forward block",
-    "kimi_k25": "Kimi-K2.5 reads images",
-    "kimi_linear": "Kimi Linear has linear attention",
-    "longcat_flash": "LongCat-Flash has two attentions a layer",
-    "mistral4": "Mistral 4 has another gate",
-}
-# Keys that change neither the weights nor what is computed from them.
-IGNORED = frozenset({
-    "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures",
-    "attn_implementation", "auto_map", "bad_words_ids", "chunk_size_feed_forward",
-    "cross_attention_hidden_size", "dtype", "ep_size", "finetuning_task", "id2label",
-    "is_decoder", "is_encoder_decoder", "label2id", "model_type", "name_or_path", "num_labels",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "problem_type", "quantization_config", "return_dict",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "unsloth_fixed", "use_bfloat16", "use_cache",
-})  # fmt: skip
-# Keys with the one value that the blocks compute.
-FIXED: dict[str, tuple[Any, str]] = {
-    "hidden_act": ("silu", "the feed-forward blocks are SwiGLU"),
-    "attention_bias": (False, "no projection of the model has a bias"),
-    "mlp_bias": (False, "no projection of the model has a bias"),
-    "attention_dropout": (0, "the attention has no dropout"),
-    "moe_layer_freq": (1, "every layer behind the dense ones is a mixture of experts"),
-    "rope_interleave": (True, "the rotated elements are the pairs (2i, 2i+1)"),
-    "partial_rotary_factor": (1, "all of qk_rope_head_dim is rotated"),
-}
-ROPE_TYPE_KEYS = ("rope_type", "type")  # the new and the old spelling
-EXPERT_KEYS = frozenset({
-    "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
-    "num_experts_per_tok", "routed_scaling_factor", "scoring_func", "topk_group", "topk_method",
-})  # fmt: skip
-POLICIES = {"bfloat16": "bf16", "float32": "fp32"}
-FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
 def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     """The text of a spec that describes the model of a `config.json`.
 
-    `source` is the text that `config` was read from (by `read_config`), so that messages can point
-    into it; `name` becomes the spec's `model`. Raises DiagnosticError naming every key that a spec
+    Of a model of several parts it is the language model, as `language_model` gives it. `source` is
+    the text that `config` was read from (by `read_config`), so that messages can point into it;
+    `name` becomes the spec's `model`. Raises DiagnosticError naming every key that a spec
     cannot express, that is missing, or that has a wrong type.
     """
     problems = Diagnostics()
-    reader = Reader(config, spans_of(source), problems)
+    part = language_model(config)
+    reader = Reader(part, spans_of(source), problems, () if part is config else (PART,))
     if not (name.isascii() and name.isidentifier()):
         help = "letters, digits and `_`, for example `my_model`"
         problems.error("E384", f"`{name}` cannot name a model", help=help)
@@ -91,20 +55,24 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     reader.taken |= IGNORED
     for key, (value, why) in FIXED.items():
         reader.only(key, [value], why)
-    _quantization(reader)
     layers = _layers(reader)
     params = _params(reader, family, layers)
-    sequence, train, policy = _sequence(reader), _train(reader), _policy(reader)
+    sequence, train, precision = _sequence(reader), _train(reader), _precision(reader)
+    generation = _generation(reader)
     reader.finish()
     problems.raise_if_any()
-    about = f"{layers.dense + layers.sparse} layers, from a config.json of {_model_type(config)}"
+    origin = f"a config.json of {model_type(part)}"
+    if part is not config:
+        origin = f"the `{PART}` of a config.json, {model_type(part)}"
+    about = f"{layers.dense + layers.sparse} layers, from {origin}"
     sections = [
         [f"model: {name}", f"about: {about}", f"blocks: [{', '.join(_blocks(family, layers))}]"],
         ["params:", *_titled(params)],
         _architecture(family, layers),
         ["sequence:", *(f"  {key}: {_yaml(value)}" for key, value in sequence.items())],
-        [f"precision: {{policy: {policy}}}"],
+        precision,
         train,
+        generation,
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
@@ -122,25 +90,18 @@ class Layers:
         return self.sparse + self.mtp > 0
 
 
-def _model_type(config: Mapping[str, Any]) -> Any:
-    """`model_type`, or what `architectures` says where it is absent."""
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else None
-    return config.get("model_type") or ARCHITECTURES.get(str(first), first)
-
-
 def _family(reader: Reader) -> str:
     """ "v3", "v2", or "" for a model of another kind."""
-    model_type = str(_model_type(reader.config))
+    kind = str(model_type(reader.config))
     key = "model_type" if reader.config.get("model_type") else "architectures"
-    family = FAMILIES.get(model_type, "")
+    family = FAMILIES.get(kind, "")
     help = f"known are {', '.join(FAMILIES)}"
-    if model_type in RELATIVES:
-        message = f"`{model_type}` is another model: {RELATIVES[model_type]}"
+    if kind in RELATIVES:
+        message = f"`{kind}` is another model: {RELATIVES[kind]}"
         reader.refuse(key, message, help, "E380")
         return "v3"
     if not family:
-        message = f"{shown(_model_type(reader.config))} is no model of the DeepSeek V2/V3 family"
+        message = f"{shown(model_type(reader.config))} is no model of the DeepSeek V2/V3 family"
         reader.refuse(key, message, help, "E380")
         return ""
     names = reader.config.get("architectures") or []
@@ -151,20 +112,11 @@ def _family(reader: Reader) -> str:
     return family
 
 
-def _quantization(reader: Reader) -> None:
-    """FP8 in blocks of 128 x 128, which is multiplied out when weights are loaded; no other."""
-    config = reader.sub("quantization_config")
-    if not config.config:
-        return
-    for key, value in FP8_BLOCKS.items():
-        config.only(key, [value], "weights that can be read are FP8 in blocks of 128 x 128")
-
-
 def _layers(reader: Reader) -> Layers:
     count = reader.integer("num_hidden_layers")
-    model_type = str(_model_type(reader.config))
+    kind = str(model_type(reader.config))
     # Youtu has no experts at all; GLM reads `mlp_layer_types` only.
-    dense = {"youtu": count, "glm4_moe_lite": 1}.get(model_type)
+    dense = {"youtu": count, "glm4_moe_lite": 1}.get(kind)
     if reader.take("mlp_layer_types") is not None:
         dense = _leading_dense(reader, count)
     if dense is None:
@@ -172,7 +124,7 @@ def _layers(reader: Reader) -> Layers:
     else:
         reader.only("first_k_dense_replace", [dense], "transformers makes so many layers dense")
     mtp = reader.integer("num_nextn_predict_layers", 0, minimum=0)
-    if mtp and FAMILIES.get(model_type) == "v2":
+    if mtp and FAMILIES.get(kind) == "v2":
         reader.refuse("num_nextn_predict_layers", "DeepSeek-V2 has no MTP modules")
     return Layers(dense, count - dense, mtp)
 
@@ -334,15 +286,27 @@ def yarn_mscale(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1
 
 
-def _sequence(reader: Reader) -> dict[str, int]:
-    sequence = {"max_position_embeddings": reader.integer("max_position_embeddings")}
-    for key in ("bos_token_id", "eos_token_id"):
-        token = reader.take(key)
-        if isinstance(token, list):
-            reader.refuse(key, f"`{key}` is a list, but a model stops at one token", "keep one")
-        elif token is not None:
-            sequence[key] = reader.integer(key, minimum=0)
+def _sequence(reader: Reader) -> dict[str, int | list[int]]:
+    sequence: dict[str, int | list[int]] = {
+        "max_position_embeddings": reader.integer("max_position_embeddings")
+    }
+    if reader.take("bos_token_id") is not None:
+        sequence["bos_token_id"] = reader.integer("bos_token_id", minimum=0)
+    if reader.take("eos_token_id") is not None:
+        sequence["eos_token_id"] = _end_tokens(reader)
     return sequence
+
+
+def _end_tokens(reader: Reader) -> int | list[int]:
+    """The token that ends a text, or several that do, as the file has it."""
+    tokens = reader.take("eos_token_id")
+    if not isinstance(tokens, list):
+        return reader.integer("eos_token_id", minimum=0)
+    if not tokens or not all(type(token) is int and 0 <= token <= MAX_NUMBER for token in tokens):
+        message = f"`eos_token_id` must be token ids from 0, not {shown(tokens)}"
+        reader.refuse("eos_token_id", message)
+        return 0
+    return list(dict.fromkeys(tokens))
 
 
 def _train(reader: Reader) -> list[str]:
@@ -358,11 +322,39 @@ def _train(reader: Reader) -> list[str]:
     return ["train:", *lines]
 
 
-def _policy(reader: Reader) -> str:
-    """The precision of the weights: `dtype`, or `torch_dtype` in older files."""
+def _precision(reader: Reader) -> list[str]:
+    """The line of the section: element type, `dtype` or in older files `torch_dtype`, and scales.
+
+    FP8 is in blocks of 128 x 128, which is multiplied out when weights are loaded; no other.
+    """
     key = "dtype" if reader.config.get("dtype") else "torch_dtype"
     dtype = reader.only(key, list(POLICIES), "weights are kept in one of these")
-    return POLICIES[dtype]
+    quantized = reader.sub("quantization_config")
+    if quantized.config:
+        for name, value in FP8_BLOCKS.items():
+            quantized.only(name, [value], "weights that can be read are FP8 in blocks of 128 x 128")
+    # `dslc import` writes it beside weights in BF16, which have no quantization_config.
+    powers = [one.only("scale_fmt", [None, "ue8m0"], "scales are any number, or powers of two")
+              for one in (quantized, reader)]  # fmt: skip
+    scales = ", scale_format: ue8m0" if any(powers) else ""
+    lines = [f"precision: {{policy: {POLICIES[dtype]}{scales}}}"]
+    if dtype == "float16":
+        lines.insert(
+            0, "# float16 in the config.json; `dslc import` rounds the weights to bfloat16."
+        )
+    return lines
+
+
+def _generation(reader: Reader) -> list[str]:
+    """A comment on settings of generation that the file changes, which are no part of a model."""
+    changed = []
+    for key, default in GENERATION.items():
+        value = reader.take(key)
+        if value is not None and value != default:
+            # Of text a stranger could end the comment by.
+            changed.append(f"{key} {value}" if isinstance(value, int | float) else key)
+    told = "# The config.json has settings of generation, which specs have no keys for: "
+    return textwrap.wrap(told + ", ".join(changed), 100, subsequent_indent="# ") if changed else []
 
 
 def _blocks(family: str, layers: Layers) -> list[str]:
@@ -391,8 +383,8 @@ def _titled(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield from (f"  {key}: {_yaml(value)}" for key, value in params.items())
 
 
-def _yaml(value: int | float | bool | str) -> str:
-    """A scalar as specs write it: 1e-6, true, "text"."""
-    if isinstance(value, bool | str):
+def _yaml(value: int | float | bool | str | list[int]) -> str:
+    """A value as specs write it: 1e-6, true, "text", [1, 2]."""
+    if isinstance(value, bool | str | list):
         return json.dumps(value)
     return re.sub(r"e([+-])0*", lambda m: "e-" if m[1] == "-" else "e", repr(value))

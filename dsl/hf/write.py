@@ -143,14 +143,18 @@ def _common_keys(description: Description) -> dict[str, Any]:
     spec = description.spec
     # Weights are saved as they are trained, in bf16 where products are in FP8.
     dtype = "float32" if spec.precision.policy == "fp32" else "bfloat16"
+    eos = spec.sequence.eos_token_id
+    # Under the name that DeepSeek-V3.1 has it by in its `quantization_config`.
+    powers = {"scale_fmt": "ue8m0"} if spec.precision.scale_format == "ue8m0" else {}
     return {
         "max_position_embeddings": spec.sequence.max_position_embeddings,
         "bos_token_id": spec.sequence.bos_token_id,
-        "eos_token_id": spec.sequence.eos_token_id,
+        "eos_token_id": [*eos] if isinstance(eos, tuple) else eos,
         "initializer_range": spec.train.initializer_range,
         "aux_loss_alpha": spec.train.loss.balance_alpha,
         "seq_aux": True,
         "dtype": dtype,
+        **powers,
     }
 
 

@@ -14,6 +14,7 @@ from dsl.schema.values import (
     BlockUse,
     ModelName,
     Number,
+    Numbers,
     ParamName,
     Text,
     choice,
@@ -81,8 +82,10 @@ class SequenceLimits(Section):
     bos_token_id: Annotated[int | None, Number("bos_token_id")] = Field(
         None, description="The token that begins a text"
     )
-    eos_token_id: Annotated[int | None, Number("eos_token_id")] = Field(
-        None, description="The token that ends a text"
+    eos_token_id: Annotated[int | tuple[int, ...] | None, Numbers("eos_token_id")] = Field(
+        None,
+        description="The token that ends a text, or a list: generation stops at any of them, "
+        "documents end with the first",
     )
 
 

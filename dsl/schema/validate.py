@@ -14,7 +14,7 @@ from dsl.schema.base import Section
 from dsl.schema.sections import VARIANT_KEYS, Spec
 from dsl.schema.train import Phase, Schedule
 from dsl.schema.values import Loc, Scope
-from dsl.suggest import did_you_mean, nearest
+from dsl.suggest import ABSENT, did_you_mean, nearest
 
 File = TypeVar("File", bound=Section)
 
@@ -31,9 +31,10 @@ def validate(
     section = yaml.child_of(root, "params")
     failed: frozenset[str] = frozenset()
     if isinstance(section, yaml.Mapping):
-        failed = frozenset(section.entries) - frozenset(values)
+        given = [name for name, entry in section.entries.items() if not yaml.is_null(entry.node)]
+        failed = frozenset(given) - frozenset(values)
         # Parameters that failed have a diagnostic; their names are still to be checked.
-        data["params"] = {name: values.get(name, 0) for name in section.entries}
+        data["params"] = {name: values.get(name, 0) for name in given}
     return _validated(Spec, data, Scope(values, failed), root)
 
 
@@ -145,7 +146,12 @@ def _typo(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> str | None:
 def _missing_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnostic:
     node = yaml.nearest_node(root, loc[:-1])
     about = _fields(loc[:-1], schema)[str(loc[-1])].description
-    message = f"`{'.'.join(map(str, loc))}` is missing"
+    name = ".".join(map(str, loc))
+    unset = yaml.child_of(node, loc[-1])
+    if unset is not None:
+        message, help = f"`{name}` cannot be left out", f"give it a value ({about})"
+        return Diagnostic("E301", message, unset.span, "needs a value", help=help)
+    message = f"`{name}` is missing"
     help = f"add `{loc[-1]}: ...` ({about})"
     return Diagnostic("E301", message, node.span, f"has no key `{loc[-1]}`", help=help)
 
@@ -154,14 +160,17 @@ def _unknown_key(loc: Loc, root: yaml.Mapping, schema: type[Section]) -> Diagnos
     key = str(loc[-1])
     extra = VARIANT_KEYS if len(loc) == 1 and schema is Spec else ()
     known = [*_fields(loc[:-1], schema), *extra]
-    help = did_you_mean(key, known)
+    paths: dict[str, str] = {}
+    for path in _paths(schema):
+        paths.setdefault(path[-1], ".".join(path))
+    params = yaml.child_of(root, "params")
+    if isinstance(params, yaml.Mapping):
+        paths |= {name: f"params.{name}" for name in params.entries}
+    # Right name, wrong place: `hidden_size` next to `params` instead of in it.
+    help = f"did you mean `{paths[key]}`?" if key in paths else did_you_mean(key, known)
+    help = help or ABSENT.get(key, "")
     if not help:
-        # Right name, wrong place: `hidden_size` next to `params` instead of in it.
-        paths = {path[-1]: ".".join(path) for path in _paths(schema)}
-        params = yaml.child_of(root, "params")
-        if isinstance(params, yaml.Mapping):
-            paths |= {name: f"params.{name}" for name in params.entries}
-        near = nearest(key, paths)
+        near = nearest(key, paths, cutoff=0.8)
         help = f"did you mean `{paths[near]}`?" if near else f"known are {', '.join(known)}"
     message = f"unknown key `{'.'.join(map(str, loc))}`"
     return Diagnostic("E300", message, yaml.key_span(root, loc), "unknown", help=help)

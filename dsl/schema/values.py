@@ -152,6 +152,24 @@ class Number:
         return {"anyOf": [number, {"type": "string", "description": EXPRESSION}]}
 
 
+@dataclass(frozen=True)
+class Numbers(Number):
+    """One number, or a list of at least one."""
+
+    def validate(self, node: object, info: Any) -> Any:
+        if not isinstance(node, tuple):
+            return super().validate(node, info)
+        if not node:
+            raise PydanticCustomError("too_short", "{actual_length}", {"actual_length": 0})
+        return tuple(super(Numbers, self).validate(item, info) for item in node)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        one = super().__get_pydantic_json_schema__(schema, handler)
+        return {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}]}
+
+
 def choice(*known: str) -> BeforeValidator:
     """One of a few words."""
 

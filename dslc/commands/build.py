@@ -56,7 +56,7 @@ def run(
         typer.Option(metavar="FILE", help="The output of `dslc tune`; needs --target."),
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     skip: SkipOption = None,
     until: UntilOption = None,
     format: FormatOption = Format.text,
@@ -74,7 +74,7 @@ def run(
 
     with reporting(as_json=format is Format.json):
         check(skip, until)
-        description = read(spec, sets, variant)
+        description = read(spec, sets, variants)
         out = output or Path("build") / description.spec.model
         gpu = TARGETS[target] if target is not None else None
         tuning = measured(tuned, gpu)

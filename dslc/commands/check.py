@@ -16,7 +16,7 @@ Examples:
 def run(
     spec: SpecArgument,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Check a spec and show every error.
@@ -28,7 +28,7 @@ def run(
     from dslc.specs import read
 
     with reporting(as_json=format is Format.json):
-        description = read(spec, sets, variant)
+        description = read(spec, sets, variants)
         make_plan(description, compile(description))
         if format is Format.json:
             print_json({"ok": True, "diagnostics": []})

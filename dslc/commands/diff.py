@@ -21,6 +21,7 @@ Examples:
   dslc diff deepseek_v3 --set params.n_routed_experts=128   a spec and a change to it
   dslc diff ablation.yaml --variant half_as_deep
   dslc diff build/before build/after                        two builds, or a build and a spec
+  dslc diff runs/mini runs/no_mtp                           two runs, and how they were started
   dslc diff a.yaml b.yaml --format json
 
 \b
@@ -28,12 +29,17 @@ Exit status: 0 equal, 1 different. For wrong input it is 1 too, and standard out
 --format json the answer then has no `equal`, and its `ok` is false.
 """
 
+STARTED = ("spec", "variants", "set", "data", "tokenizer", "weights", "held_out", "seed")
+"""What run.json says of how a run was started."""
+
 
 def run(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="A spec, the name of a shipped one, or a build.", show_default=False
+            metavar="A",
+            help="A spec, the name of a shipped one, a build, or a run.",
+            show_default=False,
         ),
     ],
     b: Annotated[
@@ -43,7 +49,7 @@ def run(
         ),
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     sets_a: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,8 +59,8 @@ def run(
             show_default=False,
         ),
     ] = None,
-    variant_a: Annotated[
-        str | None,
+    variants_a: Annotated[
+        list[str] | None,
         typer.Option(
             "--variant-a", metavar="NAME", help="Like --variant, for A.", show_default=False
         ),
@@ -70,7 +76,8 @@ def run(
 
     with reporting(as_json=format is Format.json):
         found = difference(
-            side(a, sets_a or (), variant_a), side(b if b is not None else a, sets or (), variant)
+            side(a, sets_a or (), variants_a or ()),
+            side(b if b is not None else a, sets or (), variants or ()),
         )
         if format is Format.json:
             print_json({"ok": True, "diagnostics": [], **found.to_json()})
@@ -80,30 +87,41 @@ def run(
     raise typer.Exit(0 if found.equal else 1)
 
 
-def side(spec: str, sets: Sequence[str], variant: str | None) -> Side:
+def side(spec: str, sets: Sequence[str], variants: Sequence[str]) -> Side:
     """One of the two models. Raises `DiagnosticError`."""
-    from backends.read import is_build, read_build
+    from backends.read import is_build, is_run, read_build, read_run
     from compiler.pipeline import compile
     from compiler.plan.make import make_plan
     from compiler.plan.record import record
     from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dsl.load import Resolved
     from dslc.difference import Side
     from dslc.specs import read
 
-    changes = [*([f"--variant {variant}"] if variant else []), *(f"--set {one}" for one in sets)]
+    changes = [*(f"--variant {one}" for one in variants), *(f"--set {one}" for one in sets)]
     folder = Path(spec)
-    if is_build(folder):
+    if is_build(folder) or is_run(folder):
         if changes:
-            message = f"{spec} is a build, which cannot be changed: {', '.join(changes)}"
+            kind = "build" if is_build(folder) else "run"
+            message = f"{spec} is a {kind}, which cannot be changed: {', '.join(changes)}"
             raise DiagnosticError([Diagnostic("E695", message, help="name its spec")])
-        built = read_build(folder)
-        return Side(spec, built.values, built.lowered, built.programs, built.plan)
-    description = read(spec, sets, variant)
+        said = read_run(folder) if is_run(folder) else {}
+        built = read_build(folder / said.get("model", ""))
+        run = [Resolved(f"run.{n}", _text(said[n]), "run.json") for n in STARTED if n in said]
+        return Side(spec, built.values, built.lowered, built.programs, built.plan, run)
+    description = read(spec, sets, variants)
     compiled = compile(description)
     name = " ".join([spec, *changes])
     plan = make_plan(description, compiled)
     planned = record(description.spec.model, plan) if plan else None
     return Side(name, description.resolved(), compiled.lowered, compiled.programs, planned)
+
+
+def _text(value: object) -> str:
+    """A value of run.json as a table has it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def as_tables(found: Difference) -> Iterator[list[str]]:

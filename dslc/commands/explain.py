@@ -44,7 +44,7 @@ def run(
         typer.Option(metavar="BLOCK", help="Only the changes in this block.", show_default=False),
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
 ) -> None:
     """Explain an error code or a pass, or list all codes."""
     from dsl.diagnostic import Diagnostic, DiagnosticError
@@ -66,7 +66,7 @@ def run(
             if spec is not None:
                 from compiler.pipeline import compile
 
-                print("\n".join(done(compile(read(spec, sets, variant)), topic, at)))
+                print("\n".join(done(compile(read(spec, sets, variants)), topic, at)))
         else:
             message = f"there is no error or pass {topic!r}"
             help = "`dslc explain` lists the errors, `dslc passes` the passes"

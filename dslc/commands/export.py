@@ -54,7 +54,8 @@ def run(
 
     Tensors that MTP modules share with the model are written for each.
     """
-    from backends.weights import checkpoint_in, checkpoint_of, is_run
+    from backends.read import is_run
+    from backends.weights import checkpoint_in, checkpoint_of
     from dslc.report import reporting
     from dslc.specs import read
     from dslc.weights import converted, require_torch

@@ -78,7 +78,7 @@ def run(
         ),
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
 ) -> None:
     """Print the graph that a spec compiles to, or write a page that shows the passes."""
     from compiler.pipeline import PIPELINES
@@ -94,7 +94,7 @@ def run(
         if program not in PIPELINES:
             raise DiagnosticError([unknown("program", program, PIPELINES)])
         check(skip, until)
-        description = read(spec, sets, variant)
+        description = read(spec, sets, variants)
         compiled, name = compiled_for(description, program, stage, skip or (), until)
         names = [step.name for step in compiled.steps_of(name)]
         if after is not None and after not in names:

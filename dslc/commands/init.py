@@ -19,8 +19,8 @@ Examples:
   dslc init --from-hf DeepSeek-V3/config.json -o v3.yaml
   dslc init --from-hf models/moonlight -o moonlight.yaml
 """
-# The shipped spec that a new one starts as: every feature is on, and it runs on any machine.
-START = "deepseek_v3_tiny"
+# The shipped spec that a new one starts as: complete, and trained on any machine in minutes.
+START = "deepseek_v3_mini"
 
 
 def run(
@@ -56,6 +56,8 @@ def run(
         text = started(name) if from_hf is None else imported(from_hf, name)
         write_new(path, text)
     print(f"wrote {shown(path)}; next: dslc check {shown(path)}, then dslc build {shown(path)}")
+    if from_hf is None:
+        print(f"or: dslc train {shown(path)} --data FILE --out runs/{name}")
 
 
 def check_name(name: str) -> None:

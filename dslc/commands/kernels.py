@@ -43,7 +43,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Write sources and assembly to this folder.")
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Compile the Triton kernels of a model and show registers, memory, instructions."""
@@ -60,7 +60,7 @@ def run(
 
     with reporting(as_json=format is Format.json):
         require_triton("compiling kernels")
-        description = read(spec, sets, variant)
+        description = read(spec, sets, variants)
         gpu = TARGETS[target]
         files = kernel_files(compile(description).programs, description, gpu)
         known = [one.name for one in files]

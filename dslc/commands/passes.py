@@ -32,7 +32,7 @@ def run(
         ),
     ] = None,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     skip: SkipOption = None,
     until: UntilOption = None,
 ) -> None:
@@ -48,7 +48,7 @@ def run(
 
     with reporting():
         check(skip, until)
-        compiled = compile(read(spec, sets, variant), skip=skip or (), until=until)
+        compiled = compile(read(spec, sets, variants), skip=skip or (), until=until)
         print("\n".join(pass_table(compiled)))
 
 

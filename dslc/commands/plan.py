@@ -41,7 +41,7 @@ def run(
         bool, typer.Option("--why", help="Print the largest tensors, and similar layouts.")
     ] = False,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Show memory, computation and communication of each rank of a cluster, and whether it fits.
@@ -57,7 +57,7 @@ def run(
 
     with reporting(as_json=format is Format.json):
         changes = [*(sets or ()), *([f"parallel.cluster={cluster}"] if cluster else ())]
-        description = read(spec, changes, variant)
+        description = read(spec, changes, variants)
         compiled = compile(description)
         plan = make_plan(description, compiled)
         if plan is None:

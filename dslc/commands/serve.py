@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,13 +32,16 @@ or open http://127.0.0.1:8000/ in a browser. Without dslc:
 """
 
 
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_FOLDER", help="A run directory of dslc train, or a folder with weights."
+    ),
+]
+
+
 def run(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_OR_FOLDER", help="A run directory of dslc train, or a folder with weights."
-        ),
-    ],
+    source: SourceArgument,
     ema: AverageOption = False,
     spec: SpecOption = None,
     **given: Any,
@@ -48,47 +50,25 @@ def run(
 
     Ctrl-C or SIGTERM lets running answers end, a second one does not.
     """
-    from backends.weights import is_run
     from dslc.installed import require
     from dslc.report import reporting
-    from dslc.trained import SERVE, using, using_run
+    from dslc.trained import SERVE, using_source
 
     options = {name: value for name, value in given.items() if value is not None}
     options["api_key"] = tuple(options.get("api_key", ()))
     with reporting():
         by = "`pip install 'dslc[torch,serve]'`"
         require("serving", "torch", "safetensors", "fastapi", "uvicorn", "prometheus_client", by=by)
-    if is_run(source):
-        with using_run(source, SERVE) as (command, model):
-            _let_processes_import(source)
+    with using_source(source, spec, SERVE) as (command, model, parent, trained):
+        # The process of the engine imports the package, too.
+        sys.path.insert(0, str(parent.resolve()))
+        if trained:
             settings = command.Settings(checkpoint=source, **options)
             status = command.serve_run(model, source, settings, ema)
-        raise typer.Exit(status)
-    with tempfile.TemporaryDirectory() as parent:
-        with reporting():
-            name = _build(source, spec, Path(parent))
-        with using(Path(parent), name, SERVE) as (command, model):
-            _let_processes_import(Path(parent))
+        else:
             options.setdefault("name", source.resolve().name)
             status = command.serve(model, command.Settings(checkpoint=source, **options))
     raise typer.Exit(status)
-
-
-def _build(folder: Path, spec: str | None, parent: Path) -> str:
-    """Builds the model of a folder of weights, or of a spec; its name."""
-    from backends.build import build
-    from backends.weights import description_of
-    from dslc.specs import read
-
-    description = description_of(folder) if spec is None else read(spec, None, None)
-    name = description.spec.model
-    build(description, parent / name)
-    return name
-
-
-def _let_processes_import(parent: Path) -> None:
-    """The process of the engine imports the package, too."""
-    sys.path.insert(0, str(parent.resolve()))
 
 
 run.__signature__ = with_declared(run, Settings, ["checkpoint"])  # type: ignore[attr-defined]

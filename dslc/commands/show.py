@@ -44,7 +44,7 @@ def run(
         int, typer.Option(min=1, metavar="N", help="Tokens that a decoding step attends to.")
     ] = 4096,
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Show modules, parameters, FLOPs and cache of a model."""
@@ -54,7 +54,7 @@ def run(
 
     as_json = format is Format.json
     with reporting(as_json):
-        description = read(spec, sets, variant)
+        description = read(spec, sets, variants)
         if resolved:
             print_resolved(description, as_json)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ Several ranks: by the section `parallel` of the spec, or with data parallelism w
 
 
 def run(
-    spec: SpecArgument, sets: SetOption = None, variant: VariantOption = None, **given: Any
+    spec: SpecArgument, sets: SetOption = None, variants: VariantOption = None, **given: Any
 ) -> None:
     """Train a model on text; the same command resumes a run that was stopped.
 
@@ -44,11 +45,16 @@ def run(
     options["data"] = tuple(options.get("data", ()))
     with tempfile.TemporaryDirectory() as folder:
         with reporting():
-            description = read(spec, sets, variant)
+            description = read(spec, sets, variants)
             name = description.spec.model
+            made_from = {
+                "spec": os.path.abspath(description.composed.sources[-1].path or spec),
+                "variants": variants or [],
+                "set": sets or [],
+            }
             build(description, Path(folder) / name)
         with using(Path(folder), name) as (command, model):
-            status = command.train(model, command.Options(**options))
+            status = command.train(model, command.Options(**options), made_from)
     raise typer.Exit(status)
 
 

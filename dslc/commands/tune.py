@@ -26,7 +26,7 @@ def run(
         Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")
     ] = Path("tuned.json"),
     sets: SetOption = None,
-    variant: VariantOption = None,
+    variants: VariantOption = None,
 ) -> None:
     """Measure the candidates of each kernel and keep the fastest in a file for `dslc build`."""
     from backends.triton import tune
@@ -44,7 +44,7 @@ def run(
             why = f"measuring needs a GPU of {', '.join(TARGETS)}; this machine has {gpu}"
             help = "run it on the GPU of the model; builds without it use a cost model"
             raise DiagnosticError([Diagnostic("E608", why, help=help)])
-        description = read(spec, sets, variant)
+        description = read(spec, sets, variants)
         rounds = []
         programs = compile(description).programs
         for one in tune.measure(programs, description, TARGETS[name], tune.on_gpu):

@@ -117,7 +117,8 @@ def _numbers(configuration: Configuration, base: str, out: Path) -> Planned:
     text = configuration.spec_text(os.path.relpath(base, spec.parent))
     if not spec.exists() or spec.read_text(encoding="utf-8") != text:
         spec.write_text(text, encoding="utf-8")
-    description = load(spec, variant=configuration.variant)
+    variant = configuration.variant
+    description = load(spec, variants=[variant] if variant else [])
     compiled = compile(description)
     train = description.spec.train
     numbers: Summary = summary(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import config
 from ..model import LanguageModel
 from ..shards import LoadError
 from ..train.command import open_run
@@ -151,13 +152,17 @@ def engine_options(settings: Settings) -> Options:
     )
 
 
+def threads() -> int:
+    """Of the engine: one core is left to the server where there are more than two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    return cores - 1 if cores > 2 else torch.get_num_threads()
+
+
 def make_engine(
     model: type[LanguageModel], folder: Path, device: str | None, options: Options
 ) -> Engine:
     """In the process of the engine. Raises ValueError for weights and options that do not fit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    if cores > 2:  # one is left to the server
-        torch.set_num_threads(cores - 1)
+    torch.set_num_threads(threads())
     try:
         place = select_device(device)
         loaded: Any = model(device="meta")  # its cache is of either kind
@@ -177,8 +182,7 @@ def end_tokens(model: type[LanguageModel], folder: Path) -> frozenset[int]:
         ids = found if isinstance(found, list) else [found]
         if ids and all(type(id) is int for id in ids):
             return frozenset(ids)
-    own = model.config.sequence.eos_token_id
-    return frozenset() if own is None else frozenset({own})
+    return frozenset(config.end_tokens(model.config))
 
 
 def fingerprint(model: type[LanguageModel], folder: Path, options: Options) -> str:
@@ -204,5 +208,5 @@ def _facts(model: type[LanguageModel], folder: Path, options: Options) -> Iterat
             yield file.read(2**16)
             file.seek(max(size - 2**16, 0))
             yield file.read()
-    machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), options.page)
-    yield repr(machine).encode()
+    cpu = torch.backends.cpu.get_cpu_capability()
+    yield repr((torch.__version__, cpu, threads(), options.page)).encode()

@@ -21,9 +21,9 @@ COUNTERS = {
     "prompt_tokens": ("dslc:prompt_tokens", "Tokens of prompts."),
     "cached_tokens": ("dslc:prefix_cache_hits", "Tokens of prompts found in the prefix cache."),
     "generated_tokens": ("dslc:generation_tokens", "Tokens of answers."),
-    "drafts": ("dslc:spec_decode_num_draft_tokens", "Tokens that MTP modules drafted."),
-    "accepted_drafts": ("dslc:spec_decode_num_accepted_tokens", "Of them, those accepted."),
     "steps": ("dslc:engine_steps", "Steps of the engine."),
+    "drafts": ("dslc:spec_decode_num_draft_tokens", "Tokens that the MTP module drafted."),
+    "accepted_drafts": ("dslc:spec_decode_num_accepted_tokens", "Drafts that were right."),
 }
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 

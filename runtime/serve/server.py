@@ -19,14 +19,13 @@ from starlette.types import ASGIApp
 from . import protocol
 from .answer import (
     Answer,
-    Choice,
-    Delta,
     chat_choice,
     chat_chunk,
     completion_choice,
     completion_chunk,
     usage,
 )
+from .choice import Choice, Delta
 from .connection import GONE, EventStream, event, while_connected
 from .gate import LOCAL, Gate, error_response, json_response
 from .metrics import CONTENT_TYPE

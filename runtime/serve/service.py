@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .answer import Choice, Delta, choice_seed
 from .chat import Chat, ChatError
+from .choice import Choice, Delta, choice_seed
 from .metrics import Metrics
 from .protocol import ChatMessage, CompletionRequest, Error, Request, TokenizeRequest
 from .request import Event, Sampling

@@ -49,7 +49,7 @@ class Settings:
         bool, Option("Compute every prompt whole, even if it begins as an earlier one.")
     ] = False
     speculate: Annotated[
-        int, Option("Tokens that the first MTP module drafts for a next step [0].", "N", 0, 1)
+        int, Option("Tokens that the MTP module drafts for each step, 0 or 1 [0].", "N", 0, 1)
     ] = 0
     max_pending: Annotated[
         int, Option("Answers that run or wait; above, requests get a 429 [512].", "N", 1)

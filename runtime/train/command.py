@@ -1,15 +1,12 @@
-"""What `python -m MODEL.train`, `dslc eval` and `dslc sample` do with a built model."""
+"""What `python -m MODEL.train` and `dslc eval` do with a built model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..model import LanguageModel
 from ..shards import LoadError
@@ -17,6 +14,7 @@ from . import evaluation
 from .checkpoints import Checkpoints
 from .evaluation import Evaluation
 from .interrupt import run_lock
+from .memory import LESS, shortage
 from .options import Options, parse
 from .ranks import init_process_groups, on_rank0
 from .run import Run, read_record
@@ -40,8 +38,12 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
         return 1
 
 
-def train(model: type[LanguageModel], options: Options) -> int:
+def train(
+    model: type[LanguageModel], options: Options, made_from: Mapping[str, Any] | None = None
+) -> int:
     """The same with options, for one process or a rank that torchrun started.
+
+    `made_from` says in run.json which spec the package was built of, with which changes.
 
     Raises TrainError if training fails; of several ranks, only rank 0 does, the others return 1.
     """
@@ -49,7 +51,7 @@ def train(model: type[LanguageModel], options: Options) -> int:
         try:
             with ExitStack() as held:
                 on_rank0(ranks.control, lambda: held.enter_context(run_lock(options.out)))
-                stopped = Run(model, options, ranks).train()
+                stopped = Run(model, options, ranks, made_from).train()
         except (TrainError, OSError) as error:
             if not ranks.is_rank0:
                 return 1
@@ -57,6 +59,12 @@ def train(model: type[LanguageModel], options: Options) -> int:
                 raise
             reason = error.strerror or error
             raise TrainError(f"cannot write {options.out}: {reason}") from None
+        except (MemoryError, RuntimeError) as error:
+            told = shortage(error)
+            if told is None:
+                raise
+            kept = f"; {options.out} resumes from its newest checkpoint"
+            raise TrainError(f"{told}; {LESS}{kept if read_record(options.out) else ''}") from None
     return 128 + stopped if stopped else 0
 
 
@@ -73,40 +81,6 @@ def evaluate(model: type[LanguageModel], run: Path, average: bool) -> Evaluation
         raise TrainError(f"{run} has no held-out text: start a run with --held-out 0.1")
     trained = load_checkpoint(model, checkpoint, average)
     return evaluation.evaluate(trained, text, tokens.tokenizer, settings.micro_batch or 16)
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """A prompt and the settings of `generate`."""
-
-    prompt: str
-    new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def sample(model: type[LanguageModel], run: Path, request: SampleRequest, average: bool) -> str:
-    """The prompt and its continuation by the newest checkpoint of a run. Raises TrainError."""
-    _, tokens, checkpoint = open_run(run)
-    trained = load_checkpoint(model, checkpoint, average)
-    ids = tokens.tokenizer.encode(request.prompt)
-    if not ids:
-        raise TrainError("give a prompt of at least one token")
-    longest = model.config.sequence.max_position_embeddings
-    if len(ids) + request.new_tokens > longest:
-        raise TrainError(
-            f"the prompt has {len(ids)} tokens: {request.new_tokens} new ones exceed "
-            f"max_position_embeddings ({longest})"
-        )
-    text = trained.generate(
-        torch.tensor([ids]),
-        request.new_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-    )
-    return tokens.tokenizer.decode(text[0].tolist())
 
 
 def open_run(run: Path) -> tuple[Mapping[str, Any], Tokens, Path]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import Config
+from ..config import Config, end_tokens
 from .documents import FillInTheMiddle, documents, encode
 from .settings import TrainError
 from .tokenizer import open_tokenizer
@@ -31,8 +31,9 @@ def prepare_tokens(
             f"or give all of the text"
         )
     used = open_tokenizer(tokenizer)
-    eos = config.sequence.eos_token_id
-    texts = encode(documents(files), used, eos, FillInTheMiddle.of(config), seed)
+    texts = encode(
+        documents(files), used, end_of_document(config), FillInTheMiddle.of(config), seed
+    )
     shutil.rmtree(place, ignore_errors=True)  # left by a run that could not start
     write(place, texts, used, config.params.vocab_size, token_settings(config))
     return place
@@ -54,6 +55,11 @@ def token_settings(config: Config) -> dict[str, object]:
     """What tokens depend on, apart from tokenizer and text."""
     fim = config.train.fim
     return {
-        "eos": config.sequence.eos_token_id,
+        "eos": end_of_document(config),
         "fim": {name: fim[name] for name in fim} if fim else None,
     }
+
+
+def end_of_document(config: Config) -> int | None:
+    """The token behind each document."""
+    return next(iter(end_tokens(config)), None)

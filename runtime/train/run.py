@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .device import select_device
 from .evaluation import evaluate
 from .health import HealthMonitor
 from .interrupt import LOCK, stop_signals
+from .memory import require_memory
 from .metrics import Metrics, Progress, progress_to_terminal
 from .options import FIXED, Options
 from .parallel import MeshTrainer, make_mesh, make_trainer
@@ -44,13 +46,20 @@ class Run:
     """A new run, or one that resumes from its newest checkpoint."""
 
     def __init__(
-        self, model: type[LanguageModel], options: Options, ranks: ProcessGroups | None = None
+        self,
+        model: type[LanguageModel],
+        options: Options,
+        ranks: ProcessGroups | None = None,
+        made_from: Mapping[str, Any] | None = None,
     ) -> None:
         """Every rank has one, and they stay equal; only rank 0 writes.
+
+        `made_from` is recorded: the spec, variants and changes that the package is built of.
 
         Raises TrainError, the same on all ranks, if the run cannot start.
         """
         self.options, self.ranks = options, ranks or ProcessGroups()
+        self.made_from = made_from or {}
         self.settings = Settings.of(model.config)
         self.spec = {
             name: value for name, value in flatten("", model.config) if not name.startswith("about")
@@ -61,6 +70,8 @@ class Run:
         control = self.ranks.control
         self.mesh = make_mesh(model, self.ranks)
         self.device = on_all_ranks(control, lambda: select_device(options.device))
+        if self.ranks.world_size == 1:
+            require_memory(model, self.device)
         self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))
         self.changes: list[str] = []
         on_all_ranks(control, lambda: self._make(model))
@@ -110,7 +121,8 @@ class Run:
         """Writes the package and run.json, once nothing else can fail."""
         name, out = model.config.model, self.options.out
         install_package(Path(inspect.getfile(model)).parent, out / name)
-        replace_text(out / RECORD, json.dumps({**self.record, "model": name}, indent=2) + "\n")
+        record = {**self.record, "model": name, **self.made_from}
+        replace_text(out / RECORD, json.dumps(record, indent=2) + "\n")
 
     def train(self) -> int | None:
         """Trains to the end or until a signal to stop, which it returns.
@@ -137,6 +149,12 @@ class Run:
         finally:
             metrics.close()
             self.checkpoints.close()
+        if stopped:
+            steps = trainer.position.steps
+            progress.say(
+                f"stopped by {Signals(stopped).name} after step {steps:,}; "
+                f"saved {self.checkpoints.place(steps)}, from which the same command resumes"
+            )
         return stopped
 
     def _stopped(self, received: list[int]) -> int | None:

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, end_tokens
 from .order import permute_index, random_below
 from .settings import TrainError
 
@@ -74,7 +74,7 @@ def positions(tokens: Tensor, config: Config) -> Tensor | None:
         return None
     place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     ended = torch.zeros_like(tokens, dtype=torch.bool)
-    ended[:, 1:] = tokens[:, :-1] == config.sequence.eos_token_id
+    ended[:, 1:] = tokens[:, :-1] == end_tokens(config)[0]
     return place - place.where(ended, 0).cummax(1).values
 
 

@@ -95,6 +95,17 @@ def test_gradients_are_those_that_autograd_gives_and_add_up(model: Any) -> None:
     same(model, expected, 6)
 
 
+def test_a_module_without_a_position_counts_as_no_loss(model: Any) -> None:
+    """Two tokens, and a second MTP module that needs three; its weights get no gradient."""
+    depth = model.config.architecture.mtp.depth
+    found = model.loss(TOKENS[:, :depth], TOKENS[:, 1 : depth + 1])
+    found.total.backward()
+    assert found.total.isfinite() and found.mtp[0] > 0 and found.mtp[depth - 1] == 0
+    last = model.model.layers[-1]
+    assert all(not p.grad.any() for p in last.parameters() if p.grad is not None)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_two_losses_before_one_backward_do_not_mix(model: Any) -> None:
     expected = gradients(model)
     other = model.loss(TOKENS[:1, :5], TOKENS[:1, 1:6]).total

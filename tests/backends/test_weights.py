@@ -164,6 +164,31 @@ def test_powers_of_two_where_the_config_asks_for_them(saved: Path, tmp_path: Pat
     assert scales and all((t.log2() == t.log2().round()).all() for t in scales)
 
 
+def test_powers_of_two_are_remembered_beside_weights_in_bf16(saved: Path, tmp_path: Path) -> None:
+    """FP8 in, as DeepSeek-V3.1, and out again by way of BF16."""
+    config = json.loads((saved / "config.json").read_text())
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file(load_file(saved / "model.safetensors"), source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({**config, "scale_fmt": "ue8m0"}))
+    fp8 = converted(source, tmp_path / "fp8", fp8=True)
+    bf16 = converted(fp8, tmp_path / "bf16")
+    kept = json.loads((bf16 / "config.json").read_text())
+    assert kept["scale_fmt"] == "ue8m0" and "quantization_config" not in kept
+    again = converted(bf16, tmp_path / "again", fp8=True)
+    kept = json.loads((again / "config.json").read_text())
+    assert kept["quantization_config"]["scale_fmt"] == "ue8m0" and "scale_fmt" not in kept
+    scales = [t for n, t in state(again).items() if n.endswith("_scale_inv")]
+    assert scales and all((t.log2() == t.log2().round()).all() for t in scales)
+
+
+@pytest.mark.parametrize("scale", ["ue8m0", "fp32", "recipe"])
+def test_a_spec_of_bf16_says_how_scales_are_exported(scale: str, saved: Path) -> None:
+    sets = [f"precision.scale_format={scale}"]
+    found = checkpoint_in(saved, load(TINY, sets=sets))
+    assert found.scale == ("ue8m0" if scale == "ue8m0" else "fp32")
+
+
 def test_files_beside_go_along_and_code_does_not(saved: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()

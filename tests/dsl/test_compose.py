@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,13 @@ def write(name: str, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def read(name: str, *sets: str, variant: str | None = None) -> Composed:
-    return compose(Path(name), name, sets, variant)
+def read(name: str, *sets: str, variants: Collection[str] = ()) -> Composed:
+    return compose(Path(name), name, sets, [*variants])
 
 
-def refused(name: str, *sets: str, variant: str | None = None) -> list[Diagnostic]:
+def refused(name: str, *sets: str, variants: Collection[str] = ()) -> list[Diagnostic]:
     with pytest.raises(DiagnosticError) as raised:
-        read(name, *sets, variant=variant)
+        read(name, *sets, variants=variants)
     return raised.value.diagnostics
 
 
@@ -94,25 +95,63 @@ def test_each_overlay_hides_those_before_it() -> None:
     assert value(chain, "params", "n_group") == ("4", "top.yaml:3:23", "")
 
     # The variant of the same name replaces that of the base, and lists are replaced whole.
-    small = read("top.yaml", variant="small")
+    small = read("top.yaml", variants=["small"])
     assert value(small, "params", "hidden_size") == ("32", "top.yaml:4:40", "variant small")
     assert value(small, "architecture", "layers") == (
         [{"repeat": "7"}], "top.yaml:4:67", "variant small",
     )  # fmt: skip
     assert value(small, "architecture", "layers", 0, "repeat")[2] == "variant small"
-    assert value(read("top.yaml", variant="deep"), "model") == (
+    assert value(read("top.yaml", variants=["deep"]), "model") == (
         "deep",
         "base.yaml:9:51",
         "variant deep",
     )
 
-    sets = read("top.yaml", "params.hidden_size=8", "params.hidden_size = 9", variant="small")
+    sets = read("top.yaml", "params.hidden_size=8", "params.hidden_size = 9", variants=["small"])
     assert value(sets, "params", "hidden_size") == ("9", "--set:1:22", "--set")
     assert value(sets, "architecture", "layers", 0, "repeat") == (
         "7",
         "top.yaml:4:77",
         "variant small",
     )
+
+
+def test_variants_combine() -> None:
+    write(
+        "top.yaml", "extends: base.yaml\nvariants: {wide: {params.hidden_size: 16, params.new: 1}}"
+    )
+    both = read("top.yaml", "params.new=2", variants=["small", "small", "deep", "wide"])
+    assert value(both, "params", "hidden_size") == ("16", "top.yaml:2:39", "variant wide")
+    assert value(both, "architecture", "layers", 1, "repeat")[::2] == ("20", "variant deep")
+    assert value(both, "model")[0] == "deep"
+    assert value(both, "params", "new")[::2] == ("2", "--set")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "path"),
+    [
+        ("params.n: 1", "params.n: 2", "params.n"),
+        ("params.n: 1", 'params.n: "1"', "params.n"),
+        ("params.n: null", "params.n: 2", "params.n"),
+        ("params: {n: 1}", "params.n: 1", "params"),
+        (
+            "architecture.layers.0.repeat: 1",
+            "architecture.layers: [{repeat: 1}]",
+            "architecture.layers",
+        ),
+    ],
+)
+def test_variants_that_contradict_each_other(one: str, other: str, path: str) -> None:
+    write(
+        "two.yaml",
+        f"extends: base.yaml\nset: {{params.n: 3}}\nvariants:\n  a: {{{one}}}\n  b: {{{other}}}\n",
+    )
+    for first, second in (("a", "b"), ("b", "a")):
+        [problem] = refused("two.yaml", variants=[first, second])
+        assert problem.code == "E120"
+        assert problem.message == f"the variants `{first}` and `{second}` set `{path}` differently"
+        assert problem.span and problem.span.line == (5 if second == "b" else 4)
+        read("two.yaml", variants=[first])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +229,7 @@ def test_problems_of_all_files_and_options_come_together() -> None:
         "extends: base.yaml\nparams: {a: 1}\nset: {params.hidden_size.x: 1}\n"
         "variants: {odd: {architecture.layers.9: 1}, none: 3}\n",
     )
-    problems = refused("top.yaml", "oops", variant="smal")
+    problems = refused("top.yaml", "oops", variants=["smal"])
     assert [d.code for d in problems] == ["E115", "E113", "E118", "E114", "E114", "E302"]
 
 

@@ -41,7 +41,8 @@ def test_mistake_is_explained(
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("E113_unknown_variant", {"variant": "wid"}),
+        ("E113_unknown_variant", {"variants": ["wid"]}),
+        ("E120_variants", {"variants": ["flat", "wide", "deep"]}),
         ("E114_set_path", {"sets": ["params.hidden_size.x=1", "architecture.layers.x=1", "set=1"]}),
         ("E115_set_without_value", {"sets": ["params.hidden_size", "=3"]}),
         ("E302_set_of_wrong_kind", {"sets": ["architecture.layers.0.repeat={a: 1}", "params=3"]}),

@@ -116,6 +116,19 @@ def params(text: str) -> tuple[dict[str, Constant], list[str]]:
     return {name: v.value for name, v in values.items()}, [d.message for d in problems]
 
 
+@pytest.mark.parametrize("text", ["192", "-1", "4K", "1e-6", "true", "width // 2", "min(1, 2)"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quoted_values_that_are_no_text_are_refused_where_they_are(quote: str, text: str) -> None:
+    values, found = params(f"width: 64\nodd: {quote}{text}{quote}\nafter: odd + 1")
+    assert values == {"width": 64}
+    assert found == [f'the parameter `odd` is the text "{text}"']
+
+
+@pytest.mark.parametrize("text", ["wide", "pre-norm", "top2_sum", "", "a b", "((", "width", "null"])
+def test_other_quoted_values_are_text(text: str) -> None:
+    assert params(f'width: 64\nword: "{text}"') == ({"width": 64, "word": text}, [])
+
+
 def test_parameters_use_each_other_in_any_order() -> None:
     values, problems = params('c: a * b\na: b + 1\nb: 3\nt: "a"\nf: c > 3\nbig: 1.5K')
     assert values == {"c": 12, "a": 4, "b": 3, "t": "a", "f": True, "big": 1500}

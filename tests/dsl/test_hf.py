@@ -12,150 +12,12 @@ from hypothesis import strategies as st
 
 from dsl.diagnostic import Diagnostic, DiagnosticError, render
 from dsl.hf import hf_config, read_config, spec_from_hf
+from dsl.hf.keys import GENERATION
 from dsl.load import Description, load
 from dsl.schema import MTP, LayerGroup
 from dsl.source import Source
 from tests.support.golden import Golden
-
-YARN = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 40,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 4096,
-    "type": "yarn",
-}
-FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
-# The keys of the published files.
-V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": FP8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-KIMI_K2 = {
-    **V3,
-    "model_type": "kimi_k2",
-    "aux_loss_alpha": 0.001,
-    "seq_aux": True,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "pad_token_id": 163839,
-    "vocab_size": 163840,
-}
-MOONLIGHT = {
-    **{k: v for k, v in V3.items() if k not in ("quantization_config", "rope_scaling")},
-    "q_lora_rank": None,
-    "n_shared_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 50000.0,
-}
-V2_LITE = {
-    **{k: v for k, v in V3.items() if k not in ("quantization_config", "num_nextn_predict_layers")},
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "model_type": "deepseek_v2",
-    "aux_loss_alpha": 0.001,
-    "seq_aux": True,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "q_lora_rank": None,
-    "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-}
-V2 = {
-    **V2_LITE,
-    "n_group": 8,
-    "topk_group": 3,
-    "q_lora_rank": 1536,
-    "routed_scaling_factor": 16.0,
-    "topk_method": "group_limited_greedy",
-}
-EXPERTS = {
-    "first_k_dense_replace", "moe_intermediate_size", "moe_layer_freq", "n_group",
-    "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok",
-    "num_nextn_predict_layers", "routed_scaling_factor", "scoring_func", "topk_group",
-    "topk_method",
-}  # fmt: skip
-YOUTU = {k: v for k, v in MOONLIGHT.items() if k not in EXPERTS} | {
-    "architectures": ["YoutuForCausalLM"],
-    "model_type": "youtu",
-    "mlp_bias": False,
-    "rope_interleave": True,
-    "tie_word_embeddings": True,
-}
-GLM_LITE = {k: v for k, v in V3.items() if k != "first_k_dense_replace"} | {
-    "architectures": ["Glm4MoeLiteForCausalLM"],
-    "model_type": "glm4_moe_lite",
-    "mlp_layer_types": ["dense"] + ["sparse"] * 60,
-    "rms_norm_eps": 1e-5,
-}
-PUBLISHED = {
-    "v3": V3, "kimi_k2": KIMI_K2, "moonlight": MOONLIGHT, "v2": V2, "v2_lite": V2_LITE,
-    "youtu": YOUTU, "glm_lite": GLM_LITE,
-}  # fmt: skip
+from tests.support.published import KIMI_K2, MOONLIGHT, PUBLISHED, V2, V3, YARN
 
 
 def convert(config: dict[str, Any], name: str = "converted") -> str:
@@ -236,6 +98,90 @@ def test_keys_that_change_nothing_change_nothing() -> None:
     assert convert({**V3, **extra, "use_cache": False}) == convert(V3)
 
 
+def test_what_transformers_writes_into_a_nested_config_changes_nothing() -> None:
+    others = {"pruned_heads": {}, "tie_encoder_decoder": False, "prefix": None}
+    absent = dict.fromkeys(GENERATION, None)
+    assert convert({**V3, **GENERATION, **others}) == convert({**V3, **absent}) == convert(V3)
+
+
+def test_settings_of_generation_are_told_and_change_nothing_else(tmp_path: Path) -> None:
+    changed = {"temperature": 0.6, "do_sample": True, "suppress_tokens": ["\u2028params: 1"]}
+    text = convert({**V3, **changed})
+    plain, comment = text.removesuffix("\n").rsplit("\n\n", 1)
+    assert f"{plain}\n" == convert(V3)
+    assert all(line.startswith("# ") for line in comment.splitlines())
+    assert comment.replace("\n# ", " ").endswith("do_sample True, suppress_tokens, temperature 0.6")
+    described(text, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_float16_becomes_bfloat16_and_the_spec_says_so(key: str, tmp_path: Path) -> None:
+    config = {k: v for k, v in V3.items() if k != "torch_dtype"}
+    text = convert({**config, key: "float16"})
+    assert "# float16 in the config.json" in text
+    assert described(text, tmp_path).spec.precision.policy == "bf16"
+    assert "float16 in" not in convert({**config, key: "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [([5, 3, 5], (5, 3)), ([7], (7,)), (7, 7), (None, None)]
+)
+def test_all_tokens_that_end_a_text_are_kept(written: Any, meant: Any, tmp_path: Path) -> None:
+    description = described(convert({**V3, "eos_token_id": written}), tmp_path)
+    assert description.spec.sequence.eos_token_id == meant
+    assert hf_config(description)["eos_token_id"] == ([*meant] if written == [5, 3, 5] else written)
+
+
+@pytest.mark.parametrize("bad", [[], [True], ["2"], [1.5], [[1]], [1e400], {"a": 1}, -1])
+def test_tokens_that_are_none_are_refused(bad: Any) -> None:
+    text = json.dumps({**V3, "eos_token_id": bad}).replace("Infinity", "1e400")
+    with pytest.raises(DiagnosticError) as caught:
+        spec_from_hf(read_config(Source("config.json", text)), Source("config.json", text), "m")
+    (problem,) = caught.value.diagnostics
+    assert "`eos_token_id` must be" in problem.message
+
+
+@pytest.mark.parametrize(
+    "where", [{"quantization_config": {**V3["quantization_config"], "scale_fmt": "ue8m0"}},
+              {"quantization_config": None, "scale_fmt": "ue8m0"}],
+)  # fmt: skip
+def test_scales_that_are_powers_of_two_stay_so(where: dict[str, Any], tmp_path: Path) -> None:
+    description = described(convert({**V3, **where}), tmp_path)
+    assert description.spec.precision.scale_format == "ue8m0"
+    written = hf_config(description)
+    assert written["scale_fmt"] == "ue8m0"
+    assert "scale_format: ue8m0" in convert(written)
+    assert "scale_fmt" not in hf_config(described(convert(V3), tmp_path))
+
+
+@pytest.mark.parametrize("outer", ["kimi_k25", "llava", None])
+def test_the_language_model_of_a_larger_one(outer: str | None, tmp_path: Path) -> None:
+    """Keys of the whole count where the part does not give them."""
+    part = {k: v for k, v in KIMI_K2.items() if k not in ("torch_dtype", "eos_token_id")}
+    whole = {"model_type": outer, "architectures": ["AnyForConditionalGeneration"],
+             "torch_dtype": "float32", "eos_token_id": 7, "bos_token_id": 8, "vision_config": {},
+             "hidden_size": 1}  # fmt: skip
+    text = convert({**whole, "text_config": part})
+    assert "from the `text_config` of a config.json, kimi_k2" in text
+    alone = convert({**KIMI_K2, "torch_dtype": "float32", "eos_token_id": 7})
+    assert text.partition("blocks:")[2] == alone.partition("blocks:")[2]
+    assert described(text, tmp_path).spec.precision.policy == "fp32"
+
+
+def test_what_the_language_model_cannot_be_is_told_in_its_part() -> None:
+    whole = {"model_type": "llava", "text_config": {**KIMI_K2, "hidden_act": "gelu"}}
+    (problem,) = problems(whole)
+    assert problem.span is not None and problem.span.text == '"hidden_act"'
+    part = {k: v for k, v in KIMI_K2.items() if k != "kv_lora_rank"}
+    (problem,) = problems({"model_type": "llava", "text_config": part})
+    assert problem.message == "`text_config` does not give `kv_lora_rank`"
+    for other in ({"model_type": "llama"}, {"model_type": []}, {}, [], None):
+        (problem,) = problems({"model_type": "llava", "text_config": other})
+        assert problem.message == '"llava" is no model of the DeepSeek V2/V3 family'
+    # A model of the family that has other parts, too, is not read as their sum.
+    assert any("`text_config`" in p.message for p in problems({**V3, "text_config": KIMI_K2}))
+
+
 REFUSED: dict[str, Any] = {
     "attention_bias": True,
     "attention_dropout": 0.1,
@@ -250,8 +196,10 @@ REFUSED: dict[str, Any] = {
     "q_lora_rank": 0,
     "scoring_func": "softmax",
     "topk_method": "greedy",
-    "eos_token_id": [1, 2],
-    "torch_dtype": "float16",
+    "eos_token_id": [1, -2],
+    "torch_dtype": "float8_e4m3fn",
+    "pruned_heads": {"1": [0]},
+    "scale_fmt": "e4m3",
     "index_topk": 2048,
     "vision_config": {},
     "sliding_window": None,
@@ -290,6 +238,7 @@ def test_what_a_spec_cannot_say_is_refused_at_its_place(key: str) -> None:
         ("rope_scaling", "original_max_position_embeddings", None),
         ("quantization_config", "quant_method", "awq"),
         ("quantization_config", "weight_block_size", [64, 64]),
+        ("quantization_config", "scale_fmt", "fp32"),
     ],
 )
 def test_nested_keys_are_refused_too(section: str, key: str, value: Any) -> None:

@@ -6,16 +6,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
+from dsl.schema import Spec
+from dsl.schema.base import Section
 from dsl.source import MAX_SOURCE_BYTES
+from specs import SPECS
 from tests.support.places import TINY
 
 ERRORS = Path(__file__).parents[1] / "golden" / "errors"
@@ -48,8 +53,57 @@ def test_resolved_values_and_origins(
 ) -> None:
     monkeypatch.chdir(ERRORS)
     sets = ["sequence.max_position_embeddings=2 * hidden_size"] if variant == "flat" else []
-    text = listing(load("valid.yaml", variant=variant, sets=sets))
+    text = listing(load("valid.yaml", variants=[variant] if variant else [], sets=sets))
     golden(f"errors/valid{f'_{variant}' if variant else ''}.txt", text)
+
+
+def optional_sections(section: type[BaseModel], path: str = "") -> Iterator[str]:
+    """Paths of the sections, at every depth, that a spec need not have."""
+    for name, about in section.model_fields.items():
+        inner = (get_args(about.annotation) or (about.annotation,))[0]
+        if not (isinstance(inner, type) and issubclass(inner, Section)):
+            continue
+        if not about.is_required():
+            yield f"{path}{name}"
+        if get_origin(about.annotation) is not tuple:
+            yield from optional_sections(inner, f"{path}{name}.")
+
+
+@pytest.mark.parametrize("path", [*optional_sections(Spec)])
+def test_null_leaves_an_optional_section_out(path: str) -> None:
+    """What a smaller model that extends V3 does not want of it."""
+    description = load(SPECS / "deepseek_v3.yaml", sets=[f"{path}=null"])
+    *parents, name = path.split(".")
+    section: BaseModel = description.spec
+    for parent in parents:
+        section = getattr(section, parent)
+    default = type(section).model_fields[name].get_default(call_default_factory=True)
+    assert getattr(section, name) == default
+    inside = [r.origin for r in description.resolved() if r.path.startswith(f"{path}.")]
+    assert set(inside) <= {"default"}
+
+
+def test_what_null_left_out_can_be_given_again(spec: Path) -> None:
+    sets = ["parallel=null", "parallel.cluster=h200_8", "parallel.batch=8"]
+    found = load(
+        SPECS / "deepseek_v3.yaml", sets=[*sets, "parallel.sequence_length=64"]
+    ).spec.parallel
+    assert found is not None
+    assert (found.cluster, found.batch, found.pipeline, found.schedule) == ("h200_8", 8, 1, "1f1b")
+
+
+@pytest.mark.parametrize("path", ["sequence.eos_token_id", "train.document_mask", "about"])
+def test_null_leaves_an_optional_value_out(path: str) -> None:
+    description = load(TINY, sets=[f"{path}=null"])
+    assert not description.sets(*path.split("."))
+    assert all(r.origin == "default" for r in description.resolved() if r.path == path)
+
+
+def test_null_removes_a_parameter(spec: Path) -> None:
+    assert "mtp_concat" in load(spec).params
+    assert "mtp_concat" not in load(spec, sets=["params.mtp_concat=null"]).params
+    assert load(spec, sets=['params.mtp_concat="null"']).params["mtp_concat"].value == "null"
+    assert codes(spec, "params.hidden_size=null") == ["E310"]
 
 
 def test_a_description_knows_its_places(spec: Path) -> None:

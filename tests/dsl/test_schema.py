@@ -57,6 +57,22 @@ def test_defaults() -> None:
     assert spec.train.loss.balance_alpha == 0
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("7", 7), ("[7]", (7,)), ("[2, width - 1]", (2, 7))]
+)
+def test_one_token_or_several_end_a_text(written: str, meant: object) -> None:
+    spec = valid(VALID.replace("4K}", f"4K, eos_token_id: {written}}}"))
+    assert spec.sequence.eos_token_id == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "code"),
+    [("[]", "E303"), ("[[1]]", "E302"), ("[-1]", "E303"), ("{a: 1}", "E302"), ("[1.5]", "E302")],
+)
+def test_lists_of_tokens_that_are_wrong(written: str, code: str) -> None:
+    assert codes(VALID.replace("4K}", f"4K, eos_token_id: {written}}}")) == [code]
+
+
 def test_numbers_are_expressions_and_slots_are_blocks() -> None:
     spec = valid(VALID)
     assert spec.sequence.max_position_embeddings == 4000

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsl.suggest import SYNONYMS, did_you_mean, nearest
+from dsl.suggest import ABSENT, SYNONYMS, did_you_mean, nearest, synonym
 
 NAMES = ["hidden_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "topk_group"]
 
@@ -19,7 +19,8 @@ NAMES = ["hidden_size", "n_routed_experts", "n_shared_experts", "num_experts_per
         ("topk", "num_experts_per_tok"),
         ("d_model", "hidden_size"),
         ("groups_active", "topk_group"),
-        ("pipeline", None),
+        ("schedule", None),
+        ("D_Model", "hidden_size"),
         ("", None),
     ],
 )
@@ -29,6 +30,15 @@ def test_nearest(name: str, meant: str | None) -> None:
 
 def test_a_synonym_is_offered_only_where_the_name_is_known() -> None:
     assert nearest("top_k", ["vocab_size"]) is None
+
+
+def test_a_synonym_is_told_from_a_name_that_is_only_near() -> None:
+    assert synonym("top-k", NAMES) == "num_experts_per_tok"
+    assert synonym("hiden_size", NAMES) is None and synonym("hidden_size", NAMES) is None
+
+
+def test_names_of_what_is_not_there_are_no_synonyms() -> None:
+    assert not ABSENT.keys() & {*SYNONYMS, *(n for names in SYNONYMS.values() for n in names)}
 
 
 def test_help_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import keyword
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from tests.support.places import ROOT
 
 COMMANDS = (
     "check", "show", "plan", "graph", "passes", "diff", "build", "kernels", "tune", "tokenizer",
-    "train", "study", "eval", "sample", "serve", "bench-serve", "plot", "import", "export", "init",
-    "schema", "ops", "explain",
+    "train", "study", "eval", "generate", "serve", "bench-serve", "plot", "import", "export",
+    "init", "schema", "ops", "explain",
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_help_is_instant_and_loads_no_stage() -> None:
     program = "import sys, dslc.cli; print(*sys.modules)"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, "ops"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     print(f"importing dslc.cli took {time.perf_counter() - start:.3f} s")
     loaded = set(done.stdout.split())
@@ -99,6 +100,46 @@ def test_a_fault_of_dslc_says_so_and_shows_its_traceback_only_on_request(
     monkeypatch.setenv("DSLC_DEBUG", "1")
     with pytest.raises(AssertionError, match="Traceback"):
         dslc("schema")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                      "15032385536 bytes. Error code 12"),
+         "out of memory: 15.03 GB more could not be allocated"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total .."),
+         "out of memory: 2.00 GiB more could not be allocated"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_is_no_fault_of_dslc(
+    dslc: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def hungry() -> dict[str, object]:
+        raise error
+
+    monkeypatch.setattr("dsl.schema.json_schema", hungry)
+    outcome = dslc("schema")
+    assert (outcome.status, outcome.out, outcome.err) == (1, "", f"dslc: {told}\n")
+
+
+def test_threads_wait_without_the_cores_that_others_need() -> None:
+    """As the library of threads says itself when it is loaded."""
+    program = (
+        "import atexit, dslc.cli; atexit.register(lambda: __import__('torch')); dslc.cli.main()"
+    )
+    for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
+        plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment = {**plain, **given, "OMP_DISPLAY_ENV": "true"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, "ops"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert f"OMP_WAIT_POLICY = '{found}'" in done.stderr
 
 
 def test_ctrl_c_is_status_130_and_silent(dslc: Run, monkeypatch: pytest.MonkeyPatch) -> None:

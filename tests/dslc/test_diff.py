@@ -74,7 +74,10 @@ def test_a_build_says_the_same_as_its_spec(dslc: Run) -> None:
     found = json.loads(dslc("diff", "made", "unabsorbed", "--format", "json").out)
     assert not found["values"]
     assert {b["block"] for b in found["blocks"]} == {"MLA"}
-    assert {p for line in found["blocks"][0]["lines"] for p in line["programs"]} == {"decode"}
+    assert {p for line in found["blocks"][0]["lines"] for p in line["programs"]} == {
+        "decode",
+        "draft",
+    }
 
 
 @pytest.mark.parametrize("variant", [("--set", "params.topk_group=1"), ("--variant", "small")])
@@ -83,6 +86,53 @@ def test_a_build_does_not_change(dslc: Run, variant: tuple[str, str]) -> None:
     outcome = dslc("diff", TINY, "made", *variant)
     assert (outcome.status, outcome.out) == (1, "")
     assert "error[E695]: made is a build, which cannot be changed" in outcome.err
+
+
+def made_run(dslc: Run, name: str, *options: str, **started: object) -> None:
+    """A folder with what `dslc diff` reads of a run."""
+    assert dslc("build", TINY, *options, "-o", f"{name}/deepseek_v3_tiny").status == 0
+    record = {"model": "deepseek_v3_tiny", "seed": 0, "data": ["a.txt"], "weights": None, **started}
+    Path(name, "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_runs_are_compared_by_their_builds_and_by_how_they_were_started(dslc: Run) -> None:
+    made_run(dslc, "a")
+    made_run(dslc, "b", seed=1, data=["a.txt", "b.txt"], variants=["fp8"])
+    made_run(dslc, "c", *FEWER)
+    outcome = dslc("diff", "a", "a")
+    assert outcome.status == 0 and "They are equal." in outcome.out
+    outcome = dslc("diff", "a", "b", "--format", "json")
+    assert outcome.status == 1
+    found = json.loads(outcome.out)
+    values = {v["path"]: [v[s] and v[s]["value"] for s in "ab"] for v in found["values"]}
+    assert values == {
+        "run.data": ["a.txt", "a.txt b.txt"], "run.seed": ["0", "1"], "run.variants": [None, "fp8"],
+    }  # fmt: skip
+    assert not found["blocks"]
+    # Of a spec or a build there is nothing to compare it with.
+    for other in ("b/deepseek_v3_tiny", str(TINY)):
+        assert dslc("diff", "b", other).status == 0
+    builds = dslc("diff", "a/deepseek_v3_tiny", "c/deepseek_v3_tiny").out
+    assert dslc("diff", "a", "c").out.split("\n\n", 1)[1] == builds.split("\n\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        ("{", "E130"),
+        ('{"model": "deepseek_v3_tiny"}', "E612"),
+        ('{"model": "../elsewhere", "seed": 0}', "E612"),
+        ('{"model": "gone", "seed": 0}', "E100"),
+    ],
+)
+def test_a_damaged_run_is_refused(dslc: Run, record: str, code: str) -> None:
+    Path("run").mkdir()
+    Path("run/run.json").write_text(record, encoding="utf-8")
+    outcome = dslc("diff", TINY, "run")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert f"error[{code}]" in outcome.err
+    outcome = dslc("diff", TINY, "run", "--set", "params.topk_group=1")
+    assert "error[E695]: run is a run, which cannot be changed" in outcome.err
 
 
 def _cut(manifest: str) -> str:

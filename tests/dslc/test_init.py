@@ -33,6 +33,18 @@ def test_a_new_spec_is_right_and_named(dslc: Run) -> None:
     assert load("my_model.yaml").spec.model == "my_model"
 
 
+def test_a_new_spec_is_trained_as_its_help_says(dslc: Run) -> None:
+    outcome = dslc("init", "my_model")
+    told = "or: dslc train my_model.yaml --data FILE --out runs/my_model"
+    assert told in outcome.out
+    Path("text.txt").write_bytes((ROOT / "data/tinyshakespeare.txt").read_bytes()[:6000])
+    words = told.removeprefix("or: dslc ").replace("FILE", "text.txt").split()
+    # As it is, but for its length: one step of one sequence.
+    outcome = dslc(*words, "--set", "train.tokens=256", "--set", "train.batch=1")
+    assert outcome.status == 0, outcome.err
+    assert "step 1" in outcome.err
+
+
 def test_the_name_follows_the_file(dslc: Run) -> None:
     assert dslc("init", "-o", "other.yaml").status == 0
     assert load("other.yaml").spec.model == "other"

@@ -1,4 +1,4 @@
-"""`dslc tokenizer`, `train`, `eval` and `sample`: the way from a spec to a text."""
+"""`dslc tokenizer`, `train`, `eval` and `generate`: the way from a spec to a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Run
-from tests.support.places import ROOT
+from tests.support.places import ROOT, TINY
 
 SETS = [
     "params.hidden_size=32",
@@ -48,7 +48,7 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     averaged = json.loads(dslc("eval", str(run), "--ema", "--format", "json").out)
     assert averaged["loss"] != told["loss"]
 
-    words = ("sample", str(run), "--prompt", "ROMEO:", "--tokens", "20")
+    words = ("generate", str(run), "--prompt", "ROMEO:", "--tokens", "20")
     outcome = dslc(*words)
     assert outcome.status == 0, outcome.err
     assert outcome.out.startswith("ROMEO:")
@@ -56,13 +56,36 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     assert dslc(*words, "--seed", "1").out != outcome.out
 
 
+def test_a_run_says_what_it_was_started_with(dslc: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes((ROOT / "data/tinyshakespeare.txt").read_bytes()[:4000])
+    spec = tmp_path / "study.yaml"
+    values = "".join(f"  {one.replace('=', ': ')}\n" for one in SETS)
+    variants = "variants:\n  short: {train.steps: 1}\n  slow: {train.learning_rate: 1e-3}\n"
+    spec.write_text(f"extends: {TINY}\nmodel: varied\nset:\n{values}{variants}")
+    words = ["train", str(spec), "--out", "run", "--variant", "short", "--variant", "slow"]
+    outcome = dslc(*words, "--set", "train.ema=0.9", "--data", str(text))
+    assert outcome.status == 0, outcome.err
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["variants"] == ["short", "slow"] and record["set"] == ["train.ema=0.9"]
+    assert record["spec"] == str(spec)
+    # Another spec of the same run, which goes on.
+    assert (
+        dslc(
+            "train", str(spec), "--out", "run", "--variant", "slow", "--set", "train.steps=2"
+        ).status
+        == 0
+    )
+    assert json.loads(Path("run/run.json").read_text())["variants"] == ["slow"]
+
+
 @pytest.mark.slow
 def test_what_cannot_be_is_one_error(dslc: Run, run: Path, tmp_path: Path) -> None:
     assert dslc(*train(run, "--data", str(run.parent / "text.txt"))).status == 0
     for words, message in [
         (["eval", str(tmp_path)], "is not a dslc run directory"),
-        (["sample", str(run), "--tokens", "1000"], "max_position_embeddings (256)"),
-        (["sample", str(run), "--prompt", ""], "at least one token"),
+        (["generate", str(run), "--tokens", "1000"], "exceed the longest text (256)"),
+        (["generate", str(run), "--prompt", ""], "at least one token"),
         (train(run, "--seed", "1"), "was started with --seed 0"),
         (["train", "deepseek_v3_tiny", "--out", str(tmp_path / "x")], "train.batch is missing"),
     ]:

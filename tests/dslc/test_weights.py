@@ -24,8 +24,8 @@ from dsl.load import load
 from dslc.weights import ProgressPrinter, progress_line
 from runtime.convert import Progress
 from tests.support.command import Run
-from tests.support.places import ROOT, TEXT
-from tests.support.trained import built, part
+from tests.support.places import ROOT, TEXT, TINY
+from tests.support.trained import SETTINGS, built, part
 
 
 def trained(folder: Path, name: str, **changes: str) -> Path:
@@ -154,25 +154,87 @@ def test_folders_that_cannot_be_read(dslc: Run, tmp_path: Path) -> None:
         assert outcome.err == "error[E610]: the model has more than 200,000 weights\n"
 
 
-def test_an_mtp_module_that_was_declared_and_not_saved(
-    dslc: Run, run: Path, tmp_path: Path
-) -> None:
+def without(folder: str, name: str, *layers: int, **config: Any) -> str:
+    """A copy of a folder without some layers, and with changes of its config.json."""
+    Path(name).mkdir()
+    gone = tuple(f".layers.{layer}." for layer in layers)
+    tensors = state(Path(folder)).items()
+    kept = {n: t for n, t in tensors if not any(part in n for part in gone)}
+    save_file(kept, f"{name}/model.safetensors")
+    text = json.loads(Path(folder, "config.json").read_text())
+    Path(name, "config.json").write_text(json.dumps({**text, **config}))
+    return name
+
+
+def test_an_mtp_module_that_was_declared_and_not_saved(dslc: Run, run: Path) -> None:
     """What transformers saves: `num_nextn_predict_layers: 1`, and no layer behind the last one."""
     assert dslc("export", run, "--to", "whole").status == 0
     config = json.loads(Path("whole/config.json").read_text())
     module = config["num_hidden_layers"]
     assert config["num_nextn_predict_layers"] == 1
-    kept = {n: t for n, t in state(Path("whole")).items() if f".layers.{module}." not in n}
-    Path("saved").mkdir()
-    save_file(kept, "saved/model.safetensors")
-    Path("saved/config.json").write_text(json.dumps(config))
-    outcome = dslc("import", "saved", "--to", "out")
-    assert outcome.status == 1
-    assert outcome.err.count("error[") == 1
+    saved = without("whole", "saved", module)
+    outcome = dslc("import", saved, "--to", "out", "--first-values")
+    assert outcome.status == 0
+    assert outcome.err == "dslc: saved declares MTP modules and holds no tensor of them: left out\n"
+    assert json.loads(Path("out/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert state(Path("out")).keys() == state(Path(saved)).keys()
+    # A file that cannot be read may have them, and another layer's absence is another matter.
+    Path("saved/model-2.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    outcome = dslc("import", saved, "--to", "out2", "--first-values")
+    assert outcome.status == 1 and "Git LFS" in outcome.err and "left out" not in outcome.err
+    outcome = dslc("import", without("whole", "cut", 1, module), "--to", "out3", "--first-values")
+    assert outcome.status == 1 and "model.layers.1.mlp.gate.weight: missing" in outcome.err
+
+
+def test_an_mtp_module_of_a_spec_that_the_files_do_not_have(dslc: Run, run: Path) -> None:
+    assert dslc("export", run, "--to", "whole").status == 0
+    module = json.loads(Path("whole/config.json").read_text())["num_hidden_layers"]
+    values = "".join(f"  {path}: {value}\n" for path, value in SETTINGS.items())
+    Path("its.yaml").write_text(f"extends: {TINY}\nset:\n{values}")
+    saved = without("whole", "saved", module)
+    outcome = dslc("import", saved, "--to", "out", "--spec", "its.yaml")
+    assert outcome.status == 1 and outcome.err.count("error[") == 1
     assert f"the MTP module (layer {module}) is declared" in outcome.err
-    Path("saved/config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    outcome = dslc("import", "saved", "--to", "out", "--first-values")
+
+
+def test_the_language_model_of_a_larger_one_is_imported(dslc: Run, run: Path) -> None:
+    """Its config in `text_config`, its weights under a prefix, and others beside them."""
+    assert dslc("export", run, "--to", "whole").status == 0
+    text = json.loads(Path("whole/config.json").read_text())
+    dtype = text.pop("dtype")
+    config = {"model_type": "llava", "text_config": text, "vision_config": {}, "dtype": dtype}
+    Path("larger").mkdir()
+    Path("larger/config.json").write_text(json.dumps(config))
+    tensors = {f"language_model.{name}": one for name, one in state(Path("whole")).items()}
+    vision = {"vision_tower.conv.weight": torch.ones(2), "model.norm.weight": torch.ones(3)}
+    save_file({**tensors, **vision}, "larger/model.safetensors")
+    outcome = dslc("import", "larger", "--to", "out", "--first-values")
     assert outcome.status == 0, outcome.err
+    told = "dslc: larger has 2 tensors besides language_model.*, the model: left out\n"
+    assert outcome.err == told
+    whole, out = state(Path("whole")), state(Path("out"))
+    assert whole.keys() == out.keys() and all(torch.equal(whole[n], out[n]) for n in out)
+    assert json.loads(Path("out/config.json").read_text()) == {**text, "dtype": "bfloat16"}
+    assert dslc("init", "--from-hf", "larger", "-o", "text.yaml").status == 0
+    assert (
+        dslc("import", "larger", "--to", "o2", "--first-values", "--spec", "text.yaml").status == 0
+    )
+    # What is missing of it is missing.
+    del tensors["language_model.model.norm.weight"]
+    save_file({**tensors, **vision}, "larger/model.safetensors")
+    outcome = dslc("import", "larger", "--to", "o3", "--first-values")
+    assert outcome.status == 1 and "error[E610]: model.norm.weight: missing\n" in outcome.err
+
+
+def test_weights_in_float16_are_cast(dslc: Run, run: Path) -> None:
+    assert dslc("export", run, "--to", "whole").status == 0
+    half = without("whole", "half", dtype="float16")
+    numbers = {name: tensor.half() for name, tensor in state(Path(half)).items()}
+    save_file(numbers, f"{half}/model.safetensors")
+    assert dslc("import", half, "--to", "out", "--first-values").status == 0
+    for name, tensor in state(Path("out")).items():
+        assert torch.equal(tensor, numbers[name].to(tensor.dtype))
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("command", ["import", "export"])

@@ -232,6 +232,18 @@ def test_everything_that_does_not_fit_is_told_before_anything_is_written(tmp_pat
     assert os.listdir(tmp_path) == ["in"]
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3.4e38), (torch.float64, 1e300)])
+def test_numbers_that_bf16_has_no_room_for(dtype: torch.dtype, most: float, tmp_path: Path) -> None:
+    state = weights()
+    state["layers.1.proj.weight"] = state["layers.1.proj.weight"].to(dtype)
+    state["layers.1.proj.weight"][200, 5] = most
+    found = refused(write(tmp_path / "in", state), tmp_path / "out")
+    assert found == {"layers.1.proj.weight: holds numbers too large for BF16"}
+    state["layers.1.proj.weight"][200, 5] = 65504  # the largest of float16
+    state["layers.1.proj.weight"] = state["layers.1.proj.weight"].half()
+    convert(write(tmp_path / "half", state), tmp_path / "out", WANTED, Form(), {})
+
+
 def test_values_that_no_trained_weight_has(tmp_path: Path) -> None:
     state = weights()
     state["embed.weight"] = first_values("embed.weight", (40, 300), 0.0, 0.02, seed=8)

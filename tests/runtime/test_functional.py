@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime import functional as F
+from runtime import gradients as G
 from runtime import matmul
 
 # Shapes and settings of DeepSeek-V3's gate.
@@ -284,6 +285,18 @@ def test_balance_loss_is_one_when_balanced_and_larger_when_not() -> None:
     collapsed = torch.full((1, 8, 8), 0.1)
     collapsed[..., 0] = 0.5
     assert F.sequence_balance_loss(collapsed, k=1).item() == pytest.approx(8 * 0.5 / 1.2)
+
+
+def test_a_module_without_a_token_has_no_balance_loss() -> None:
+    score = torch.rand(3, 0, 16, requires_grad=True)
+    loss = F.sequence_balance_loss(score, k=4)
+    assert loss.item() == 0.0
+    (gradient,) = torch.autograd.grad(loss, score)
+    assert (
+        gradient.shape
+        == G.sequence_balance_loss_grad(torch.tensor(1.0), score, 4).shape
+        == score.shape
+    )
 
 
 def test_expert_load_counts_choices() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime.cache import Cache
+from runtime.config import freeze
 from runtime.generate import _sample
 from tests.support.tiny import CONFIG, Model
 
@@ -94,6 +95,33 @@ def test_the_end_can_be_another_token_or_none() -> None:
     assert generate(Scripted(*script), prompt, 3, eos_token_id=None) == [[2, 7, 1, 8]]
 
 
+SEVERAL_ENDS = {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": [5, 9]}
+
+
+def test_any_of_several_tokens_ends_a_row() -> None:
+    script = [{7: 1.0}, {9: 1.0}, {8: 1.0}]
+    prompt = torch.tensor([[2]])
+    assert generate(Scripted(*script), prompt, 3, eos_token_id=[5, 9]) == [[2, 7, 9]]
+    assert generate(Scripted(*script), prompt, 3, eos_token_id=(7, 9)) == [[2, 7]]
+    assert generate(Scripted(*script), prompt, 3, eos_token_id=[]) == [[2, 7, 9, 8]]
+    listed = Scripted(*script)
+    listed.config = freeze({name: CONFIG[name] for name in CONFIG} | {"sequence": SEVERAL_ENDS})
+    assert generate(listed, prompt, 3) == [[2, 7, 9]]
+
+
+def test_rows_that_ended_differently_are_filled_with_the_first() -> None:
+    class Rows(Scripted):
+        def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+            scores = super().decode(tokens, position, cache).clone()
+            if len(self.asked) == 1:
+                scores[0, 9] = 9.0
+            return scores
+
+    model = Rows({7: 1.0}, {8: 1.0}, {5: 1.0}, {6: 1.0})
+    found = generate(model, torch.tensor([[2], [3]]), 4, eos_token_id=[5, 9])
+    assert found == [[2, 9, 5, 5], [3, 7, 8, 5]]
+
+
 def test_no_new_tokens_gives_the_prompt(model: Model) -> None:
     prompt = tokens(1, 3)
     result = model.generate(prompt, 0)
@@ -141,6 +169,7 @@ def test_a_very_low_temperature_is_greedy() -> None:
     ("prompt", "new", "settings", "message"),
     [
         (torch.ones(1, 2), 1, {}, "int64"),
+        ([[3, 4]], 1, {}, "got a list"),
         (torch.ones(2, dtype=torch.int64), 1, {}, r"int64 \[batch, seq\]"),
         (torch.ones(1, 0, dtype=torch.int64), 1, {}, "at least one token"),
         (torch.tensor([[3, 96]]), 1, {}, "from 0 to 95, got 3 to 96"),

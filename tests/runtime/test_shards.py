@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.shards import LoadError, Problem, Shards, dequantize
+from runtime.sources import Sources
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (576, 130), (5, 7), (129, 1)])
@@ -82,6 +84,73 @@ def test_the_index_must_agree_with_the_files(tmp_path: Path) -> None:
         ("the index says it is in a.safetensors, but it is not", "y"),
         ("the index says it is in b.safetensors, but it is not", "w"),
     ]
+
+
+NUMBERED = {
+    "model-00001-of-00003": {"a": torch.ones(2)},
+    "model-00002-of-00003": {"b": torch.ones(2)},
+    "model-00003-of-00003": {"c": torch.ones(2)},
+}
+INDEX = {name: f"{file}.safetensors" for file, held in NUMBERED.items() for name in held}
+
+
+def told(folder: Path, **shapes: tuple[int, ...]) -> list[tuple[str, str]]:
+    """What stands against reading tensors of these shapes."""
+    with Shards(folder) as shards:
+        return [(p.name, p.text) for p in Sources(shards, {**shapes, "d": (2,)}, {}).problems]
+
+
+@pytest.mark.parametrize("damage", ["absent", "pointer", "cut off"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_of_a_file_that_cannot_be_read_its_tensors_are_not_told(
+    tmp_path: Path, indexed: bool, damage: str
+) -> None:
+    write(tmp_path, **NUMBERED)
+    if indexed:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": INDEX}))
+    file = tmp_path / INDEX["b"]
+    if damage == "absent":
+        file.unlink()
+    else:
+        file.write_bytes(
+            b"version https://git-lfs.github.com/spec/" if damage == "pointer" else b""
+        )
+    found = dict(told(tmp_path, a=(2,), b=(2,), c=(2,)))
+    expected = {
+        "absent": "the index names a file" if indexed else "not there, though the names of others",
+        "pointer": "a Git LFS pointer",
+        "cut off": "damaged, cut off",
+    }
+    assert found.pop(file.name).startswith(expected[damage])
+    # `d` is in no file that the index names; without one it may have been in that file.
+    assert found == ({"d": "missing"} if indexed else {})
+
+
+def test_files_of_which_none_is_absent_hide_nothing(tmp_path: Path) -> None:
+    write(tmp_path, **NUMBERED)
+    assert told(tmp_path, a=(2,), b=(2,), c=(2,), e=(2,)) == [("e", "missing"), ("d", "missing")]
+
+
+def test_halves_of_fp8_weights_are_not_told_where_the_other_half_is_lost(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        **{
+            "model-00001-of-00002": {
+                "w.weight": torch.ones(128, 128).to(torch.float8_e4m3fn),
+                "v.weight_scale_inv": torch.ones(1, 1),
+            }
+        },
+    )
+    shapes = {"w.weight": (128, 128), "v.weight": (128, 128)}
+    with Shards(tmp_path) as shards:
+        (problem,) = Sources(shards, shapes, {}).problems
+    assert problem.name == "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-99999999999", "x-00001-of-00001", "model-1-of-2"])
+def test_names_that_count_nothing_are_only_names(tmp_path: Path, name: str) -> None:
+    write(tmp_path, **{name: {"a": torch.ones(2)}})
+    assert problems(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime.config import Config
+from runtime.train.prepare import end_of_document
 from runtime.train.sequences import positions
 from tests.support.trained import EOS, MASK, built, part, trainer
 
@@ -26,6 +27,14 @@ def test_positions_begin_anew_behind_each_end(rows: list[list[int]]) -> None:
         for i, token in enumerate(row):
             assert counted[i] == expected
             expected = 0 if token == EOS else expected + 1
+
+
+def test_of_several_ends_the_first_is_that_of_documents() -> None:
+    config = Config({"train": {"document_mask": True}, "sequence": {"eos_token_id": (EOS, 2)}})
+    tokens = torch.tensor([[1, 2, 1, EOS, 1]])
+    assert torch.equal(positions(tokens, config), torch.tensor([[0, 1, 2, 3, 0]]))
+    assert end_of_document(config) == EOS
+    assert end_of_document(Config({"sequence": {"eos_token_id": None}})) is None
 
 
 def test_without_a_mask_a_model_counts_by_itself() -> None:

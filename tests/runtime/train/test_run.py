@@ -86,8 +86,10 @@ def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None
         "from pathlib import Path; import tiny_trained as t;"
         "import tiny_trained.runtime.train.command as c;"
         "print(c.evaluate(t.Model, Path('.'), False).loss);"
-        "request = c.SampleRequest('KING', 5, 0.8, 0.9, 1);"
-        "print(len(c.sample(t.Model, Path('.'), request, False)) > 3)"
+        "import tiny_trained.runtime.serve.offline as o;"
+        "asked = o.Asked(['KING'], 5, {'temperature': 0.8}, seed=1);"
+        "(one,) = o.generate_run(t.Model, Path('.'), asked, False, lambda index, text: None);"
+        "print(one.completion_tokens)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=moved, capture_output=True, text=True, check=True
@@ -95,27 +97,39 @@ def test_a_run_needs_nothing_but_its_folder(whole: Path, tmp_path: Path) -> None
     loss, sampled = done.stdout.split()
     expected = [line["held_out"]["loss"] for line in lines(whole) if "held_out" in line][-1]
     assert float(loss) == pytest.approx(expected, rel=1e-6)
-    assert sampled == "True"
+    assert sampled == "5"
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    package: Any, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: Any,
+    text: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: signal.Signals,
 ) -> None:
-    """Ctrl-C in the third step: it is finished and saved."""
+    """Ctrl-C in the third step: it is finished and saved, which is told."""
     trainer = part(package, "trainer").Trainer
     step = trainer.step
 
     def interrupted(self: Any) -> Any:
         if self.position.steps == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), stop)
         return step(self)
 
     out = tmp_path / "run"
     monkeypatch.setattr(trainer, "step", interrupted)
-    assert train(package, out, "--data", text) == 128 + signal.SIGINT
+    assert train(package, out, "--data", text) == 128 + stop
     monkeypatch.undo()
+    place = out / "checkpoints" / "step-00000003"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped by {stop.name} after step 3; saved {place}, from which the same command resumes"
+    )
     assert [line["step"] for line in lines(out)] == [1, 2, 3]
     assert train(package, out) == 0
+    assert "stopped by" not in capsys.readouterr().err
     assert content(out) == content(whole)
     ours = [line | {"seconds": 0} for line in lines(out) if "main" in line]
     theirs = [line | {"seconds": 0} for line in lines(whole) if "main" in line]
