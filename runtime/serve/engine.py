@@ -6,7 +6,7 @@ whatever its prompt was cut into, found of in the prefix cache, or computed agai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,6 +20,8 @@ from .options import Options
 from .request import Event, FinishReason, Sampling, Token
 from .sampler import choose, told
 from .scheduler import Planned, Request, Scheduler, in_order
+
+Show = Callable[[int, Token], None]
 
 
 class Decoder(Protocol):
@@ -129,6 +131,27 @@ class Engine:
             "preemptions": scheduler.preemptions,
             **self._counts,
         }
+
+    def generate(
+        self, requests: Sequence[tuple[Sequence[int], Sampling]], show: Show | None = None
+    ) -> list[list[Token]]:
+        """The answers to prompts of any lengths, in their order, computed together.
+
+        `show` is called with the number of a request and each of its tokens as they come. Raises
+        ValueError as `add` does, and FloatingPointError for logits that are NaN or infinite.
+        """
+        for i, (prompt, sampling) in enumerate(requests):
+            self.add(str(i), prompt, sampling)
+        answers: list[list[Token]] = [[] for _ in requests]
+        while self.busy:
+            for event in self.step():
+                if event.finish == "error":
+                    raise FloatingPointError(event.message)
+                answers[int(event.id)] += event.tokens
+                if show is not None:
+                    for token in event.tokens:
+                        show(int(event.id), token)
+        return answers
 
     # ---- a step ----------------------------------------------------------------------------------
 
