@@ -132,6 +132,15 @@ def test_what_is_no_model(dslc: Run, tmp_path: Path) -> None:
     assert done.status == 1 and "config.json" in done.err
 
 
+def test_a_run_whose_package_cannot_serve(dslc: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"model": "written_before"}))
+    (tmp_path / "written_before" / "runtime").mkdir(parents=True)
+    for folder in ("written_before", "written_before/runtime"):
+        (tmp_path / folder / "__init__.py").touch()
+    done = dslc("serve", tmp_path)
+    assert done.status == 1 and "older dslc" in done.err and "dslc export" in done.err
+
+
 def test_every_option_says_its_default() -> None:
     listed = {one.name: one.option.help for one in declared(Settings)}
     assert list(listed) == [one.name for one in fields(Settings)]
