@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, MAX_LOGPROBS = 8, 4, 20, 5
+MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, MAX_LOGPROBS, MAX_BIASES = 8, 4, 20, 5, 1024
 
 IGNORED = frozenset({
     "metadata", "store", "user", "service_tier", "prompt_cache_key", "prompt_cache_retention",
@@ -148,11 +148,14 @@ class Request(Body):
     presence_penalty: Annotated[float, _or_default(0.0), Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, _or_default(0.0), Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, _or_default(1.0), Field(ge=0.01, le=100)] = 1.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=MAX_BIASES
+    )
     min_tokens: Annotated[int, _or_default(0), Field(ge=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1000)
 
     def token_limit(self) -> int | None:

@@ -89,6 +89,9 @@ class Service:
             return await self.chat_prompt(body.messages or (), body.add_generation_prompt)
         return await _aside(self.model.vocabulary.encode, body.prompt, body.add_special_tokens)
 
+    async def text(self, ids: Sequence[int]) -> str:
+        return await _aside(self.model.vocabulary.decode, ids)
+
     def choices(
         self, body: Request, prompts: Sequence[Sequence[int]], seed: int, stops: Sequence[str] = ()
     ) -> list[Choice]:
@@ -114,6 +117,7 @@ class Service:
                 samplings[index // body.n](index),
                 self.model.vocabulary,
                 StopStrings((*body.stop, *stops), body.include_stop_str_in_output),
+                self.model.vocabulary.special if body.skip_special_tokens else frozenset(),
             )
             for index in range(total)
         ]

@@ -45,6 +45,7 @@ def test_fields() -> None:
 
 def test_bounds() -> None:
     assert f"1 to {protocol.MAX_CHOICES};" in TEXT and f"up to {protocol.MAX_STOPS} strings" in TEXT
+    assert f"up to {protocol.MAX_BIASES} of them" in TEXT
     assert f"`logprobs` (0 to {protocol.MAX_LOGPROBS})" in TEXT
     assert f"`top_logprobs` (0 to {protocol.MAX_TOP_LOGPROBS})" in TEXT
     assert f"within {service.Limits().patience:g} s" in TEXT
