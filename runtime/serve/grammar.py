@@ -7,7 +7,7 @@ there a `Matcher` follows the tokens that were chosen.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -42,17 +42,15 @@ class Grammars:
     """The grammars of answers in one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, size: int, ends: frozenset[int]) -> None:
-        """`size` is that of the model's logits; of `ends`, one comes where an answer may end.
-
-        Raises GrammarError for a model without end tokens, and for tokenizers whose tokens have no
-        bytes of their own.
-        """
-        if not ends:
-            raise GrammarError("an answer in a form needs a model with an end token")
+        """`size` is that of the model's logits; of `ends`, one comes where an answer may end."""
         self._vocabulary, self._size, self._ends = vocabulary, size, sorted(ends)
 
     @cached_property
     def _tokenizer(self) -> Any:
+        """Raises GrammarError for a model without end tokens, and for tokenizers whose tokens have
+        no bytes of their own."""
+        if not self._ends:
+            raise GrammarError("an answer in a form needs a model with an end token")
         from llguidance import LLTokenizer, TokenizerWrapper
 
         if isinstance(self._vocabulary, LearnedVocabulary):
@@ -65,16 +63,12 @@ class Grammars:
         wrapped = TokenizerWrapper(_Bytes(self._size, self._ends[0]))
         return LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._ends)
 
-    def check(self, grammar: str) -> None:
+    def matcher(self, grammar: str) -> Matcher:
         """Raises GrammarError for a grammar that cannot be followed."""
         from llguidance import LLMatcher
 
         if problem := LLMatcher.validate_grammar(grammar, self._tokenizer):
             raise GrammarError(problem)
-
-    def matcher(self, grammar: str) -> Matcher:
-        from llguidance import LLMatcher
-
         return Matcher(LLMatcher(self._tokenizer, grammar), self._size)
 
 
@@ -94,10 +88,6 @@ class Matcher:
         """Follows a token that was chosen. Raises GrammarError for one that may not come."""
         if not self._matcher.consume_token(id):
             raise GrammarError(f"token {id} does not follow the grammar")
-
-    def allowed(self, ids: Sequence[int]) -> int:
-        """How many of some drafted tokens may come, without following any."""
-        return int(self._matcher.validate_tokens(list(ids)))
 
 
 class _Bytes:

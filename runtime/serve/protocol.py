@@ -25,7 +25,6 @@ IGNORED = frozenset({
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
@@ -62,14 +61,15 @@ class Body(BaseModel):
         if not isinstance(value, dict):
             return value
         kept = {}
+        names = {field.alias or name for name, field in cls.model_fields.items()}
         for name, field in value.items():
-            if name in cls.model_fields:
+            if name in names:
                 kept[name] = field
             elif name in NEUTRAL:
                 if field is not None and field not in NEUTRAL[name]:
                     raise _refusal(name, f"{name} is not supported")
             elif name not in IGNORED:
-                known = difflib.get_close_matches(name, cls.model_fields, n=1)
+                known = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {known[0]}?" if known else ""
                 raise _refusal(ascii(name[:80])[1:-1], f"there is no field {name[:80]!a}{hint}")
         return kept
@@ -127,6 +127,28 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchema(Body):
+    """What OpenAI calls the format of an answer; `strict` is how all answers are."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Of an answer: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _refusal("json_schema", "the type json_schema, and no other, needs json_schema")
+        return self
+
+
 class Request(Body):
     """What requests of both kinds may say."""
 
@@ -156,6 +178,7 @@ class Request(Body):
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    response_format: ResponseFormat | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1000)
 
     def token_limit(self) -> int | None:

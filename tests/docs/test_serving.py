@@ -52,5 +52,5 @@ def test_bounds() -> None:
     assert all(f"`{path}`" in TEXT for path in gate.OPEN)
     for name in ("user", "metadata", "store"):
         assert name in protocol.IGNORED
-    for name in ("tools", "audio", "suffix", "best_of", "response_format"):
+    for name in ("tools", "audio", "suffix", "best_of", "structured_outputs"):
         assert name in protocol.NEUTRAL

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.build import build
+from dsl.load import load
 from runtime.serve.grammar import MOST, GrammarError, Grammars, json_grammar
 from runtime.serve.text import ByteVocabulary, LearnedVocabulary
+from tests.support.places import TINY
 from tests.support.tokenizers import byte_fallback, byte_level
+
+ENGINE = ("engine", "grammar", "options", "request", "text")
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 5}, "b": {"type": "boolean"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
 
 KINDS = [
     (ByteVocabulary(), 300, frozenset({256})),
@@ -34,7 +47,6 @@ def write(
         ended = [id for id in ends if mask[id]]
         choices = ended or mask.nonzero().flatten().tolist()
         id = choices[int(torch.randint(len(choices), (), generator=draw))]
-        assert matcher.allowed([id]) == 1 or id in ends
         matcher.consume(id)
         if id in ends:
             return ids
@@ -96,7 +108,6 @@ def test_every_answer_is_of_its_schema(kind: int, schema: dict[str, Any], seed: 
     vocabulary, size, ends = KINDS[kind]
     grammars = Grammars(vocabulary, size, ends)
     grammar = json_grammar(schema)
-    grammars.check(grammar)
     ids = write(grammars, ends, size, grammar, seed)
     text = b"".join(vocabulary.piece(id) or b"" for id in ids).decode()
     assert fits(json.loads(text), schema), text
@@ -110,17 +121,15 @@ def test_what_a_schema_cannot_say_is_named() -> None:
         ({"$ref": "https://example.com/schema"}, "https://example.com/schema"),
     ):
         with pytest.raises(GrammarError, match=message):
-            grammars.check(json_grammar(schema))
+            grammars.matcher(json_grammar(schema))
     with pytest.raises(GrammarError, match="more than"):
         json_grammar({"description": "x" * MOST})
     with pytest.raises(GrammarError, match="end token"):
-        Grammars(ByteVocabulary(), 300, frozenset())
+        Grammars(ByteVocabulary(), 300, frozenset()).matcher(json_grammar(None))
 
 
-def test_a_token_that_may_not_come_is_refused_and_drafts_do_not_move() -> None:
+def test_a_token_that_may_not_come_is_refused() -> None:
     matcher = Grammars(*KINDS[0]).matcher(json_grammar({"const": "ab"}))
-    before = matcher.mask()
-    assert matcher.allowed(list(b'"abc')) == 3 and matcher.mask().equal(before)
     with pytest.raises(GrammarError, match="token 120 does not follow"):
         matcher.consume(ord("x"))
 
@@ -128,3 +137,37 @@ def test_a_token_that_may_not_come_is_refused_and_drafts_do_not_move() -> None:
 def test_without_a_schema_it_is_an_object() -> None:
     matcher = Grammars(*KINDS[0]).matcher(json_grammar(None))
     assert matcher.mask().nonzero().flatten().tolist() == [ord("{")]
+
+
+@pytest.mark.slow
+def test_answers_of_an_engine_are_of_their_schemas_with_and_without_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an untrained model, whose tokens are bytes; 256 ends an answer."""
+    build(load(TINY, sets=["model=forming"]), tmp_path / "forming")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("forming").Model(seed=3)
+    serve = {n: importlib.import_module(f"forming.runtime.serve.{n}") for n in ENGINE}
+    grammars = serve["grammar"].Grammars(serve["text"].ByteVocabulary(), 512, frozenset({256}))
+    schemas = [SCHEMA, {"enum": ["red", "green"]}, {"type": "boolean"}, {"const": [1, "a"]}] * 4
+    asked = [
+        serve["request"].Sampling(
+            max_tokens=200, temperature=1.0, seed=i, end_tokens=frozenset({256}), min_tokens=3,
+            grammar=json_grammar(schema),
+        )
+        for i, schema in enumerate(schemas)
+    ]  # fmt: skip
+    answers = []
+    for speculate in (0, 1):
+        options = serve["options"].Options(max_requests=8, speculate=speculate)
+        engine = serve["engine"].Engine(model, options, grammars)
+        found = engine.generate([([65, i + 1], one) for i, one in enumerate(asked)])
+        answers.append([[token.id for token in answer] for answer in found])
+    assert answers[0] == answers[1]
+    for ids, schema in zip(answers[0], schemas, strict=True):
+        assert ids[-1] == 256 and fits(json.loads(bytes(ids[:-1])), schema)
+    with pytest.raises(ValueError, match="propertyNames"):
+        wrong = json_grammar({"type": "object", "propertyNames": {"pattern": "a"}})
+        engine.add("x", [65], serve["request"].Sampling(max_tokens=9, grammar=wrong))
+    with pytest.raises(ValueError, match="made without grammars"):
+        serve["engine"].Engine(model).add("x", [65], asked[0])

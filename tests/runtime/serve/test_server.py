@@ -235,7 +235,9 @@ REFUSED = [
     ({"echo": True, "logprobs": 1}, "echo", ""),
     ({"suffix": "x"}, "suffix", "not supported"),
     ({"best_of": 2}, "best_of", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs"),
+    ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported"),
     ({"prompt": "x" * 301}, None, "more blocks"),
 ]
 
