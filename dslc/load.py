@@ -56,7 +56,7 @@ class Timed:
 
 
 class Server:
-    """One with the API of OpenAI."""
+    """One with the API of OpenAI, and of vLLM what that lacks: `ignore_eos`, `/tokenize`."""
 
     def __init__(self, url: str, key: str | None) -> None:
         """Raises `DiagnosticError` for an address that is none."""

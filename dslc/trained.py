@@ -18,6 +18,7 @@ TRAIN, SERVE = "runtime.train.command", "runtime.serve.command"
 GENERATE = "runtime.serve.offline"
 """What packages are used for."""
 NEEDS = "a built model needs torch and safetensors"
+OLDER = "the package was built by an older dslc (`dslc export` writes its weights as a folder)"
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def using(parent: Path, package: str, what: str = TRAIN) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         # The name is of a module that the package lacks, or of a library.
         older = (error.name or "").startswith(f"{package}.")
-        needs = "the package was built by an older dslc" if older else NEEDS
+        needs = OLDER if older else NEEDS
         print(f"error: {error}: {needs}", file=sys.stderr)
         raise typer.Exit(1) from None
     finally:

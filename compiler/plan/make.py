@@ -17,7 +17,7 @@ def make_plan(description: Description, compiled: Compiled) -> Plan | None:
     """The plan that `parallel` of a spec asks for; None where a spec has no such section.
 
     Raises `DiagnosticError` where the layout cannot be (E530), or where batches of training cannot
-    be cut for it (E533); whether it fits is `Plan.fits`.
+    be cut for it (E534); whether it fits is `Plan.fits`.
     """
     parallel = description.spec.parallel
     if parallel is None:
@@ -40,7 +40,7 @@ def make_plan(description: Description, compiled: Compiled) -> Plan | None:
 def step_counts(description: Description, layout: Layout) -> tuple[int, ...]:
     """The counts of micro-batches that the steps of training have, ascending.
 
-    Raises `DiagnosticError` (E533) where a batch cannot be cut into any.
+    Raises `DiagnosticError` (E534) where a batch cannot be cut into any.
     """
     train, parallel = description.spec.train, description.spec.parallel
     assert parallel is not None
@@ -55,7 +55,7 @@ def step_counts(description: Description, layout: Layout) -> tuple[int, ...]:
         near = (max(1, round(value / sizes.least)) * sizes.least for value in wrong)
         raise DiagnosticError([
             Diagnostic(
-                "E533",
+                "E534",
                 f"batches of {shown} sequences cannot be dealt evenly to {sizes.data:,} ranks in "
                 f"micro-batches of {sizes.micro_batch}{ways}",
                 description.span("train", "batch"),

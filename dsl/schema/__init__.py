@@ -12,6 +12,7 @@ from dsl.schema.sections import (
     Spec,
     json_schema,
 )
+from dsl.schema.traffic import Traffic
 from dsl.schema.train import Loss, Phase, Schedule, Train, constant
 from dsl.schema.validate import validate, validate_file
 from dsl.schema.values import BlockUse, Loc, text_of
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "SequenceLimits",
     "Spec",
+    "Traffic",
     "Train",
     "constant",
     "json_schema",

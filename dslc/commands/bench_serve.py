@@ -18,8 +18,8 @@ Examples:
   dslc bench-serve http://127.0.0.1:8080 --format json
 
 \b
-Any server with the API of OpenAI will do. `answers` is a hash of all texts: dslc gives equal
-answers to equal requests, whatever the load.
+Servers of vLLM take the same requests. `answers` is a hash of all texts: dslc gives equal answers
+to equal requests, whatever the load.
 """
 
 MOST_TEXT = 2**20
@@ -82,7 +82,7 @@ def run(
         server = Server(url, api_key)
         ids = None
         if text is not None:
-            body = {"prompt": text.read_text(encoding="utf-8")[:MOST_TEXT]}
+            body = {"prompt": text.read_text(encoding="utf-8", errors="replace")[:MOST_TEXT]}
             ids = server.answer("/tokenize", body)["tokens"]
         most = at_once or (requests if rate else 16)
         load = Load(requests, rate, most, *lengths, shared, temperature, seed)

@@ -21,6 +21,7 @@ Examples:
   dslc plan deepseek_v3 --why                             the largest tensors, and similar layouts
   dslc plan deepseek_v3 --set parallel.expert=32
   dslc plan my_model.yaml --cluster h100_8 --format json  the plan.json of builds
+  dslc plan deepseek_v3 --serve deepseek_day6             nodes and rates of a served model
 
 \b
 Exit status: 0 the plan fits, 1 it is impossible or does not fit.
@@ -37,6 +38,14 @@ def run(
             metavar="NAME", help="Use this cluster instead of that of the spec.", show_default=False
         ),
     ] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRAFFIC",
+            help="Plan serving instead, for a traffic file or a shipped one (deepseek_day6).",
+            show_default=False,
+        ),
+    ] = None,
     why: Annotated[
         bool, typer.Option("--why", help="Print the largest tensors, and similar layouts.")
     ] = False,
@@ -46,7 +55,7 @@ def run(
 ) -> None:
     """Show memory, computation and communication of each rank of a cluster, and whether it fits.
 
-    For a training step, by pipeline rank."""
+    For a training step, by pipeline rank; with --serve, for steps of decoding and for prompts."""
     from compiler.pipeline import compile
     from compiler.plan.explain import misfit
     from compiler.plan.make import make_plan, planner_of
@@ -58,6 +67,9 @@ def run(
     with reporting(as_json=format is Format.json):
         changes = [*(sets or ()), *([f"parallel.cluster={cluster}"] if cluster else ())]
         description = read(spec, changes, variants)
+        if serve is not None:
+            plan_serving(description, serve, format)
+            return
         compiled = compile(description)
         plan = make_plan(description, compiled)
         if plan is None:
@@ -71,6 +83,32 @@ def run(
                 print(f"\n{explained(plan, planner, description)}")
         if not plan.fits:
             raise DiagnosticError([misfit(plan, planner, description)])
+
+
+def plan_serving(description: Description, name: str, format: Format) -> None:
+    """Prints what a served model takes and gives. Raises `DiagnosticError`."""
+    from dataclasses import asdict
+
+    from compiler.pipeline import after, compile
+    from compiler.plan.serving import serve
+    from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dsl.traffic import read_traffic
+    from dslc.report import print_json
+    from dslc.serving import serving_text
+
+    cluster, model = description.cluster, description.spec.model
+    if cluster is None:
+        raise DiagnosticError([no_section(description)])
+    traffic, compiled = read_traffic(name), compile(description)
+    absorbed = after(description, "decode", "absorb")
+    try:
+        served = serve(compiled.lowered, compiled.programs["decode"], absorbed, cluster, traffic)
+    except ValueError as error:
+        raise DiagnosticError([Diagnostic("E533", str(error), description.span())]) from None
+    if format is Format.json:
+        print_json({"model": model, "traffic": traffic.traffic, **asdict(served)})
+    else:
+        print(serving_text(served, model, cluster, traffic))
 
 
 def no_section(description: Description) -> Diagnostic:

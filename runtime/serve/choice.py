@@ -37,6 +37,8 @@ class Choice:
     sampling: Sampling
     vocabulary: Vocabulary
     stops: StopStrings
+    hidden: frozenset[int] = frozenset()
+    """Tokens without text."""
     finish: FinishReason | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -57,7 +59,8 @@ class Choice:
             if last and token.id in self.sampling.end_tokens:
                 break
             shown.append(Shown(token, self._length))
-            text += self._show(self._detokenizer.feed(token.id))
+            hidden = token.id in self.hidden
+            text += self._show("" if hidden else self._detokenizer.feed(token.id))
             if self.stops.found is not None:
                 finish = "stop"
                 break

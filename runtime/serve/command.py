@@ -25,8 +25,10 @@ from ..train.settings import TrainError
 from ..train.state import AVERAGE, MODEL
 from ..train.tokenizer import Learned, Tokenizer, of_folder
 from .engine import Engine
+from .grammar import Grammars
 from .options import Options
 from .settings import Settings
+from .text import Vocabulary, vocabulary_of
 
 NEEDED = "fastapi, uvicorn, prometheus_client and jinja2"
 EXAMPLES = """\
@@ -80,7 +82,6 @@ def serve(
         from .lifetime import listen, run
         from .server import make_app
         from .service import Limits, ServedModel, Service
-        from .text import vocabulary_of
         from .worker import Unavailable, Worker
     except ModuleNotFoundError as error:
         raise TrainError(f"{error}: serving needs {NEEDED} (pip install)") from None
@@ -91,7 +92,7 @@ def serve(
         tokenizer = Learned(settings.tokenizer)
     vocabulary = vocabulary_of(tokenizer or of_folder(folder))
     options = engine_options(settings)
-    make = partial(make_engine, model, folder, settings.device, options)
+    make = partial(make_engine, model, folder, settings.device, options, vocabulary)
     try:
         template = template_of(folder, vocabulary, settings.chat_template)
         served = ServedModel(
@@ -159,7 +160,11 @@ def threads() -> int:
 
 
 def make_engine(
-    model: type[LanguageModel], folder: Path, device: str | None, options: Options
+    model: type[LanguageModel],
+    folder: Path,
+    device: str | None,
+    options: Options,
+    vocabulary: Vocabulary,
 ) -> Engine:
     """In the process of the engine. Raises ValueError for weights and options that do not fit."""
     torch.set_num_threads(threads())
@@ -167,7 +172,9 @@ def make_engine(
         place = select_device(device)
         loaded: Any = model(device="meta")  # its cache is of either kind
         loaded.load(folder)
-        return Engine(loaded.to(place), options)
+        size = model.config.params.vocab_size
+        grammars = Grammars(vocabulary, size, end_tokens(model, folder))
+        return Engine(loaded.to(place), options, grammars)
     except (TrainError, LoadError) as error:
         raise ValueError(str(error)) from None
 

@@ -6,7 +6,7 @@ whatever its prompt was cut into, found of in the prefix cache, or computed agai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,9 @@ from .blocks import Blocks
 from .options import Options
 from .request import Event, FinishReason, Sampling, Token
 from .sampler import choose, told
-from .scheduler import Planned, Request, Scheduler, in_order
+from .scheduler import Matcher, Planned, Request, Scheduler, in_order
+
+Show = Callable[[int, Token], None]
 
 
 class Decoder(Protocol):
@@ -35,14 +37,27 @@ class Decoder(Protocol):
     def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor: ...
 
 
+class Grammars(Protocol):
+    """What the engine needs for answers that follow a grammar."""
+
+    def matcher(self, grammar: str) -> Matcher:
+        """Raises ValueError for a grammar that cannot be followed."""
+
+
 class Engine:
     """Computes the requests that were added, a step at a time.
 
     Raises ValueError for options that do not fit the model, and for a model without weights.
     """
 
-    def __init__(self, model: Decoder, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        options: Options | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.model = model
+        self.grammars = grammars
         self.options = options = options or Options()
         if model.device.type == "meta":
             raise ValueError("the model has no weights yet (device='meta'): load some first")
@@ -94,6 +109,10 @@ class Engine:
                 f"{max(self.max_model_len - len(prompt), 0)} at most"
             )
         request = Request(id, tuple(prompt), sampling, salt)
+        if sampling.grammar is not None:
+            if self.grammars is None:
+                raise ValueError("this engine was made without grammars")
+            request.matcher = self.grammars.matcher(sampling.grammar)
         if not self.scheduler.fits(request):
             room = (self.pages.blocks - 1) * self.options.page
             raise ValueError(
@@ -129,6 +148,27 @@ class Engine:
             "preemptions": scheduler.preemptions,
             **self._counts,
         }
+
+    def generate(
+        self, requests: Sequence[tuple[Sequence[int], Sampling]], show: Show | None = None
+    ) -> list[list[Token]]:
+        """The answers to prompts of any lengths, in their order, computed together.
+
+        `show` is called with the number of a request and each of its tokens as they come. Raises
+        ValueError as `add` does, and FloatingPointError for logits that are NaN or infinite.
+        """
+        for i, (prompt, sampling) in enumerate(requests):
+            self.add(str(i), prompt, sampling)
+        answers: list[list[Token]] = [[] for _ in requests]
+        while self.busy:
+            for event in self.step():
+                if event.finish == "error":
+                    raise FloatingPointError(event.message)
+                answers[int(event.id)] += event.tokens
+                if show is not None:
+                    for token in event.tokens:
+                        show(int(event.id), token)
+        return answers
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -186,7 +226,12 @@ class Engine:
             if not finite:
                 message = f"the logits are NaN or infinite at token {request.known}"
                 return self._end(request, tuple(tokens), "error", message)
-            id = choose(logits, sampling, request.prompt, request.output)
+            id = self._choose(request, logits)
+            if request.matcher is not None:
+                try:
+                    request.matcher.consume(id)
+                except ValueError as error:  # nothing may come: a fault of this answer alone
+                    return self._end(request, tuple(tokens), "error", str(error))
             tokens.append(told(logits, id, sampling.logprobs))
             request.output.append(id)
             self._counts["generated_tokens"] += 1
@@ -226,8 +271,12 @@ class Engine:
         for (request, _), logits in zip(
             drafting, self.model.draft(*given, self.pages), strict=True
         ):
-            request.draft = choose(logits, request.sampling, request.prompt, request.output)
+            request.draft = self._choose(request, logits)
             self._counts["drafts"] += 1
+
+    def _choose(self, request: Request, logits: Tensor) -> int:
+        allowed = request.matcher.mask() if request.matcher is not None else None
+        return choose(logits, request.sampling, request.prompt, request.output, allowed)
 
     def _end(
         self,

@@ -77,7 +77,7 @@ def generate(
         options = Options(
             max_requests=max(min(len(choices), AT_ONCE), 1), speculate=asked.speculate
         )
-        engine = make_engine(model, folder, asked.device, options)
+        engine = make_engine(model, folder, asked.device, options, vocabulary)
         for choice in choices:
             engine.add(choice.id, choice.prompt, choice.sampling)
     except (ChatError, ValueError) as error:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, MAX_LOGPROBS = 8, 4, 20, 5
+MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, MAX_LOGPROBS, MAX_BIASES = 8, 4, 20, 5, 1024
 
 IGNORED = frozenset({
     "metadata", "store", "user", "service_tier", "prompt_cache_key", "prompt_cache_retention",
@@ -25,7 +25,6 @@ IGNORED = frozenset({
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
@@ -62,14 +61,15 @@ class Body(BaseModel):
         if not isinstance(value, dict):
             return value
         kept = {}
+        names = {field.alias or name for name, field in cls.model_fields.items()}
         for name, field in value.items():
-            if name in cls.model_fields:
+            if name in names:
                 kept[name] = field
             elif name in NEUTRAL:
                 if field is not None and field not in NEUTRAL[name]:
                     raise _refusal(name, f"{name} is not supported")
             elif name not in IGNORED:
-                known = difflib.get_close_matches(name, cls.model_fields, n=1)
+                known = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {known[0]}?" if known else ""
                 raise _refusal(ascii(name[:80])[1:-1], f"there is no field {name[:80]!a}{hint}")
         return kept
@@ -127,6 +127,28 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchema(Body):
+    """What OpenAI calls the format of an answer; `strict` is how all answers are."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Of an answer: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _refusal("json_schema", "the type json_schema, and no other, needs json_schema")
+        return self
+
+
 class Request(Body):
     """What requests of both kinds may say."""
 
@@ -148,11 +170,15 @@ class Request(Body):
     presence_penalty: Annotated[float, _or_default(0.0), Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, _or_default(0.0), Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, _or_default(1.0), Field(ge=0.01, le=100)] = 1.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=MAX_BIASES
+    )
     min_tokens: Annotated[int, _or_default(0), Field(ge=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    response_format: ResponseFormat | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1000)
 
     def token_limit(self) -> int | None:

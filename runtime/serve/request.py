@@ -43,6 +43,8 @@ class Sampling:
     """So many tokens before an end token can be chosen."""
     logprobs: int | None = None
     """None: no log-probabilities; n: those of the chosen token and of the n most likely."""
+    grammar: str | None = None
+    """A grammar that the answer follows; see `grammar.py`."""
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError that names the field and its bounds."""

@@ -17,15 +17,25 @@ from ..normal import tensor_key, uniform
 from .request import Sampling, Token
 
 
-def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> int:
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    allowed: Tensor | None = None,
+) -> int:
     """The token after `prompt` and `output`, from its logits [vocab].
 
-    In the order of the fields of `Sampling`: bias, penalties, temperature, top-k, top-p, min-p,
-    chance. Of equal scores the lowest id.
+    Only of those that a grammar allows, bool [vocab], where there is one. In the order of the
+    fields of `Sampling`: bias, penalties, temperature, top-k, top-p, min-p, chance. Of equal scores
+    the lowest id.
     """
-    if sampling.temperature == 0 and not _adjusts(sampling):
+    if sampling.temperature == 0 and not _adjusts(sampling) and allowed is None:
         return int(logits.argmax())
-    score = _adjusted(logits.detach().double().cpu(), sampling, prompt, output)
+    score = logits.detach().double().cpu()
+    if allowed is not None:
+        score = score.masked_fill(~allowed, -math.inf)
+    score = _adjusted(score, sampling, prompt, output)
     if sampling.temperature == 0:
         return int(score.argmax())
     score = _filtered(score / sampling.temperature, sampling)
@@ -45,7 +55,10 @@ def _adjusted(
     score: Tensor, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]
 ) -> Tensor:
     if len(output) < sampling.min_tokens and sampling.end_tokens:
-        score[list(sampling.end_tokens)] = -math.inf
+        later = score.clone()
+        later[list(sampling.end_tokens)] = -math.inf
+        if later.isfinite().any():  # a grammar may allow nothing but the end
+            score = later
     for id, bias in sampling.logit_bias.items():
         score[id] += bias
     if sampling.repetition_penalty != 1:

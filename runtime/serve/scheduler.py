@@ -11,10 +11,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
 
 from .blocks import Blocks, first_hash, next_hash
 from .options import Options
 from .request import Sampling
+
+
+class Matcher(Protocol):
+    """An answer that follows a grammar."""
+
+    def mask(self) -> Tensor:
+        """bool [vocab] on the CPU: which tokens may come next."""
+
+    def consume(self, id: int) -> None:
+        """Follows a token that was chosen."""
 
 
 @dataclass(eq=False)
@@ -33,6 +46,8 @@ class Request:
     """Of the full blocks of its text, as far as they were needed."""
     cached: int | None = None
     """Tokens of the prompt that were found in the prefix cache; None before it runs."""
+    matcher: Matcher | None = None
+    """Follows its output by the grammar that it asks for."""
     draft: int | None = None
     """What the MTP module expects for the token after the known ones."""
 

@@ -130,7 +130,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         service.check_model(body.model)
-        return {"prompt": service.model.vocabulary.decode(body.tokens)}
+        return {"prompt": await service.text(body.tokens)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -155,14 +155,7 @@ async def _complete(
     # One that JavaScript's numbers can hold, too.
     seed = secrets.randbits(53) if body.seed is None else body.seed
     choices = service.choices(body, prompts, seed, stops)
-    echo = [""] * len(choices)
-    if isinstance(body, CompletionRequest) and body.echo:
-        decode = service.model.vocabulary.decode
-        echo = [
-            one if isinstance(one, str) else decode(one)
-            for one in body.prompt
-            for _ in range(body.n)
-        ]
+    echo = await _echoes(service, body, len(choices))
     salt = service.salt(request.state.key, body.cache_salt)
     deltas = service.deltas(choices, salt)
 
@@ -209,6 +202,14 @@ async def _complete(
     # Errors before the first token have a status of their own.
     first = await while_connected(request, _first(deltas))
     return GONE if first is None else EventStream(chunks(first), deltas)
+
+
+async def _echoes(service: Service, body: protocol.Request, count: int) -> list[str]:
+    """What stands in front of the text of each choice: that of its prompt where it is asked for."""
+    if not isinstance(body, CompletionRequest) or not body.echo:
+        return [""] * count
+    texts = [one if isinstance(one, str) else await service.text(one) for one in body.prompt]
+    return [text for text in texts for _ in range(body.n)]
 
 
 async def _first(deltas: Deltas) -> Step:

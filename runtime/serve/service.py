@@ -12,8 +12,16 @@ from typing import Any, TypeVar
 
 from .chat import Chat, ChatError
 from .choice import Choice, Delta, choice_seed
+from .grammar import GrammarError, json_grammar
 from .metrics import Metrics
-from .protocol import ChatMessage, CompletionRequest, Error, Request, TokenizeRequest
+from .protocol import (
+    ChatMessage,
+    CompletionRequest,
+    Error,
+    Request,
+    ResponseFormat,
+    TokenizeRequest,
+)
 from .request import Event, Sampling
 from .text import StopStrings, Vocabulary
 from .worker import Events, Refused, Stats, Unavailable, Worker
@@ -89,6 +97,9 @@ class Service:
             return await self.chat_prompt(body.messages or (), body.add_generation_prompt)
         return await _aside(self.model.vocabulary.encode, body.prompt, body.add_special_tokens)
 
+    async def text(self, ids: Sequence[int]) -> str:
+        return await _aside(self.model.vocabulary.decode, ids)
+
     def choices(
         self, body: Request, prompts: Sequence[Sequence[int]], seed: int, stops: Sequence[str] = ()
     ) -> list[Choice]:
@@ -114,6 +125,7 @@ class Service:
                 samplings[index // body.n](index),
                 self.model.vocabulary,
                 StopStrings((*body.stop, *stops), body.include_stop_str_in_output),
+                self.model.vocabulary.special if body.skip_special_tokens else frozenset(),
             )
             for index in range(total)
         ]
@@ -163,6 +175,7 @@ class Service:
             "end_tokens": ends | {*(body.stop_token_ids or ())},
             "min_tokens": body.min_tokens,
             "logprobs": body.top(),
+            "grammar": _grammar(body.response_format),
         }
         try:
             Sampling(**given).check(size)
@@ -218,6 +231,16 @@ class Service:
     def salt(self, key: bytes, given: str | None) -> bytes:
         """What separates prefix caches: by the hash of the API key, and by the request."""
         return hashlib.sha256(key + given.encode()).digest() if given is not None else key
+
+
+def _grammar(form: ResponseFormat | None) -> str | None:
+    """Raises `Error` for a schema that is too long, or if there is no library for it."""
+    if form is None or form.type == "text":
+        return None
+    try:
+        return json_grammar(None if form.json_schema is None else form.json_schema.schema_)
+    except (GrammarError, ModuleNotFoundError) as error:
+        raise Error(400, f"response_format: {error}", param="response_format") from None
 
 
 def _event(item: Event | Exception) -> Event:

@@ -17,6 +17,9 @@ REPLACEMENT = "\ufffd"
 class Vocabulary(ABC):
     """Text to tokens and back, for prompts and answers."""
 
+    special: frozenset[int] = frozenset()
+    """Tokens that are marks, not text, by the tokenizer's own account."""
+
     @abstractmethod
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Tokens of a text in which special tokens are parsed.
@@ -73,7 +76,10 @@ class LearnedVocabulary(Vocabulary):
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.tokenizer = load_tokenizer(data)
-        self._bytes_of = _bytes_of(json.loads(data).get("decoder"))
+        content = json.loads(data)
+        added = content.get("added_tokens") or ()
+        self.special = frozenset(one["id"] for one in added if one.get("special"))
+        self._bytes_of = _bytes_of(content.get("decoder"))
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special).ids)

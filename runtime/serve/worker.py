@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import multiprocessing
+import os
 import signal
 import threading
 import traceback
@@ -201,6 +202,7 @@ def _run(connection: Connection, make: Callable[[], Engine]) -> None:
     # A signal to the whole group is for the server, which lets requests end first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_server, daemon=True).start()
     with suppress(EOFError, OSError):  # the server is gone, and nobody is left to be told
         try:
             engine = make()
@@ -219,6 +221,14 @@ def _run(connection: Connection, make: Callable[[], Engine]) -> None:
                 return
             if events:
                 connection.send(("events", events))
+
+
+def _end_with_server() -> None:
+    """At once, also while weights are loaded or a step is computed."""
+    server = multiprocessing.parent_process()
+    assert server is not None
+    server.join()
+    os._exit(1)
 
 
 def _failure(error: Exception) -> str:

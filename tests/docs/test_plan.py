@@ -6,7 +6,7 @@ import re
 
 from compiler.plan.memory import Kind
 from compiler.plan.traffic import PURPOSES
-from dsl.schema import Cluster
+from dsl.schema import Cluster, Traffic
 from dslc.specs import shipped
 from tests.support.command import Run
 from tests.support.documents import examples, tables
@@ -22,7 +22,10 @@ def test_the_section_of_the_text_is_that_of_v3() -> None:
 
 def test_the_tables_name_what_there_is() -> None:
     named = [re.findall(r"`(\w+)`", row[0]) for row in tables(TEXT, "key")]
-    assert [name for names in named for name in names] == [*Cluster.model_fields]
+    assert [name for names in named for name in names] == [
+        *Cluster.model_fields,
+        *Traffic.model_fields,
+    ]
     assert [row[0].strip("`") for row in tables(TEXT, "kind")] == [kind.value for kind in Kind]
     assert [row[0].strip("`") for row in tables(TEXT, "purpose")] == list(PURPOSES)
 
@@ -31,5 +34,8 @@ def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
     outcome = dslc("plan", shipped()["deepseek_v3"])
     printed = outcome.out.split("\n\nHow this is counted:")[0]
     assert outcome.status == 0
-    (shown,) = (e.text for e in examples(TEXT) if e.language == "text")
-    assert shown == f"{printed}\n", f"write this into docs/plan.md:\n{printed}"
+    shown = [e.text for e in examples(TEXT) if e.language == "text"]
+    assert shown[0] == f"{printed}\n", f"write this into docs/plan.md:\n{printed}"
+    outcome = dslc("plan", shipped()["deepseek_v3"], "--serve", "deepseek_day6")
+    printed = outcome.out.split("\n\nHow this is counted:")[0]
+    assert shown[1:] == [f"{printed}\n"], f"write this into docs/plan.md:\n{printed}"

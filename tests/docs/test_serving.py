@@ -45,11 +45,12 @@ def test_fields() -> None:
 
 def test_bounds() -> None:
     assert f"1 to {protocol.MAX_CHOICES};" in TEXT and f"up to {protocol.MAX_STOPS} strings" in TEXT
+    assert f"up to {protocol.MAX_BIASES} of them" in TEXT
     assert f"`logprobs` (0 to {protocol.MAX_LOGPROBS})" in TEXT
     assert f"`top_logprobs` (0 to {protocol.MAX_TOP_LOGPROBS})" in TEXT
     assert f"within {service.Limits().patience:g} s" in TEXT
     assert all(f"`{path}`" in TEXT for path in gate.OPEN)
     for name in ("user", "metadata", "store"):
         assert name in protocol.IGNORED
-    for name in ("tools", "audio", "suffix", "best_of", "response_format"):
+    for name in ("tools", "audio", "suffix", "best_of", "structured_outputs"):
         assert name in protocol.NEUTRAL

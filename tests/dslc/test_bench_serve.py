@@ -56,7 +56,7 @@ def test_waiting_is_counted_and_answers_do_not_depend_on_load(dslc: Run, served:
 
 def test_the_table(dslc: Run, served: Served, tmp_path: Path) -> None:
     text = tmp_path / "text"
-    text.write_text("To be, or not to be: that is the question. " * 9, encoding="utf-8")
+    text.write_bytes(b"To be, or not to be: that is the question. \xff" * 9)
     done = dslc(*words(served, requests=3, text=text, shared=0.5))
     lines = done.out.splitlines()
     assert lines[0].split() == ["ms", "mean", "median", "p95", "p99"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SPECULATING = ("deepseek_v3_tiny.serve", "--speculate", "1", "--checkpoint")
+
+
 @contextmanager
 def started(folder: Path, *command: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address and the process of a server."""
@@ -70,7 +74,7 @@ def answer(url: str, **more: Any) -> Any:
 
 
 def test_a_folder_is_served_alike_by_both_commands(weights: Path) -> None:
-    """One is ended by a signal, the other by the end of its engine."""
+    """One is ended by a signal, the other, which speculates, by the end of its engine."""
     with started(weights.parent, "dslc", "serve", weights) as (url, process):
         first = answer(url, n=2)["choices"]
         assert answer(url, n=2)["choices"] == first, "not the same again"
@@ -81,11 +85,14 @@ def test_a_folder_is_served_alike_by_both_commands(weights: Path) -> None:
         assert ids[0] == 2 and ids.count(2) == 1, "the tokenizer and the template of the folder"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    with started(weights.parent, "deepseek_v3_tiny.serve", "--checkpoint", weights) as (
+    with started(weights.parent, *SPECULATING, weights) as (
         url,
         process,
     ):
         assert answer(url, n=2)["choices"] == first
+        metrics = httpx.get(f"{url}/metrics").text
+        drafts = re.search(r"^dslc:spec_decode_num_draft_tokens_total (.*)$", metrics, re.M)
+        assert drafts and float(drafts[1]) > 0
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "deepseek_v3_tiny"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
@@ -123,6 +130,15 @@ def test_what_cannot_be_served_is_one_message(
 def test_what_is_no_model(dslc: Run, tmp_path: Path) -> None:
     done = dslc("serve", tmp_path)
     assert done.status == 1 and "config.json" in done.err
+
+
+def test_a_run_whose_package_cannot_serve(dslc: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"model": "written_before"}))
+    (tmp_path / "written_before" / "runtime").mkdir(parents=True)
+    for folder in ("written_before", "written_before/runtime"):
+        (tmp_path / folder / "__init__.py").touch()
+    done = dslc("serve", tmp_path)
+    assert done.status == 1 and "older dslc" in done.err and "dslc export" in done.err
 
 
 def test_every_option_says_its_default() -> None:

@@ -97,3 +97,8 @@ class FakeEngine:
 
 def fails(kind: type[Exception], message: str) -> FakeEngine:
     raise kind(message)
+
+
+def sleeps() -> FakeEngine:
+    time.sleep(30)
+    return FakeEngine()

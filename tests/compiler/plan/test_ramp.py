@@ -122,7 +122,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(case: str, batch: str, golden: Go
     description = v3(batch)
     with pytest.raises(DiagnosticError) as raised:
         make_plan(description, compile(description))
-    golden(f"plan/E533_{case}.txt", render(raised.value.diagnostics))
+    golden(f"plan/E534_{case}.txt", render(raised.value.diagnostics))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -142,6 +142,16 @@ def test_greedy_is_that_of_the_whole_forward_pass(model: Model) -> None:
     assert torch.allclose(scores.amax(-1), logprobs, atol=1e-5)
 
 
+def test_prompts_of_different_lengths_in_one_call(model: Model) -> None:
+    requests = [asked(random.Random(i)) for i in range(5)]
+    came: list[tuple[int, Token]] = []
+    found = Engine(model).generate(requests, lambda i, token: came.append((i, token)))
+    assert found == alone(model, requests)
+    assert [[token for i, token in came if i == row] for row in range(5)] == found
+    with pytest.raises(FloatingPointError, match="NaN or infinite at token 1"):
+        Engine(Broken(dtype=torch.float32, seed=3)).generate([([13], Sampling(max_tokens=1))])
+
+
 def cached(engine: Engine, prompt: list[int], salt: bytes = b"") -> int:
     """How many tokens of a prompt are found when it is asked for now."""
     engine.add("x", prompt, Sampling(max_tokens=4), salt)

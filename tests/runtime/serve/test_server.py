@@ -223,6 +223,7 @@ REFUSED = [
     ({"top_p": 0}, "top_p", ""),
     ({"logit_bias": {"x": 1}}, "logit_bias", "no token id"),
     ({"logit_bias": {"1": 101}}, "logit_bias.1", ""),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
     ({"logit_bias": {"512": 1}}, "logit_bias", "from 0 to 511"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "from 0 to 511"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "exceeds"),
@@ -234,7 +235,9 @@ REFUSED = [
     ({"echo": True, "logprobs": 1}, "echo", ""),
     ({"suffix": "x"}, "suffix", "not supported"),
     ({"best_of": 2}, "best_of", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs"),
+    ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported"),
     ({"prompt": "x" * 301}, None, "more blocks"),
 ]
 
@@ -429,6 +432,10 @@ def test_chat_without_a_template_says_how_to_give_one() -> None:
         assert post(served, "/tokenize", prompt="<s>").json()["tokens"] == [0, 0]
         found = post(served, "/tokenize", prompt="<s>", add_special_tokens=False).json()
         assert found["tokens"] == [0]
+        body = {"prompt": "the</s> fox<think>", "seed": 0, "max_tokens": 5, "logprobs": 0}
+        for skip, text in ((True, "the fox<think>"), (False, "<s>the</s> fox<think>")):
+            (choice,) = post(served, **body, skip_special_tokens=skip).json()["choices"]
+            assert choice["text"] == text and "</s>" in choice["logprobs"]["tokens"]
 
 
 @pytest.mark.slow

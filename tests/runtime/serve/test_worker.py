@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ import pytest
 from runtime.serve.request import Event, Sampling
 from runtime.serve.worker import Engine, Events, Refused, Unavailable, Worker
 from tests.support.fake_engine import FAIL, FakeEngine, fails
+from tests.support.places import ROOT
 
 PROTOCOL: type[Engine] = FakeEngine
 
@@ -194,3 +198,51 @@ def test_a_signal_to_the_group_is_left_to_the_server() -> None:
             assert await answer(events) == [1, 1]
 
     asyncio.run(run())
+
+
+SERVER = """
+import asyncio, functools, sys
+from runtime.serve.request import Sampling
+from runtime.serve.worker import Events, Worker
+from tests.support.fake_engine import FakeEngine, sleeps
+
+async def run(what):
+    worker = Worker(sleeps if what == "being made" else functools.partial(FakeEngine, seconds=2))
+    starting = asyncio.create_task(worker.start())
+    while not (hasattr(worker, "_process") and worker.pid):
+        await asyncio.sleep(0.01)
+    if what != "being made":
+        await starting
+    if what == "busy":
+        worker.submit("a", [1], Sampling(100), b"", Events())
+    await asyncio.sleep(0.3)
+    print(worker.pid, flush=True)
+    await asyncio.sleep(60)
+
+if __name__ == "__main__":
+    asyncio.run(run(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("what", ["idle", "busy", "being made"])
+def test_the_engine_ends_with_the_server(what: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, what], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        os.kill(pid, 0)
+        server.kill()
+        killed = time.monotonic()
+        while Path(f"/proc/{pid}").exists() and not ended(pid):
+            assert time.monotonic() - killed < 1.5, "the engine is still there"
+            time.sleep(0.01)
+
+
+def ended(pid: int) -> bool:
+    """Whether nobody but its record is left of a process."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
