@@ -60,7 +60,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """`x sigmoid(x)`, elementwise."""
+    if matmul.is_batch_invariant():  # torch's rounds otherwise at the end of what a thread computes
+        exact = wide(x)
+        return (exact * _logistic(exact)).to(x.dtype)
     return torch_f.silu(x)
+
+
+def _logistic(x: Tensor) -> Tensor:
+    """`torch.sigmoid`, each number by the same operations wherever it lies."""
+    return 1 / (1 + torch.exp(-x))
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -70,7 +78,9 @@ def sigmoid(x: Tensor) -> Tensor:
     can send a token to another expert. What is left of the difference survives the rounding to
     float32 about once in 10^8 numbers.
     """
-    return torch.sigmoid(x.double()).to(x.dtype)
+    exact = x.double()
+    value = _logistic(exact) if matmul.is_batch_invariant() else torch.sigmoid(exact)
+    return value.to(x.dtype)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -494,7 +504,7 @@ def head_linear(x: Tensor, weight: Tensor, rows: tuple[int, int], *, transposed:
     # By hand what einsum would do: a decoding step is as long as its calls are many.
     flat = x.flatten(0, 1)
     if matmul.is_batch_invariant():
-        out = matmul.by_rows(lambda rows: _by_head(rows, part), flat, part)
+        out = matmul.by_rows(_by_head, flat, part)
     else:
         out = _by_head(flat, part)
     return out.view(*x.shape[:3], -1)

@@ -7,6 +7,7 @@ ms against 0.97 on one core of a Zen 5), and for bfloat16 torch takes it anyway.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,27 +27,26 @@ BUCKET = 32
 rows of 512 by 256. Routing brings new numbers with every batch; rounded up, they are few."""
 
 
-_invariant = False
+_state = threading.local()
 
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
     """Within it, a row's bits do not depend on the other rows of a call, nor on how many."""
-    global _invariant
-    before, _invariant = _invariant, True
+    before, _state.invariant = is_batch_invariant(), True
     try:
         yield
     finally:
-        _invariant = before
+        _state.invariant = before
 
 
 def is_batch_invariant() -> bool:
-    return _invariant
+    return getattr(_state, "invariant", False)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` for x [..., in] and weight [out, in], of any strides: [..., out]."""
-    if _invariant:
+    if is_batch_invariant():
         return _row_invariant(x, weight)
     many = x.numel() > FEW * x.shape[-1] or weight.numel() >= LARGE
     if many and x.numel() and _suits_onednn(x):
@@ -61,7 +61,7 @@ def grouped_product(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         out = x.new_empty(len(x), weight.shape[1])
-        if _invariant:
+        if is_batch_invariant():
             start = 0
             for expert, end in enumerate(offs.tolist()):
                 if end > start:
@@ -139,7 +139,7 @@ def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:
 def _row_invariant(x: Tensor, weight: Tensor) -> Tensor:
     """`product`, each row with the bits that it has in any call."""
     rows = x.reshape(-1, x.shape[-1])
-    out = by_rows(lambda part: torch_f.linear(part, weight), rows, weight)
+    out = by_rows(torch_f.linear, rows, weight)
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -153,45 +153,58 @@ _AGREEING: dict[tuple[object, ...], tuple[int, int]] = {}
 """From how many rows on to how many all calls agree, for a kind of product."""
 
 
-def by_rows(compute: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    """`compute(x)`, a product of rows x [n, ...] with `weight`, each row with the same bits for any
-    n: in calls of such sizes as agree, the last of which is filled up."""
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Of rows [n, ...] with a weight: [n, ...]."""
+
+
+def by_rows(compute: Product, x: Tensor, weight: Tensor) -> Tensor:
+    """`compute(x, weight)` of rows x [n, ...], each row with the same bits for any n: in calls of
+    such sizes as agree, the last of which is filled up."""
     key = (weight.shape, weight.stride(), weight.dtype, weight.device, torch.get_num_threads())
     sizes = _AGREEING.get(key)
     if sizes is None:
-        sizes = _AGREEING[key] = _agreeing_sizes(compute, x)
-    return _in_parts(compute, x, *sizes)
+        sizes = _AGREEING[key] = _agreeing_sizes(compute, x, weight)
+    return _in_parts(compute, x, weight, *sizes)
 
 
-def _in_parts(compute: Callable[[Tensor], Tensor], x: Tensor, fewest: int, most: int) -> Tensor:
+def _in_parts(compute: Product, x: Tensor, weight: Tensor, fewest: int, most: int) -> Tensor:
     rows = x.shape[0]
     if rows > most:
-        return torch.cat([_in_parts(compute, part, fewest, most) for part in x.split(most)])
+        parts = (_in_parts(compute, part, weight, fewest, most) for part in x.split(most))
+        return torch.cat(list(parts))
     if rows >= fewest:
-        return compute(x)
+        return compute(x, weight)
     if rows == 1:  # any rows may fill it up: the same one is the cheapest
-        return compute(x.expand(fewest, *x.shape[1:]))[:1]
+        return compute(x.expand(fewest, *x.shape[1:]), weight)[:1]
     filled = x.new_zeros(fewest, *x.shape[1:])
     filled[:rows] = x
-    return compute(filled)[:rows]
+    return compute(filled, weight)[:rows]
 
 
-def _agreeing_sizes(compute: Callable[[Tensor], Tensor], like: Tensor) -> tuple[int, int]:
+def _agreeing_sizes(compute: Product, like: Tensor, weight: Tensor) -> tuple[int, int]:
     """The numbers of rows, from the first to the second, for which a row has the same bits.
 
     Libraries have a kernel for one row, others for few and for many, which sum in different orders:
     MKL, for one, has borders at 2, and between 3 and 16 by the shape. Every number is tried, once
-    for each shape; of the ranges that begin with few rows the longest is taken. One row at a time
-    is always a range, and the only one where the place in a call matters.
+    for each shape, with random numbers in place of the weight's; of the ranges that begin with few
+    rows the longest is taken. One row at a time is always a range, and the only one where the place
+    in a call matters.
     """
-    shape = (TILE, *like.shape[1:])
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    same = x[:1].expand(shape).contiguous()
-    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)  # at another address
-    found = [compute(x[:n]) for n in range(1, TILE + 1)]
+    generator = torch.Generator(like.device).manual_seed(0)
+
+    def random(x: Tensor) -> Tensor:
+        return x.copy_(torch.randn(x.shape, generator=generator, device=x.device))
+
+    matrix = random(
+        torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
+    )
+    x = random(torch.empty(TILE, *like.shape[1:], dtype=like.dtype, device=like.device))
+    same = x[:1].expand(x.shape).contiguous()
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)  # at another address
+    found = [compute(x[:n], matrix) for n in range(1, TILE + 1)]
     alike = [
-        all(torch.equal(row, found[n - 1][0]) for row in compute(same[:n]))
-        and torch.equal(compute(shifted[:n]), found[n - 1])
+        all(torch.equal(row, found[n - 1][0]) for row in compute(same[:n], matrix))
+        and torch.equal(compute(shifted[:n], matrix), found[n - 1])
         for n in range(1, TILE + 1)
     ]
     ranges = [(1, 1)]

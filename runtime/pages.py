@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .functional import wide
 
-SCORES = 2**22
-"""So many scores are in memory at once, at most, where rows of a long prompt can be parted."""
+NUMBERS = 2**22
+"""So many numbers are in memory at once, about, on the way through attention; at least a row's."""
 
 
 FEW = 2
@@ -52,17 +52,24 @@ class Pages:
     """The cache of up to `blocks - 1` blocks of `page` tokens, for every module that appends to it.
 
     Block 0 belongs to nobody: tables are filled up with it. Memory is allocated when a module first
-    appends, with the dtype and device of the entry. `rows` is set before each step.
+    appends, with the dtype and device of the entry. `begin` comes before each step.
     """
 
     rows: Rows
     states: Tensor
     """The states [1, n, hidden] that the last step handed to the head, of all its rows."""
+    broken: Tensor
+    """bool [n]: rows of the last step that had a NaN or an infinite number to remember."""
 
     def __init__(self, blocks: int, page: int) -> None:
         self.blocks = blocks
         self.page = page
         self._pools: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def begin(self, rows: Rows) -> None:
+        """A step of these rows."""
+        self.rows = rows
+        self.broken = torch.zeros_like(rows.slots, dtype=torch.bool)
 
     def append(self, module: nn.Module, **entries: Tensor) -> tuple[Tensor, ...]:
         """Writes entries [1, n, ...] to the slots of the rows; all of the cache [blocks, page, ...]
@@ -72,10 +79,14 @@ class Pages:
     def _append(self, key: tuple[nn.Module, str], entry: Tensor) -> Tensor:
         pool = self._pools.get(key)
         if pool is None:
-            # Zeros: what no token has written counts nothing, and nothing times NaN would count.
             pool = entry.new_zeros(self.blocks, self.page, *entry.shape[2:])
             self._pools[key] = pool
-        pool.flatten(0, 1)[self.rows.slots] = entry[0].detach()
+        # The weight of what a row does not see is 0, and 0 times NaN is NaN: the cache never holds
+        # any, so that a broken request harms no other.
+        new = entry[0].detach()
+        finite = new.isfinite()
+        self.broken |= ~finite.flatten(1).all(1)
+        pool.flatten(0, 1)[self.rows.slots] = new.where(finite, 0)
         return pool
 
     def attend(self, attention: Callable[..., Tensor], *operands: Tensor, scale: float) -> Tensor:
@@ -86,11 +97,6 @@ class Pages:
         """Of states x [1, n, hidden] those of the scored rows: [scored, hidden]."""
         self.states = x
         return x[0, self.rows.scored]
-
-    def copy(self, source: int, target: int) -> None:
-        """Copies a block."""
-        for pool in self._pools.values():
-            pool[target] = pool[source]
 
     @property
     def bytes(self) -> int:
@@ -103,8 +109,10 @@ def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
     [1, n, heads, v_dim]."""
     q = q[0].unflatten(1, (k.shape[2], -1))
 
-    def keys(table: Tensor) -> tuple[Tensor, Tensor]:
-        return wide(k[table]).transpose(2, 3), wide(v[table]).transpose(2, 3)
+    def keys(table: Tensor) -> tuple[Tensor, ...]:
+        # In one layout, whether rows share them or not: sums follow it.
+        each = (wide(x[table]).transpose(2, 3).contiguous() for x in (k, v))
+        return tuple(each)
 
     return _attend(rows, q, keys, scale).flatten(1, 2).unsqueeze(0)
 
@@ -128,7 +136,7 @@ ATTENTIONS: dict[str, Callable[..., Tensor]] = {
     "latent_attention": latent_attention,
 }
 
-Keys = Callable[[Tensor], tuple[Tensor, Tensor]]
+Keys = Callable[[Tensor], tuple[Tensor, ...]]
 """Of a table [s, blocks] the keys and values [s, blocks, kv_heads, page, ..]."""
 
 
@@ -136,12 +144,18 @@ def _attend(rows: Rows, q: Tensor, keys: Keys, scale: float) -> Tensor:
     """q [n, kv_heads, heads of each, dim]: [n, kv_heads, heads of each, v_dim]."""
     parts = []
     for group in rows.groups:
-        k, v = keys(group.table)
         start, stop = group.rows.start, group.rows.stop
-        scores = q[0].shape[:2].numel() * k.shape[1] * k.shape[3]  # of a row
-        step = max(SCORES // scores, 1) if len(k) == 1 else stop - start
+        shared = len(group.table) == 1
+        k, v = keys(group.table[:1])
+        width = k.shape[4] + v.shape[4]
+        # Of a row: scores or a result for each block, and its keys and values if they are its own.
+        numbers = q[0].shape[:2].numel() * k.shape[1] * max(k.shape[3], v.shape[4])
+        numbers += 0 if shared else k.shape[1:4].numel() * width
+        step = max(NUMBERS // numbers, 1)
         for first in range(start, stop, step):
             last = min(first + step, stop)
+            if not shared:
+                k, v = keys(group.table[first - start : last - start])
             parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], scale))
     return torch.cat(parts).to(q.dtype)
 
@@ -167,7 +181,8 @@ def _blockwise(a: Tensor, b: Tensor) -> Tensor:
     """Products of a [n, blocks, kv_heads, i, j] and b [n or 1, blocks, kv_heads, j, k]."""
     n, blocks, heads = a.shape[:3]
     if len(b) == n:
-        out = torch.bmm(a.reshape(-1, *a.shape[3:]), b.reshape(-1, *b.shape[3:]))
+        # `flatten` of b must be a view: a copy in another layout would be summed in another order.
+        out = torch.bmm(a.reshape(-1, *a.shape[3:]), b.view(-1, *b.shape[3:]))
         return out.view(n, blocks, heads, *out.shape[1:])
     # One sequence for all rows: its keys are not copied for each of them.
     out = a.new_empty(n, blocks, heads, a.shape[3], b.shape[4])

@@ -97,6 +97,11 @@ def run(
         else:
             choices = command.generate(model, source, asked, printer.show)
     printer.end(choices)
+    broken = [choice.index for choice in choices if choice.finish == "error"]
+    for index in broken:
+        print(f"error: prompt {index}: its logits were NaN or infinite", file=sys.stderr)
+    if broken:
+        raise typer.Exit(1)
 
 
 def _prompts(prompt: list[str] | None, file: Path | None, chat: bool, system: str | None) -> Any:

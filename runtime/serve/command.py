@@ -172,11 +172,25 @@ def make_engine(
         place = select_device(device)
         loaded: Any = model(device="meta")  # its cache is of either kind
         loaded.load(folder)
+        loaded = loaded.to(place)
+        if options.cache_bytes is None:
+            options = dataclasses.replace(options, cache_bytes=free_memory(place))
         size = model.config.params.vocab_size
         grammars = Grammars(vocabulary, size, end_tokens(model, folder))
-        return Engine(loaded.to(place), options, grammars)
+        return Engine(loaded, options, grammars)
     except (TrainError, LoadError) as error:
         raise ValueError(str(error)) from None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a KV cache may take, beside a loaded model: of a GPU nine tenths of what is free,
+    of a machine half."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError):  # a system that does not say
+        return 2**32
 
 
 def end_tokens(model: type[LanguageModel], folder: Path) -> frozenset[int]:

@@ -70,8 +70,11 @@ class Engine:
         if options.speculate and model.draft_offset is None:
             raise ValueError("speculate=1, but the model has no MTP module that could draft")
         self.vocab_size = model.config.params.vocab_size
-        self.block_bytes = self._bytes_of_a_block()
+        one = Pages(1, options.page)
+        self._compute_one(one)
+        self.block_bytes = one.bytes
         self.pages = Pages(self._count_blocks(), options.page)
+        self._compute_one(self.pages)
         self.scheduler = Scheduler(options, Blocks(self.pages.blocks))
         self._requests: dict[str, Request] = {}
         self._ended: list[Event] = []
@@ -181,19 +184,33 @@ class Engine:
         with torch.inference_mode(), matmul.batch_invariant():
             firsts = [request.computed for request, _ in planned]
             logits = self._compute(planned)
-            finite = iter(logits.isfinite().all(-1).tolist())
-            rows = iter(logits)
-            events = []
-            for request, new in planned:
-                drafted = request.computed + new > request.known
-                self.scheduler.computed(request, new - drafted)
-                if request.computed == request.known:
-                    scored = [(next(rows), next(finite)) for _ in range(1 + drafted)]
-                    events.append(self._answer(request, scored))
+            events = self._events(planned, logits)
             if self.options.speculate:
                 self._draft(planned, firsts)
         self._counts["steps"] += 1
         return [*ended, *events]
+
+    def _events(self, planned: Sequence[Planned], logits: Tensor) -> list[Event]:
+        """What a step brought to each request."""
+        broken = (self.pages.broken | ~self.pages.states[0].isfinite().all(-1)).tolist()
+        finite = iter(logits.isfinite().all(-1).tolist())
+        scores = iter(logits)
+        events, row = [], 0
+        for request, new in planned:
+            drafted = request.computed + new > request.known
+            true = new - drafted
+            answers = request.computed + true == request.known
+            scored = [(next(scores), next(finite)) for _ in range(answers * (1 + drafted))]
+            if any(broken[row : row + true]):  # none of its blocks is published
+                events.append(self._broken(request, ()))
+            else:
+                self.scheduler.computed(request, true)
+                if answers:
+                    if drafted:
+                        scored[1] = (scored[1][0], scored[1][1] and not broken[row + true])
+                    events.append(self._answer(request, scored))
+            row += new
+        return events
 
     def _compute(self, planned: Sequence[Planned]) -> Tensor:
         """Logits of requests whose known tokens are all computed now, each with its draft's."""
@@ -205,7 +222,8 @@ class Engine:
             tokens += request.tokens(request.computed, end)
         sequences = [(request.blocks, request.computed, new) for request, new in planned]
         device = self.model.device
-        self.pages.rows, position = make_rows(sequences, scored, self.options.page, device)
+        rows, position = make_rows(sequences, scored, self.options.page, device)
+        self.pages.begin(rows)
         return self.model.decode(torch.tensor([tokens], device=device), position, self.pages)
 
     def _answer(self, request: Request, scored: Sequence[tuple[Tensor, bool]]) -> Event:
@@ -220,12 +238,11 @@ class Engine:
         for logits, finite in scored:
             if tokens and tokens[-1].id != draft:
                 break
+            if not finite:
+                return self._broken(request, tuple(tokens))
             if tokens:
                 self._counts["accepted_drafts"] += 1
                 self.scheduler.computed(request, 1)
-            if not finite:
-                message = f"the logits are NaN or infinite at token {request.known}"
-                return self._end(request, tuple(tokens), "error", message)
             id = self._choose(request, logits)
             if request.matcher is not None:
                 try:
@@ -235,7 +252,7 @@ class Engine:
             tokens.append(told(logits, id, sampling.logprobs))
             request.output.append(id)
             self._counts["generated_tokens"] += 1
-            if id in sampling.end_tokens:
+            if id in sampling.end_tokens and len(request.output) > sampling.min_tokens:
                 return self._end(request, tuple(tokens), "stop", cached=cached)
             if len(request.output) == sampling.max_tokens:
                 return self._end(request, tuple(tokens), "length", cached=cached)
@@ -265,7 +282,8 @@ class Engine:
         if not sequences:
             return
         device, scored = self.model.device, [i for _, i in drafting]
-        self.pages.rows, position = make_rows(sequences, scored, self.options.page, device)
+        rows, position = make_rows(sequences, scored, self.options.page, device)
+        self.pages.begin(rows)
         position += self.model.draft_offset or 0
         given = torch.cat(states, 1), torch.tensor([tokens], device=device), position
         for (request, _), logits in zip(
@@ -277,6 +295,10 @@ class Engine:
     def _choose(self, request: Request, logits: Tensor) -> int:
         allowed = request.matcher.mask() if request.matcher is not None else None
         return choose(logits, request.sampling, request.prompt, request.output, allowed)
+
+    def _broken(self, request: Request, tokens: tuple[Token, ...]) -> Event:
+        message = f"the logits are NaN or infinite at token {request.known}"
+        return self._end(request, tokens, "error", message)
 
     def _end(
         self,
@@ -293,13 +315,15 @@ class Engine:
     # ---- memory ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _bytes_of_a_block(self) -> int:
-        """By computing one token in a cache of two blocks."""
-        pages = Pages(2, self.options.page)
-        pages.rows, position = make_rows([([1], 0, 1)], [0], pages.page, self.model.device)
+    def _compute_one(self, pages: Pages) -> None:
+        """A token in block 0, so that all pools are there and all sizes of calls tried."""
+        rows, position = make_rows([([0], 0, 1)], [0], pages.page, self.model.device)
+        token = torch.zeros_like(position)
         with matmul.batch_invariant():
-            self.model.decode(torch.zeros_like(position), position, pages)
-        return pages.bytes // 2
+            pages.begin(rows)
+            self.model.decode(token, position, pages)
+            if self.options.speculate:
+                self.model.draft(pages.states, token, position, pages)
 
     def _count_blocks(self) -> int:
         """Block 0, and as many as the options ask for and memory allows."""

@@ -67,6 +67,8 @@ def generate(
     `show` gets their texts as they come. Raises TrainError for prompts, settings and weights that
     do not fit.
     """
+    if not asked.prompts:
+        raise TrainError("there is no prompt")
     try:
         vocabulary = vocabulary_of(tokenizer or of_folder(folder))
         chat = _chat(folder, vocabulary, asked)
@@ -74,8 +76,12 @@ def generate(
             _choice(i, prompt, asked, vocabulary, chat, end_tokens(model, folder))
             for i, prompt in enumerate(asked.prompts)
         ]
+        longest = max(len(choice.prompt) + asked.new_tokens for choice in choices)
+        limit = model.config.sequence.max_position_embeddings
         options = Options(
-            max_requests=max(min(len(choices), AT_ONCE), 1), speculate=asked.speculate
+            max_model_len=min(longest, limit),  # beyond it, `add` says what fits
+            max_requests=min(len(choices), AT_ONCE),
+            speculate=asked.speculate,
         )
         engine = make_engine(model, folder, asked.device, options, vocabulary)
         for choice in choices:
@@ -114,7 +120,8 @@ def _choice(
     sampling = Sampling(
         asked.new_tokens, seed=choice_seed(asked.seed, index), end_tokens=ends, **asked.sampling
     )
-    return Choice(index, str(index), ids, sampling, vocabulary, StopStrings(stops))
+    stop, hidden = StopStrings(stops), vocabulary.special
+    return Choice(index, str(index), ids, sampling, vocabulary, stop, hidden)
 
 
 def _run(engine: Engine, choices: Sequence[Choice], show: Show) -> None:
@@ -123,8 +130,6 @@ def _run(engine: Engine, choices: Sequence[Choice], show: Show) -> None:
             choice = choices[int(event.id)]
             if choice.finish is not None:  # by a stop string
                 continue
-            if event.finish == "error":
-                raise TrainError(event.message)
             delta = choice.feed(event)
             show(choice.index, delta.text)
             if delta.finish is not None and event.finish is None:

@@ -38,7 +38,8 @@ def choose(
     score = _adjusted(score, sampling, prompt, output)
     if sampling.temperature == 0:
         return int(score.argmax())
-    score = _filtered(score / sampling.temperature, sampling)
+    # The best is 0, so that no temperature makes it infinite.
+    score = _filtered((score - score.max()) / sampling.temperature, sampling)
     place = len(prompt) + len(output)
     noise = uniform(len(score), tensor_key(sampling.seed, f"token {place}"))
     return int((score - noise.log().neg_().log_()).argmax())

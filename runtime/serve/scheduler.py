@@ -104,18 +104,17 @@ class Scheduler:
     def plan(self) -> list[Planned]:
         """What the next step computes, with blocks for all of it.
 
-        Answers come first, one token each and its draft, then prompts, the oldest first, as far as
-        `step_tokens` allows; then waiting requests that fit. Raises RuntimeError if nothing can be
-        computed although somebody waits, which would be a fault of the scheduler.
+        Answers come first, one token each, then prompts, the oldest first, as far as `step_tokens`
+        allows, then waiting requests that fit; what is left is for drafts. Raises RuntimeError if
+        nothing can be computed although somebody waits, which would be a fault of the scheduler.
         """
         left = self.options.step_tokens
         planned: list[Planned] = []
         for request in list(self.running):
             answers = request in self.running and request.known - request.computed == 1
             if left and answers and self._make_room(request):
-                new = 2 if left > 1 and self._has_room_for_draft(request) else 1
-                planned.append((request, new))
-                left -= new
+                planned.append((request, 1))
+                left -= 1
         for request in self.running:
             new = min(request.known - request.computed, left)
             if new and request.known - request.computed > 1:
@@ -131,6 +130,10 @@ class Scheduler:
             left -= new
         if self.waiting and not planned:
             raise RuntimeError(f"no request of {len(self.waiting)} that wait can run")
+        for i, (request, new) in enumerate(planned):
+            if left and request.draft is not None and self._has_room_for_draft(request):
+                planned[i] = (request, new + 1)
+                left -= 1
         return planned
 
     def computed(self, request: Request, new: int) -> None:
@@ -155,8 +158,6 @@ class Scheduler:
 
     def _has_room_for_draft(self, request: Request) -> bool:
         """Whether its draft can be computed, too; nobody is preempted for it."""
-        if request.draft is None:
-            return False
         if len(request.blocks) * self.options.page <= request.known:
             if not self.blocks.available:
                 return False

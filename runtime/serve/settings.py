@@ -40,7 +40,7 @@ class Settings:
     ] = None
     cache_memory: Annotated[
         int | None,
-        Option("MiB of the KV cache [what --max-requests of the longest need].", "MIB", 1),
+        Option("MiB of the KV cache [as --max-requests need, half of free memory].", "MIB", 1),
     ] = None
     page: Annotated[int, Option("Tokens of a block of the KV cache [64].", "N", 1)] = 64
     max_requests: Annotated[int, Option("Answers computed at a time [64].", "N", 1)] = 64

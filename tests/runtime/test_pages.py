@@ -30,43 +30,52 @@ def entries_of(sequence: int, *width: int) -> Tensor:
     return random(LENGTHS[sequence], *width, seed=100 * sequence + width[-1])
 
 
+WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    "latent": {"c": (12,), "r": (6,)},
+    "grouped": {"k": (2, 64), "v": (2, 40)},
+    "multi-head": {"k": (4, 64), "v": (4, 64)},
+}
+"""Of what a token has in the cache. Products of 64 numbers are the library's, not torch's loop."""
+
+
 def attend(chosen: list[int], kind: str) -> dict[int, Tensor]:
     """The attention of the new tokens of some sequences, computed together."""
     pages, module, blocks = Pages(40, PAGE), nn.Module(), blocks_of(LENGTHS)
-    widths = {"latent": {"c": (12,), "r": (6,)}, "grouped": {"k": (2, 12), "v": (2, 10)}}[kind]
+    widths = WIDTHS[kind]
     for i in range(len(LENGTHS)):  # all sequences are in the cache, whoever computes now
-        pages.rows, _ = make_rows([(blocks[i], 0, LENGTHS[i])], [], PAGE)
+        pages.begin(make_rows([(blocks[i], 0, LENGTHS[i])], [], PAGE)[0])
         found = pages.append(module, **{n: entries_of(i, *w)[None] for n, w in widths.items()})
     sequences = [(blocks[i], LENGTHS[i] - NEW[i], NEW[i]) for i in chosen]
-    pages.rows, position = make_rows(sequences, [], PAGE)
+    rows, position = make_rows(sequences, [], PAGE)
+    pages.begin(rows)
     assert position.shape == (1, sum(NEW[i] for i in chosen))
-    q = torch.cat([queries(i) for i in chosen])[None]
+    q = torch.cat([queries(i, kind) for i in chosen])[None]
     if kind == "latent":
         parts = (*q.split((12, 6), -1), *found)
         out = pages.attend(F.latent_attention, *parts, scale=0.3)
     else:
-        out = pages.attend(F.attention, q[..., :12], *found, scale=0.3)
+        out = pages.attend(F.attention, q, *found, scale=0.3)
     return dict(zip(chosen, out[0].split([NEW[i] for i in chosen]), strict=True))
 
 
-def queries(i: int) -> Tensor:
-    return random(NEW[i], 4, 18, seed=7 + i)
+def queries(i: int, kind: str) -> Tensor:
+    return random(NEW[i], 4, 18 if kind == "latent" else 64, seed=7 + i)
 
 
-@pytest.mark.parametrize("kind", ["latent", "grouped"])
+@pytest.mark.parametrize("kind", WIDTHS)
 def test_attention_to_pages_is_attention(kind: str) -> None:
     for i, out in attend([*range(len(LENGTHS))], kind).items():
-        q = queries(i)[None]
+        q = queries(i, kind)[None]
         if kind == "latent":
             parts = (*q.split((12, 6), -1), entries_of(i, 12)[None], entries_of(i, 6)[None])
             expected = F.latent_attention(*parts, scale=0.3)
         else:
-            keys = (entries_of(i, 2, 12)[None], entries_of(i, 2, 10)[None])
-            expected = F.attention(q[..., :12], *keys, scale=0.3)
+            keys = (entries_of(i, *width)[None] for width in WIDTHS[kind].values())
+            expected = F.attention(q, *keys, scale=0.3)
         assert torch.allclose(out, expected[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["latent", "grouped"])
+@pytest.mark.parametrize("kind", WIDTHS)
 def test_bits_do_not_depend_on_the_company(kind: str) -> None:
     together = attend([3, 0, 4, 1, 5, 2], kind)
     for i, out in together.items():
@@ -74,14 +83,18 @@ def test_bits_do_not_depend_on_the_company(kind: str) -> None:
     assert torch.equal(attend([4, 3], kind)[3], together[3])
 
 
-def test_what_others_wrote_counts_nothing() -> None:
-    pages, module = Pages(4, PAGE), nn.Module()
-    pages.rows, _ = make_rows([([2], 0, 2)], [], PAGE)
-    (k,) = pages.append(module, k=torch.ones(1, 2, 1, 4))
-    k[1], k[3] = torch.nan, torch.nan
-    pages.rows, _ = make_rows([([2, 0], 1, 1)], [0], PAGE)
-    out = pages.attend(F.attention, torch.ones(1, 1, 1, 4), k, k, scale=1.0)
-    assert torch.equal(out, torch.ones(1, 1, 1, 4))
+def test_what_is_not_finite_is_marked_and_never_remembered() -> None:
+    pages, module = Pages(3, PAGE), nn.Module()
+    pages.begin(make_rows([([1], 0, 2), ([2], 0, 3)], [], PAGE)[0])
+    k = torch.ones(1, 5, 1, 4)
+    k[0, 1], k[0, 3, 0, 2] = torch.nan, torch.inf
+    (pool,) = pages.append(module, k=k)
+    assert pages.broken.tolist() == [False, True, False, True, False]
+    # The place of the second token is in a block of others now, and not seen.
+    pages.begin(make_rows([([1], 1, 1)], [0], PAGE)[0])
+    pages.append(module, k=torch.ones(1, 1, 1, 4))
+    out = pages.attend(F.attention, torch.ones(1, 1, 1, 4), pool, pool, scale=1.0)
+    assert torch.equal(out, torch.ones(1, 1, 1, 4)) and not pages.broken.any()
 
 
 def test_rows_know_their_places() -> None:

@@ -70,7 +70,8 @@ def test_drafts_are_the_scores_of_the_forward_pass(
         for first, count in ((0, 7), (7, 4)):
             sequences = [(b, first, count) for b in blocks]
             last = [count - 1, 2 * count - 1]
-            pages.rows, position = paged.make_rows(sequences, last, 4)
+            rows, position = paged.make_rows(sequences, last, 4)
+            pages.begin(rows)
             now, after = tokens[:, first : first + count], tokens[:, first + 1 : first + 1 + count]
             model.decode(now.reshape(1, -1), position, pages)
             state, place = pages.states, position + model.draft_offset

@@ -249,6 +249,74 @@ def test_nan_ends_the_request_that_has_it(model: Model) -> None:
     assert engine.scheduler.blocks.held == 0
 
 
+@pytest.fixture
+def poisoned() -> Model:
+    """Token 13 is NaN from the embedding on."""
+    model = Model(dtype=torch.float32, seed=3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[13] = torch.nan
+    return model
+
+
+def test_a_broken_request_harms_no_other(poisoned: Model) -> None:
+    """Neither in the blocks that it leaves, nor in what it shared with others."""
+
+    def ends(engine: Engine, prompt: list[int]) -> tuple[str | None, list[Token]]:
+        engine.add("a", prompt, Sampling(max_tokens=4, logprobs=0))
+        events: list[Event] = []
+        while engine.busy:
+            events += engine.step()
+        return events[-1].finish, [token for event in events for token in event.tokens]
+
+    engine = Engine(poisoned, Options(page=16, max_requests=1, max_model_len=64))
+    good = ends(engine, [7] * 16 + [5])
+    again = ends(engine, [9] * 20)
+    assert good[0] == again[0] == "length"
+    for bad in ([13] * 60, [7] * 16 + [13], [7] * 17 + [13] * 30, [9] * 16 + [13]):
+        assert ends(engine, bad)[0] == "error"
+        assert ends(engine, [7] * 16 + [5]) == good
+        assert ends(engine, [9] * 20) == again
+    # What was computed together with it, in one chunk, is not published.
+    fresh = Engine(poisoned, Options(page=16, max_requests=1, max_model_len=64))
+    assert ends(fresh, [7] * 16 + [13])[0] == "error"
+    assert cached(fresh, [7] * 16 + [5]) == 0 and ends(fresh, [7] * 16 + [5]) == good
+
+
+def test_a_broken_draft_changes_nothing(poisoned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [([5, 6, 7], Sampling(max_tokens=8)), ([8, 9], Sampling(max_tokens=8))]
+    expected = alone(poisoned, requests)
+
+    def draft(_: Model, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
+        scores = torch.zeros(len(cache.rows.scored), VOCAB)
+        scores[:, 13] = 1
+        return scores
+
+    monkeypatch.setattr(Model, "draft", draft)
+    engine = Engine(poisoned, Options(speculate=1))
+    assert engine.generate(requests) == expected
+    assert engine.stats()["drafts"] > 0 and engine.stats()["accepted_drafts"] == 0
+
+
+def test_drafts_take_only_what_is_left_of_a_step(model: Model) -> None:
+    """With two rows a step, drafts would take the rows of younger answers and prompts."""
+    options = Options(max_requests=4, step_tokens=2, speculate=1)
+    engine = Engine(model, options)
+    for i in range(4):
+        engine.add(str(i), [5, 6 + i], Sampling(max_tokens=20))
+    first: dict[str, int] = {}
+    for step in range(12):
+        for event in engine.step():
+            first.setdefault(event.id, step)
+    assert len(first) >= 2
+
+
+def test_end_tokens_do_not_end_before_the_least_number(model: Model) -> None:
+    every = frozenset(range(VOCAB))
+    engine = Engine(model)
+    (answer,) = engine.generate([([5], Sampling(max_tokens=9, min_tokens=3, end_tokens=every))])
+    assert len(answer) == 4
+
+
 def test_no_tokens_at_all(model: Model) -> None:
     engine = Engine(model)
     engine.add("a", [1], Sampling(max_tokens=0))
@@ -295,8 +363,11 @@ def test_options_that_do_not_fit(
         make(model)
 
 
-def test_memory_is_what_was_asked_for(model: Model) -> None:
-    options = Options(cache_bytes=200_000, max_model_len=64, max_requests=16)
+@pytest.mark.parametrize("speculate", [0, 1])
+def test_memory_is_what_was_asked_for(model: Model, speculate: int) -> None:
+    options = Options(
+        cache_bytes=200_000, max_model_len=64, max_requests=16, page=16, speculate=speculate
+    )
     engine = Engine(model, options)
     engine.add("a", [1] * 30, Sampling(max_tokens=30))
     run(engine)

@@ -66,6 +66,12 @@ def test_greedy_takes_the_best_and_of_equals_the_lowest() -> None:
     assert choose(torch.tensor([1.0, 3.0, 3.0]), greedy, [0], []) == 1
 
 
+def test_the_lowest_temperatures_are_greedy() -> None:
+    for temperature in (5e-324, 1e-300, 1e-6):
+        sampling = Sampling(max_tokens=9, temperature=temperature)
+        assert choose(torch.tensor([1.0, 5.0, 3.0]), sampling, [0], []) == 1
+
+
 def test_penalties() -> None:
     def best(output: list[int], **settings: float) -> int:
         return choose(LOGITS, Sampling(max_tokens=9, **settings), [5], output)  # type: ignore[arg-type]
