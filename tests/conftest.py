@@ -110,5 +110,8 @@ def whole_suite_passed(session: pytest.Session) -> bool:
         and reporter is not None
         and session.testscollected > 0
         and not config.option.collectonly
+        # With workers, nobody tells this process what a selection left out.
+        and not config.option.markexpr
+        and not config.option.keyword
         and not any(reporter.stats.get(outcome) for outcome in incomplete)
     )

@@ -30,6 +30,7 @@ def test_every_operator_has_a_meaning() -> None:
     assert set(RUN) == set(OPS)
 
 
+@pytest.mark.slow
 def test_graphs_mean_what_generated_code_computes(
     programs: dict[str, Program], tmp_path: Path
 ) -> None:

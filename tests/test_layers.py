@@ -76,12 +76,14 @@ def every_module(*folders: str) -> str:
     return "import " + ", ".join(names)
 
 
+@pytest.mark.slow
 def test_no_module_of_the_compile_path_loads_a_heavy_library() -> None:
     loaded = loaded_by(every_module("dsl", "compiler", "backends", "specs", "dslc"))
     assert "typer" in loaded and "dslc" in loaded
     assert not loaded & set(HEAVY)
 
 
+@pytest.mark.slow
 def test_tests_import_only_what_they_share() -> None:
     """Helpers are in tests/support, the interpreter of graphs in tests/interpret."""
     modules = [path for path in sources("tests") if path.stem.startswith(("test_", "conftest"))]

@@ -60,6 +60,7 @@ def test_pages_open_without_errors_and_print(pages: Path, browser: Browser, name
     assert width <= 1400, "the page is wider than the window"
 
 
+@pytest.mark.slow
 def test_without_scripts_everything_is_there(pages: Path, browser: Browser) -> None:
     browser.send("Emulation.setScriptExecutionDisabled", value=True)
     try:
@@ -72,6 +73,7 @@ def test_without_scripts_everything_is_there(pages: Path, browser: Browser) -> N
         browser.send("Emulation.setScriptExecutionDisabled", value=False)
 
 
+@pytest.mark.slow
 def test_a_person_steps_through_a_program(pages: Path, browser: Browser) -> None:
     browser.open(pages / "steps.html")
     assert visible(browser, ".step", "id") == ["forward-0"]

@@ -32,6 +32,7 @@ def refused(out: Path, code: str, *sets: str) -> str:
     return diagnostic.message
 
 
+@pytest.mark.slow
 def test_the_package_holds_what_the_manifest_says(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     result = build(load(TINY), out)
@@ -62,6 +63,7 @@ def test_the_same_bytes_whatever_the_hash_seed_and_the_folder(tmp_path: Path) ->
         assert contents(out) == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_again_changes_nothing_and_another_spec_replaces_all(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     assert build(load(TINY), out).changed
@@ -72,6 +74,7 @@ def test_again_changes_nothing_and_another_spec_replaces_all(tmp_path: Path) -> 
     assert "class MTP" not in (out / "model.py").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_build_did_not_write_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     out.mkdir()
@@ -82,6 +85,7 @@ def test_what_a_build_did_not_write_is_left_alone(tmp_path: Path) -> None:
     refused(out, "E602")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["edited", "added"])
 def test_a_build_that_somebody_works_in_is_left_alone(tmp_path: Path, change: str) -> None:
     out = tmp_path / "tiny"
@@ -94,6 +98,7 @@ def test_a_build_that_somebody_works_in_is_left_alone(tmp_path: Path, change: st
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_a_file_or_a_link_is_no_place_for_a_build(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
@@ -105,6 +110,7 @@ def test_a_file_or_a_link_is_no_place_for_a_build(tmp_path: Path) -> None:
     refused(out, "E602")
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_the_old_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +129,7 @@ def test_a_failed_write_leaves_the_old_build(
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_a_failed_rename_leaves_the_old_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

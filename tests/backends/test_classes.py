@@ -24,6 +24,7 @@ class _Plain(ast.NodeTransformer):
         return ast.Constant(0) if ast.unparse(node.value) == "p" else node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_two_classes_differ_in_constants_only(case: str) -> None:
     tree = ast.parse(generated(case)["model.py"])
@@ -36,6 +37,7 @@ def test_no_two_classes_differ_in_constants_only(case: str) -> None:
     assert max(bodies.values()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_methods_of_a_class_do_not_begin_alike(case: str) -> None:
     """Five statements and more that all methods begin with are a method of their own."""

@@ -199,6 +199,7 @@ def test_nothing_of_a_document_reaches_another(folder: Path, attention: str) -> 
     assert not close(after, before, 1e-2)
 
 
+@pytest.mark.slow
 def test_a_sequence_without_an_end_is_computed_as_without_a_mask(folder: Path) -> None:
     """Positions are then 0, 1, 2, .., as when none are given; a document may also be cut later."""
     masked, plain = (model(folder, mask, sets("MLA")) for mask in (True, False))
@@ -225,6 +226,7 @@ FP8 = (
 )
 
 
+@pytest.mark.slow
 def test_in_fp8_nothing_of_a_document_reaches_another(folder: Path) -> None:
     """Scores of a dense model, whose casts go by token; and a step has finite gradients."""
     masked = model(folder, True, (*sets("MLA", "SwiGLU"), *FP8))

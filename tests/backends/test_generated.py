@@ -13,6 +13,7 @@ from tests.support.generated import CASES, generated
 from tests.support.golden import Golden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_model_and_config(case: str, golden: Golden) -> None:
     files = generated(case)
@@ -23,6 +24,7 @@ def test_model_and_config(case: str, golden: Golden) -> None:
         golden(f"generated/{case}.stages.py.txt", files["stages.py"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_generated_is_clean(case: str, tmp_path: Path) -> None:
     """No unused or missing name, no line over 100 columns; no branch but on `saved`."""

@@ -153,6 +153,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_bring_the_loss_down(model: Any, name: str) -> None:
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -306,6 +307,7 @@ def test_kept_values_may_be_moved_away(model: Any) -> None:
     same(model, expected)
 
 
+@pytest.mark.slow
 def test_what_stands_between_layers_may_have_no_gradient(tmp_path: Path) -> None:
     """Layers with a rotary table of their own, which is made right before them."""
     sets = [

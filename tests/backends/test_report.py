@@ -58,6 +58,7 @@ def test_modules_tensors_blocks_and_passes_are_on_the_page(v3: Page) -> None:
     assert all(re.sub(r"\s+", " ", c) in v3.text for c in CONVENTIONS)
 
 
+@pytest.mark.slow
 def test_every_pass_tells_what_it_did(v3: Page) -> None:
     compiled = compile(load(SPECS / "deepseek_v3.yaml"))
     for program in PIPELINES:
@@ -77,6 +78,7 @@ def test_where_a_rule_did_not_apply_is_told() -> None:
     assert "queries and keys are not joined from two parts" in page.text
 
 
+@pytest.mark.slow
 def test_the_plan_is_on_the_page(v3: Page) -> None:
     for words in (
         "h800_2048: 256 nodes of 8 GPUs",
@@ -123,6 +125,7 @@ def test_links_lead_somewhere(v3: Page) -> None:
 HOSTILE = "</pre></svg><script>alert(1)</script>{{ 7 * 7 }}<b onclick=x>"
 
 
+@pytest.mark.slow
 def test_texts_of_a_spec_are_shown_and_never_run(tmp_path: Path) -> None:
     text = (SPECS / "deepseek_v3_tiny.yaml").read_text()
     text = re.sub("^about:.*", f"about: '{HOSTILE}'  # {HOSTILE}", text, flags=re.MULTILINE)
@@ -139,6 +142,7 @@ def test_texts_of_a_spec_are_shown_and_never_run(tmp_path: Path) -> None:
     assert page.text.count(HOSTILE) == 1 + 1 + 2 + 2 + 2
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_in_every_folder(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
@@ -155,6 +159,7 @@ def test_a_model_without_multi_token_prediction_says_nothing_of_it() -> None:
     assert "with multi-token prediction" not in page.text
 
 
+@pytest.mark.slow
 def test_changes_from_the_command_line_are_told() -> None:
     page = Page(report(SPECS / "deepseek_v3_tiny.yaml", "params.n_routed_experts=32"))
     assert "params.n_routed_experts 32 --set" in page.text

@@ -26,6 +26,7 @@ def page(spec: str) -> Page:
     return Page(render_steps(*compiled(spec), version="1.2.3", start="train-1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PIPELINES)
 def test_every_pass_of_every_program_is_a_step(program: str) -> None:
     v3 = page("deepseek_v3")
@@ -79,6 +80,7 @@ def test_the_page_is_the_same_again_and_in_every_folder(tmp_path: Path) -> None:
         assert made == first
 
 
+@pytest.mark.slow
 def test_texts_of_a_spec_are_shown_and_never_run(tmp_path: Path) -> None:
     hostile = "</script></pre><script>alert(1)</script>{{ 7 * 7 }}<b onclick=x>"
     text = (SPECS / "deepseek_v3_tiny.yaml").read_text()

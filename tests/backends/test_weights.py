@@ -67,6 +67,7 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     assert not [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
 
 
+@pytest.mark.slow
 def test_an_export_in_bf16_has_the_weights_and_comes_back(
     package: ModuleType, saved: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_an_export_in_bf16_has_the_weights_and_comes_back(
     assert config == {**package.Model.hf_config, "dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_from_an_export(
     package: ModuleType, saved: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_transformers_computes_the_same_from_an_export(
     assert (found - expected).abs().max() < 1e-4 and expected.abs().max() > 1
 
 
+@pytest.mark.slow
 def test_transformers_multiplies_fp8_out_as_an_import_does(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +167,7 @@ def test_powers_of_two_where_the_config_asks_for_them(saved: Path, tmp_path: Pat
     assert scales and all((t.log2() == t.log2().round()).all() for t in scales)
 
 
+@pytest.mark.slow
 def test_powers_of_two_are_remembered_beside_weights_in_bf16(saved: Path, tmp_path: Path) -> None:
     """FP8 in, as DeepSeek-V3.1, and out again by way of BF16."""
     config = json.loads((saved / "config.json").read_text())
@@ -204,6 +208,7 @@ def test_files_beside_go_along_and_code_does_not(saved: Path, tmp_path: Path) ->
     assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_told_with_a_way_out(saved: Path, tmp_path: Path) -> None:
     out = converted(saved, tmp_path / "out")
     file = next(out.glob("model-00002-*"))

@@ -27,6 +27,7 @@ def kinds(program: Program) -> Counter[str]:
     return Counter(op.kind for graph in program.graphs.values() for op in graph.walk())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PIPELINES)
 def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
     before, *steps = compile(DESCRIPTION).steps_of(program)
@@ -45,6 +46,7 @@ def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
         before = step
 
 
+@pytest.mark.slow
 def test_a_step_says_it_in_words() -> None:
     steps = {s.name: s for s in compile(DESCRIPTION).steps_of("decode")}
     assert steps["absorb"].told == "attention -1, head_linear +2, latent_attention +1"

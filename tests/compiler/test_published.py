@@ -19,6 +19,7 @@ from tests.support.places import SPECS
 DTYPES = {"f32": "torch.float32", "bf16": "torch.bfloat16"}
 
 
+@pytest.mark.slow
 def test_deepseek_v3_has_the_tensors_that_were_published() -> None:
     """Counts of the released files: tensors with their scales, elements by type."""
     tensors = list(published(lower(load(SPECS / "deepseek_v3.yaml"))))

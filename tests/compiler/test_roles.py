@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 from backends.build import build
 from compiler.graph.parse import parse_program
 from compiler.graph.text import print_program
@@ -33,6 +35,7 @@ def layout(of: Description, ends: list[int]) -> Layout:
     return Layout(Mesh(len(stages), 1, 2, 2), "1f1b", stages, 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_programs_of_all_stages_follow_from_those_of_their_roles() -> None:
     """Units: the embedding, layers 0 to 3, layers 4 to 10, head and MTP modules."""
     of = load(TINY, sets=[DEEP])
@@ -50,6 +53,7 @@ def test_programs_of_all_stages_follow_from_those_of_their_roles() -> None:
             assert print_program(role.of(stage)) == print_program(step.program), stage.index
 
 
+@pytest.mark.slow
 def test_a_build_with_a_layout_holds_the_programs_of_its_ranks(tmp_path: Path) -> None:
     sets = ["parallel={cluster: cpu_2x2, pipeline: 2, expert: 2, batch: 8, sequence_length: 64}"]
     files = build(load(TINY, sets=sets), tmp_path / "tiny").files

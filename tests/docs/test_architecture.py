@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from backends.build import build
 from backends.triton.target import TARGETS
 from compiler.pipeline import PIPELINES
@@ -16,6 +18,7 @@ from tests.support.places import ROOT, TINY
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_table_of_folders_is_the_rule_that_is_tested() -> None:
     rows = {row[0].strip("`/"): row for row in tables(TEXT, "folder")}
     for folder, allowed in MAY_IMPORT.items():
@@ -54,6 +57,7 @@ def test_programs_and_their_passes_are_those_of_the_pipeline() -> None:
     assert found == {name: [one.name for one in passes] for name, passes in PIPELINES.items()}
 
 
+@pytest.mark.slow
 def test_a_build_holds_what_the_table_says(tmp_path: Path) -> None:
     parallel = "parallel={cluster: cpu_2x2, batch: 4, sequence_length: 64}"
     target = TARGETS["sm_90"]
@@ -66,6 +70,7 @@ def test_a_build_holds_what_the_table_says(tmp_path: Path) -> None:
     assert set(re.findall(r"`(\w+)`", row[1])) == public
 
 
+@pytest.mark.slow
 def test_methods_of_a_model_are_those_of_its_code(tmp_path: Path) -> None:
     build(load(TINY), tmp_path / "tiny")
     generated = (tmp_path / "tiny" / "model.py").read_text(encoding="utf-8").split("class Model(")

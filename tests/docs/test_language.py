@@ -53,6 +53,7 @@ def test_files_and_commands_in_the_order_of_the_text(dslc: Run, tmp_path: Path) 
     assert follow(TEXT, tmp_path, partial(typed, dslc)) >= 5
 
 
+@pytest.mark.slow
 def test_every_spec_of_the_text_compiles_with_each_of_its_variants(tmp_path: Path) -> None:
     specs = [e.name for e in EXAMPLES if e.language == "yaml" and e.name]
     for example in EXAMPLES:
@@ -88,6 +89,7 @@ def parts(text: str) -> dict[str, str]:
     return {part.split(":")[0]: part for part in found if ":" in part}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example", [e for e in EXAMPLES if e.language == "dsl"], ids=lambda e: e.text[:16]
 )
@@ -123,6 +125,7 @@ def test_in_place_and_named_calls_name_their_weights_as_the_text_says(tmp_path: 
     assert [op.attrs["scope"] for op in graph.walk() if op.kind == "call"] == ["first"]
 
 
+@pytest.mark.slow
 def test_names_of_tensors_are_put_together_as_the_text_says() -> None:
     compiled = compile(load(TINY))
     numbers = summary(compiled.lowered, compiled.programs["decode"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from compiler.plan.memory import Kind
 from compiler.plan.traffic import PURPOSES
 from dsl.schema import Cluster, Traffic
@@ -30,6 +32,7 @@ def test_the_tables_name_what_there_is() -> None:
     assert [row[0].strip("`") for row in tables(TEXT, "purpose")] == list(PURPOSES)
 
 
+@pytest.mark.slow
 def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
     outcome = dslc("plan", shipped()["deepseek_v3"])
     printed = outcome.out.split("\n\nHow this is counted:")[0]

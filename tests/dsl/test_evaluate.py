@@ -156,6 +156,7 @@ def test_every_cycle_is_reported_with_its_path() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_long_chain_of_parameters() -> None:
     lines = [f"p{i}: p{i - 1} + 1" for i in range(2999, 0, -1)]
     values, problems = params("\n".join([*lines, "p0: 0"]))

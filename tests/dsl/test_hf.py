@@ -227,6 +227,7 @@ def test_what_a_spec_cannot_say_is_refused_at_its_place(key: str) -> None:
     assert places == [f'"{key}"']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
@@ -398,6 +399,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.dictionaries(st.sampled_from(sorted(V3)), JSON, max_size=4))
 def test_a_changed_config_becomes_a_spec_that_loads_or_a_diagnostic(

@@ -181,6 +181,7 @@ def test_a_byte_order_mark_and_windows_lines_are_taken(spec: Path) -> None:
     assert description.span("params", "head_dim").text == "hidden_size // num_attention_heads"
 
 
+@pytest.mark.slow
 def test_loading_imports_nothing_heavy() -> None:
     code = (
         "import sys; from dsl.load import load; load(sys.argv[1]); heavy = "

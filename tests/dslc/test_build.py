@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dslc.specs import shipped
 from tests.support.command import Run
 from tests.support.places import ROOT
@@ -24,6 +26,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_it_writes_the_package_and_says_where(dslc: Run) -> None:
     outcome = dslc("build", TINY)
     assert (outcome.status, outcome.err) == (0, "")
@@ -40,6 +43,7 @@ def test_it_writes_the_package_and_says_where(dslc: Run) -> None:
     assert os.listdir("build") == ["deepseek_v3_tiny"]
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(dslc: Run) -> None:
     for out in ("a", "b"):
         assert dslc("build", TINY, "-o", out).status == 0
@@ -47,12 +51,14 @@ def test_two_builds_are_the_same_bytes(dslc: Run) -> None:
     assert digests(Path("a")) == digests(Path("b"))
 
 
+@pytest.mark.slow
 def test_json_says_where(dslc: Run) -> None:
     told = json.loads(dslc("build", TINY, "-o", "x", "--format", "json").out)
     assert told["ok"] is True and told["folder"] == "x"
     assert set(told["files"]) == set(digests(Path("x")))
 
 
+@pytest.mark.slow
 def test_a_folder_of_someone_else_survives(dslc: Run) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("precious", encoding="utf-8")
@@ -67,12 +73,14 @@ def test_a_wrong_spec_writes_nothing(dslc: Run, wrong: Path) -> None:
     assert os.listdir(".") == [wrong.name]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(dslc: Run) -> None:
     Path("file").write_text("", encoding="utf-8")
     outcome = dslc("build", TINY, "-o", "file/below")
     assert outcome.status == 1 and "file" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_whole_v3_builds_without_torch(tmp_path: Path) -> None:
     program = "import sys; from dslc.cli import run; print(run()); print(*sys.modules)"
     run = [

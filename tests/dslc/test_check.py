@@ -13,6 +13,7 @@ from tests.support.command import Run
 SPECS = ("deepseek_v3", "deepseek_v3_mini", "deepseek_v3_tiny", "deepseek_v2_lite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_a_right_spec(dslc: Run, name: str) -> None:
     outcome = dslc("check", shipped()[name])
@@ -30,6 +31,7 @@ def test_every_mistake_at_once_with_place_and_caret(dslc: Run, wrong: Path) -> N
     assert "did you mean `precision`?" in outcome.err
 
 
+@pytest.mark.slow
 def test_changes_from_the_command_line_are_checked_too(dslc: Run) -> None:
     spec = shipped()["deepseek_v3_tiny"]
     assert dslc("check", spec, "--set", "params.n_routed_experts=32").status == 0

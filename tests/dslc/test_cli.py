@@ -124,6 +124,7 @@ def test_a_lack_of_memory_is_no_fault_of_dslc(
     assert (outcome.status, outcome.out, outcome.err) == (1, "", f"dslc: {told}\n")
 
 
+@pytest.mark.slow
 def test_threads_wait_without_the_cores_that_others_need() -> None:
     """As the library of threads says itself when it is loaded."""
     program = (
@@ -151,12 +152,14 @@ def test_ctrl_c_is_status_130_and_silent(dslc: Run, monkeypatch: pytest.MonkeyPa
     assert (outcome.status, outcome.out, outcome.err.strip()) == (130, "", "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"set -o pipefail; {sys.executable} -m dslc schema | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_in_one_sentence() -> None:
     with open("/dev/full", "w") as full:
         run = [sys.executable, "-m", "dslc", "schema"]

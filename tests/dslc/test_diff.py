@@ -19,6 +19,7 @@ NAME = "deepseek_v3_tiny"
 FEWER = ("--set", "params.num_experts_per_tok=3")
 
 
+@pytest.mark.slow
 def test_a_changed_value_with_all_that_follows_from_it(dslc: Run, golden: Golden) -> None:
     (Path("specs")).mkdir()
     Path("specs/tiny.yaml").write_text(TINY.read_text(encoding="utf-8"), encoding="utf-8")
@@ -31,6 +32,7 @@ def test_a_changed_value_with_all_that_follows_from_it(dslc: Run, golden: Golden
     assert dslc("diff", "specs/tiny.yaml", "specs/tiny.yaml").status == 0
 
 
+@pytest.mark.slow
 def test_the_other_way_round(dslc: Run) -> None:
     there = json.loads(dslc("diff", TINY, V3, "--format", "json").out)
     back = json.loads(dslc("diff", V3, TINY, "--format", "json").out)
@@ -48,6 +50,7 @@ def test_the_other_way_round(dslc: Run) -> None:
     assert ("SwiGLU", "changed") in signs(there)  # of 192 and 32 columns, or of 18432 and 2048
 
 
+@pytest.mark.slow
 def test_variants_and_changes_of_either_side(dslc: Run) -> None:
     Path("two.yaml").write_text(
         f"extends: {TINY}\nset: {{model: two}}\n"
@@ -80,6 +83,7 @@ def test_a_build_says_the_same_as_its_spec(dslc: Run) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [("--set", "params.topk_group=1"), ("--variant", "small")])
 def test_a_build_does_not_change(dslc: Run, variant: tuple[str, str]) -> None:
     dslc("build", TINY, "-o", "made")
@@ -95,6 +99,7 @@ def made_run(dslc: Run, name: str, *options: str, **started: object) -> None:
     Path(name, "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_their_builds_and_by_how_they_were_started(dslc: Run) -> None:
     made_run(dslc, "a")
     made_run(dslc, "b", seed=1, data=["a.txt", "b.txt"], variants=["fp8"])
@@ -125,6 +130,7 @@ def test_runs_are_compared_by_their_builds_and_by_how_they_were_started(dslc: Ru
         ('{"model": "gone", "seed": 0}', "E100"),
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_run_is_refused(dslc: Run, record: str, code: str) -> None:
     Path("run").mkdir()
     Path("run/run.json").write_text(record, encoding="utf-8")
@@ -170,6 +176,7 @@ def test_a_damaged_build_is_refused(dslc: Run, damage: Callable[[str], str]) -> 
     assert found["ok"] is False and "equal" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["program", "program @p root @p", "\0"])
 def test_a_damaged_graph_is_refused(dslc: Run, text: str) -> None:
     dslc("build", TINY, "-o", "made")
@@ -186,6 +193,7 @@ PLAN = {
 }
 
 
+@pytest.mark.slow
 def test_plans_of_two_builds_are_compared(dslc: Run) -> None:
     for name, times in (("a", 1), ("b", 3)):
         dslc("build", TINY, "-o", name)
@@ -204,6 +212,7 @@ def test_plans_of_two_builds_are_compared(dslc: Run) -> None:
     assert outcome.status == 1 and "error[E604]: plan.json" in outcome.err
 
 
+@pytest.mark.slow
 def test_texts_of_a_build_cannot_steer_the_terminal(dslc: Run) -> None:
     dslc("build", TINY, "-o", "made")
     path = Path("made/manifest.json")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from dslc.commands.explain import catalog
 from dslc.commands.passes import about
 from tests.support.command import Run
@@ -42,6 +44,7 @@ def test_an_unknown_code_is_the_users_mistake(dslc: Run) -> None:
     assert outcome.status == 1 and "there is no error or pass 'E999'" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_pass_is_explained_with_what_it_did_and_why_it_did_nothing(
     dslc: Run, golden: Golden
 ) -> None:

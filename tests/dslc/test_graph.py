@@ -19,6 +19,7 @@ TINY = shipped()["deepseek_v3_tiny"]
 V3 = shipped()["deepseek_v3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PIPELINES)
 def test_text_parses_back(dslc: Run, program: str) -> None:
     out = dslc("graph", TINY, "--program", program).out
@@ -26,16 +27,19 @@ def test_text_parses_back(dslc: Run, program: str) -> None:
     assert parsed.root == "CausalLM" and "MLA" in parsed.graphs
 
 
+@pytest.mark.slow
 def test_one_block(dslc: Run) -> None:
     out = dslc("graph", TINY, "--block", "MLA").out
     assert "@MLA(" in out and "@CausalLM(" not in out and "rms_norm(" in out
 
 
+@pytest.mark.slow
 def test_json_names_the_operators(dslc: Run) -> None:
     text = dslc("graph", TINY, "--block", "MLA", "--format", "json").out
     assert json.loads(text) and '"attention"' in text
 
 
+@pytest.mark.slow
 def test_pictures(dslc: Run) -> None:
     dot = dslc("graph", TINY, "--block", "MLA", "--format", "dot").out
     assert dot.startswith("digraph") and "q_a_proj" in dot
@@ -43,6 +47,7 @@ def test_pictures(dslc: Run) -> None:
     assert ElementTree.fromstring(svg).tag.endswith("svg") and "q_a_proj" in svg
 
 
+@pytest.mark.slow
 def test_a_page_of_all_passes(dslc: Run) -> None:
     outcome = dslc("graph", TINY, "--html", "--program", "decode", "--after", "absorb")
     assert re.fullmatch(r"wrote deepseek_v3_tiny\.html: \d+ KB\n", outcome.out)
@@ -55,6 +60,7 @@ def test_a_page_of_all_passes(dslc: Run) -> None:
     assert "did you mean `MLA`?" in dslc("graph", TINY, "--html", "--block", "MLAA").err
 
 
+@pytest.mark.slow
 def test_the_program_of_a_stage_says_where_tensors_lie(dslc: Run) -> None:
     stage = ("--program", "train", "--stage", "3")
     out = dslc("graph", V3, *stage, "--block", "DeepSeekMoE").out
@@ -67,6 +73,7 @@ def test_the_program_of_a_stage_says_where_tensors_lie(dslc: Run) -> None:
     assert len(text.encode()) < 2_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "help"), [(V3, "its stages are 0 to 15"), (TINY, "no section `parallel`")]
 )
@@ -76,6 +83,7 @@ def test_a_stage_that_the_model_does_not_have(dslc: Run, spec: Path, help: str) 
     assert "the model has no stage 16" in outcome.err and help in outcome.err
 
 
+@pytest.mark.slow
 def test_a_page_replaces_no_file_of_others(dslc: Run) -> None:
     Path("thesis.html").write_text("precious", encoding="utf-8")
     outcome = dslc("graph", TINY, "--html", "-o", "thesis.html")
@@ -85,6 +93,7 @@ def test_a_page_replaces_no_file_of_others(dslc: Run) -> None:
     assert not Path("v3.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_nearest_block_and_program_are_offered(dslc: Run) -> None:
     outcome = dslc("graph", TINY, "--block", "MLAA")
     assert outcome.status == 1

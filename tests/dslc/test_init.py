@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from dsl.load import load
 from tests.support.command import Run
 from tests.support.places import ROOT
@@ -25,6 +27,7 @@ V3 = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_new_spec_is_right_and_named(dslc: Run) -> None:
     outcome = dslc("init", "my_model")
     assert (outcome.status, outcome.err) == (0, "")
@@ -33,6 +36,7 @@ def test_a_new_spec_is_right_and_named(dslc: Run) -> None:
     assert load("my_model.yaml").spec.model == "my_model"
 
 
+@pytest.mark.slow
 def test_a_new_spec_is_trained_as_its_help_says(dslc: Run) -> None:
     outcome = dslc("init", "my_model")
     told = "or: dslc train my_model.yaml --data FILE --out runs/my_model"
@@ -57,6 +61,7 @@ def test_nothing_is_overwritten(dslc: Run) -> None:
     assert Path("mine.yaml").read_text(encoding="utf-8") == "precious"
 
 
+@pytest.mark.slow
 def test_a_name_that_python_cannot_import_is_refused(dslc: Run) -> None:
     for name in ("my-model", "torch", "class", 'a"\nblocks: [x'):
         outcome = dslc("init", name, "-o", "x.yaml")
@@ -68,6 +73,7 @@ def test_without_name_and_file_it_is_wrong_usage(dslc: Run) -> None:
     assert dslc("init").status == 2
 
 
+@pytest.mark.slow
 def test_from_a_config_or_its_folder(dslc: Run) -> None:
     Path("hf").mkdir()
     Path("hf/config.json").write_text(json.dumps(V3), encoding="utf-8")

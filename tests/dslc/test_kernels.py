@@ -37,6 +37,7 @@ def test_as_json(dslc: Run) -> None:
     assert all(row["metrics"]["spilled_bytes"] == 0 for row in result["kernels"])
 
 
+@pytest.mark.slow
 def test_a_file_that_the_model_does_not_have(dslc: Run) -> None:
     outcome = dslc("kernels", TINY, "--target", "sm_90", "--file", "nomr")
     assert outcome.status == 1
@@ -59,6 +60,7 @@ def test_without_triton_it_says_what_to_install(dslc: Run, monkeypatch: pytest.M
     assert "E605" in outcome.err and "pip install triton==3.7.1" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_build_for_a_target_says_so(dslc: Run, tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     assert dslc("build", TINY, "--target", "sm_100", "-o", str(out)).status == 0

@@ -24,6 +24,7 @@ SMALL = ["--set", f"parallel={LAYOUT}", "--set", "train.sequence_length=16", "--
          "--set", "train.micro_batch=1"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm(dslc: Run, golden: Golden) -> None:
     outcome = dslc("launch", "deepseek_v3", "--slurm", "--spare", "2")
     assert outcome.status == 0 and "258 nodes of 8" in outcome.out
@@ -34,6 +35,7 @@ def test_a_job_of_slurm(dslc: Run, golden: Golden) -> None:
         assert not re.search("^#SBATCH.*#", line), "a comment that Slurm may read"
 
 
+@pytest.mark.slow
 def test_a_job_of_kubernetes(dslc: Run, golden: Golden) -> None:
     outcome = dslc("launch", "deepseek_v3", "--kubernetes", "--image", "registry/torch:2.13")
     assert outcome.status == 0
@@ -51,6 +53,7 @@ def test_a_job_of_kubernetes(dslc: Run, golden: Golden) -> None:
     assert variables["NCCL_DEBUG"] == "WARN" and all(map(str, variables.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [["--slurm"], ["--kubernetes", "--image", "x"]])
 def test_every_variable_has_its_reason(dslc: Run, kind: list[str]) -> None:
     assert dslc("launch", "deepseek_v3", *kind, "-o", "job").status == 0
@@ -62,6 +65,7 @@ def test_every_variable_has_its_reason(dslc: Run, kind: list[str]) -> None:
         assert re.match(r" *# \S+ \S+", found[i - 1]), found[i]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_launched_is_refused(dslc: Run) -> None:
     assert dslc("launch", "deepseek_v3").status == 2
     assert dslc("launch", "deepseek_v3", "--slurm", "--kubernetes").status == 2

@@ -28,6 +28,7 @@ def test_every_pass_says_what_it_is_for_and_what_it_ensures(dslc: Run) -> None:
             assert (programs[2] is None) == one.essential
 
 
+@pytest.mark.slow
 def test_what_each_pass_did_to_a_model(dslc: Run, golden: Golden) -> None:
     out = dslc("passes", TINY).out
     golden("cli/passes_tiny.txt", re.sub(r" +(\d+\.\d|ms)(?=  |$)", "  (ms)", out, flags=re.M))
@@ -47,6 +48,7 @@ def test_the_graph_after_a_pass_is_that_of_this_step(dslc: Run) -> None:
     assert "latent_attention" not in mla("simplify", "--only-until", "insert_cache")
 
 
+@pytest.mark.slow
 def test_a_build_without_a_pass(dslc: Run) -> None:
     assert dslc("build", TINY, "--skip", "fuse_experts", "-o", "loop").status == 0
     assert "F.grouped_linear" not in Path("loop/model.py").read_text(encoding="utf-8")
@@ -55,6 +57,7 @@ def test_a_build_without_a_pass(dslc: Run) -> None:
     assert "latent_attention" in decode and "grouped_linear" not in decode
 
 
+@pytest.mark.slow
 def test_the_nearest_pass_is_offered(dslc: Run) -> None:
     outcome = dslc("graph", TINY, "--program", "decode", "--after", "absorbe")
     assert outcome.status == 1

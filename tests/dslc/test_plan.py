@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from dslc.specs import shipped
 from tests.support.command import Run
 from tests.support.golden import Golden
@@ -13,6 +15,7 @@ V3, TINY = shipped()["deepseek_v3"], shipped()["deepseek_v3_tiny"]
 PARALLEL = "parallel={cluster: cpu_2x2, pipeline: 2, expert: 2, batch: 8, sequence_length: 64}"
 
 
+@pytest.mark.slow
 def test_the_whole_text(dslc: Run, golden: Golden) -> None:
     # A path of the same length everywhere: columns are as wide as what they hold.
     Path("tiny.yaml").write_text(TINY.read_text(encoding="utf-8"), encoding="utf-8")
@@ -21,6 +24,7 @@ def test_the_whole_text(dslc: Run, golden: Golden) -> None:
     golden("cli/plan_tiny.txt", outcome.out)
 
 
+@pytest.mark.slow
 def test_json_is_what_a_build_holds(dslc: Run) -> None:
     printed = dslc("plan", TINY, "--set", PARALLEL, "--format", "json").out
     dslc("build", TINY, "--set", PARALLEL, "-o", "tiny")
@@ -34,6 +38,7 @@ def test_json_is_what_a_build_holds(dslc: Run) -> None:
     assert "plan.json" in manifest["outputs"]
 
 
+@pytest.mark.slow
 def test_a_build_without_the_section_has_no_plan(dslc: Run) -> None:
     dslc("build", TINY, "-o", "tiny")
     assert (
@@ -44,6 +49,7 @@ def test_a_build_without_the_section_has_no_plan(dslc: Run) -> None:
     assert outcome.status == 1 and "E532" in outcome.err
 
 
+@pytest.mark.slow
 def test_another_cluster_may_be_too_small_or_impossible(dslc: Run) -> None:
     impossible = dslc("plan", V3, "--cluster", "h100_8")
     assert impossible.status == 1 and "E530" in impossible.err
@@ -58,6 +64,7 @@ def test_another_cluster_may_be_too_small_or_impossible(dslc: Run) -> None:
     assert [d["code"] for d in told["diagnostics"]] == ["E531"]
 
 
+@pytest.mark.slow
 def test_a_build_that_does_not_fit_is_built_and_says_so(dslc: Run) -> None:
     sets = ["--set", "parallel.batch=16", "--set", "parallel.pipeline=8"]
     outcome = dslc("build", V3, "--set", "parallel.cluster=h100_8", "--set", "parallel.expert=1",

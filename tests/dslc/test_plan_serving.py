@@ -13,6 +13,7 @@ from tests.support.places import SPECS, TINY
 V3 = SPECS / "deepseek_v3.yaml"
 
 
+@pytest.mark.slow
 def test_the_published_day_of_v3(dslc: Run) -> None:
     """Computed by hand: what a term takes, for 64, 88 and 128 requests a GPU.
 
@@ -41,6 +42,7 @@ def test_the_published_day_of_v3(dslc: Run) -> None:
     assert told["decode_nodes"] == pytest.approx(131.4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_bounds_of_that_day(dslc: Run) -> None:
     out = dslc("plan", V3, "--serve", "deepseek_day6").out
     rows = {line.split("  ")[0]: line.split()[-3:] for line in out.splitlines()}
@@ -51,6 +53,7 @@ def test_the_bounds_of_that_day(dslc: Run) -> None:
     assert rows["bound, in turn: tokens/s and node"] == ["17,359", "18,499", "19,570"]
 
 
+@pytest.mark.slow
 def test_traffic_of_one_s_own(dslc: Run, tmp_path: Path) -> None:
     """Without measured rates the bounds count; half of the hits, more to compute."""
     text = (SPECS / "traffic" / "deepseek_day6.yaml").read_text(encoding="utf-8")
@@ -68,6 +71,7 @@ def test_traffic_of_one_s_own(dslc: Run, tmp_path: Path) -> None:
     assert first["decode_nodes"] == pytest.approx(168e9 / 86400 / (800 / seconds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

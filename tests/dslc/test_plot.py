@@ -132,6 +132,7 @@ def colours_of(path: Path) -> tuple[tuple[int, int], Counter[str]]:
         return image.size, Counter({f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in found})
 
 
+@pytest.mark.slow
 def test_a_picture_shows_all_runs_and_the_load_of_their_experts(dslc: Run, tmp_path: Path) -> None:
     write(tmp_path / "a", metrics(30))
     write(tmp_path / "b", metrics(50, 1.0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from dslc.commands.show import table
 from dslc.specs import shipped
 from tests.support.command import Run
@@ -13,12 +15,14 @@ from tests.support.golden import Golden
 V3, TINY = shipped()["deepseek_v3"], shipped()["deepseek_v3_tiny"]
 
 
+@pytest.mark.slow
 def test_the_whole_text(dslc: Run, golden: Golden) -> None:
     outcome = dslc("show", TINY, "--seq", "128", "--context", "200")
     assert (outcome.status, outcome.err) == (0, "")
     golden("cli/show_tiny.txt", outcome.out)
 
 
+@pytest.mark.slow
 def test_the_published_numbers_of_v3(dslc: Run) -> None:
     out = dslc("show", V3).out
     lines = dict(re.findall(r"^(\w[\w ]+?)  +([\d,]+)  ", out, re.M))
@@ -32,6 +36,7 @@ def test_the_published_numbers_of_v3(dslc: Run) -> None:
     assert "multiply-add" in out and "half of the sequence" in out
 
 
+@pytest.mark.slow
 def test_lengths_change_the_core_of_attention_alone(dslc: Run) -> None:
     short, long = (json.loads(dslc("show", TINY, "--seq", n, "--format", "json").out) for n in "48")
     a, b = (json.dumps(facts["parameters"]) for facts in (short, long))

@@ -81,6 +81,7 @@ def test_where_nothing_differs_it_is_said() -> None:
     assert (found["equal"].p, found["equal"].verdict) == (1.0, "not distinguishable")
 
 
+@pytest.mark.slow
 def test_many_comparisons_need_smaller_p() -> None:
     """Of 20 comparisons without a difference, hardly ever one is called one (Holm)."""
     false = 0
@@ -142,6 +143,7 @@ def test_parameters_are_held_equal_by_solving_one_value(dslc: Run, tmp_path: Pat
     assert held[1]["parameters"] == pytest.approx(free[0]["parameters"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_flops_are_held_equal_by_tokens(dslc: Run, tmp_path: Path) -> None:
     text = TEXT[: TEXT.index("factors")] + "factors: {architecture.layers.1.repeat: [1, 3]}\n"
     first, second = planned(dslc, tmp_path, text + "budget: {hold: active_flops}\n")
@@ -149,6 +151,7 @@ def test_flops_are_held_equal_by_tokens(dslc: Run, tmp_path: Path) -> None:
     assert second["training_flops"] == pytest.approx(first["training_flops"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_an_array_job_has_a_task_for_each_run(dslc: Run, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
     outcome = dslc("study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "o"), "--slurm")

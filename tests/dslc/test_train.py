@@ -56,6 +56,7 @@ def test_a_spec_is_trained_measured_and_continues_a_text(dslc: Run, run: Path) -
     assert dslc(*words, "--seed", "1").out != outcome.out
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_was_started_with(dslc: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes((ROOT / "data/tinyshakespeare.txt").read_bytes()[:4000])

@@ -84,6 +84,7 @@ def test_a_run_is_exported_and_loads(
     }
 
 
+@pytest.mark.slow
 def test_fp8_goes_out_and_comes_in(dslc: Run, run: Path, tmp_path: Path) -> None:
     assert dslc("export", run, "--to", "out", "--dtype", "fp8").status == 0
     # In two steps no norm has moved so far that BF16 could tell.
@@ -110,6 +111,7 @@ def test_weights_that_did_not_move(dslc: Run, tmp_path: Path) -> None:
     assert dslc("export", run, "--to", "out", "--first-values").status == 0
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_exported(dslc: Run, tmp_path: Path) -> None:
     run = trained(tmp_path, "damaged_tiny")
     outcome = dslc("export", run, "--to", "out", "--ema")
@@ -166,6 +168,7 @@ def without(folder: str, name: str, *layers: int, **config: Any) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_an_mtp_module_that_was_declared_and_not_saved(dslc: Run, run: Path) -> None:
     """What transformers saves: `num_nextn_predict_layers: 1`, and no layer behind the last one."""
     assert dslc("export", run, "--to", "whole").status == 0
@@ -197,6 +200,7 @@ def test_an_mtp_module_of_a_spec_that_the_files_do_not_have(dslc: Run, run: Path
     assert f"the MTP module (layer {module}) is declared" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_language_model_of_a_larger_one_is_imported(dslc: Run, run: Path) -> None:
     """Its config in `text_config`, its weights under a prefix, and others beside them."""
     assert dslc("export", run, "--to", "whole").status == 0

@@ -167,6 +167,7 @@ def test_a_folder_without_weights_gives_one_reason(tmp_path: Path) -> None:
     assert problems(tmp_path) == {(text, "pytorch_model.bin")}
 
 
+@pytest.mark.slow
 def test_a_file_cut_off_anywhere_is_refused(saved: Path, tmp_path: Path) -> None:
     whole = (saved / "model.safetensors").read_bytes()
     for length in (0, 1, 7, 8, 9, 500, len(whole) // 2, len(whole) - 1):
@@ -175,6 +176,7 @@ def test_a_file_cut_off_anywhere_is_refused(saved: Path, tmp_path: Path) -> None
         assert text.startswith("damaged, cut off") and name == "model.safetensors"
 
 
+@pytest.mark.slow
 @given(st.integers(0, 9000), st.integers(1, 255))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_header_is_refused_or_harmless(

@@ -151,6 +151,7 @@ def test_scales_may_be_of_another_type_and_in_another_file(folder: Path, tmp_pat
         assert made[name].dtype == torch.float32 and torch.equal(made[name], tensor.float())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60_000), st.booleans(), st.sampled_from([1, 300 * 128, 10**6]))
 def test_neither_files_nor_runs_of_rows_change_a_value(

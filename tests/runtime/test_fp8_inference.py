@@ -103,6 +103,7 @@ def test_it_takes_the_memory_that_fp8_says(package: Any, published: Path) -> Non
     assert size(held) == size(usual) - saved + scales
 
 
+@pytest.mark.slow
 def test_a_change_of_weights_reaches_those_that_are_multiplied_out(
     package: Any, published: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_training_says_why_it_cannot_be(package: Any) -> None:
         held.loss(TOKENS[:, :-1], TOKENS[:, 1:])
 
 
+@pytest.mark.slow
 def test_a_model_without_fp8_products_says_so(tmp_path: Path) -> None:
     build(load(TINY, sets=["model=no_fp8"]), tmp_path / "no_fp8")
     with pytest.MonkeyPatch.context() as patch:

@@ -64,6 +64,7 @@ def count(package: Any) -> Iterator[Count]:
     yield Count(package)
 
 
+@pytest.mark.slow
 def test_one_cast_of_each_weight_in_a_step_whatever_the_micro_batches(count: Count) -> None:
     optimizer = torch.optim.SGD(count.model.parameters(), lr=0.1)
     assert len(count.holders) > 20

@@ -36,6 +36,7 @@ def check(compute: Callable[[Tensor], Tensor], x: Tensor) -> None:
             assert torch.equal(compute(x[start:stop]), whole[start:stop]), (start, stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("out", "in_"), [(96, 64), (64, 192), (257, 100), (512, 512), (36, 72)])
 def test_products(threads: int, dtype: torch.dtype, out: int, in_: int) -> None:

@@ -99,6 +99,7 @@ def test_every_parameter_gets_a_gradient(model: Model) -> None:
     assert not dead
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_save_wrote(model: Model, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model.save(tmp_path / "saved")

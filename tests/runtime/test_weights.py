@@ -317,6 +317,7 @@ def test_only_weights_of_one_kind_are_joined() -> None:
     assert kept[0].weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_experts_of_all_of_v3_are_declared_in_no_time() -> None:
     began = time.process_time()  # of this process alone, whatever else the machine does
     shapes = {"gate_proj": (2048, 7168), "up_proj": (2048, 7168), "down_proj": (7168, 2048)}

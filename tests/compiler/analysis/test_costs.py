@@ -22,6 +22,7 @@ def model(spec: str) -> tuple[Compiled, Summary]:
     return compiled, summary(compiled.lowered, compiled.programs["decode"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["deepseek_v3", "deepseek_v2_lite", "deepseek_v3_tiny"])
 def test_operators_add_up_to_the_model(spec: str) -> None:
     compiled, numbers = model(spec)

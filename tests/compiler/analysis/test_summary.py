@@ -50,6 +50,7 @@ def block(spec: str, name: str) -> Module:
     return next(p.module for p in parts if p.module.block.startswith(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "parameters", "activated", "without_embedding", "in_layers"),
     [
@@ -118,6 +119,7 @@ def _tensors(module: Module) -> list[modules.Tensor]:
     return [*module.tensors, *(t for p in inside(module) for t in p.module.tensors)]
 
 
+@pytest.mark.slow
 def test_multi_token_prediction_stands_apart() -> None:
     facts = numbers(V3)
     assert facts.mtp.parameters == 11_610_068_224
@@ -204,6 +206,7 @@ def test_what_is_in_fp8() -> None:
     assert numbers(V3, "precision.policy=bf16").fp8_flops == 0
 
 
+@pytest.mark.slow
 def test_mtp_flops_are_those_of_the_positions_that_have_a_later_token() -> None:
     """Depth 1 sees 4,095 of 4,096 positions; its head is the model's."""
     flops = numbers(V3).mtp_training_flops
@@ -214,6 +217,7 @@ def test_mtp_flops_are_those_of_the_positions_that_have_a_later_token() -> None:
     assert short[Work.HEAD] == 6 * 129280 * 7168 // 2  # only depth 1 has a position
 
 
+@pytest.mark.slow
 def test_decoding_flops() -> None:
     short, long = numbers(V3, context=1), numbers(V3, context=1001)
     # numerics: 2 * 576 + 2 * 512 for each key and head, in the latent space
@@ -226,6 +230,7 @@ def test_decoding_flops() -> None:
         assert 3 * short.decoding_flops[work] == short.training_flops[work]
 
 
+@pytest.mark.slow
 def test_decoding_makes_no_keys_and_values_of_what_is_cached() -> None:
     flops = numbers(V3, context=1000).decoding_flops
     assert Work.CACHE_PROJECTIONS not in flops
@@ -234,6 +239,7 @@ def test_decoding_makes_no_keys_and_values_of_what_is_cached() -> None:
     assert flops[Work.ATTENTION_PROJECTIONS] == training // 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "cache", "with_mtp"),
     [(V3, 70_272, 71_424), (V2, 69_120, 69_120), (LITE, 31_104, 31_104)],
@@ -310,6 +316,7 @@ def test_the_formulas_hold_for_any_size(
     assert facts.cache_bytes == (dense + moe) * (c + rope) * 4
 
 
+@pytest.mark.slow
 def test_the_cost_does_not_grow_with_layers_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     def operators_looked_at(*sets: str) -> int:
         seen = 0

@@ -30,6 +30,7 @@ def marks(block: Comparison) -> dict[str, str]:
     return {line.key: line.mark.value for line in block.lines if line.mark is not Mark.SAME}
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(programs())
 def test_a_program_does_not_differ_from_itself(one: Program) -> None:
@@ -37,6 +38,7 @@ def test_a_program_does_not_differ_from_itself(one: Program) -> None:
         assert block.mark is Mark.SAME and not block.counts()
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(programs(), programs(), st.booleans())
 def test_both_programs_can_be_read_from_the_comparison(a: Program, b: Program, same: bool) -> None:

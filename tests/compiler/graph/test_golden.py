@@ -71,6 +71,7 @@ def test_lowering_of_a_model(model: str, golden: Golden) -> None:
     golden(f"graph/{model}.txt", print_program(lower(load(SPECS / f"{model}.yaml"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locs", [False, True], ids=["without places", "with places"])
 @pytest.mark.parametrize("name", [*CASES, *MODELS])
 def test_programs_read_back_equal(name: str, locs: bool) -> None:

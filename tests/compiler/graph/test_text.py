@@ -274,6 +274,7 @@ def test_help_names_what_is_near_and_what_is_possible() -> None:
     assert [d.help for d in caught.value.diagnostics] == ["expected `program`"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [MAX_NESTING, MAX_NESTING + 1, 5000])
 def test_depth_is_limited(depth: int) -> None:
     regions = "a() { " * depth + "}" * depth

@@ -548,6 +548,7 @@ def test_shared_names_are_allowed_where_layers_differ() -> None:
     verify(parsed(GOOD.replace("<start=0, count=2>", "<start=3, count=58>")))
 
 
+@pytest.mark.slow
 def test_what_pipelines_make_is_sound() -> None:
     for program in compile(load(SPECS / "deepseek_v3_tiny.yaml")).programs.values():
         verify(program)

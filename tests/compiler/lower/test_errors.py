@@ -45,6 +45,7 @@ def diagnose(case: str) -> list[Diagnostic]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_explained(case: str, golden: Golden) -> None:
     found = diagnose(case)

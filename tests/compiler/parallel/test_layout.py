@@ -34,6 +34,7 @@ def test_groups_cut_the_ranks(mesh: Mesh, axes: set[str]) -> None:
     assert sorted(rank for group in groups for rank in group) == list(range(mesh.size))
 
 
+@pytest.mark.slow
 @given(meshes)
 def test_groups_of_different_axes_share_one_rank(mesh: Mesh) -> None:
     rank = mesh.size // 2

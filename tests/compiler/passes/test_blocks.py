@@ -47,6 +47,7 @@ def test_every_block_is_tested() -> None:
     assert set(BLOCKS) == program.graphs.keys() - {program.root}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_of_a_block(name: str) -> None:
     """Within 1e-5 of the largest, where the truth is computed in float64."""

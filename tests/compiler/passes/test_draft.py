@@ -44,6 +44,7 @@ def test_there_is_none_without_a_module_that_reads_what_the_head_reads(
     assert "draft" not in compile(load(SPECS / f"{spec}.yaml", sets=sets)).programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("masked", "kind"), [(False, "drop_first"), (True, "drop_last")])
 def test_positions_are_those_of_training(masked: bool, kind: str) -> None:
     description = load(TINY, sets=[f"train.document_mask={str(masked).lower()}"])

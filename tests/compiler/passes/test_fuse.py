@@ -44,6 +44,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.nan_to_num() if x.is_floating_point() else x
 
 
+@pytest.mark.slow
 def test_what_becomes_one() -> None:
     sets = ["params.hidden_size=128"]
     before, fused = (kinds(program_after("train", s, *sets)) for s in ("place_fp8", "fuse_casts"))

@@ -34,6 +34,7 @@ def joined(program: Program) -> set[tuple[str, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("description", "expected"),
     [
@@ -99,6 +100,7 @@ graph @Root(%x: f32[batch, seq, h=4]) -> (y: f32[batch, seq, h=4], z: f32[batch,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "together"),
     [

@@ -47,6 +47,7 @@ def test_gradients_are_those_of_autograd(sets: tuple[str, ...], tmp_path: Path) 
         assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-9, atol=1e-13), name
 
 
+@pytest.mark.slow
 def test_every_loss_can_be_differentiated_by_itself(tmp_path: Path) -> None:
     ours, autograd = model(tmp_path), model(tmp_path, skip=("differentiate",))
     tokens = torch.randint(512, (2, 19), generator=torch.manual_seed(0))
@@ -147,6 +148,7 @@ def test_what_is_computed_again_has_the_same_bits(budget: int | None, tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_the_best_ratio_goes_first() -> None:
     usual = saved_bytes_per_token(after(description(), "train", "recompute"))
     everything = saved_bytes_per_token(derived())
@@ -162,6 +164,7 @@ def test_a_budget_is_kept_and_the_best_ratio_goes_first() -> None:
     assert {"q_b_proj.weight", "kv_b_proj.weight"} <= set(again)
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_kept_says_what_can() -> None:
     with pytest.raises(DiagnosticError) as error:
         after(description("train.saved_bytes_per_token=1K"), "train", "recompute")

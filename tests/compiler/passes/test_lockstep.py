@@ -68,6 +68,7 @@ def test_a_step_on_other_meshes(name: str, mesh: Mesh, batches: int) -> None:
     check_step(name, mesh, batches, "train.document_mask=true")
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_summed_over_its_mirror_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

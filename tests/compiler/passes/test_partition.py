@@ -81,11 +81,13 @@ def test_all_ranks_together_compute_what_one_does(mesh: str, name: str) -> None:
     check_same(of, layout(MESHES[mesh], of), name)
 
 
+@pytest.mark.slow
 def test_a_mask_between_documents_is_that_of_each_ranks_sequences() -> None:
     of = description("train.document_mask=true")
     check_same(of, layout(MESHES["2 stages x 2 replicas x 2 experts"], of))
 
 
+@pytest.mark.slow
 def test_gradients_of_weights_may_wait() -> None:
     of = description("architecture.mtp.depth=1")
     where = replace(layout(MESHES["2 stages x 2 replicas x 2 experts"], of), schedule="zero_bubble")
@@ -225,6 +227,7 @@ def test_limit_follows_from_groups_and_nodes() -> None:
     )
 
 
+@pytest.mark.slow
 def test_bytes_of_a_token_of_v3() -> None:
     """In the finished graph: FP8 and scales out, 7392 bytes a token and node; BF16 back, 14336."""
     of = load(TINY.with_name("deepseek_v3.yaml"))
@@ -300,6 +303,7 @@ def test_three_stages(golden: Golden) -> None:
     golden("passes/cut_stages.graph", "\n".join(texts))
 
 
+@pytest.mark.slow
 def test_a_count_is_one_of_an_argument() -> None:
     of = description("architecture.mtp.depth=0")
     program = rank_programs(of, layout(MESHES["3 stages"], of, 2, 3))[2]

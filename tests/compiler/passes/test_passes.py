@@ -52,6 +52,7 @@ def test_every_pass_is_shown() -> None:
     assert set(SHOWN) == {one.name for passes in PIPELINES.values() for one in passes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_before_and_after(name: str, golden: Golden) -> None:
     program, before, block = SHOWN[name]
@@ -65,6 +66,7 @@ def test_before_and_after(name: str, golden: Golden) -> None:
     golden(f"passes/{name}.graph", "\n".join(f"// {when} {name}\n{t}" for when, t in texts.items()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PIPELINES)
 def test_after_every_pass_the_graph_is_sound_and_knows_its_places(program: str) -> None:
     spec = description()
@@ -78,6 +80,7 @@ def test_after_every_pass_the_graph_is_sound_and_knows_its_places(program: str) 
         assert first_difference(current, parse_program(Source("pass.graph", text))) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PIPELINES)
 def test_running_the_passes_again_changes_nothing(program: str) -> None:
     spec = description()

@@ -57,6 +57,7 @@ def test_every_program_is_sound_and_its_places_are_known(program: str) -> None:
     assert not list(spans_missing(done))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["forward", "train", "prefill", "decode"])
 def test_embedding_head_gate_norms_attention_and_eh_proj_are_left_alone(program: str) -> None:
     done = placed(program)
@@ -158,6 +159,7 @@ block One(x: [batch, seq, hidden_size]) -> [batch, seq, hidden_size]:
 """
 
 
+@pytest.mark.slow
 def test_the_three_products_of_a_linear_layer(golden: Golden, tmp_path: Path) -> None:
     (tmp_path / "one.dsl").write_text(ONE, encoding="utf-8")
     library = "causal_lm, decoder, mla, swiglu, deepseek_moe, mtp"
@@ -282,6 +284,7 @@ def test_fp8_is_near_bf16() -> None:
 # ---- ranks ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tokens_travel_to_other_ranks_in_fp8() -> None:
     """The same numbers as on one rank, and for each token of V3 7,168 bytes and 56 scales."""
     spec, mesh = tiny(), MESHES["2 nodes x 2 ranks"]

@@ -37,6 +37,7 @@ def split(program: Program) -> Program:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", SETS)
 def test_gradients_are_the_same_to_the_bit(sets: tuple[str, ...]) -> None:
     program = joint(*sets)
@@ -95,6 +96,7 @@ def test_what_is_not_saved_between_the_halves_is_noticed() -> None:
         verify(halves)
 
 
+@pytest.mark.slow
 def test_a_program_is_split_once() -> None:
     halves = split(joint())
     text = print_program(halves)

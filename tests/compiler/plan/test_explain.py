@@ -47,6 +47,7 @@ def test_a_layout_that_cannot_be(case: str, golden: Golden) -> None:
     assert near and not any(why_not(made, one) for one in near)
 
 
+@pytest.mark.slow
 def test_a_sequence_longer_than_the_model_takes() -> None:
     description = v3("batch: 2048", "parallel.sequence_length=200000")
     with pytest.raises(DiagnosticError) as raised:
@@ -55,6 +56,7 @@ def test_a_sequence_longer_than_the_model_takes() -> None:
     assert "200000" in problem.message and "sequence_length: 163840" in problem.help
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_says_what_takes_the_room(golden: Golden) -> None:
     description = v3("pipeline: 8, expert: 64, batch: 15360", "precision.policy=bf16")
     plan = make_plan(description, compile(description))
@@ -64,6 +66,7 @@ def test_a_plan_that_does_not_fit_says_what_takes_the_room(golden: Golden) -> No
     golden("plan/E531.txt", text.replace(name, "specs/deepseek_v3.yaml"))
 
 
+@pytest.mark.slow
 def test_layouts_that_are_said_to_fit_do() -> None:
     made, parallel = planner("deepseek_v3", f"{{{V3_WITH}, pipeline: 8, expert: 64, batch: 15360}}")
     found = that_fit(made, parallel)
@@ -71,6 +74,7 @@ def test_layouts_that_are_said_to_fit_do() -> None:
     assert all(changes(parallel, plan.parallel) for plan in found)
 
 
+@pytest.mark.slow
 def test_without_a_memory_anything_fits() -> None:
     made, parallel = planner(
         "deepseek_v3_tiny", "{cluster: cpu_2x2, batch: 4, sequence_length: 16}"

@@ -57,6 +57,7 @@ def test_v3_has_four_routed_experts_on_each_rank_and_layer(v3: Plan) -> None:
     assert held == Counter(range(256))
 
 
+@pytest.mark.slow
 def test_v3_sends_fp8_to_at_most_four_nodes_and_gets_bf16_back(v3: Plan) -> None:
     (exchange,) = v3.exchanges
     assert (exchange.dispatch, exchange.combine) == (7_392, 14_336)

@@ -35,6 +35,7 @@ def ramp(text: str) -> Schedule:
     return batch
 
 
+@pytest.mark.slow
 def test_the_shipped_v3_starts_under_its_own_layout() -> None:
     """With 24 micro-batches, for which DualPipe over 16 ranks has no order of its own."""
     description = load(shipped()["deepseek_v3"])
@@ -98,6 +99,7 @@ def test_every_end_of_a_phase_has_to_divide() -> None:
     assert uneven(ramp("[{until: 1M, start: 0, value: 24}, {value: 24}]"), sizes) == [0]
 
 
+@pytest.mark.slow
 def test_layouts_that_are_proposed_can_be_trained() -> None:
     """V3's batch begins at 3,072 sequences, of which 2,048 data ranks cannot all have as many."""
     layout = "cluster: h800_2048, sequence_length: 4096, pipeline: 1, expert: 64, batch: 4096"
@@ -111,6 +113,7 @@ def test_layouts_that_are_proposed_can_be_trained() -> None:
     assert cut and not any(uneven(batch, Sizes.of(one, 2048 // one.pipeline)) for one in cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "batch"),
     [

@@ -34,6 +34,7 @@ def test_a_layer_in_bf16() -> None:
     assert 0 <= saved_bytes(5, "bf16") - expected < SMALL
 
 
+@pytest.mark.slow
 def test_a_layer_in_fp8_keeps_the_inputs_of_experts_in_fp8_and_that_of_o_proj_in_12_bits() -> None:
     scales = 4 * (ATTENTION + ROUTED) // 128
     expected = RESIDUALS + LATENTS + SCORES + SHARED + ATTENTION * 3 // 2 + ROUTED + scales
@@ -45,6 +46,7 @@ def test_a_dense_layer_has_no_experts() -> None:
     assert 0 <= saved_bytes(0, "bf16") - expected < SMALL
 
 
+@pytest.mark.slow
 def test_if_it_saved_the_outputs_of_experts_v3_would_not_fit() -> None:
     description = load(shipped()["deepseek_v3"], sets=["train.saved_bytes_per_token=25M"])
     made, parallel = planner_of(description, compile(description)), description.spec.parallel
@@ -56,6 +58,7 @@ def test_if_it_saved_the_outputs_of_experts_v3_would_not_fit() -> None:
     assert (largest.kind.value, largest.bytes) == ("activations", outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fp32", "bf16", "fp8_blockwise"])
 def test_what_is_saved_grows_with_the_tokens(policy: str) -> None:
     parallel = "{cluster: cpu_2x2, batch: 4, sequence_length: 16}"
@@ -72,6 +75,7 @@ def test_what_is_saved_grows_with_the_tokens(policy: str) -> None:
         assert steps[0] == steps[1] > 9 * one.working.bytes // 10
 
 
+@pytest.mark.slow
 def test_without_derived_gradients_everything_counts_as_saved() -> None:
     description = load(shipped()["deepseek_v3"])
     whole, skipped = (compile(description, skip=skip) for skip in ((), ("differentiate",)))

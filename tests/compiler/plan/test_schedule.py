@@ -36,6 +36,7 @@ def test_four_ranks_and_eight_micro_batches(name: str, golden: Golden) -> None:
     golden(f"schedules/{name}.txt", str(schedule(name, 4, 8)))
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 8), st.integers(1, 30))
 def test_every_schedule_can_be_run(name: str, pipeline: int, batches: int) -> None:
     try:
@@ -217,6 +218,7 @@ def channels_out_of_order(made: Schedule) -> tuple[int, int]:
     return sum(ends[Send][pair] != ends[Receive][pair] for pair in pairs), len(pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "wrong"), [("1f1b", 0), ("dualpipe", 12), ("dualpipe_v", 14)])
 def test_one_channel_for_each_pair_of_ranks_is_enough(name: str, wrong: int) -> None:
     """NCCL has no tags: both ends of a pair must go through its messages in one order."""

@@ -99,6 +99,7 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(NAMES), HOSTILE, HOSTILE)
 def test_messages_make_no_special_token(name: str, first: str, second: str) -> None:
     """As many of each as with messages that are harmless; the text is all there."""

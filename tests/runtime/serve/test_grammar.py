@@ -102,6 +102,7 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.sampled_from(range(len(KINDS))), SCHEMAS, st.integers(0, 2**32))
 def test_every_answer_is_of_its_schema(kind: int, schema: dict[str, Any], seed: int) -> None:

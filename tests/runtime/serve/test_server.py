@@ -81,6 +81,7 @@ def test_prompts_may_be_texts_or_tokens_or_lists_of_them(served: Served) -> None
     assert found["usage"]["prompt_tokens"] == 3 and found["usage"]["completion_tokens"] == 8
 
 
+@pytest.mark.slow
 def test_choices_have_seeds_of_their_own(served: Served) -> None:
     alphabet = "abcdefghijklmnopqrstuvwxyz"
 
@@ -368,6 +369,7 @@ FIELDS = [
 PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(PATHS),
@@ -388,6 +390,7 @@ def test_no_body_is_an_internal_error(
         assert response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_keys_are_asked_for_and_separate_caches() -> None:
     with serving(keys=("first", "second")) as served:
         with pytest.raises(openai.AuthenticationError):
@@ -405,6 +408,7 @@ def test_keys_are_asked_for_and_separate_caches() -> None:
         assert len(salts) == 6 and service.salt(b"", None) == b""
 
 
+@pytest.mark.slow
 def test_limits() -> None:
     limits = Limits(pending=4, body=1000)
     with serving(limits=limits, seconds=0.01) as served:
@@ -424,6 +428,7 @@ def test_limits() -> None:
         assert all_idle(served)
 
 
+@pytest.mark.slow
 def test_chat_without_a_template_says_how_to_give_one() -> None:
     with serving(vocabulary=vocabulary(), vocab_size=1000) as served:
         messages = [{"role": "user", "content": "a"}]
@@ -486,6 +491,7 @@ def test_clients_that_go_away_leave_nothing(caplog: pytest.LogCaptureFixture) ->
         assert not caplog.records
 
 
+@pytest.mark.slow
 def test_a_killed_engine_ends_every_request_at_once() -> None:
     with serving(seconds=0.005) as served:
 
@@ -514,6 +520,7 @@ def test_a_killed_engine_ends_every_request_at_once() -> None:
             HTTP.get(served.url)
 
 
+@pytest.mark.slow
 def test_a_failing_engine_says_why() -> None:
     with serving() as served:
         response = post(served, prompt=[FAIL])
@@ -521,6 +528,7 @@ def test_a_failing_engine_says_why() -> None:
         assert served.ends() == 1
 
 
+@pytest.mark.slow
 def test_a_held_up_engine_is_not_healthy_until_it_goes_on() -> None:
     with serving(limits=Limits(patience=0.2)) as served:
         os.kill(served.pid, signal.SIGSTOP)
@@ -532,6 +540,7 @@ def test_a_held_up_engine_is_not_healthy_until_it_goes_on() -> None:
         assert HTTP.get(f"{served.url}/health").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drain", [5.0, 0.1])
 def test_a_server_that_ends_lets_answers_end(drain: float) -> None:
     """Within its time, whole; after it, with what they have."""

@@ -157,6 +157,7 @@ def test_an_engine_that_cannot_be_made_is_told(
     assert ("Traceback" in capfd.readouterr().err) == (kind is RuntimeError)
 
 
+@pytest.mark.slow
 def test_a_held_up_engine_gives_no_answer_and_goes_on_afterwards() -> None:
     async def run() -> None:
         async with working() as worker:
@@ -224,6 +225,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["idle", "busy", "being made"])
 def test_the_engine_ends_with_the_server(what: str) -> None:
     with subprocess.Popen(
