@@ -8,7 +8,7 @@ from pathlib import Path
 from dsl import yaml
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.read import read_source
-from dsl.schema import Cluster, validate_file
+from dsl.schema import Cluster, read_validated
 from dsl.source import Source
 from dsl.suggest import did_you_mean
 from specs import CLUSTERS
@@ -21,14 +21,7 @@ def read_cluster(named: yaml.Scalar) -> tuple[Cluster, Source]:
     """
     path, name = _file(named)
     source = read_source(path, name, named.span)
-    root = yaml.parse_yaml(source)
-    if not isinstance(root, yaml.Mapping):
-        message = f"a cluster file must be a mapping, not {yaml.kind(root)}"
-        raise DiagnosticError([Diagnostic("E302", message, root.span, "expected keys")])
-    cluster, problems = validate_file(Cluster, root)
-    if cluster is None:
-        raise DiagnosticError(problems)
-    return cluster, source
+    return read_validated(Cluster, source, "a cluster file"), source
 
 
 def _file(named: yaml.Scalar) -> tuple[Path, str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsl import yaml
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.read import read_source
-from dsl.schema import Traffic, validate_file
+from dsl.schema import Traffic, read_validated
 from dsl.suggest import did_you_mean
 from specs import TRAFFIC
 
@@ -26,11 +25,4 @@ def read_traffic(name: str) -> Traffic:
             message = f"there is no traffic `{name}` among those shipped"
             raise DiagnosticError([Diagnostic("E121", message, help=help)])
         path, name = TRAFFIC / f"{name}.yaml", f"specs/traffic/{name}.yaml"
-    root = yaml.parse_yaml(read_source(path, name))
-    if not isinstance(root, yaml.Mapping):
-        message = f"a traffic file must be a mapping, not {yaml.kind(root)}"
-        raise DiagnosticError([Diagnostic("E302", message, root.span, "expected keys")])
-    traffic, problems = validate_file(Traffic, root)
-    if traffic is None:
-        raise DiagnosticError(problems)
-    return traffic
+    return read_validated(Traffic, read_source(path, name), "a traffic file")

@@ -14,7 +14,7 @@ from dsl.schema.sections import (
 )
 from dsl.schema.traffic import Traffic
 from dsl.schema.train import Loss, Phase, Schedule, Train, constant
-from dsl.schema.validate import validate, validate_file
+from dsl.schema.validate import read_validated, validate, validate_file
 from dsl.schema.values import BlockUse, Loc, text_of
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Train",
     "constant",
     "json_schema",
+    "read_validated",
     "text_of",
     "validate",
     "validate_file",

@@ -8,12 +8,13 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from dsl import yaml
-from dsl.diagnostic import Diagnostic
+from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.evaluate import Value
 from dsl.schema.base import Section
 from dsl.schema.sections import VARIANT_KEYS, Spec
 from dsl.schema.train import Phase, Schedule
 from dsl.schema.values import Loc, Scope
+from dsl.source import Source
 from dsl.suggest import ABSENT, did_you_mean, nearest
 
 File = TypeVar("File", bound=Section)
@@ -42,6 +43,18 @@ def validate_file(schema: type[File], root: yaml.Mapping) -> tuple[File | None, 
     """What a file without parameters says, such as that of a cluster, or what is wrong with it."""
     data = {key: _plain(entry.node) for key, entry in root.entries.items()}
     return _validated(schema, data, Scope({}), root)
+
+
+def read_validated(schema: type[File], source: Source, what: str) -> File:
+    """What such a file says; `what` names it in messages. Raises `DiagnosticError`."""
+    root = yaml.parse_yaml(source)
+    if not isinstance(root, yaml.Mapping):
+        message = f"{what} must be a mapping, not {yaml.kind(root)}"
+        raise DiagnosticError([Diagnostic("E302", message, root.span, "expected keys")])
+    found, problems = validate_file(schema, root)
+    if found is None:
+        raise DiagnosticError(problems)
+    return found
 
 
 def _validated(
