@@ -53,11 +53,7 @@ def serve(match: Match, prompts: list[list[int]], max_requests: int = 64) -> Non
         max_requests=max_requests, max_model_len=LENGTHS[1] + NEW, prefix_cache=False
     )
     sampling = importlib.import_module(f"{serving}.request").Sampling(max_tokens=NEW)
-    engine = engine_of(match.ours, settings)
-    for i, prompt in enumerate(prompts):
-        engine.add(str(i), prompt, sampling)
-    while engine.busy:
-        engine.step()
+    engine_of(match.ours, settings).generate([(prompt, sampling) for prompt in prompts])
 
 
 def in_turn(model: Any, prompts: list[list[int]]) -> None:

@@ -37,9 +37,10 @@ def first_module(main: Graph) -> Module | None:
 
     The head's are those that a decoder has at hand (`Pages.last`).
     """
-    named = zip(main.result_names, main.results, strict=True)
-    logits = next((value for name, value in named if name == "mtp_logits"), None)
-    scores = dict(zip(main.result_names, main.results, strict=True)).get("logits")
+    outputs: dict[str, Value] = {}
+    for name, value in zip(main.result_names, main.results, strict=True):
+        outputs.setdefault(name, value)  # of several modules the first
+    logits, scores = outputs.get("mtp_logits"), outputs.get("logits")
     made = {value: op for op in main.ops for value in op.results}
     head = made.get(scores) if scores is not None else None
     if logits is None or head is None or head.kind != "linear":

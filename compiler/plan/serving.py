@@ -15,9 +15,9 @@ from compiler.analysis.costs import Costs
 from compiler.analysis.modules import Module
 from compiler.analysis.summary import TRAINING_PASSES, Summary, summary
 from compiler.analysis.work import Work, total
-from compiler.graph.core import Program, walk
+from compiler.graph.core import Program
 from compiler.graph.types import BYTES
-from compiler.plan.traffic import token_bytes
+from compiler.plan.traffic import expert_bytes
 from dsl.schema import Cluster
 from dsl.schema.traffic import Traffic, Unit
 
@@ -251,17 +251,16 @@ def _of(program: Program, name: str, runs: int) -> Iterator[Experts]:
     for op in graph.walk():
         if op.kind != "experts":
             continue
-        x, route = op.operands[:2]
-        inside = walk(op.regions[0].ops)
-        fp8 = any(graph.weights[w].fp8 for inner in inside for w in inner.symbols)
+        route = op.operands[1]
         router, k = routes.get(route), route.type.last.size or 0
+        dispatch, combine = expert_bytes(graph, op)
         yield Experts(
             runs,
             op.number("count"),
             k,
             k if router is None else min(k, router.number("topk_group")),
-            runs * token_bytes(x.type, fp8=fp8),
-            runs * token_bytes(op.result.type, fp8=False),
+            runs * dispatch,
+            runs * combine,
         )
 
 

@@ -60,18 +60,17 @@ def _exchanges(
             callee = program.graphs[op.text("callee")]
             yield from _exchanges(program, callee, list(callee.walk()), layout)
         elif op.kind == "experts":
-            x, route = op.operands[:2]
+            route = op.operands[1]
             experts, k = op.number("count"), route.type.last.size or 0
-            inside = walk(op.regions[0].ops)
-            fp8 = any(graph.weights[w].fp8 for inner in inside for w in inner.symbols)
-            yield Exchange(
-                graph.name,
-                experts,
-                k,
-                _nodes(routes.get(route), experts, k, layout),
-                token_bytes(x.type, fp8=fp8),
-                token_bytes(op.result.type, fp8=False),
-            )
+            nodes = _nodes(routes.get(route), experts, k, layout)
+            yield Exchange(graph.name, experts, k, nodes, *expert_bytes(graph, op))
+
+
+def expert_bytes(graph: Graph, op: Op) -> tuple[int, int]:
+    """Bytes of one token on its way to routed experts, and of what comes back."""
+    inside = walk(op.regions[0].ops)
+    fp8 = any(graph.weights[w].fp8 for inner in inside for w in inner.symbols)
+    return token_bytes(op.operands[0].type, fp8=fp8), token_bytes(op.result.type, fp8=False)
 
 
 def token_bytes(tokens: Type, *, fp8: bool) -> int:

@@ -89,7 +89,7 @@ def plan_serving(description: Description, name: str, format: Format) -> None:
     """Prints what a served model takes and gives. Raises `DiagnosticError`."""
     from dataclasses import asdict
 
-    from compiler.pipeline import after, compile
+    from compiler.pipeline import compile
     from compiler.plan.serving import serve
     from dsl.diagnostic import Diagnostic, DiagnosticError
     from dsl.traffic import read_traffic
@@ -100,7 +100,8 @@ def plan_serving(description: Description, name: str, format: Format) -> None:
     if cluster is None:
         raise DiagnosticError([no_section(description)])
     traffic, compiled = read_traffic(name), compile(description)
-    absorbed = after(description, "decode", "absorb")
+    steps = compiled.steps_of("decode")
+    absorbed = next(step.program for step in steps if step.name == "absorb")
     try:
         served = serve(compiled.lowered, compiled.programs["decode"], absorbed, cluster, traffic)
     except ValueError as error:
