@@ -19,7 +19,6 @@ from .functional import wide
 NUMBERS = 2**22
 """So many numbers are in memory at once, about, on the way through attention; at least a row's."""
 
-
 FEW = 2
 """Rows of a sequence that attend like rows of as many sequences, beside others: a draft's."""
 
@@ -111,10 +110,9 @@ def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
 
     def keys(table: Tensor) -> tuple[Tensor, ...]:
         # In one layout, whether rows share them or not: sums follow it.
-        each = (wide(x[table]).transpose(2, 3).contiguous() for x in (k, v))
-        return tuple(each)
+        return tuple(wide(x[table]).transpose(2, 3).contiguous() for x in (k, v))
 
-    return _attend(rows, q, keys, scale).flatten(1, 2).unsqueeze(0)
+    return _attend(rows, q, keys, (v.shape[1], v.shape[3]), scale)
 
 
 def latent_attention(
@@ -128,7 +126,7 @@ def latent_attention(
         k = wide(torch.cat([c_kv[table], k_rope[table]], -1)).unsqueeze(2)
         return k, k[..., : c_kv.shape[-1]]
 
-    return _attend(rows, q, keys, scale).flatten(1, 2).unsqueeze(0)
+    return _attend(rows, q, keys, (c_kv.shape[1], c_kv.shape[2]), scale)
 
 
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {
@@ -140,24 +138,24 @@ Keys = Callable[[Tensor], tuple[Tensor, ...]]
 """Of a table [s, blocks] the keys and values [s, blocks, kv_heads, page, ..]."""
 
 
-def _attend(rows: Rows, q: Tensor, keys: Keys, scale: float) -> Tensor:
-    """q [n, kv_heads, heads of each, dim]: [n, kv_heads, heads of each, v_dim]."""
+def _attend(rows: Rows, q: Tensor, keys: Keys, values: tuple[int, int], scale: float) -> Tensor:
+    """q [n, kv_heads, heads of each, dim], `values` are page and v_dim: [1, n, heads, v_dim]."""
+    kv_heads, heads, dim = q.shape[1:]
+    page, width = values
     parts = []
     for group in rows.groups:
         start, stop = group.rows.start, group.rows.stop
-        shared = len(group.table) == 1
-        k, v = keys(group.table[:1])
-        width = k.shape[4] + v.shape[4]
+        shared, blocks = len(group.table) == 1, group.table.shape[1]
         # Of a row: scores or a result for each block, and its keys and values if they are its own.
-        numbers = q[0].shape[:2].numel() * k.shape[1] * max(k.shape[3], v.shape[4])
-        numbers += 0 if shared else k.shape[1:4].numel() * width
+        numbers = kv_heads * blocks * heads * max(page, width)
+        numbers += 0 if shared else kv_heads * blocks * page * (dim + width)
         step = max(NUMBERS // numbers, 1)
+        found = keys(group.table) if shared else ()
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            if not shared:
-                k, v = keys(group.table[first - start : last - start])
+            k, v = found or keys(group.table[first - start : last - start])
             parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], scale))
-    return torch.cat(parts).to(q.dtype)
+    return torch.cat(parts).to(q.dtype).flatten(1, 2).unsqueeze(0)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:

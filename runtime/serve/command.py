@@ -18,11 +18,11 @@ import torch
 from .. import config
 from ..model import LanguageModel
 from ..shards import LoadError
-from ..train.command import open_run
+from ..train.command import open_run, weights_in
 from ..train.device import select_device
+from ..train.memory import memory_of
 from ..train.options import parse
 from ..train.settings import TrainError
-from ..train.state import AVERAGE, MODEL
 from ..train.tokenizer import Learned, Tokenizer, of_folder
 from .engine import Engine
 from .grammar import Grammars
@@ -62,10 +62,7 @@ def main(model: type[LanguageModel], arguments: Sequence[str] | None = None) -> 
 def serve_run(model: type[LanguageModel], run: Path, settings: Settings, average: bool) -> int:
     """Serves the newest checkpoint of a run, or its moving average. Raises TrainError."""
     _, tokens, checkpoint = open_run(run)
-    folder = checkpoint / (AVERAGE if average else MODEL)
-    if not folder.is_dir():
-        raise TrainError(f"{checkpoint} has no moving average: the spec sets no train.ema")
-    found = dataclasses.replace(settings, checkpoint=folder)
+    found = dataclasses.replace(settings, checkpoint=weights_in(checkpoint, average))
     return serve(model, found, tokens.tokenizer)
 
 
@@ -188,9 +185,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.9)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # a system that does not say
-        return 2**32
+        free = 2**33
+    # A container, or the process, may have less than the machine.
+    return min(free, memory_of(device) or free) // 2
 
 
 def end_tokens(model: type[LanguageModel], folder: Path) -> frozenset[int]:

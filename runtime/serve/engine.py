@@ -197,9 +197,9 @@ class Engine:
         scores = iter(logits)
         events, row = [], 0
         for request, new in planned:
-            drafted = request.computed + new > request.known
+            drafted = new > request.pending
             true = new - drafted
-            answers = request.computed + true == request.known
+            answers = true == request.pending
             scored = [(next(scores), next(finite)) for _ in range(answers * (1 + drafted))]
             if any(broken[row : row + true]):  # none of its blocks is published
                 events.append(self._broken(request, ()))
@@ -275,8 +275,7 @@ class Engine:
                 tokens += request.tokens(first + 1, first + 1 + count)
                 sequences.append((request.blocks, first, count))
                 request.draft = None
-                answering = request.known - request.computed == 1
-                if answering and len(request.output) + 1 < request.sampling.max_tokens:
+                if request.pending == 1 and len(request.output) + 1 < request.sampling.max_tokens:
                     drafting.append((request, len(tokens) - 1))
             row += new
         if not sequences:

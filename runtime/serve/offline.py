@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..model import LanguageModel
-from ..train.command import open_run
+from ..train.command import open_run, weights_in
 from ..train.settings import TrainError
-from ..train.state import AVERAGE, MODEL
 from ..train.tokenizer import Tokenizer, of_folder
 from .chat import Chat, ChatError, Message, template_of
 from .choice import Choice, choice_seed
@@ -49,10 +48,7 @@ def generate_run(
 ) -> list[Choice]:
     """Answers by the newest checkpoint of a run, or its moving average. Raises TrainError."""
     _, tokens, checkpoint = open_run(run)
-    folder = checkpoint / (AVERAGE if average else MODEL)
-    if not folder.is_dir():
-        raise TrainError(f"{checkpoint} has no moving average: the spec sets no train.ema")
-    return generate(model, folder, asked, show, tokens.tokenizer)
+    return generate(model, weights_in(checkpoint, average), asked, show, tokens.tokenizer)
 
 
 def generate(

@@ -55,6 +55,11 @@ class Request:
     def known(self) -> int:
         return len(self.prompt) + len(self.output)
 
+    @property
+    def pending(self) -> int:
+        """Known tokens that are not computed: one of a running answer, more of a prompt."""
+        return self.known - self.computed
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Of prompt and output together, and of the draft behind them."""
         n = len(self.prompt)
@@ -111,13 +116,13 @@ class Scheduler:
         left = self.options.step_tokens
         planned: list[Planned] = []
         for request in list(self.running):
-            answers = request in self.running and request.known - request.computed == 1
+            answers = request in self.running and request.pending == 1
             if left and answers and self._make_room(request):
                 planned.append((request, 1))
                 left -= 1
         for request in self.running:
-            new = min(request.known - request.computed, left)
-            if new and request.known - request.computed > 1:
+            new = min(request.pending, left)
+            if new and request.pending > 1:
                 planned.append((request, new))
                 left -= new
         while left and self.waiting and len(self.running) < self.options.max_requests:
@@ -125,7 +130,7 @@ class Scheduler:
             if not self._admit(request):
                 break
             self.waiting.popleft()
-            new = min(request.known - request.computed, left)
+            new = min(request.pending, left)
             planned.append((request, new))
             left -= new
         if self.waiting and not planned:

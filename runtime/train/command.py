@@ -104,11 +104,17 @@ def open_run(run: Path) -> tuple[Mapping[str, Any], Tokens, Path]:
     return record, Tokens(run / record["tokens"]), checkpoint
 
 
-def load_checkpoint(model: type[LanguageModel], checkpoint: Path, average: bool) -> LanguageModel:
-    """A model with the weights of a checkpoint, or with their moving average."""
+def weights_in(checkpoint: Path, average: bool) -> Path:
+    """The folder of the weights of a checkpoint, or of their moving average. Raises TrainError."""
     folder = checkpoint / (AVERAGE if average else MODEL)
     if not folder.is_dir():
         raise TrainError(f"{checkpoint} has no moving average: the spec sets no train.ema")
+    return folder
+
+
+def load_checkpoint(model: type[LanguageModel], checkpoint: Path, average: bool) -> LanguageModel:
+    """A model with the weights of a checkpoint, or with their moving average."""
+    folder = weights_in(checkpoint, average)
     trained = model(device="meta")
     try:
         trained.load(folder)
