@@ -100,7 +100,14 @@ def serve(
             fingerprint(model, folder, options),
         )
         service = Service(
-            served, Worker(make), Limits(settings.max_pending, settings.max_body * 1024)
+            served,
+            Worker(make),
+            Limits(
+                settings.max_pending,
+                settings.max_body * 1024,
+                first_token=settings.first_token_timeout,
+                answer=settings.answer_timeout,
+            ),
         )
         try:
             listener = listen(settings.host, settings.port)

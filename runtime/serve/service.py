@@ -51,6 +51,10 @@ class Limits:
     """Bytes of a request."""
     patience: float = 5.0
     """Seconds for an answer of the engine about itself."""
+    first_token: float | None = None
+    """Seconds until an answer has begun; then the request fails."""
+    answer: float | None = None
+    """Seconds until an answer has ended; then it is cut off."""
 
 
 class Service:
@@ -196,7 +200,13 @@ class Service:
             for choice in choices:
                 self.worker.submit(choice.id, choice.prompt, choice.sampling, salt, events)
             while running:
-                event = _event(await events.get())
+                item = await self._next(events, started, started in last.values())
+                if item is None:
+                    reason = "length"
+                    for choice in running.values():
+                        yield choice, choice.feed(Event(choice.id, finish="length"))
+                    return
+                event = _event(item)
                 known = running.get(event.id)
                 if known is None:  # it came while the choice was stopped
                     continue
@@ -208,7 +218,7 @@ class Service:
                 if delta.finish is not None:
                     self.metrics.ended(delta.finish, now - started)
                     self.worker.abort(event.id)  # the engine does not know of stop strings
-                    del running[event.id]
+                    del running[event.id], last[event.id]
                 yield known, delta
         except Unavailable as error:
             reason = "error"
@@ -220,6 +230,25 @@ class Service:
             for id in running:
                 self.metrics.ended(reason, time.monotonic() - started)
                 self.worker.abort(id)
+
+    async def _next(
+        self, events: Events, started: float, waiting: bool
+    ) -> Event | Exception | None:
+        """What comes next for answers; None if they have had all their time.
+
+        Raises `Error` if one has not begun (`waiting`) in the time for that.
+        """
+        first = self.limits.first_token if waiting else None
+        limits = [limit for limit in (first, self.limits.answer) if limit is not None]
+        left = max(started + min(limits) - time.monotonic(), 0.0) if limits else None
+        try:
+            return await asyncio.wait_for(events.get(), left)
+        except TimeoutError:
+            if first is None or first > min(limits):
+                return None
+            message = f"the answer had not begun after {first:g} s: try again later"
+            headers = {"Retry-After": "1"}
+            raise Error(503, message, "queue_timeout", headers=headers) from None
 
     async def stats(self) -> Stats:
         """Numbers of the engine, if it answers in time."""

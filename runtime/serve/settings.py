@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..train.options import Option
+from .options import MOST_DRAFTS
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,18 @@ class Settings:
         bool, Option("Compute every prompt whole, even if it begins as an earlier one.")
     ] = False
     speculate: Annotated[
-        int, Option("Tokens that the MTP module drafts for each step, 0 or 1 [0].", "N", 0, 1)
+        int, Option("Tokens that MTP modules draft for each step, 0 to 4 [0].", "N", 0, MOST_DRAFTS)
     ] = 0
     max_pending: Annotated[
         int, Option("Answers that run or wait; above, requests get a 429 [512].", "N", 1)
     ] = 512
+    first_token_timeout: Annotated[
+        int | None,
+        Option("Seconds until an answer must have begun, or it fails with a 503.", "SECONDS", 1),
+    ] = None
+    answer_timeout: Annotated[
+        int | None, Option("Seconds until an answer is cut off.", "SECONDS", 1)
+    ] = None
     max_body: Annotated[int, Option("Most KiB of a request [4096].", "KIB", 1)] = 4096
     drain: Annotated[
         int, Option("Seconds that answers have to end after a first signal [30].", "SECONDS", 0)

@@ -429,6 +429,22 @@ def test_limits() -> None:
 
 
 @pytest.mark.slow
+def test_answers_take_as_long_as_the_limits_allow() -> None:
+    """Those that have not begun fail, those that have keep what they got."""
+    with serving(limits=Limits(first_token=0.1), seconds=0.5) as served:
+        late = post(served, prompt="a", max_tokens=3)
+        assert late.status_code == 503 and late.json()["error"]["code"] == "queue_timeout"
+        assert late.headers["retry-after"] == "1"
+        assert all_idle(served)
+    with serving(limits=Limits(first_token=5, answer=0.4), seconds=0.02) as served:
+        found = post(served, prompt="abc", max_tokens=100).json()
+        assert found["choices"][0]["finish_reason"] == "length"
+        assert 0 < found["usage"]["completion_tokens"] < 100
+        assert len(found["choices"][0]["text"]) == found["usage"]["completion_tokens"]
+        assert all_idle(served)
+
+
+@pytest.mark.slow
 def test_chat_without_a_template_says_how_to_give_one() -> None:
     with serving(vocabulary=vocabulary(), vocab_size=1000) as served:
         messages = [{"role": "user", "content": "a"}]
