@@ -18,7 +18,7 @@ from compiler.passes.cache import DROP_CACHE, INSERT_CACHE
 from compiler.passes.count_step import COUNT_STEP
 from compiler.passes.cut_stages import cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
-from compiler.passes.draft import CUT_DRAFT, first_module
+from compiler.passes.draft import cut_draft, modules
 from compiler.passes.fuse_casts import FUSE_CASTS
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_gate import FUSE_GATE
@@ -107,13 +107,17 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     ),
 }
 
-DRAFT: tuple[Pass, ...] = (
-    FUSE_PROJECTIONS,
-    CUT_DRAFT,
-    *PIPELINES["decode"][PIPELINES["decode"].index(SIMPLIFY) :],
-)
-"""Those of a further program, `draft`, where a model has MTP modules: scores of the token after the
-next one, from states that the decode program had and the tokens after them."""
+
+def draft_passes(depth: int) -> tuple[Pass, ...]:
+    """Those of a further program for each MTP module, from 0: scores of a token after the next one,
+    from states that the decode program or the module before had, and the tokens after them."""
+    decode = PIPELINES["decode"]
+    return (FUSE_PROJECTIONS, cut_draft(depth), *decode[decode.index(SIMPLIFY) :])
+
+
+def draft_name(depth: int) -> str:
+    """The program of an MTP module, from 0: `draft`, `draft_2`, ..."""
+    return f"draft_{depth + 1}" if depth else "draft"
 
 
 def shared_passes(program: str) -> tuple[Pass, ...]:
@@ -171,6 +175,11 @@ class Compiled:
     programs: Mapping[str, Program]
     steps: tuple[Step, ...]
 
+    @property
+    def drafts(self) -> list[str]:
+        """The programs of MTP modules that can draft, in order."""
+        return [name for name in self.programs if name not in PIPELINES]
+
     def steps_of(self, program: str) -> list[Step]:
         """How a program came to be: `lower`, then each of its passes."""
         return [s for s in self.steps if s.name == "lower" or s.program_name == program]
@@ -193,9 +202,10 @@ def compile(
         for step in run(name, lowered, chosen(PIPELINES[name], skip, until), description):
             steps.append(step)
             programs[name] = step.program
-    if first_module(lowered.main) is not None:
-        *_, step = run("draft", lowered, chosen(DRAFT, skip, until), description)
-        programs["draft"] = step.program
+    for depth in range(len(modules(lowered))):
+        name = draft_name(depth)
+        *_, step = run(name, lowered, chosen(draft_passes(depth), skip, until), description)
+        programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +18,9 @@ from .generate import generate
 from .module import CheckpointModule
 from .stage import ModelShare, hold
 from .weights import Tensors, initialize
+
+Draft = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+"""Logits of the token after the last one, of states, the tokens after them, positions, cache."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8_blockwise": torch.bfloat16}
 """Dtype of the weights by `config.precision.policy`."""
@@ -64,6 +67,8 @@ class LanguageModel(CheckpointModule, ABC):
     """What the end of a training step computes with: that module, or kernels in its place."""
     fp8: ClassVar[Any] = fp8
     """What makes the FP8 copies of weights: that module, or kernels in its place."""
+    paged_latent_attention: ClassVar[Callable[..., Tensor] | None] = None
+    """A kernel for the paged cache on GPUs, of the arguments of that function of `functional`."""
 
     def __init__(
         self,
@@ -92,12 +97,14 @@ class LanguageModel(CheckpointModule, ABC):
             self.to_empty(device=device)
             initialize(self, seed)
 
-    draft_offset: ClassVar[int | None] = None
-    """From the position of a state to that which `draft` takes; None where nothing can draft."""
+    draft_offsets: ClassVar[tuple[int, ...]] = ()
+    """Of each MTP module that can draft, from the position of a state to that which it takes."""
 
-    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """Scores of the token after the next one, by an MTP module. Raises ValueError without."""
-        raise ValueError(f"{self.config.model} has no MTP module that could draft")
+    def drafter(self, module: int) -> Draft:
+        """How MTP module `module`, from 0, scores a token after the next one: `draft`, `draft_2`,
+        ..., of generated models."""
+        draft: Draft = getattr(self, f"draft_{module + 1}" if module else "draft")
+        return draft
 
     @property
     def whole(self) -> LanguageModel:

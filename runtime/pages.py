@@ -19,8 +19,11 @@ from .functional import wide
 NUMBERS = 2**22
 """So many numbers are in memory at once, about, on the way through attention; at least a row's."""
 
-FEW = 2
-"""Rows of a sequence that attend like rows of as many sequences, beside others: a draft's."""
+FEW = 5
+"""Rows of a sequence that attend like rows of as many sequences, beside others: those of drafts."""
+
+
+PagedAttention = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,14 @@ class Pages:
     broken: Tensor
     """bool [n]: rows of the last step that had a NaN or an infinite number to remember."""
 
-    def __init__(self, blocks: int, page: int) -> None:
+    def __init__(
+        self, blocks: int, page: int, paged_latent_attention: PagedAttention | None = None
+    ) -> None:
+        """With `paged_latent_attention`, of the arguments of that in `functional`, rows attend to
+        latents by it."""
         self.blocks = blocks
         self.page = page
+        self._latent = paged_latent_attention
         self._pools: dict[tuple[nn.Module, str], Tensor] = {}
 
     def begin(self, rows: Rows) -> None:
@@ -90,6 +98,8 @@ class Pages:
 
     def attend(self, attention: Callable[..., Tensor], *operands: Tensor, scale: float) -> Tensor:
         """`F.attention` or `F.latent_attention` of the rows, each to its own sequence."""
+        if self._latent is not None and attention.__name__ == "latent_attention":
+            return _by_table(self._latent, self.rows, *operands, scale=scale)
         return ATTENTIONS[attention.__name__](self.rows, *operands, scale)
 
     def last(self, x: Tensor) -> Tensor:
@@ -127,6 +137,22 @@ def latent_attention(
         return k, k[..., : c_kv.shape[-1]]
 
     return _attend(rows, q, keys, (c_kv.shape[1], c_kv.shape[2]), scale)
+
+
+def _by_table(attention: PagedAttention, rows: Rows, *operands: Tensor, scale: float) -> Tensor:
+    """Like `latent_attention`, by a function that takes sequences of one number of queries."""
+    q_latent, q_rope, c_kv, k_rope = operands
+    parts = []
+    for group in rows.groups:
+        lengths = rows.lengths[group.rows]
+        if len(group.table) < len(lengths):  # rows of one sequence
+            q = (x[:, group.rows] for x in (q_latent, q_rope))
+            lengths = lengths[-1:]
+        else:
+            q = (x[0, group.rows].unsqueeze(1) for x in (q_latent, q_rope))
+        found = attention(*q, c_kv, k_rope, group.table.int(), lengths.int(), scale)
+        parts.append(found.flatten(0, 1))
+    return torch.cat(parts).unsqueeze(0)
 
 
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {

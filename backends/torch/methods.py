@@ -9,20 +9,17 @@ from compiler.graph.core import Graph, Program
 from compiler.graph.equal import equal_graphs
 from compiler.pipeline import Compiled
 
-# Programs and their methods, in the order in which a class lists them; a graph that equals that of
-# an earlier program is served by its method.
-METHODS = {
-    "forward": "forward",
-    "train": "loss",
-    "prefill": "prefill",
-    "decode": "decode",
-    "draft": "draft",  # of models with MTP modules
-}
-PROGRAMS = tuple(METHODS)
+
+def method_of(program: str) -> str:
+    """What the method is called that serves a program."""
+    return "loss" if program == "train" else program
 
 
 class Methods:
     """How each graph of each program is reached.
+
+    Programs stand in the order in which a class lists their methods; a graph that equals that of an
+    earlier program is served by its method.
 
     A block with a derived backward pass has one method for scores and for training; other
     programs have methods of their own where their graphs differ from that of `forward`. `segments`
@@ -41,7 +38,7 @@ class Methods:
         # Blocks that autograd sees as one function each: what the outermost block calls.
         self.units = [n for n in called if self.train.backward and n in self.blocks]
         self.segments = [n for n in called if n not in self.blocks]
-        self.callees: dict[str, dict[str, Callee]] = {p: {} for p in PROGRAMS}
+        self.callees: dict[str, dict[str, Callee]] = {p: {} for p in compiled.programs}
         for name in self.blocks:
             self._choose_methods(name)
         self._choose_derived()
@@ -62,10 +59,8 @@ class Methods:
     def _choose_methods(self, name: str) -> None:
         """The methods of a block by program; what equals an earlier one is served by it."""
         seen: list[tuple[str, Graph]] = []
-        for program in PROGRAMS:
-            if program not in self.compiled.programs:
-                continue
-            graph = self.compiled.programs[program].graphs.get(name)
+        for program, whole in self.compiled.programs.items():
+            graph = whole.graphs.get(name)
             if graph is None or (program == "train" and self.derived(name)):
                 continue
             same = next((p for p, g in seen if self._same(p, g, program, graph)), None)
@@ -74,7 +69,7 @@ class Methods:
                 seen.append((program, graph))
 
     def _callee(self, name: str, served_by: str, program: str) -> Callee:
-        method = METHODS[served_by]
+        method = method_of(served_by)
         trailing = ("cache",) if name in _cached(self.compiled.programs[program]) else ()
         if method != "forward":
             return Callee(method, trailing)
@@ -120,8 +115,8 @@ class Methods:
         if callee is None:
             return False
         if self.derived(name):
-            return program == "train" or callee.method == METHODS[program]
-        return (callee.method or "forward") == METHODS[program]
+            return program == "train" or callee.method == method_of(program)
+        return (callee.method or "forward") == method_of(program)
 
 
 def _cached(program: Program) -> list[str]:

@@ -12,7 +12,7 @@ from backends.torch.classes import Class, class_names, joined
 from backends.torch.declare import Declarations, joined_names, stored_name
 from backends.torch.emit import Context, Emitter, Segment, TrainingEmitter, constants
 from backends.torch.layout import Call, lay_out
-from backends.torch.methods import PROGRAMS, Methods
+from backends.torch.methods import Methods
 from backends.torch.prefix import common_prefix
 from backends.torch.records import (
     Block,
@@ -27,7 +27,7 @@ from backends.torch.records import (
 from backends.torch.sizes import PARAMS, Sizes
 from backends.torch.statements import STATEMENTS
 from compiler.graph.core import Graph, Op
-from compiler.passes.draft import first_module
+from compiler.passes.draft import modules
 from compiler.pipeline import Compiled
 
 MANY_CONSTANTS = 5
@@ -156,7 +156,7 @@ class Emission:
 
     def _methods(self, name: str, sizes: Sizes) -> Iterator[Method]:
         """The methods of a block; what all of them begin with is a method of its own."""
-        programs = [p for p in PROGRAMS if self.served.has_own(name, p)]
+        programs = [p for p in self.compiled.programs if self.served.has_own(name, p)]
         graphs = [self.compiled.programs[p].graphs[name] for p in programs]
         members = {weight.split(".")[0] for weight in self.blocks[name].weights}
         prefix = common_prefix(_free("project", members), graphs) if len(graphs) > 1 else None
@@ -251,15 +251,15 @@ class Emission:
             loss=self._loss(),
             prefill=self._logits("prefill"),
             decode=self._logits("decode"),
-            draft=self._logits("draft") if "draft" in self.compiled.programs else [],
-            draft_offset=self._draft_offset(),
+            latent=any(
+                op.kind == "latent_attention"
+                for graph in self.compiled.programs["decode"].graphs.values()
+                for op in graph.walk()
+            ),
+            draft_offsets=numbers_text([module.offset for module in modules(lowered)]),
+            drafts=[(name, self._logits(name)) for name in self.compiled.drafts],
             parts=[self.segment_method(g) for g in self.segment_graphs()],
         )
-
-    def _draft_offset(self) -> int:
-        """From the position of a state to that which the MTP module counts from."""
-        module = first_module(self.compiled.lowered.main)
-        return int(module is not None and module.position.kind == "drop_first")
 
     def segment_graphs(self) -> Iterator[Graph]:
         """The parts of the outermost block, each with its gradients behind it."""

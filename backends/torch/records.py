@@ -68,8 +68,12 @@ class Root:
     loss: list[str]
     prefill: list[str]
     decode: list[str]
-    draft: list[str]
-    draft_offset: int
+    latent: bool
+    """Whether it decodes in a latent space."""
+    draft_offsets: str
+    """From the position of a state to that which each MTP module counts from."""
+    drafts: list[tuple[str, list[str]]]
+    """Of each MTP module its method, and the lines of that."""
     parts: list[Method]
 
 

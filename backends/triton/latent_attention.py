@@ -26,6 +26,10 @@ OVERHEAD = 5
 """What a program does besides its pages, which are 72 KiB, counted in pages: it reads the queries
 (1) and writes 64 rows of 512 in float32 that are read again (4)."""
 
+SPLIT = 16
+"""Pages of a split where pages are listed: a quarter more bytes than keys for 128 heads of V3, and
+work for all multiprocessors from 64 sequences on. Nobody has measured it."""
+
 COMBINED = 4
 """Rows that a program joins, a warp each: 16 numbers a thread."""
 
@@ -101,6 +105,7 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         spans=", ".join(spans(found)),
         shapes=[(shape, _tile(shape, target, keys_first)) for shape in shapes],
         page=PAGE,
+        split=SPLIT,
         target=target,
         combined=COMBINED,
         overhead=OVERHEAD,

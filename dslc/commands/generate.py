@@ -63,7 +63,7 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     speculate: Annotated[
-        int, typer.Option(min=0, max=1, help="Tokens that the MTP module drafts for each step.")
+        int, typer.Option(min=0, max=4, help="Tokens that MTP modules draft for each step.")
     ] = 0,
     chat_template: Annotated[
         Path | None,

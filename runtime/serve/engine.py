@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .. import matmul
 from ..config import Config
-from ..pages import Pages, make_rows
+from ..pages import PagedAttention, Pages, make_rows
 from .blocks import Blocks
 from .options import Options
 from .request import Event, FinishReason, Sampling, Token
 from .sampler import choose, told
 from .scheduler import Matcher, Planned, Request, Scheduler, in_order
+from .speculate import Draft, Drafter
 
 Show = Callable[[int, Token], None]
 
@@ -32,9 +33,11 @@ class Decoder(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
-    def draft_offset(self) -> int | None: ...
+    def paged_latent_attention(self) -> PagedAttention | None: ...
+    @property
+    def draft_offsets(self) -> tuple[int, ...]: ...
+    def drafter(self, module: int) -> Draft: ...
     def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor: ...
-    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor: ...
 
 
 class Grammars(Protocol):
@@ -67,15 +70,19 @@ class Engine:
             raise ValueError(
                 f"max_model_len {self.max_model_len} exceeds max_position_embeddings ({longest})"
             )
-        if options.speculate and model.draft_offset is None:
-            raise ValueError("speculate=1, but the model has no MTP module that could draft")
+        if options.speculate and not model.draft_offsets:
+            raise ValueError(
+                f"speculate={options.speculate}, but the model has no MTP module that could draft"
+            )
         self.vocab_size = model.config.params.vocab_size
-        one = Pages(1, options.page)
+        kernel = model.paged_latent_attention if model.device.type == "cuda" else None
+        one = Pages(1, options.page, kernel)
         self._compute_one(one)
         self.block_bytes = one.bytes
-        self.pages = Pages(self._count_blocks(), options.page)
+        self.pages = Pages(self._count_blocks(), options.page, kernel)
         self._compute_one(self.pages)
         self.scheduler = Scheduler(options, Blocks(self.pages.blocks))
+        self.drafter = Drafter(self._modules(), options.speculate, self.pages, self.scheduler)
         self._requests: dict[str, Request] = {}
         self._ended: list[Event] = []
         self._counts = dict.fromkeys(
@@ -86,6 +93,7 @@ class Engine:
                 "generated_tokens",
                 "drafts",
                 "accepted_drafts",
+                *(f"accepted_drafts_{i + 1}" for i in range(options.speculate)),
             ),
             0,
         )
@@ -186,7 +194,10 @@ class Engine:
             logits = self._compute(planned)
             events = self._events(planned, logits)
             if self.options.speculate:
-                self._draft(planned, firsts)
+                running = self._requests
+                self._counts["drafts"] += self.drafter.draft(
+                    planned, firsts, lambda request: request.id in running
+                )
         self._counts["steps"] += 1
         return [*ended, *events]
 
@@ -197,8 +208,8 @@ class Engine:
         scores = iter(logits)
         events, row = [], 0
         for request, new in planned:
-            drafted = new > request.pending
-            true = new - drafted
+            true = min(new, request.pending)
+            drafted = new - true
             answers = true == request.pending
             scored = [(next(scores), next(finite)) for _ in range(answers * (1 + drafted))]
             if any(broken[row : row + true]):  # none of its blocks is published
@@ -206,14 +217,15 @@ class Engine:
             else:
                 self.scheduler.computed(request, true)
                 if answers:
-                    if drafted:
-                        scored[1] = (scored[1][0], scored[1][1] and not broken[row + true])
+                    for i in range(drafted):
+                        row_logits, finite_logits = scored[1 + i]
+                        scored[1 + i] = row_logits, finite_logits and not broken[row + true + i]
                     events.append(self._answer(request, scored))
             row += new
         return events
 
     def _compute(self, planned: Sequence[Planned]) -> Tensor:
-        """Logits of requests whose known tokens are all computed now, each with its draft's."""
+        """Logits of requests whose known tokens are all computed now, each with its drafts'."""
         tokens: list[int] = []
         scored: list[int] = []
         for request, new in planned:
@@ -228,20 +240,23 @@ class Engine:
 
     def _answer(self, request: Request, scored: Sequence[tuple[Tensor, bool]]) -> Event:
         """Chooses the next token of a request from its logits, which may end it; and one more from
-        the next row, if that token was drafted."""
+        each further row, as long as the token before was drafted."""
         sampling = request.sampling
-        cached, draft = 0, request.draft
+        cached, drafts = 0, request.drafts
+        request.tried += len(scored) > 1
         if not request.output:
             cached = request.cached or 0
             self._counts["cached_tokens"] += cached
         tokens: list[Token] = []
-        for logits, finite in scored:
-            if tokens and tokens[-1].id != draft:
+        for i, (logits, finite) in enumerate(scored):
+            if i and tokens[-1].id != drafts[i - 1]:
                 break
             if not finite:
                 return self._broken(request, tuple(tokens))
-            if tokens:
+            if i:
                 self._counts["accepted_drafts"] += 1
+                self._counts[f"accepted_drafts_{i}"] += 1
+                request.right += i == 1
                 self.scheduler.computed(request, 1)
             id = self._choose(request, logits)
             if request.matcher is not None:
@@ -257,39 +272,6 @@ class Engine:
             if len(request.output) == sampling.max_tokens:
                 return self._end(request, tuple(tokens), "length", cached=cached)
         return Event(request.id, tuple(tokens), cached=cached)
-
-    def _draft(self, planned: Sequence[Planned], firsts: Sequence[int]) -> None:
-        """Computes the MTP module's entries of this step's tokens, and drafts of running answers.
-
-        The entry of a token is made from its state and the token after it, and stored in its slot.
-        A draft is chosen as the token itself will be, by the same chance. What is drafted changes
-        how many steps an answer takes and nothing else.
-        """
-        states, tokens, sequences = [], [], []
-        drafting: list[tuple[Request, int]] = []
-        row = 0
-        for (request, new), first in zip(planned, firsts, strict=True):
-            count = request.computed - first
-            if request.id in self._requests:
-                states.append(self.pages.states[:, row : row + count])
-                tokens += request.tokens(first + 1, first + 1 + count)
-                sequences.append((request.blocks, first, count))
-                request.draft = None
-                if request.pending == 1 and len(request.output) + 1 < request.sampling.max_tokens:
-                    drafting.append((request, len(tokens) - 1))
-            row += new
-        if not sequences:
-            return
-        device, scored = self.model.device, [i for _, i in drafting]
-        rows, position = make_rows(sequences, scored, self.options.page, device)
-        self.pages.begin(rows)
-        position += self.model.draft_offset or 0
-        given = torch.cat(states, 1), torch.tensor([tokens], device=device), position
-        for (request, _), logits in zip(
-            drafting, self.model.draft(*given, self.pages), strict=True
-        ):
-            request.draft = self._choose(request, logits)
-            self._counts["drafts"] += 1
 
     def _choose(self, request: Request, logits: Tensor) -> int:
         allowed = request.matcher.mask() if request.matcher is not None else None
@@ -311,6 +293,11 @@ class Engine:
         self.scheduler.remove(request)
         return Event(request.id, tokens, finish, message, cached)
 
+    def _modules(self) -> list[tuple[Draft, int]]:
+        """The MTP modules that draft, and their offsets of positions."""
+        offsets = self.model.draft_offsets[: self.options.speculate]
+        return [(self.model.drafter(i), offset) for i, offset in enumerate(offsets)]
+
     # ---- memory ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -322,7 +309,8 @@ class Engine:
             pages.begin(rows)
             self.model.decode(token, position, pages)
             if self.options.speculate:
-                self.model.draft(pages.states, token, position, pages)
+                for draft, offset in self._modules():
+                    draft(pages.states, token, position + offset, pages)
 
     def _count_blocks(self) -> int:
         """Block 0, and as many as the options ask for and memory allows."""

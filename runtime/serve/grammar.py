@@ -89,6 +89,10 @@ class Matcher:
         if not self._matcher.consume_token(id):
             raise GrammarError(f"token {id} does not follow the grammar")
 
+    def copy(self) -> Matcher:
+        """Another one at the same place."""
+        return Matcher(self._matcher.deep_copy(), self._size)
+
 
 class _Bytes:
     """What llguidance asks of a tokenizer: bytes, and marks where there are more tokens."""

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from .options import MOST_DRAFTS
 from .worker import Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -65,6 +66,15 @@ class Metrics(Collector):
             yield GaugeMetricFamily(name, text, value=self._stats.get(key, 0))
         for key, (name, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=self._stats.get(key, 0))
+        places = CounterMetricFamily(
+            "dslc:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that were right, by their place behind the known tokens.",
+            labels=["position"],
+        )
+        for place in range(1, MOST_DRAFTS + 1):
+            if (count := self._stats.get(f"accepted_drafts_{place}")) is not None:
+                places.add_metric([str(place - 1)], count)
+        yield places
 
     def render(self, stats: Stats) -> bytes:
         """The text of /metrics."""

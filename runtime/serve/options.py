@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_DRAFTS = 4
+"""More drafts than that are hardly ever all right."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -22,7 +25,7 @@ class Options:
     prefix_cache: bool = True
     """Whether blocks of ended requests serve others that begin alike."""
     speculate: int = 0
-    """Tokens that the first MTP module drafts for the next step: 0 or 1."""
+    """Tokens that MTP modules draft for the next step; the last goes on where there are fewer."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes below 1."""
@@ -30,5 +33,5 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
-        if self.speculate not in (0, 1):
-            raise ValueError(f"speculate must be 0 or 1, got {self.speculate}")
+        if not 0 <= self.speculate <= MOST_DRAFTS:
+            raise ValueError(f"speculate must be from 0 to {MOST_DRAFTS}, got {self.speculate}")

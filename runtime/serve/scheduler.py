@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..pages import FEW
 from .blocks import Blocks, first_hash, next_hash
 from .options import Options
 from .request import Sampling
@@ -28,6 +29,9 @@ class Matcher(Protocol):
 
     def consume(self, id: int) -> None:
         """Follows a token that was chosen."""
+
+    def copy(self) -> Matcher:
+        """Another one at the same place."""
 
 
 @dataclass(eq=False)
@@ -48,8 +52,14 @@ class Request:
     """Tokens of the prompt that were found in the prefix cache; None before it runs."""
     matcher: Matcher | None = None
     """Follows its output by the grammar that it asks for."""
-    draft: int | None = None
-    """What the MTP module expects for the token after the known ones."""
+    drafts: list[int] = field(default_factory=list)
+    """What MTP modules expect for the tokens after the known ones."""
+    tails: dict[int, Tensor] = field(default_factory=dict)
+    """By MTP module, from 2: the state [1, hidden] of the module before that it needs next."""
+    tried: int = 0
+    """Steps that had a draft,"""
+    right: int = 0
+    """and of these those whose first draft was right."""
 
     @property
     def known(self) -> int:
@@ -61,11 +71,11 @@ class Request:
         return self.known - self.computed
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Of prompt and output together, and of the draft behind them."""
-        n = len(self.prompt)
-        found = [*self.prompt[start:stop], *self.output[max(start - n, 0) : max(stop - n, 0)]]
-        if stop > self.known and self.draft is not None:
-            found.append(self.draft)
+        """Of prompt and output together, and of the drafts behind them."""
+        found: list[int] = []
+        for part in (self.prompt, self.output, self.drafts):
+            found += part[max(start, 0) : max(stop, 0)]
+            start, stop = start - len(part), stop - len(part)
         return found
 
     def hash_of(self, block: int, page: int) -> bytes:
@@ -78,7 +88,7 @@ class Request:
 
 
 Planned = tuple[Request, int]
-"""A request and how many of its tokens a step computes; one more than are known is a draft."""
+"""A request and how many of its tokens a step computes; those behind the known ones are drafts."""
 
 
 class Scheduler:
@@ -136,9 +146,10 @@ class Scheduler:
         if self.waiting and not planned:
             raise RuntimeError(f"no request of {len(self.waiting)} that wait can run")
         for i, (request, new) in enumerate(planned):
-            if left and request.draft is not None and self._has_room_for_draft(request):
-                planned[i] = (request, new + 1)
-                left -= 1
+            drafts = min(len(request.drafts), left)
+            drafts = min(max(self.reserve(request, drafts), 0), drafts) if drafts else 0
+            planned[i] = (request, new + drafts)
+            left -= drafts
         return planned
 
     def computed(self, request: Request, new: int) -> None:
@@ -161,13 +172,13 @@ class Scheduler:
                     return False
         return True
 
-    def _has_room_for_draft(self, request: Request) -> bool:
-        """Whether its draft can be computed, too; nobody is preempted for it."""
-        if len(request.blocks) * self.options.page <= request.known:
-            if not self.blocks.available:
-                return False
+    def reserve(self, request: Request, tokens: int) -> int:
+        """Blocks for so many tokens behind the known ones, as far as there are any: nobody is
+        preempted. For how many there is room now."""
+        page = self.options.page
+        while len(request.blocks) * page < request.known + tokens and self.blocks.available:
             request.blocks.append(self.blocks.take())
-        return True
+        return len(request.blocks) * page - request.known
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -177,7 +188,8 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.blocks.release(request.blocks)
-        request.blocks, request.computed, request.draft = [], 0, None
+        request.blocks, request.computed = [], 0
+        request.drafts, request.tails = [], {}
 
     def _admit(self, request: Request) -> bool:
         """Starts a request if there are blocks for all its known tokens and the next one.
@@ -217,4 +229,4 @@ def _blocks_for(tokens: int, page: int) -> int:
 
 def in_order(planned: Sequence[Planned]) -> list[Planned]:
     """Short sequences first: neighbours of about the same length attend together."""
-    return sorted(planned, key=lambda one: (one[1] > 1, one[0].known))
+    return sorted(planned, key=lambda one: (one[1] > FEW, one[0].known))

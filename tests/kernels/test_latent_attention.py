@@ -134,17 +134,36 @@ def test_a_sequence_without_tokens_gives_zeros(kernels: KernelLoader) -> None:
     assert not found[1, 0].any() and found[1, 1].any()
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("pages", [1, 2, 3, 7])
 def test_results_do_not_hang_on_splits(
-    kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch, splits: int
+    kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
-    """Most of 64 splits are empty. What `torch.empty` gives is poison, lest it be read."""
+    """Many splits are empty. What `torch.empty` gives is poison, lest it be read."""
     module = kernels("latent_attention", "deepseek_v3_tiny")
     arguments = paged("deepseek_v3_tiny", [0, 1, 64, 65, 300], 1)
-    monkeypatch.setattr(module, "splits_of", lambda programs, pages: splits)
+    monkeypatch.setattr(module, "SPLIT", pages)
     poison(module, monkeypatch)
     found = module.paged_latent_attention(*arguments, 0.3)
     check(found, functional.paged_latent_attention(*arguments, 0.3))
+
+
+def test_no_row_depends_on_the_sequences_beside_it(
+    kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server computes them in any company, which may be longer; queries of one sequence, too."""
+    module = kernels("latent_attention", "deepseek_v3_tiny")
+    monkeypatch.setattr(module, "SPLIT", 2)
+    q, q_rope, c_kv, k_rope, table, lengths = paged("deepseek_v3_tiny", [3, 64, 190, 700], 1)
+    together = module.paged_latent_attention(q, q_rope, c_kv, k_rope, table, lengths, 0.3)
+    for b in range(3):
+        pages = -(-int(lengths[b]) // PAGE)
+        own = slice(b, b + 1)
+        rest = c_kv, k_rope, table[own, :pages].contiguous(), lengths[own]
+        alone = module.paged_latent_attention(q[own], q_rope[own], *rest, 0.3)
+        assert torch.equal(alone, together[own])
+        # As the last query of several.
+        two = (torch.cat([torch.ones_like(x[own]), x[own]], 1) for x in (q, q_rope))
+        assert torch.equal(module.paged_latent_attention(*two, *rest, 0.3)[:, 1:], alone)
 
 
 def poison(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

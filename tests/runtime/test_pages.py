@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime import functional as F
-from runtime.pages import Pages, make_rows
+from runtime.pages import PagedAttention, Pages, make_rows
 
 PAGE = 16
 LENGTHS = (1, 5, 16, 17, 40, 33)
@@ -38,9 +38,9 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
 """Of what a token has in the cache. Products of 64 numbers are the library's, not torch's loop."""
 
 
-def attend(chosen: list[int], kind: str) -> dict[int, Tensor]:
+def attend(chosen: list[int], kind: str, kernel: PagedAttention | None = None) -> dict[int, Tensor]:
     """The attention of the new tokens of some sequences, computed together."""
-    pages, module, blocks = Pages(40, PAGE), nn.Module(), blocks_of(LENGTHS)
+    pages, module, blocks = Pages(40, PAGE, kernel), nn.Module(), blocks_of(LENGTHS)
     widths = WIDTHS[kind]
     for i in range(len(LENGTHS)):  # all sequences are in the cache, whoever computes now
         pages.begin(make_rows([(blocks[i], 0, LENGTHS[i])], [], PAGE)[0])
@@ -75,6 +75,23 @@ def test_attention_to_pages_is_attention(kind: str) -> None:
         assert torch.allclose(out, expected[0], atol=1e-5)
 
 
+def test_a_kernel_for_pages_serves_all_rows() -> None:
+    """Each by its own table, and several of one sequence."""
+    calls: list[tuple[int, int]] = []
+
+    def kernel(q_latent: Tensor, *rest: Tensor) -> Tensor:
+        calls.append((len(q_latent), q_latent.shape[1]))
+        return F.paged_latent_attention(q_latent, *rest)  # type: ignore[arg-type]
+
+    chosen = [*range(len(LENGTHS))]
+    expected = attend(chosen, "latent")
+    found = attend(chosen, "latent", kernel)
+    assert {queries > 1 for _, queries in calls} == {True, False}
+    assert sum(batch * queries for batch, queries in calls) == sum(NEW)
+    for i in chosen:
+        assert torch.allclose(found[i], expected[i], atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_bits_do_not_depend_on_the_company(kind: str) -> None:
     together = attend([3, 0, 4, 1, 5, 2], kind)
@@ -98,13 +115,13 @@ def test_what_is_not_finite_is_marked_and_never_remembered() -> None:
 
 
 def test_rows_know_their_places() -> None:
-    rows, position = make_rows([([2], 4, 1), ([3, 1], 15, 2), ([4, 5], 14, 3)], [0, 5], PAGE)
-    assert position.tolist() == [[4, 15, 16, 14, 15, 16]]
-    assert rows.slots.tolist() == [36, 63, 16, 78, 79, 80]
-    assert rows.lengths.tolist() == [5, 16, 17, 15, 16, 17]
+    rows, position = make_rows([([2], 4, 1), ([3, 1], 15, 2), ([4, 5], 11, 6)], [0, 5], PAGE)
+    assert position.tolist() == [[4, 15, 16, *range(11, 17)]]
+    assert rows.slots.tolist() == [36, 63, 16, *range(75, 81)]
+    assert rows.lengths.tolist() == [5, 16, 17, *range(12, 18)]
     # Few rows attend each by their own table, with others of about the same length.
     assert [(g.rows.start, g.rows.stop, g.table.tolist()) for g in rows.groups] == [
         (0, 2, [[2], [3]]),
         (2, 3, [[3, 1]]),
-        (3, 6, [[4, 5]]),
+        (3, 9, [[4, 5]]),
     ]

@@ -288,7 +288,7 @@ class Model(LanguageModel):
         h, _, _ = self.hidden(tokens, position, cache)
         return F.linear(cache.last(h), self.lm_head.weight)
 
-    draft_offset = 1
+    draft_offsets = (1,)
 
     def draft(
         self, state: Tensor, tokens: Tensor, position: Tensor, cache: Cache | Pages

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from backends.build import build
-from compiler.passes.draft import first_module
+from compiler.passes.draft import modules
 from compiler.pipeline import compile
 from dsl.load import load
 from tests.support.places import SPECS, TINY
@@ -48,8 +49,8 @@ def test_there_is_none_without_a_module_that_reads_what_the_head_reads(
 @pytest.mark.parametrize(("masked", "kind"), [(False, "drop_first"), (True, "drop_last")])
 def test_positions_are_those_of_training(masked: bool, kind: str) -> None:
     description = load(TINY, sets=[f"train.document_mask={str(masked).lower()}"])
-    module = first_module(compile(description).lowered.main)
-    assert module is not None and module.position.kind == kind
+    found = modules(compile(description).lowered)
+    assert [module.position.kind for module in found] == [kind] * 2
 
 
 @pytest.mark.slow
@@ -75,6 +76,47 @@ def test_drafts_are_the_scores_of_the_forward_pass(
             pages.begin(rows)
             now, after = tokens[:, first : first + count], tokens[:, first + 1 : first + 1 + count]
             model.decode(now.reshape(1, -1), position, pages)
-            state, place = pages.states, position + model.draft_offset
+            state, place = pages.states, position + model.draft_offsets[0]
             scores = model.draft(state, after.reshape(1, -1), place, pages)
             assert torch.allclose(scores, expected[:, first + count - 1], atol=1e-5)
+    # Two modules in a row, inside the engine.
+    serve = importlib.import_module(f"{name}.runtime.serve.engine")
+    check_drafts_of(model, serve)
+
+
+def check_drafts_of(model: Any, serve: Any) -> None:
+    """Each draft is what `forward` says of the text that came out, where the ones before are right;
+    and each right one saves a step."""
+    engine = serve.Engine(model, serve.Options(speculate=2, page=8, step_tokens=5))
+    sampling = serve.Sampling(max_tokens=60, temperature=1.0, seed=4)
+    engine.add("a", list(range(100, 107)), sampling)
+    request = engine.scheduler.waiting[0]
+    drafts: dict[int, list[int]] = {}
+    while engine.busy:
+        engine.step()
+        if request.drafts:
+            drafts[request.known] = request.drafts
+    text = [*request.prompt, *request.output]
+    with torch.no_grad():
+        scores = model(torch.tensor([text])).mtp_logits
+
+    def expected(depth: int, place: int) -> int:
+        """Score i of module k, from 0, is that of token i + k + 2."""
+        ahead = request.output[: place - len(request.prompt)]
+        row = scores[depth][0, place - depth - 2]
+        return int(serve.choose(row, sampling, request.prompt, ahead))
+
+    right = [0, 0]
+    for known, (first, *second) in drafts.items():
+        assert first == expected(0, known)
+        if second and first == text[known]:
+            right[0] += 1
+            assert second == [expected(1, known + 1)]
+            right[1] += second == [text[known + 1]]
+        elif not second:
+            right[0] += first == text[known]
+    stats = engine.stats()
+    assert [stats["accepted_drafts_1"], stats["accepted_drafts_2"]] == right
+    assert right[1] > 10
+    # The prompt takes two steps, of which the second gives a token.
+    assert stats["steps"] == 1 + 60 - sum(right)

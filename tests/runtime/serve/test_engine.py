@@ -15,6 +15,7 @@ from runtime.serve.blocks import Blocks
 from runtime.serve.engine import Engine
 from runtime.serve.options import Options
 from runtime.serve.request import Event, Sampling, Token
+from runtime.serve.speculate import LUCK, TRIED
 from tests.support.tiny import Model
 
 VOCAB = 96
@@ -96,6 +97,7 @@ def test_requests_give_the_same_bits_alone_and_in_any_company(model: Model) -> N
             Options(page=8, max_requests=7, step_tokens=33),
             Options(page=8, max_requests=30, step_tokens=10, prefix_cache=False),
             Options(page=8, max_requests=9, step_tokens=40, speculate=1),
+            Options(page=8, max_requests=9, step_tokens=40, speculate=3),
         ]
     ):
         found, engine = together(model, requests, options, seed)
@@ -105,7 +107,7 @@ def test_requests_give_the_same_bits_alone_and_in_any_company(model: Model) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speculate", [0, 1])
+@pytest.mark.parametrize("speculate", [0, 3])
 def test_preempted_requests_resume_with_the_same_bits(model: Model, speculate: int) -> None:
     rng = random.Random(1)
     requests = [
@@ -210,8 +212,8 @@ def test_drafts_are_what_the_forward_pass_expects(model: Model) -> None:
     drafts: dict[int, int] = {}
     while engine.busy:
         engine.step()
-        if request.draft is not None:
-            drafts[request.known] = request.draft
+        if request.drafts:
+            (drafts[request.known],) = request.drafts
     text = [*prompt, *request.output]
     with torch.no_grad():
         ahead = model(torch.tensor([text])).mtp_logits[0][0].argmax(-1).tolist()
@@ -233,7 +235,7 @@ class Broken(Model):
 
 
 class NoModule(Model):
-    draft_offset = None
+    draft_offsets = ()
 
 
 def test_nan_ends_the_request_that_has_it(model: Model) -> None:
@@ -287,7 +289,7 @@ def test_a_broken_draft_changes_nothing(poisoned: Model, monkeypatch: pytest.Mon
     expected = alone(poisoned, requests)
 
     def draft(_: Model, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
-        scores = torch.zeros(len(cache.rows.scored), VOCAB)
+        scores = torch.zeros(len(cache.last(state)), VOCAB)
         scores[:, 13] = 1
         return scores
 
@@ -295,6 +297,16 @@ def test_a_broken_draft_changes_nothing(poisoned: Model, monkeypatch: pytest.Mon
     engine = Engine(poisoned, Options(speculate=1))
     assert engine.generate(requests) == expected
     assert engine.stats()["drafts"] > 0 and engine.stats()["accepted_drafts"] == 0
+
+
+def test_drafting_ends_for_a_request_whose_drafts_are_wrong(model: Model) -> None:
+    engine = Engine(model, Options(speculate=2, max_model_len=200))
+    engine.add("a", [5, 9, 40], Sampling(max_tokens=150))
+    engine.add("b", [5, 9, 40], Sampling(max_tokens=150, temperature=1.0))
+    a, b = engine.scheduler.waiting
+    run(engine)
+    assert a.right < LUCK * a.tried and a.tried == TRIED
+    assert b.right > LUCK * b.tried and b.tried > TRIED
 
 
 def test_drafts_take_only_what_is_left_of_a_step(model: Model) -> None:
@@ -352,7 +364,7 @@ def test_what_can_never_run_is_refused(
         (lambda m: Engine(m, Options(cache_bytes=5000)), r"holds 0 tokens.*give it 102400 bytes"),
         (lambda m: Engine(Model(device="meta")), "has no weights yet"),
         (lambda m: Options(page=0), "page must be 1 or more, got 0"),
-        (lambda m: Options(speculate=2), "speculate must be 0 or 1, got 2"),
+        (lambda m: Options(speculate=5), "speculate must be from 0 to 4, got 5"),
         (lambda m: Engine(NoModule(), Options(speculate=1)), "no MTP module that could draft"),
     ],
 )
