@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checkpoint, fp8, optimizer
 from .cache import Cache
 from .config import Config
-from .generate import generate
+from .generate import Prompts, generate
 from .module import CheckpointModule
 from .stage import ModelShare, hold
 from .weights import Tensors, initialize
@@ -166,14 +166,16 @@ class LanguageModel(CheckpointModule, ABC):
         """Writes safetensors and config.json, as transformers reads them; see `checkpoint.save`."""
         checkpoint.save(self, folder)
 
+    @overload
+    def generate(self, tokens: Tensor, max_new_tokens: int, **settings: Any) -> Tensor: ...
+    @overload
     def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        eos_token_id: int | Sequence[int] | Literal["config"] | None = "config",
-    ) -> Tensor:
-        """Continues tokens [batch, seq]; see `generate.generate`."""
-        return generate(self, tokens, max_new_tokens, temperature, top_p, seed, eos_token_id)
+        self, tokens: Prompts, max_new_tokens: int, **settings: Any
+    ) -> list[list[int]]: ...
+
+    def generate(
+        self, tokens: Tensor | Prompts, max_new_tokens: int, **settings: Any
+    ) -> Tensor | list[list[int]]:
+        """Continues prompts, int64 [batch, seq] or lists of token ids; see `generate.generate`."""
+        decoder: Any = self  # its cache is of either kind
+        return generate(decoder, tokens, max_new_tokens, **settings)

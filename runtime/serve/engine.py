@@ -112,7 +112,9 @@ class Engine:
             raise ValueError("the prompt is empty: it needs at least one token")
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}: {low} to {high}")
+            raise ValueError(
+                f"token ids must be from 0 to {self.vocab_size - 1}, got {low} to {high}"
+            )
         if len(prompt) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
                 f"{len(prompt)} tokens and {sampling.max_tokens} new ones exceed the longest text "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime.cache import Cache
 from runtime.config import freeze
-from runtime.generate import _sample
+from runtime.pages import Pages
 from tests.support.tiny import CONFIG, Model
 
 
@@ -26,20 +26,24 @@ class Scripted:
 
     config = CONFIG
     device = torch.device("cpu")
+    draft_offsets = ()
+    paged_latent_attention = None
 
-    def __init__(self, *script: dict[int, float]) -> None:
+    def __init__(self, *script: dict[int, float], prompt: int = 1) -> None:
+        """For prompts of so many tokens."""
         self.script = [torch.full((96,), -5.0) for _ in script]
         for row, scores in zip(self.script, script, strict=True):
             for token, score in scores.items():
                 row[token] = score
+        self.prompt = prompt
         self.asked: list[tuple[list[int], list[int]]] = []
 
-    def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
         self.asked.append((tokens[0].tolist(), position[0].tolist()))
-        return self.script[len(self.asked) - 1].expand(len(tokens), -1)
-
-    def prefill(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        return self.decode(tokens, position, cache)
+        cache.last(torch.zeros(1, tokens.shape[1], 4))
+        places = position[0, cache.rows.scored] + 1 - self.prompt
+        rows = [self.script[max(i, 0)] for i in places.tolist()]
+        return torch.stack(rows) if rows else torch.zeros(0, 96)
 
 
 def generate(model: Any, prompt: Tensor, new: int, **settings: Any) -> list[list[int]]:
@@ -66,24 +70,33 @@ def test_greedy_equals_choosing_from_the_full_forward(model: Model) -> None:
 
 
 def test_each_step_feeds_only_what_is_new() -> None:
-    model = Scripted({7: 1.0}, {8: 1.0}, {9: 1.0})
+    model = Scripted({7: 1.0}, {8: 1.0}, {9: 1.0}, prompt=2)
     assert generate(model, torch.tensor([[3, 4]]), 3) == [[3, 4, 7, 8, 9]]
-    assert model.asked == [([3, 4], [0, 1]), ([7], [2]), ([8], [3])]
+    steps = [asked for asked in model.asked if asked != ([0], [0])]  # that count memory
+    assert steps == [([3, 4], [0, 1]), ([7], [2]), ([8], [3])]
 
 
 def test_of_equal_scores_the_lowest_id_wins() -> None:
     assert generate(Scripted({9: 1.0, 4: 1.0, 60: 1.0}), torch.tensor([[2]]), 1) == [[2, 4]]
 
 
-def test_ended_rows_are_filled_until_all_have_ended() -> None:
-    class Ends(Scripted):
-        def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-            scores = super().decode(tokens, position, cache).clone()
-            if len(self.asked) == 2:
-                scores[0, 1] = 9.0  # row 0 ends at the second step
-            return scores
+class Ends(Scripted):
+    """Row 0, which began with token 2, is given another token at its step `at`."""
 
-    model = Ends({7: 1.0}, {7: 1.0}, {8: 1.0}, {1: 1.0}, {7: 1.0})
+    def __init__(self, *script: dict[int, float], at: int, token: int) -> None:
+        super().__init__(*script)
+        self.at, self.token = at, token
+
+    def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
+        scores = super().decode(tokens, position, cache)
+        first = cache.rows.scored[:1]
+        if len(self.asked) > 2 and int(position[0, first]) == self.at:
+            scores[0, self.token] = 9.0
+        return scores
+
+
+def test_ended_rows_are_filled_until_all_have_ended() -> None:
+    model = Ends({7: 1.0}, {7: 1.0}, {8: 1.0}, {1: 1.0}, {7: 1.0}, at=1, token=1)
     assert generate(model, torch.tensor([[2], [3]]), 5) == [[2, 7, 1, 1, 1], [3, 7, 7, 8, 1]]
 
 
@@ -110,16 +123,37 @@ def test_any_of_several_tokens_ends_a_row() -> None:
 
 
 def test_rows_that_ended_differently_are_filled_with_the_first() -> None:
-    class Rows(Scripted):
-        def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-            scores = super().decode(tokens, position, cache).clone()
-            if len(self.asked) == 1:
-                scores[0, 9] = 9.0
-            return scores
-
-    model = Rows({7: 1.0}, {8: 1.0}, {5: 1.0}, {6: 1.0})
+    model = Ends({7: 1.0}, {8: 1.0}, {5: 1.0}, {6: 1.0}, at=0, token=9)
     found = generate(model, torch.tensor([[2], [3]]), 4, eos_token_id=[5, 9])
     assert found == [[2, 9, 5, 5], [3, 7, 8, 5]]
+
+
+def test_prompts_of_any_lengths_give_lists(model: Model) -> None:
+    prompts = [[5, 9, 40], [7], [*range(2, 40)]]
+    found = model.generate(prompts, 6, eos_token_id=None)
+    assert [len(text) for text in found] == [9, 7, 44]
+    for prompt, text in zip(prompts, found, strict=True):
+        assert model.generate(torch.tensor([prompt]), 6, eos_token_id=None).tolist() == [text]
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(model: Model) -> None:
+    prompts = [[5, 9, 40], [7], [5, 9, 40], [8, 8]]
+    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 50, "eos_token_id": None}
+    found = model.generate(prompts, 12, seed=3, **settings)
+    assert found[0] != found[2]
+    for i, prompt in enumerate(prompts):
+        assert model.generate([prompt], 12, seed=[3 + i], **settings) == [found[i]]
+    drafted = model.generate(prompts, 12, seed=3, speculate=1, **settings)
+    assert drafted == found
+
+
+def test_tokens_are_shown_as_they_come(model: Model) -> None:
+    shown: list[tuple[int, int]] = []
+    found = model.generate(
+        [[5, 9], [7]], 4, eos_token_id=None, show=lambda i, token: shown.append((i, token.id))
+    )
+    assert [id for i, id in shown if i == 0] == found[0][2:]
+    assert sorted(i for i, _ in shown[:2]) == [0, 1] and len(shown) == 8
 
 
 def test_no_new_tokens_gives_the_prompt(model: Model) -> None:
@@ -136,40 +170,14 @@ def test_sampling_repeats_with_its_seed_and_leaves_torchs_alone(model: Model) ->
     assert torch.equal(state, torch.get_rng_state())
 
 
-def frequencies(scores: list[float], temperature: float, top_p: float) -> list[float]:
-    draws = 20_000
-    logits = torch.tensor(scores).expand(draws, -1)
-    drawn = _sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
-    return (drawn.bincount(minlength=len(scores)) / draws).tolist()
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    scores = [0.0, 2.0, -1.0, 1.0]
-    for temperature in (0.5, 1.0, 3.0):
-        expected = (torch.tensor(scores) / temperature).softmax(0).tolist()
-        assert frequencies(scores, temperature, 1.0) == pytest.approx(expected, abs=0.015)
-
-
-def test_top_p_keeps_the_smallest_set_that_holds_it() -> None:
-    scores = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().tolist()
-    assert frequencies(scores, 1.0, 0.5) == [0, 1, 0, 0]
-    assert frequencies(scores, 1.0, 0.51) == pytest.approx([0, 5 / 8, 0, 3 / 8], abs=0.015)
-    kept = [15 / 95, 50 / 95, 0, 30 / 95]
-    assert frequencies(scores, 1.0, 0.9) == pytest.approx(kept, abs=0.015)
-    assert frequencies(scores, 1.0, 1e-9) == [0, 1, 0, 0]
-    # One of two halves is exactly a half, and of equals the lowest id is kept.
-    assert frequencies([0.0, 0.0], 1.0, 0.5) == [1, 0]
-
-
-def test_a_very_low_temperature_is_greedy() -> None:
-    assert frequencies([1.0, 2.0, 1.5], 1e-310, 1.0) == [0, 1, 0]
-
-
 @pytest.mark.parametrize(
     ("prompt", "new", "settings", "message"),
     [
         (torch.ones(1, 2), 1, {}, "int64"),
-        ([[3, 4]], 1, {}, "got a list"),
+        ([], 1, {}, "must be prompts"),
+        ([3, 4], 1, {}, "must be prompts"),
+        ([[3, 4], []], 1, {}, "at least one token"),
+        ([[3, 4.0]], 1, {}, "must be ints"),
         (torch.ones(2, dtype=torch.int64), 1, {}, r"int64 \[batch, seq\]"),
         (torch.ones(1, 0, dtype=torch.int64), 1, {}, "at least one token"),
         (torch.tensor([[3, 96]]), 1, {}, "from 0 to 95, got 3 to 96"),
@@ -180,6 +188,9 @@ def test_a_very_low_temperature_is_greedy() -> None:
         (torch.tensor([[3]]), 1, {"temperature": float("nan")}, "temperature"),
         (torch.tensor([[3]]), 1, {"top_p": 0.0}, "top_p"),
         (torch.tensor([[3]]), 1, {"top_p": 1.1}, "top_p"),
+        (torch.tensor([[3]]), 1, {"top_q": 1.1}, "unexpected keyword argument 'top_q'"),
+        (torch.tensor([[3]]), 1, {"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        (torch.tensor([[3]]), 1, {"speculate": 9}, "from 0 to 4"),
     ],
 )
 def test_what_makes_no_sense_is_explained(
