@@ -166,7 +166,20 @@ def _cast(e: Emitter, op: Op) -> None:
 
 
 def _scale(e: Emitter, op: Op) -> None:
-    e.assign(op, f"{e.operand(op, 0)} * {literal(op.attrs['by'])}")
+    x, by = e.operand(op, 0), op.real("by")
+    e.assign(op, f"-{x}" if by == -1 else f"{x} * {literal(by)}")
+
+
+def _shift(e: Emitter, op: Op) -> None:
+    x, by = e.operand(op, 0), op.real("by")
+    if op.attrs["negated"]:
+        e.assign(op, f"{literal(by)} - {x}")
+    else:
+        e.assign(op, f"{x} {'-' if by < 0 else '+'} {literal(abs(by))}")
+
+
+def _reciprocal(e: Emitter, op: Op) -> None:
+    e.assign(op, f"{literal(op.attrs['by'])} / {e.operand(op, 0)}")
 
 
 def _constant(e: Emitter, op: Op) -> None:
@@ -314,6 +327,8 @@ STATEMENTS: Mapping[str, Emit] = {
     "mul": _infix("*"),
     "div": _infix("/"),
     "scale": _scale,
+    "shift": _shift,
+    "reciprocal": _reciprocal,
     "cast": _cast,
     "constant": _constant,
     "sum": _sum,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from backends.torch.emit import Emit, Emitter, call_f, call_fp8, index_of
 from compiler.graph.core import Op
 from compiler.ops.base import dims_of
+from compiler.ops.gradient import ones_of
 
 
 def _call_g(name: str, *attrs: str) -> Emit:
@@ -64,6 +65,20 @@ def _sum_over(e: Emitter, op: Op) -> None:
     e.assign(op, f"{e.operand(op, 0)}.sum({index_of(type, dim.name) - len(type.dims)})")
 
 
+def _sum_to(e: Emitter, op: Op) -> None:
+    leading, ones = op.number("leading"), list(ones_of(op.attrs["ones"]))
+    text = e.operand(op, 0)
+    if leading:
+        text += f".sum({_axes(range(leading))})"
+    if ones:
+        text += f".sum({_axes(ones)}, keepdim=True)"
+    e.assign(op, text)
+
+
+def _axes(places: Sequence[int]) -> str:
+    return str(places[0]) if len(places) == 1 else f"({', '.join(map(str, places))})"
+
+
 def _pad(e: Emitter, op: Op) -> None:
     at = index_of(op.operands[0].type, op.attrs["dim"])
     e.assign(op, f"G.{op.kind}({e.operand(op, 0)}, {at}, {op.attrs['count']})")
@@ -108,6 +123,7 @@ GRADIENTS: Mapping[str, Emit] = {
     "cross_entropy_grad": _call_g("cross_entropy_grad"),
     "linear_cross_entropy": _linear_cross_entropy,
     "sum_over": _sum_over,
+    "sum_to": _sum_to,
     "expand_like": lambda e, op: e.assign(op, f"{e.operand(op, 0)}.expand_as({e.operand(op, 1)})"),
     "zeros_like": lambda e, op: e.assign(op, f"torch.zeros_like({e.operand(op, 0)})"),
     "pad_first": _pad,

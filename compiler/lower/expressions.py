@@ -11,11 +11,14 @@ from typing import Any
 from compiler.graph.core import Value
 from compiler.graph.types import Dim
 from compiler.lower.bind import Const
+from compiler.lower.forms import FORMS
 from compiler.lower.names import word_problem
 from compiler.lower.scope import POISON, LayerIndex, Poison, Result, Scope, Stop
 from dsl import ast
 from dsl.evaluate import FUNCTIONS, evaluate
 from dsl.suggest import nearest
+
+Attrs = dict[str, Any]
 
 _ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
 _DIM_NAME = re.compile(r"[A-Za-z_0-9]+([*+][A-Za-z_0-9]+)*")
@@ -36,16 +39,18 @@ class Expressions(Scope):
             case ast.Binary() if self._holds_tensor(node):
                 return self._arithmetic(node, names)
             case ast.Unary() if self._holds_tensor(node):
+                if node.operator == "-":
+                    x = self.one(node.operand)
+                    spans = [node.operand.span]
+                    return self.op("scale", [x], names=names, operand_spans=spans, by=-1.0)
                 self.error(
                     "E220",
                     f"`{node.operator}` does not work on a tensor",
                     node,
                     "not for tensors",
-                    help="write `x * -1`" if node.operator == "-" else "conditions are of numbers",
+                    help="conditions are of numbers",
                 )
-            case ast.Call() if (
-                node.function.value not in FUNCTIONS and node.function.value != "count"
-            ):
+            case ast.Call() if self._holds_tensor(node):
                 return self.call(node, names)
             case ast.Conditional() if self._holds_tensor(node):
                 chosen = node.then if self.flag(node.condition) else node.otherwise
@@ -86,7 +91,7 @@ class Expressions(Scope):
                 "a tensor is needed here, this is a number",
                 node,
                 f"is {result.value!r}",
-                help="numbers may multiply or divide a tensor: `x * 2`, `x / 2`",
+                help="arithmetic takes numbers beside a tensor: `1 - x`, `x * 2`",
             )
         assert isinstance(result, list)
         return result
@@ -127,8 +132,12 @@ class Expressions(Scope):
                 return self._holds_tensor(node.operand)
             case ast.Conditional():
                 return self._holds_tensor(node.then) or self._holds_tensor(node.otherwise)
+            case ast.Call() if node.function.value in FUNCTIONS:  # some are for tensors, too
+                return node.function.value in FORMS and any(
+                    self._holds_tensor(argument.value) for argument in node.arguments
+                )
             case ast.Call():
-                return node.function.value not in FUNCTIONS and node.function.value != "count"
+                return node.function.value != "count"
             case _:
                 return False
 
@@ -150,28 +159,50 @@ class Expressions(Scope):
         right = self.value(node.right, [])
         if isinstance(left, Poison) or isinstance(right, Poison):
             raise Stop
-        sides = (left, right)
         spans = [node.left.span, node.right.span]
-        if isinstance(right, Const) and kind in ("mul", "div"):
-            factor = self._as_number(right.value, node.right)
-            by = factor if kind == "mul" else 1 / factor
-            x = self.single(left, node.left)
-            return self.op("scale", [x], names=names, operand_spans=spans[:1], by=by)
-        if isinstance(left, Const) and kind == "mul":
-            by = self._as_number(left.value, node.left)
-            x = self.single(right, node.right)
-            return self.op("scale", [x], names=names, operand_spans=spans[1:], by=by)
-        operands = [self.single(s, n) for s, n in zip(sides, (node.left, node.right), strict=True)]
+        if isinstance(right, Const):
+            x, number = self.single(left, node.left), self._as_number(right.value, node.right)
+            kind, attrs = self._with_number(node.operator, number, node.right)
+            return self.op(kind, [x], names=names, operand_spans=spans[:1], **attrs)
+        if isinstance(left, Const):
+            number, x = self._as_number(left.value, node.left), self.single(right, node.right)
+            kind, attrs = self._of_number(number, node.operator, node.left)
+            return self.op(kind, [x], names=names, operand_spans=spans[1:], **attrs)
+        operands = [self.single(left, node.left), self.single(right, node.right)]
         return self.op(kind, operands, names=names, operand_spans=spans)
 
-    def _as_number(self, value: Any, node: ast.Expr) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+    def _with_number(self, operator: str, number: float, node: ast.Expr) -> tuple[str, Attrs]:
+        """The operator of `x operator number`."""
+        if operator in ("+", "-"):
+            return "shift", {"by": number if operator == "+" else -number, "negated": False}
+        self._not_zero(number, node)
+        return "scale", {"by": number if operator == "*" else 1 / number}
+
+    def _of_number(self, number: float, operator: str, node: ast.Expr) -> tuple[str, Attrs]:
+        """The operator of `number operator x`."""
+        if operator in ("+", "-"):
+            return "shift", {"by": number, "negated": operator == "-"}
+        self._not_zero(number, node)
+        return "scale" if operator == "*" else "reciprocal", {"by": number}
+
+    def _not_zero(self, number: float, node: ast.Expr) -> None:
+        if number == 0:
             self.error(
                 "E221",
                 "a tensor is scaled by a number other than 0",
                 node,
-                f"is {value!r}",
+                f"is {number:g}",
                 help="leave the term out, or choose another number",
+            )
+
+    def _as_number(self, value: Any, node: ast.Expr) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.error(
+                "E221",
+                "arithmetic of a tensor is with a number or a tensor",
+                node,
+                f"is {value!r}",
+                help="leave the term out, or choose a number",
             )
         return float(value)
 
@@ -258,7 +289,8 @@ class Expressions(Scope):
             self.low.not_a_size(node.span.text, size, place, ast.names_in(node), self.bound)
             raise Stop
         text = re.sub(r"\s+", "", node.span.text)
-        if not _DIM_NAME.fullmatch(text) or text.isdigit():
+        # 1 is broadcast, whatever it counts.
+        if not _DIM_NAME.fullmatch(text) or (text.isdigit() and text != "1"):
             self.error(
                 "E230",
                 "a dimension needs a name",

@@ -160,6 +160,11 @@ def same_shape(kind: str, a: Type, b: Type) -> None:
         if x != y:
             message = f"{kind} needs equal shapes: {x.words} does not meet {y.words}"
             raise TypeMismatch(message, 1, help)
+    need_dtype(kind, a, b)
+
+
+def need_dtype(kind: str, a: Type, b: Type) -> None:
+    """Raises `TypeMismatch` where element types differ: they are never mixed in silence."""
     if a.dtype != b.dtype:
         raise TypeMismatch(
             f"{kind} needs equal element types: {a.dtype} does not meet {b.dtype}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from compiler.graph.core import Attr
 from compiler.graph.types import Dim, Type
 from compiler.ops.attention import Attention, DocumentAttention
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
@@ -333,6 +334,37 @@ class SumOver(Operator):
         if dim not in x.dims:
             raise TypeMismatch(f"{cls.kind}: there is no {dim.words} in {x.words}", 0)
         return (x.with_dims(*(d for d in x.dims if d != dim)),)
+
+
+class SumTo(Operator):
+    """The gradient of what was broadcast: x summed over its first `leading` dimensions, and over
+    each dimension of `ones`, which stays with size 1.
+
+    `ones` holds its place, counted from the end as -1, and its name, one behind the other.
+    """
+
+    kind = "sum_to"
+    sums = "all"
+    operands = ("x",)
+    attrs: ClassVar = {"leading": int, "ones": tuple}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (x,) = site.types
+        leading, ones = site.number("leading"), ones_of(site.attrs["ones"])
+        dims = list(x.dims)
+        if leading > len(dims) or any(-place > len(dims) - leading for place in ones):
+            raise TypeMismatch(f"{cls.kind}: {x.words} has fewer dimensions than are summed", 0)
+        for place, name in ones.items():
+            dims[place] = Dim(name, 1)
+        return (x.with_dims(*dims[leading:]),)
+
+
+def ones_of(value: Attr) -> dict[int, str]:
+    """The dimensions that `sum_to` leaves with size 1: name by place from the end."""
+    assert isinstance(value, tuple)
+    return {int(place): str(name)  # type: ignore[arg-type]
+            for place, name in zip(value[::2], value[1::2], strict=True)}  # fmt: skip
 
 
 class ExpandLike(Operator):

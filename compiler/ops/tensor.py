@@ -1,4 +1,4 @@
-"""Arithmetic and layout."""
+"""Casts, constants, sums, and layout."""
 
 from __future__ import annotations
 
@@ -20,105 +20,6 @@ from compiler.ops.base import (
     need_rank,
     same_shape,
 )
-
-
-class _Elementwise(Operator):
-    operands = ("x", "y")
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, y = site.types
-        need_float(cls.kind, x)
-        # A scalar meets every shape.
-        if not y.dims and x.dims:
-            return (x,)
-        if not x.dims and y.dims:
-            return (y,)
-        same_shape(cls.kind, x, y)
-        return (x,)
-
-
-class Add(_Elementwise):
-    """x + y of equal shapes; a scalar meets every shape."""
-
-    kind = "add"
-    cheap = True
-    rowwise = True
-    termwise = True
-    sums = "all"
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        return [_fit(at, d[0], v) for v in op.operands]
-
-
-class Sub(_Elementwise):
-    """x - y of equal shapes."""
-
-    kind = "sub"
-    cheap = True
-    rowwise = True
-    sums = "all"
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        x, y = op.operands
-        return [_fit(at, d[0], x), _fit(at, _negative(at, d[0], y), y)]
-
-
-class Mul(_Elementwise):
-    """x * y of equal shapes; a scalar meets every shape."""
-
-    kind = "mul"
-    cheap = True
-    rowwise = True
-    termwise = True
-    sums = "one"
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        x, y = op.operands
-        return [_fit(at, _times(at, d[0], y, x), x), _fit(at, _times(at, d[0], x, y), y)]
-
-
-class Div(_Elementwise):
-    """x / y of equal shapes; a scalar meets every shape."""
-
-    kind = "div"
-    cheap = True
-    rowwise = True
-    termwise = True
-    sums = "first"
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        """d / y, and -d (x / y) / y."""
-        x, y = op.operands
-        dx, dy = _over(at, d[0], y, x), _over(at, _times(at, d[0], op.result, y), y, y)
-        return [_fit(at, dx, x), _fit(at, _negative(at, dy, y), y)]
-
-
-class Scale(Operator):
-    """x times a number that is known when the model is built."""
-
-    kind = "scale"
-    cheap = True
-    rowwise = True
-    termwise = True
-    operands = ("x",)
-    sums = "all"
-    attrs: ClassVar = {"by": float}
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        need_float(cls.kind, site.types[0])
-        return site.types
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None]
-        return at.add("scale", [d[0]], names=[f"d_{op.operands[0].name}"], by=op.attrs["by"])
 
 
 class Cast(Operator):
@@ -383,35 +284,6 @@ class LastEntry(Operator):
         (x,) = site.types
         at = find_dim(cls.kind, x, "seq")
         return (x.with_dims(*x.dims[:at], *x.dims[at + 1 :]),)
-
-
-def _fit(at: Adjoint, d: Value | None, x: Value) -> Value | None:
-    """A gradient in the type of its operand: a scalar that met a tensor takes the sum."""
-    if d is None or not at.needs_grad(x):
-        return None
-    if d.type.dims and not x.type.dims:
-        (d,) = at.add("sum", [d], names=[f"d_{x.name}"])
-    if d.type.dtype != x.type.dtype:
-        (d,) = at.add("cast", [d], names=[f"d_{x.name}"], dtype=x.type.dtype)
-    return d
-
-
-def _times(at: Adjoint, d: Value | None, by: Value, x: Value) -> Value | None:
-    if d is None or not at.needs_grad(x):
-        return None
-    return at.add("mul", [d, by], names=[f"d_{x.name}"])[0]
-
-
-def _over(at: Adjoint, d: Value | None, by: Value, x: Value) -> Value | None:
-    if d is None or not at.needs_grad(x):
-        return None
-    return at.add("div", [d, by], names=[f"d_{x.name}"])[0]
-
-
-def _negative(at: Adjoint, d: Value | None, x: Value) -> Value | None:
-    if d is None or not at.needs_grad(x):
-        return None
-    return at.add("scale", [d], names=[f"d_{x.name}"], by=-1.0)[0]
 
 
 def _padded(at: Adjoint, op: Op, d: Value | None, kind: str) -> Sequence[Value | None]:

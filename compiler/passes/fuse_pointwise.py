@@ -40,7 +40,7 @@ def _add_rms_norm(at: Place) -> Sequence[Value] | Miss:
     if add is None:
         return Miss("what is normed is no sum", at.op)
     if any(v.type != x.type for v in add.operands):
-        return Miss("a scalar is added", add)
+        return Miss("what is added is broadcast", add)
     if at.read_earlier(add):
         return Miss("the sum is read before it is normed", add)
     names = [x.name, at.op.result.name]

@@ -52,7 +52,7 @@ def drop_unread(program: Program) -> None:
 
 
 def _drop_identities(graph: Graph) -> bool:
-    """x * 1 and x + 0."""
+    """x * 1 and x + 0, of a number or a tensor."""
     zeros = {op.result for op in graph.walk() if op.kind == "constant" and op.attrs["value"] == 0}
     changed = False
     for ops in lists(graph):
@@ -67,6 +67,8 @@ def _drop_identities(graph: Graph) -> bool:
 
 def _same_as(op: Op, zeros: set[Value]) -> Value | None:
     if op.kind == "scale" and op.attrs["by"] == 1:
+        return op.operands[0]
+    if op.kind == "shift" and op.attrs["by"] == 0 and not op.attrs["negated"]:
         return op.operands[0]
     if op.kind == "add":
         for value, other in (op.operands, reversed(op.operands)):

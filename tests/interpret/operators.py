@@ -12,6 +12,7 @@ from torch import Tensor
 from compiler.graph.core import Attr, Op
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
+from compiler.ops.gradient import ones_of
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
@@ -91,6 +92,17 @@ def _pad(f: Frame, op: Op, x: Tensor) -> Tensor:
 
 def _sum_over(f: Frame, op: Op, x: Tensor) -> Tensor:
     return x.sum(_axis(op.operands[0].type, dims_of(op.attrs["dim"])[0].name))
+
+
+def _sum_to(f: Frame, op: Op, x: Tensor) -> Tensor:
+    return x.sum_to_size(_sum_to_shape(op, x))
+
+
+def _sum_to_shape(op: Op, x: Tensor) -> list[int]:
+    shape = list(x.shape)
+    for place in ones_of(op.attrs["ones"]):
+        shape[place] = 1
+    return shape[op.number("leading") :]
 
 
 def _head_linear(f: Frame, op: Op, x: Tensor) -> Tensor:
@@ -365,6 +377,8 @@ RUN: dict[str, Run] = {
     "mul": _t(torch.mul),
     "div": _t(torch.div),
     "scale": lambda f, op, x: x * op.attrs["by"],
+    "shift": lambda f, op, x: op.attrs["by"] + (-x if op.attrs["negated"] else x),
+    "reciprocal": lambda f, op, x: op.attrs["by"] / x,
     "cast": _cast,
     "constant": _constant,
     "sum": _t(torch.sum),
@@ -404,6 +418,7 @@ RUN: dict[str, Run] = {
     "sequence_balance_loss_grad": _g("sequence_balance_loss_grad", "k"),
     "cross_entropy_grad": _g("cross_entropy_grad"),
     "sum_over": _sum_over,
+    "sum_to": _sum_to,
     "expand_like": lambda f, op, d, x: d.expand_as(x),
     "zeros_like": _t(torch.zeros_like),
     "pad_first": _pad,

@@ -172,14 +172,21 @@ def _pointwise(m: Maker) -> None:
 
 def _elementwise(m: Maker) -> None:
     if x := m.floats(0):
-        y = m.pick(lambda t: t == x.type or (bool(x.type.dims) and t == Type("f32")))
+        y = m.pick(lambda t: t == x.type or (bool(x.type.dims) and _is_broadcast(t, x.type)))
         if y:
             m.add(m.draw(st.sampled_from(["add", "sub", "mul", "div"])), x, y)
+
+
+def _is_broadcast(t: Type, to: Type) -> bool:
+    last = to.dims[len(to.dims) - len(t.dims) :]
+    return t == Type("f32") or (t.dtype == to.dtype and t.dims == last)
 
 
 def _scale(m: Maker) -> None:
     if x := m.floats(0):
         m.add("scale", x, by=m.draw(numbers))
+        m.plain("shift", x, by=m.draw(numbers), negated=m.draw(st.booleans()))
+        m.plain("reciprocal", x, by=2.0)
 
 
 def _cast(m: Maker) -> None:

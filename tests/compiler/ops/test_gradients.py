@@ -110,12 +110,23 @@ def _of_one(kind: str, **attrs: Attr) -> Callable[[Draw], Example]:
     return lambda d: Example(kind, [d.tokens(d.dim("width"))], attrs=attrs)
 
 
+def _away_from_zero(kind: str, **attrs: Attr) -> Callable[[Draw], Example]:
+    def example(d: Draw) -> Example:
+        type, x = d.tokens(d.dim("width"))
+        return Example(kind, [(type, x.sign() * (x.abs() + 0.5) + (x == 0))], attrs=attrs)
+
+    return example
+
+
 def _of_two(kind: str) -> Callable[[Draw], Example]:
-    """Equal shapes, or a scalar before or behind a tensor, or two scalars."""
+    """Equal shapes, scalars, and others that are broadcast, before or behind the tensor."""
 
     def example(d: Draw) -> Example:
-        whole = (BATCH, SEQ, d.dim("width"))
-        x, y = d.choice((whole, whole), (whole, ()), ((), whole), ((), ()))
+        heads, width, one = d.dim("heads", 2), d.dim("width", 2), Dim("one", 1)
+        whole = (BATCH, SEQ, heads, width)
+        small = d.choice((), whole, (width,), (BATCH, SEQ, heads, one), (one, width), (one,))
+        first_one, last_one = (BATCH, SEQ, one, width), (heads, one)
+        x, y = d.choice((whole, small), (small, whole), (first_one, last_one), ((), ()))
         first, (type, second) = d.floats(*x), d.floats(*y)
         if kind == "div":  # away from the pole
             second = second.sign() * (second.abs() + 0.5) + (second == 0)
@@ -317,6 +328,8 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "mul": _of_two("mul"),
     "div": _of_two("div"),
     "scale": _of_one("scale", by=-2.5),
+    "shift": lambda d: _of_one("shift", by=d.choice(1.0, -2.5), negated=d.choice(True, False))(d),
+    "reciprocal": _away_from_zero("reciprocal", by=-1.5),
     "cast": _of_one("cast", dtype="bf16"),
     "sum": _of_one("sum"),
     "split": _split,

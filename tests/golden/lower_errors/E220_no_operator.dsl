@@ -2,4 +2,4 @@ block Example(x: [batch, seq, hidden_size]) -> [batch, seq, hidden_size]:
   params hidden_size
   a = x // 2
   b = x < x
-  return -x
+  return not x
