@@ -88,6 +88,61 @@ def softmax(x: Tensor) -> Tensor:
     return torch.softmax(x.double(), dim=-1).to(x.dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """`x P(x)`, elementwise, P the distribution function of N(0, 1) (arXiv 1606.08415)."""
+    if matmul.is_batch_invariant():  # as for `silu`
+        exact = wide(x)
+        return (exact / 2 * (1 + torch.erf(exact * math.sqrt(0.5)))).to(x.dtype)
+    return torch_f.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """`x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`, elementwise."""
+    if matmul.is_batch_invariant():
+        exact = wide(x)
+        inner = math.sqrt(2 / math.pi) * (exact + 0.044715 * exact * exact * exact)
+        return (exact / 2 * (1 + torch.tanh(inner))).to(x.dtype)
+    return torch_f.gelu(x, approximate="tanh")
+
+
+def relu(x: Tensor) -> Tensor:
+    """`max(x, 0)`, elementwise."""
+    return torch.relu(x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """`max(x, 0)^2`, elementwise (arXiv 2109.08668)."""
+    return torch.relu(x).square()
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Hyperbolic tangent, elementwise."""
+    return torch.tanh(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """`log(1 + exp(x))`, elementwise; from 40 on that is x, also in float64."""
+    if matmul.is_batch_invariant():
+        exact = wide(x)
+        return torch.log1p(torch.exp(exact.clamp(max=40))).where(exact < 40, exact).to(x.dtype)
+    return torch_f.softplus(x, threshold=40)
+
+
+def exp(x: Tensor) -> Tensor:
+    """e to the power of x, elementwise."""
+    return torch.exp(x)
+
+
+def log(x: Tensor) -> Tensor:
+    """Natural logarithm, elementwise."""
+    return torch.log(x)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Square root, elementwise."""
+    return torch.sqrt(x)
+
+
 def rope_table(
     position: Tensor,
     *,

@@ -99,6 +99,55 @@ def sigmoid_grad(d: Tensor, y: Tensor) -> Tensor:
     return dx
 
 
+def gelu_grad(d: Tensor, x: Tensor) -> Tensor:
+    """`d (P(x) + x p(x))`, P the distribution function of N(0, 1) and p its density."""
+    dx: Tensor = torch.ops.aten.gelu_backward(d, x)
+    return dx
+
+
+def gelu_tanh_grad(d: Tensor, x: Tensor) -> Tensor:
+    """`d` times the slope of `gelu_tanh` at x."""
+    dx: Tensor = torch.ops.aten.gelu_backward(d, x, approximate="tanh")
+    return dx
+
+
+def relu_grad(d: Tensor, y: Tensor) -> Tensor:
+    """`d` where the result y is above 0."""
+    dx: Tensor = torch.ops.aten.threshold_backward(d, y, 0)
+    return dx
+
+
+def relu_squared_grad(d: Tensor, x: Tensor) -> Tensor:
+    """`2 d max(x, 0)`."""
+    return 2 * d * torch.relu(x)
+
+
+def tanh_grad(d: Tensor, y: Tensor) -> Tensor:
+    """`d (1 - y^2)` from the result y."""
+    dx: Tensor = torch.ops.aten.tanh_backward(d, y)
+    return dx
+
+
+def softplus_grad(d: Tensor, x: Tensor) -> Tensor:
+    """`d sigmoid(x)`."""
+    return d * torch.sigmoid(x)
+
+
+def exp_grad(d: Tensor, y: Tensor) -> Tensor:
+    """`d y` from the result y."""
+    return d * y
+
+
+def log_grad(d: Tensor, x: Tensor) -> Tensor:
+    """`d / x`."""
+    return d / x
+
+
+def sqrt_grad(d: Tensor, y: Tensor) -> Tensor:
+    """`d / (2 y)` from the result y."""
+    return d / (2 * y)
+
+
 def softmax_grad(d: Tensor, y: Tensor) -> Tensor:
     """`y (d - sum(d y))` from the result y."""
     wide_d, wide_y = F.wide(d), F.wide(y)

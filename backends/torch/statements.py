@@ -12,6 +12,7 @@ from backends.torch.statements_grad import GRADIENTS
 from compiler.graph.core import Op
 from compiler.graph.types import Dim
 from compiler.ops.base import dims_of
+from compiler.ops.pointwise import POINTWISE
 
 
 def _infix(operator: str) -> Emit:
@@ -284,8 +285,7 @@ STATEMENTS: Mapping[str, Emit] = {
     "rms_norm": call_f("rms_norm", "eps"),
     "add_rms_norm": call_f("add_rms_norm", "eps"),
     "swiglu": call_f("swiglu"),
-    "silu": call_f("silu"),
-    "sigmoid": call_f("sigmoid"),
+    **{f.kind: call_f(f.kind) for f in POINTWISE},
     "softmax": call_f("softmax"),
     "rope_table": call_f(
         "rope_table", "dim", "theta", "factor", "original_max_position_embeddings", "beta_fast",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from backends.torch.emit import Emit, Emitter, call_f, call_fp8, index_of
 from compiler.graph.core import Op
 from compiler.ops.base import dims_of
-from compiler.ops.gradient import ones_of
+from compiler.ops.gradient import POINTWISE_GRADS, ones_of
 
 
 def _call_g(name: str, *attrs: str) -> Emit:
@@ -107,9 +107,8 @@ GRADIENTS: Mapping[str, Emit] = {
     "swiglu_grad_quantize": call_fp8("swiglu_grad_quantize", "scale"),
     "quantize_both": call_fp8("quantize_both", "scale"),
     "join_rotated_grad": _call_g("join_rotated_grad"),
-    "silu_grad": _call_g("silu_grad"),
+    **{grad.kind: _call_g(grad.kind) for grad in POINTWISE_GRADS},
     "swiglu_grad": _call_g("swiglu_grad"),
-    "sigmoid_grad": _call_g("sigmoid_grad"),
     "softmax_grad": _call_g("softmax_grad"),
     "attention_saving": _call_g("attention_saving", "scale"),
     "attention_grad": _call_g("attention_grad", "scale"),

@@ -10,6 +10,7 @@ from fractions import Fraction
 from compiler.analysis.costs import Costs, known_sizes
 from compiler.graph.core import Graph, Program
 from compiler.graph.types import Type
+from compiler.ops.pointwise import POINTWISE
 
 SEQUENCE = 4096  # tokens of the sequence over which is averaged
 
@@ -41,8 +42,8 @@ def saved_bytes_per_token(program: Program) -> Fraction:
 
 
 # Operators that derivatives are never made of: in a backward graph they are recomputed.
-_RECOMPUTED = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "silu", "swiglu", "swiglu_quantize",
-          "sigmoid", "softmax", "linear", "grouped_linear", "fp8_linear",
+_RECOMPUTED = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "swiglu", "swiglu_quantize",
+          *(f.kind for f in POINTWISE), "softmax", "linear", "grouped_linear", "fp8_linear",
           "fp8_grouped_linear")  # fmt: skip
 
 

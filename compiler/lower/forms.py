@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from compiler.graph.core import Value
 from compiler.graph.types import Dim
 from compiler.ops.attention import DocumentAttention
-from compiler.ops.base import Site, TypeMismatch, dims_attr
+from compiler.ops.base import Operator, Site, TypeMismatch, dims_attr
+from compiler.ops.pointwise import POINTWISE
 
 if TYPE_CHECKING:
     from compiler.lower.bind import BlockRef
@@ -222,6 +223,10 @@ def _cast(dtype: str | None) -> Make:
     return make
 
 
+def _about(operator: type[Operator]) -> str:
+    return (operator.__doc__ or "").removesuffix(".")
+
+
 FORMS: dict[str, Form] = {
     "linear": Form(
         "x W^T without a bias, weight `name`.weight [to, from]",
@@ -243,8 +248,7 @@ FORMS: dict[str, Form] = {
         {"name": Kind.PATH},
         {"eps": (Kind.NUMBER, 1e-6)},
     ),
-    "silu": Form("x * sigmoid(x)", ("x",), _simple("silu")),
-    "sigmoid": Form("1 / (1 + exp(-x))", ("x",), _simple("sigmoid")),
+    **{f.kind: Form(_about(f), ("x",), _simple(f.kind)) for f in POINTWISE},
     "softmax": Form("softmax over the last dimension", ("x",), _simple("softmax")),
     "sum": Form("sum of all elements", ("x",), _simple("sum")),
     "float32": Form("x in float32", ("x",), _cast("f32")),

@@ -14,6 +14,7 @@ from compiler.graph.types import Dim, Type
 from compiler.ops.attention import Attention, DocumentAttention
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
 from compiler.ops.moe import Gate
+from compiler.ops.pointwise import POINTWISE, Pointwise
 
 
 class LinearInputGrad(Operator):
@@ -146,10 +147,15 @@ class _LikeSecond(Operator):
         return (site.types[1],)
 
 
-class SiLUGrad(_LikeSecond):
-    """d * sigmoid(x) * (1 + x * (1 - sigmoid(x)))."""
+def _grad_of(function: type[Pointwise]) -> type[Operator]:
+    """The operator `.._grad` of a function of each number."""
+    other = "y" if function.by_result else "x"
+    members = {"kind": f"{function.kind}_grad", "operands": ("d", other)}
+    return type(f"{function.__name__}Grad", (_LikeSecond,),
+                {**members, "__doc__": function.derivative})  # fmt: skip
 
-    kind = "silu_grad"
+
+POINTWISE_GRADS = tuple(_grad_of(function) for function in POINTWISE)
 
 
 class SwiGLUGrad(Operator):
@@ -161,13 +167,6 @@ class SwiGLUGrad(Operator):
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         return site.types[1:]
-
-
-class SigmoidGrad(_LikeSecond):
-    """d * y * (1 - y), where y is the sigmoid."""
-
-    kind = "sigmoid_grad"
-    operands = ("d", "y")
 
 
 class SoftmaxGrad(_LikeSecond):

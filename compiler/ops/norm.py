@@ -1,4 +1,4 @@
-"""Normalisation and pointwise functions."""
+"""Normalization, and what is fused with it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from compiler.ops.base import (
     need_rank,
     same_shape,
 )
+from compiler.ops.pointwise import by_grad_operator
 
 
 class RMSNorm(Operator):
@@ -108,7 +109,12 @@ class SwiGLU(Operator):
         return at.add("swiglu_grad", [d[0], *op.operands], names=names)
 
 
-class _Pointwise(Operator):
+class Softmax(Operator):
+    """exp(x) / sum(exp(x)) over the last dimension, in float32."""
+
+    kind = "softmax"
+    cheap = True
+    rowwise = True
     operands = ("x",)
 
     @classmethod
@@ -116,45 +122,6 @@ class _Pointwise(Operator):
         need_float(cls.kind, site.types[0])
         return site.types
 
-
-class SiLU(_Pointwise):
-    """x * sigmoid(x)."""
-
-    kind = "silu"
-    cheap = True
-    rowwise = True
-
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        return _of_one(at, op, d, op.operands[0])
-
-
-class Sigmoid(_Pointwise):
-    """1 / (1 + exp(-x))."""
-
-    kind = "sigmoid"
-    cheap = True
-    rowwise = True
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        return _of_one(at, op, d, op.result)
-
-
-class Softmax(_Pointwise):
-    """exp(x) / sum(exp(x)) over the last dimension, in float32."""
-
-    kind = "softmax"
-    cheap = True
-    rowwise = True
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        return _of_one(at, op, d, op.result)
-
-
-def _of_one(at: Adjoint, op: Op, d: Sequence[Value | None], other: Value) -> list[Value | None]:
-    """By the operator `.._grad`, from the gradient and one value of the forward pass."""
-    if d[0] is None:
-        return [None]
-    return [*at.add(f"{op.kind}_grad", [d[0], other], names=[f"d_{op.operands[0].name}"])]
+        return by_grad_operator(at, op, d, op.result)

@@ -47,7 +47,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 monkeypatch.setattr(module, key, scope[key], raising=False)
                 made[key] = scope[key]
         before = after
-    monkeypatch.setitem(importlib.import_module("compiler.ops").OPS, "softplus", made["Softplus"])
+    monkeypatch.setitem(importlib.import_module("compiler.ops").OPS, "softcap", made["Softcap"])
     return made
 
 
@@ -55,9 +55,9 @@ def added(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def sets(added: dict[str, Any], tmp_path: Path) -> tuple[str, ...]:
     """A spec whose layers have the block of the page."""
     (block,) = (e.text for e in examples(TEXT) if e.text.startswith("block "))
-    (tmp_path / "softplus.dsl").write_text(block, encoding="utf-8")
-    use = [one.replace("SwiGLU", "Softplus") for one in GQA]
-    use[0] = f"blocks=[causal_lm, decoder, gqa, '{tmp_path / 'softplus.dsl'}']"
+    (tmp_path / "softcap.dsl").write_text(block, encoding="utf-8")
+    use = [one.replace("SwiGLU", "Softcap") for one in GQA]
+    use[0] = f"blocks=[causal_lm, decoder, gqa, '{tmp_path / 'softcap.dsl'}']"
     return tuple(use)
 
 
@@ -70,7 +70,7 @@ def test_the_block_computes_what_torch_does(
     importlib.import_module(f"{package}.runtime.functional").__dict__.update(added)
     block = built.model.layers[0].mlp
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    up = torch.nn.functional.softplus(x @ block.up_proj.weight.T)
+    up = 30 * torch.tanh(x @ block.up_proj.weight.T / 30)
     torch.testing.assert_close(block(x), up @ block.down_proj.weight.T)
 
 

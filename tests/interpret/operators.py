@@ -12,7 +12,8 @@ from torch import Tensor
 from compiler.graph.core import Attr, Op
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
-from compiler.ops.gradient import ones_of
+from compiler.ops.gradient import POINTWISE_GRADS, ones_of
+from compiler.ops.pointwise import POINTWISE
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
@@ -327,8 +328,7 @@ RUN: dict[str, Run] = {
     "rms_norm": _f("rms_norm", "eps"),
     "add_rms_norm": _f("add_rms_norm", "eps"),
     "swiglu": _f("swiglu"),
-    "silu": _f("silu"),
-    "sigmoid": _f("sigmoid"),
+    **{f.kind: _f(f.kind) for f in POINTWISE},
     "softmax": _f("softmax"),
     "rope_table": _f(
         "rope_table", "dim", "theta", "factor", "original_max_position_embeddings", "beta_fast",
@@ -401,11 +401,10 @@ RUN: dict[str, Run] = {
     "embedding_grad": lambda f, op, d, tokens: G.embedding_grad(d, tokens, *_dims(op, "rows")),
     "rms_norm_grad": _g("rms_norm_grad", "eps"),
     "add_rms_norm_grad": _g("add_rms_norm_grad", "eps"),
-    "silu_grad": _g("silu_grad"),
+    **{grad.kind: _g(grad.kind) for grad in POINTWISE_GRADS},
     "swiglu_grad": _g("swiglu_grad"),
     "swiglu_grad_joined": _g("swiglu_grad_joined"),
     "swiglu_grad_quantize": _fp8("swiglu_grad_quantize", "scale"),
-    "sigmoid_grad": _g("sigmoid_grad"),
     "softmax_grad": _g("softmax_grad"),
     "attention_saving": _g("attention_saving", "scale"),
     "attention_grad": _g("attention_grad", "scale"),

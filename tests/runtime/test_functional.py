@@ -362,6 +362,31 @@ def test_sigmoid_of_large_numbers_is_finite() -> None:
     assert math.isfinite(F.sequence_balance_loss(torch.zeros(1, 2, 4), k=1).item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_of_each_number_are_what_they_are_called(dtype: torch.dtype) -> None:
+    numbers = [-60.0, -3.0, -0.5, 0.0, 0.5, 3.0, 39.0, 60.0]
+    cube = [math.sqrt(2 / math.pi) * (n + 0.044715 * n**3) for n in numbers]
+    expected = {
+        F.gelu: [n / 2 * math.erfc(-n / math.sqrt(2)) for n in numbers],
+        F.gelu_tanh: [n / 2 * (1 + math.tanh(c)) for n, c in zip(numbers, cube, strict=True)],
+        F.relu: [max(n, 0) for n in numbers],
+        F.relu_squared: [max(n, 0) ** 2 for n in numbers],
+        F.tanh: list(map(math.tanh, numbers)),
+        F.softplus: [max(n, 0) + math.log1p(math.exp(-abs(n))) for n in numbers],
+        F.exp: list(map(math.exp, numbers)),
+    }
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    for function, values in expected.items():
+        exact = torch.tensor(values, dtype=dtype)
+        result = function(torch.tensor(numbers, dtype=dtype))
+        torch.testing.assert_close(result, exact, **close)
+        with torch.inference_mode(), matmul.batch_invariant():
+            alone = [function(torch.tensor([n], dtype=dtype)) for n in numbers]
+            together = function(torch.tensor(numbers * 5, dtype=dtype))
+        torch.testing.assert_close(together[: len(numbers)], exact, **close)
+        assert torch.equal(together, torch.cat(alone * 5)), function.__name__
+
+
 @given(st.integers(0, 5), st.integers(1, 3), st.integers(3, 6))
 def test_grouped_experts_are_the_loop_over_experts(tokens: int, k: int, experts: int) -> None:
     x = random(tokens, 8)

@@ -14,6 +14,7 @@ from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Cache, Graph, Op, Program, Region, Value, Weight
 from compiler.graph.types import FLOATS, Dim, Type
 from compiler.ops.base import dims_attr
+from compiler.ops.pointwise import POINTWISE
 from compiler.ops.quantize import SCALES
 from dsl.source import Source, Span
 
@@ -166,7 +167,7 @@ def _rms_norm(m: Maker) -> None:
 
 def _pointwise(m: Maker) -> None:
     if x := m.floats(0):
-        m.add(m.draw(st.sampled_from(["silu", "sigmoid", "softmax"])), x)
+        m.add(m.draw(st.sampled_from([*(f.kind for f in POINTWISE), "softmax"])), x)
         m.plain("sum", x)
 
 

@@ -17,6 +17,7 @@ from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
 from compiler.graph.types import FLOATS, Dim, Type
 from compiler.ops import OPS
 from compiler.ops.base import Operator, dims_attr
+from compiler.ops.pointwise import POINTWISE
 from runtime import functional as F
 from tests.interpret import State, random_weights, run
 
@@ -108,6 +109,14 @@ def _rms_norm(d: Draw) -> Example:
 
 def _of_one(kind: str, **attrs: Attr) -> Callable[[Draw], Example]:
     return lambda d: Example(kind, [d.tokens(d.dim("width"))], attrs=attrs)
+
+
+def _positive(kind: str) -> Callable[[Draw], Example]:
+    def example(d: Draw) -> Example:
+        type, x = d.tokens(d.dim("width"))
+        return Example(kind, [(type, x.abs() + 0.1)])
+
+    return example
 
 
 def _away_from_zero(kind: str, **attrs: Attr) -> Callable[[Draw], Example]:
@@ -308,8 +317,9 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "swiglu": _of_equals("swiglu"),
-    "silu": _of_one("silu"),
-    "sigmoid": _of_one("sigmoid"),
+    **{f.kind: _of_one(f.kind) for f in POINTWISE},
+    "log": _positive("log"),
+    "sqrt": _positive("sqrt"),
     "softmax": _of_one("softmax"),
     "rotate": _rotate,
     "attention": _attention,
