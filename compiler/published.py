@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from compiler.graph.core import Graph, Op, Program
 from compiler.lower.precision import published_in_fp8
 
-FIRST_VALUES = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
-
 
 @dataclass(frozen=True)
 class Published:
@@ -85,7 +83,7 @@ class _Walk:
         weight = graph.weights[symbol]
         shape = tuple(dim.size or 0 for dim in weight.type.dims)
         fp8 = (graph.name, symbol) in self._fp8
-        first = FIRST_VALUES[weight.init]
+        first = {"ones": 1.0, "zeros": 0.0}.get(weight.init, weight.value)
         std = weight.std if weight.init == "normal" else 0.0
         return Published(name, shape, weight.type.dtype, first, std, weight.trainable, fp8)
 

@@ -30,7 +30,7 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x W^T` for x [..., in] and weight [out, in]: [..., out]. No linear here has a bias."""
+    """`x W^T` for x [..., in] and weight [out, in]: [..., out]. A bias is added apart."""
     return matmul.product(x, weight)
 
 
@@ -51,6 +51,13 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     """`x + y`, and `rms_norm` of it."""
     total = x + y
     return total, rms_norm(total, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """`w (x - mean(x)) / sqrt(var(x) + eps) + b` over the last dimension (arXiv 1607.06450)."""
+    exact = wide(x)
+    normed = torch_f.layer_norm(exact, x.shape[-1:], eps=eps) * weight
+    return (normed if bias is None else normed + bias).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -516,6 +523,16 @@ def permute_local(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tenso
 def grouped_linear(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
     """`x W_e^T` for the rows of each expert e: x [slots, in], weight [experts, out, in]."""
     return matmul.grouped_product(x, offs, weight)
+
+
+def grouped_parameter(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
+    """Row e of weight [experts, n] for each row of expert e in x [slots, ..]: [slots, n]."""
+    return weight.repeat_interleave(rows_of(offs), dim=0, output_size=len(x))
+
+
+def rows_of(offs: Tensor) -> Tensor:
+    """How many rows each expert has, from the offsets at which they end: int64 [experts]."""
+    return torch.diff(offs, prepend=offs.new_zeros(1)).to(torch.int64)
 
 
 def unpermute(y: Tensor, sort_indices: Tensor, weight: Tensor) -> Tensor:

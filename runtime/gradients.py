@@ -36,6 +36,12 @@ def grouped_linear_weight_grad(dy: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return matmul.grouped_outer(dy, x, offs)
 
 
+def grouped_parameter_grad(d: Tensor, offs: Tensor) -> Tensor:
+    """The rows of d [slots, n] summed for each expert: [experts, n], zeros where it has none."""
+    sums = torch.segment_reduce(F.wide(d), "sum", lengths=F.rows_of(offs), initial=0)
+    return sums.to(d.dtype)
+
+
 def embedding_grad(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
     """The rows of d [..., hidden] summed by token: [rows, hidden]."""
     table = d.new_zeros(rows, d.shape[-1], dtype=torch.promote_types(d.dtype, torch.float32))
@@ -65,6 +71,20 @@ def add_rms_norm_grad(
     """Of each summand, `d_total` and what `rms_norm_grad` gives; and of the weight."""
     dx, dw = rms_norm_grad(d, total, weight, eps)
     return d_total + dx, dw
+
+
+def layer_norm_grad(
+    d: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, of the weight and of the bias: with n the normed x, r = 1 / sqrt(var(x) + eps) and
+    g = w d, dx = r (g - mean(g) - n mean(g n)), dw = sum(d n), db = sum(d)."""
+    rows, wide_d = F.wide(x).flatten(0, -2), F.wide(d).flatten(0, -2)
+    r = torch.rsqrt(rows.var(-1, correction=0, keepdim=True) + eps)
+    normed = (rows - rows.mean(-1, keepdim=True)) * r
+    g = wide_d * weight
+    dx = r * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+    dw, db = (wide_d * normed).sum(0), wide_d.sum(0)
+    return dx.view(x.shape).to(x.dtype), dw.to(x.dtype), db.to(x.dtype)
 
 
 def silu_grad(d: Tensor, x: Tensor) -> Tensor:

@@ -43,12 +43,13 @@ class Declaration:
 def normal(
     *shape: int,
     std: float,
+    mean: float = 0.0,
     dtype: torch.dtype | None = None,
     buffer: bool = False,
     fp8: str = "",
 ) -> Declaration:
-    """A tensor that starts as N(0, std^2)."""
-    return Declaration(shape, 0.0, std, dtype, buffer, fp8)
+    """A tensor that starts as N(mean, std^2)."""
+    return Declaration(shape, mean, std, dtype, buffer, fp8)
 
 
 def ones(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
@@ -57,7 +58,7 @@ def ones(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) ->
 
 
 def zeros(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
-    """A tensor that starts as zeros, as the bias of a gate does."""
+    """A tensor that starts as zeros, as biases do."""
     return Declaration(shape, 0.0, 0.0, dtype, buffer)
 
 

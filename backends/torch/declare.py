@@ -9,6 +9,7 @@ from backends.torch.layout import Call, lay_out
 from backends.torch.sizes import Sizes
 from compiler.graph.core import Graph, Op, Weight, walk
 from compiler.lower.names import TAKEN
+from compiler.ops import OPS
 from compiler.ops.control import Call as CallOp
 
 TORCH_DTYPES = {"f32": "torch.float32", "i32": "torch.int32", "i64": "torch.int64"}
@@ -41,7 +42,12 @@ def joined_names(graph: Graph, versions: Iterable[Graph]) -> dict[str, str]:
     `versions` are the graph in each program; those that use several weights in one product agree
     on which (`compiler/passes/fuse_projections.py`).
     """
-    groups = {op.symbols: None for v in versions for op in v.walk() if len(op.symbols) > 1}
+    groups = {
+        op.symbols: None
+        for v in versions
+        for op in v.walk()
+        if len(op.symbols) > 1 and OPS[op.kind].symbols[0].endswith("*")
+    }
     names: dict[str, str] = {}
     for symbols in groups:
         assert not names.keys() & set(symbols), "programs disagree on what is stored together"
@@ -196,6 +202,8 @@ class Declarations:
             arguments.insert(0, self._stack(Node(stack=weight.stack)))
         if weight.init == "normal":
             arguments.append(f"std={weight.std!r}")
+            if weight.value:
+                arguments.append(f"mean={weight.value!r}")
         if weight.type.dtype != self.dtype:
             arguments.append(f"dtype={TORCH_DTYPES[weight.type.dtype]}")
         if not weight.trainable:

@@ -117,7 +117,7 @@ class Emitter:
 
     def remark(self, op: Op) -> None:
         """Puts the place of `op` in the block beside the next line; once for its statements."""
-        if op.kind in ("save", "saved", "accumulate_grad"):
+        if op.kind in ("save", "saved", "accumulate_grad", "parameter"):
             return
         remark = margin(op)
         self._remark = remark if remark != self._last_remark else ""

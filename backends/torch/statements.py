@@ -22,6 +22,11 @@ def _infix(operator: str) -> Emit:
     return emit
 
 
+def _parameter(e: Emitter, op: Op) -> None:
+    """No statement: whoever reads it reads the weight."""
+    e.names.share(op.result, e.weight(op.symbols[0]))
+
+
 def _linear(e: Emitter, op: Op) -> None:
     weight = e.weight(op.symbols[0])
     # A gate is computed in float32 whatever the element type of its weight.
@@ -75,8 +80,9 @@ def _exchange(e: Emitter, op: Op) -> None:
     e.assign(op, f"self.exchange.{op.kind}({', '.join(e.names[v] for v in given)})")
 
 
-def _grouped_linear(e: Emitter, op: Op) -> None:
-    e.assign(op, f"F.grouped_linear({e.operands(op)}, {e.stored(op)})")
+def _grouped(e: Emitter, op: Op) -> None:
+    """By the stored tensor of the weights of all experts."""
+    e.assign(op, f"F.{op.kind}({e.operands(op)}, {e.stored(op)})")
 
 
 def _fp8_weight(e: Emitter, op: Op) -> None:
@@ -281,9 +287,11 @@ def _repeat(e: Emitter, op: Op) -> None:
 
 STATEMENTS: Mapping[str, Emit] = {
     "embedding": call_f("embedding"),
+    "parameter": _parameter,
     "linear": _linear,
     "rms_norm": call_f("rms_norm", "eps"),
     "add_rms_norm": call_f("add_rms_norm", "eps"),
+    "layer_norm": call_f("layer_norm", "eps"),
     "swiglu": call_f("swiglu"),
     **{f.kind: call_f(f.kind) for f in POINTWISE},
     "softmax": call_f("softmax"),
@@ -307,7 +315,8 @@ STATEMENTS: Mapping[str, Emit] = {
     "dispatch": _exchange,
     "dispatch_again": _exchange,
     "combine": _exchange,
-    "grouped_linear": _grouped_linear,
+    "grouped_linear": _grouped,
+    "grouped_parameter": _grouped,
     "unpermute": call_f("unpermute"),
     "quantize": call_fp8("quantize", "scale"),
     "rms_norm_quantize": call_f("rms_norm_quantize", "eps", "scale", module="fp8"),

@@ -119,6 +119,8 @@ class _Walk:
             self.sizes |= OPS[op.kind].sizes(self._site(op), self.sizes)
             if op.regions:
                 self._region(op)
+            elif OPS[op.kind].view and not op.operands:
+                pass  # a weight lies elsewhere
             elif OPS[op.kind].view:
                 self.memory.update((v, self._where(op.operands[0])) for v in op.results)
             else:

@@ -19,6 +19,9 @@ from compiler.ops.moe import Experts
 
 Sizes = Mapping[str, int]
 
+# Operators on the weights of all experts at once, outside of a region.
+_OF_ALL_EXPERTS = ("grouped_linear", "grouped_parameter", "fp8_weight")
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -204,7 +207,7 @@ class Modules:
             content.fp8_flops += flops
         for symbol in op.symbols:
             weight = graph.weights[symbol]
-            grouped = place.experts if op.kind in ("grouped_linear", "fp8_weight") else None
+            grouped = place.experts if op.kind in _OF_ALL_EXPERTS else None
             many = (*place.many, grouped) if grouped else place.many
             name, count, active = _expanded(symbol, many)
             tensor = Tensor(

@@ -42,9 +42,9 @@ def saved_bytes_per_token(program: Program) -> Fraction:
 
 
 # Operators that derivatives are never made of: in a backward graph they are recomputed.
-_RECOMPUTED = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "swiglu", "swiglu_quantize",
-          *(f.kind for f in POINTWISE), "softmax", "linear", "grouped_linear", "fp8_linear",
-          "fp8_grouped_linear")  # fmt: skip
+_RECOMPUTED = ("rms_norm", "rms_norm_quantize", "add_rms_norm", "layer_norm", "swiglu",
+          "swiglu_quantize", *(f.kind for f in POINTWISE), "softmax", "linear",
+          "grouped_linear", "fp8_linear", "fp8_grouped_linear")  # fmt: skip
 
 
 @dataclass(frozen=True)

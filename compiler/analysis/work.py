@@ -51,11 +51,13 @@ _BY_KIND = {
     "embedding": Work.EMBEDDING,
     "rms_norm": Work.NORMS,
     "add_rms_norm": Work.NORMS,
+    "layer_norm": Work.NORMS,
     "rms_norm_quantize": Work.NORMS,
     "attention": Work.ATTENTION_CORE,
     "document_attention": Work.ATTENTION_CORE,
     "latent_attention": Work.ATTENTION_CORE,
     "grouped_linear": Work.ROUTED_EXPERTS,
+    "grouped_parameter": Work.ROUTED_EXPERTS,
     "fp8_grouped_linear": Work.ROUTED_EXPERTS,
 }
 

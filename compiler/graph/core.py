@@ -99,6 +99,7 @@ class Weight:
     """A tensor of the model, named as in the published checkpoint, relative to its block.
 
     A `*` in the name stands for the expert; `stack` is then their number and `type` that of one.
+    It starts as N(value, std^2), or as ones or zeros.
     With `axis` each rank of that axis of the mesh holds `stack` experts of its own, in order.
     `fp8` says that its products are in FP8, and how scales are kept: `recipe`, `fp32` or `ue8m0`.
     """
@@ -110,6 +111,7 @@ class Weight:
     stack: int = 1
     axis: str = ""
     fp8: str = ""
+    value: float = 0.0
 
     @property
     def fp8_scale(self) -> str:

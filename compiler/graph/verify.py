@@ -316,6 +316,7 @@ class _Check:
 GROUPED = {
     "grouped_linear": 1,
     "grouped_linear_input_grad": 1,
+    "grouped_parameter": 1,
     "accumulate_grad": 0,
 }
 

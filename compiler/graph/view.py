@@ -37,6 +37,7 @@ def _graph(graph: Graph) -> dict[str, Any]:
                 "type": _type(w.type),
                 "init": w.init,
                 "std": w.std,
+                "value": w.value,
                 "trainable": w.trainable,
                 "stack": w.stack,
             }

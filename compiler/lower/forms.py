@@ -69,8 +69,9 @@ class Form:
         parts = list(self.tensors) if self.tensors is not None else [".."]
         parts += ["dim, .."] if self.dims else []
         parts += [f"{name} = {kind.name.lower()}" for name, kind in self.required.items()]
-        for name, (_, default) in self.optional.items():
-            parts.append(f"{name} = {default if default is not None else 'none'}")
+        for name, (kind, default) in self.optional.items():
+            told = "none" if default is None else default
+            parts.append(f"{name} = {str(told).lower() if kind is Kind.FLAG else told}")
         return ", ".join(parts)
 
 
@@ -90,8 +91,44 @@ def _linear(frame: Calls, given: Given) -> list[Value]:
         raise TypeMismatch(f"{layer} expects {expected.words}, got {x.type.last.words}", 0)
     if not x.type.dims:
         raise TypeMismatch("linear needs at least 1 dimension, got a scalar", 0)
-    weight = frame.weight(f"{path}.weight", (given.dim("to"), x.type.last))
-    return frame.op("linear", [x], [weight], wish=path.rsplit(".", 1)[-1])
+    layer, to = path.rsplit(".", 1)[-1], given.dim("to")
+    weight = frame.weight(f"{path}.weight", (to, x.type.last))
+    y = frame.op("linear", [x], [weight], wish=layer)
+    if given.keywords["bias"]:
+        bias = _parameter_of(frame, frame.weight(f"{path}.bias", (to,), init="zeros"), x.type.dtype)
+        return frame.op("add", [*y, bias], wish=layer)
+    return y
+
+
+def _parameter_of(frame: Calls, weight: str, dtype: str | None = None) -> Value:
+    """A weight as a tensor, in another element type where it is to meet one."""
+    wish = weight.replace(".", "_")
+    (value,) = frame.op("parameter", [], [weight], wish=wish)
+    if dtype not in (None, value.type.dtype):
+        (value,) = frame.op("cast", [value], wish=wish, dtype=dtype)
+    return value
+
+
+def _parameter(frame: Calls, given: Given) -> list[Value]:
+    """Ones and zeros are said as such, as the weights of norms are."""
+    start, std = float(given.keywords["init"]), float(given.keywords["std"])
+    if std < 0:
+        raise TypeMismatch(f"a standard deviation is at least 0, not {std:g}")
+    known = {0.0: "zeros", 1.0: "ones"}.get(start) if not std else None
+    how: dict[str, Any] = {"init": known} if known else {"std": std, "value": start}
+    return [_parameter_of(frame, frame.weight(given.keywords["name"], tuple(given.dims), **how))]
+
+
+def _layer_norm(frame: Calls, given: Given) -> list[Value]:
+    path: str = given.keywords["name"]
+    (x,) = given.tensors
+    if not x.type.dims:
+        raise TypeMismatch("layer_norm needs at least 1 dimension, got a scalar", 0)
+    weights = [frame.weight(f"{path}.weight", (x.type.last,), init="ones")]
+    if given.keywords["bias"]:
+        weights.append(frame.weight(f"{path}.bias", (x.type.last,), init="zeros"))
+    wish, eps = path.replace(".", "_"), float(given.keywords["eps"])
+    return frame.op("layer_norm", [x], weights, wish=wish, eps=eps)
 
 
 def _embedding(frame: Calls, given: Given) -> list[Value]:
@@ -229,11 +266,11 @@ def _about(operator: type[Operator]) -> str:
 
 FORMS: dict[str, Form] = {
     "linear": Form(
-        "x W^T without a bias, weight `name`.weight [to, from]",
+        "x W^T, weight `name`.weight [to, from]; plus `name`.bias [to] where `bias`",
         ("x",),
         _linear,
         {"to": Kind.DIM, "name": Kind.PATH},
-        {"from": (Kind.DIM, None)},
+        {"from": (Kind.DIM, None), "bias": (Kind.FLAG, False)},
     ),
     "embedding": Form(
         "row `tokens` of the table `name`.weight [rows, to]",
@@ -247,6 +284,21 @@ FORMS: dict[str, Form] = {
         _rms_norm,
         {"name": Kind.PATH},
         {"eps": (Kind.NUMBER, 1e-6)},
+    ),
+    "layer_norm": Form(
+        "norm by mean and variance over the last dimension, weights `name`.weight and `name`.bias",
+        ("x",),
+        _layer_norm,
+        {"name": Kind.PATH},
+        {"eps": (Kind.NUMBER, 1e-5), "bias": (Kind.FLAG, True)},
+    ),
+    "parameter": Form(
+        "a weight of its own, which starts as normal numbers of mean `init`, deviation `std`",
+        (),
+        _parameter,
+        {"init": Kind.NUMBER, "name": Kind.PATH},
+        {"std": (Kind.NUMBER, 0)},
+        dims=True,
     ),
     **{f.kind: Form(_about(f), ("x",), _simple(f.kind)) for f in POINTWISE},
     "softmax": Form("softmax over the last dimension", ("x",), _simple("softmax")),

@@ -109,10 +109,15 @@ class Scope:
         dims: tuple[Dim, ...],
         *,
         init: str = "normal",
+        std: float | None = None,
+        value: float = 0.0,
         dtype: str | None = None,
         trainable: bool = True,
     ) -> str:
-        """Declares a weight of this block, once; the same name must mean the same tensor."""
+        """Declares a weight of this block, once; the same name must mean the same tensor.
+
+        It starts as N(value, std^2), with the `std` of the spec by default, or as ones or zeros.
+        """
         if "." not in name:
             raise TypeMismatch(f"the name of a weight has two parts, as in gate.bias, not {name}")
         if "*" in name and self.stack == 1:
@@ -120,8 +125,10 @@ class Scope:
                 f"{name} would be a weight of each layer",
                 help="put the equation into a block of its own, named `model.layers.{index}`",
             )
-        std = self.low.initializer_range if init == "normal" else 0.0
-        weight = Weight(Type(dtype or self.dtype, dims), init, std, trainable, self.stack)
+        if std is None:
+            std = self.low.initializer_range if init == "normal" else 0.0
+        type = Type(dtype or self.dtype, dims)
+        weight = Weight(type, init, std, trainable, self.stack, value=value)
         known = self.builder.graph.weights.setdefault(name, weight)
         if known != weight:
             raise TypeMismatch(f"{name} is {known.type.words} above and {weight.type.words} here")

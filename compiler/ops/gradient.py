@@ -94,6 +94,18 @@ class GroupedLinearWeightGrad(Operator):
         return 2 * site.types[0].count(sizes) * (site.types[1].last.size or 0)
 
 
+class GroupedParameterGrad(Operator):
+    """The sums of d [slot, n] over the slots of each expert: [experts, n]."""
+
+    kind = "grouped_parameter_grad"
+    operands = ("d", "offs")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        d, offs = site.types
+        return (Type(d.dtype, (*offs.dims, *d.dims[1:])),)
+
+
 class EmbeddingGrad(Operator):
     """Gradient of the table: the rows of d [.., hidden_size] summed by token."""
 
@@ -119,6 +131,20 @@ class RMSNormGrad(Operator):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         x, weight = site.types[1], site.weights[0]
         return (x, weight.with_dtype(x.dtype))
+
+
+class LayerNormGrad(Operator):
+    """Gradients of `layer_norm`: of x [.., n], of the weight and of the bias [n], in float32."""
+
+    kind = "layer_norm_grad"
+    operands = ("d", "x")
+    symbols = ("weight",)
+    attrs: ClassVar = {"eps": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x, weight = site.types[1], site.weights[0].with_dtype(site.types[1].dtype)
+        return (x, weight, weight)
 
 
 class AddRMSNormGrad(Operator):

@@ -1,4 +1,4 @@
-"""Products with weights."""
+"""What reads weights: products with them, and each as it is."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ class Embedding(Operator):
             table = at.add("embedding_grad", [d[0], op.operands[0]], names=["d_table"], rows=rows)
             at.add("accumulate_grad", table, op.symbols)
         return [None]
+
+
+class Parameter(Operator):
+    """A weight as a tensor: a bias that is added, a scale that is multiplied by."""
+
+    kind = "parameter"
+    view = True
+    symbols = ("weight",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return site.weights
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is not None and at.trainable(op.symbols):
+            at.add("accumulate_grad", [d[0]], op.symbols)
+        return []
 
 
 class Linear(Operator):

@@ -250,6 +250,32 @@ class GroupedLinear(Operator):
         return [dx, None]
 
 
+class GroupedParameter(Operator):
+    """The weight of its expert for each slot: a bias that each expert has of its own.
+
+    x [slot, ..] only says how many slots there are, offs [experts]; weight [n] of each expert,
+    named `experts.*` -> [slot, n].
+    """
+
+    kind = "grouped_parameter"
+    cheap = True
+    operands = ("x", "offs")
+    symbols = ("weight",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        (weight,) = site.weights
+        return (weight.with_dims(site.types[0].dims[0], *weight.dims),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is not None and at.trainable(op.symbols):
+            names = [grad_name(op.symbols)]
+            dw = at.add("grouped_parameter_grad", [d[0], op.operands[1]], names=names)
+            at.add("accumulate_grad", dw, op.symbols)
+        return [None, None]
+
+
 class Unpermute(Operator):
     """sum_k weight_k * y of the slots that each token was copied to: the inverse of `permute`.
 

@@ -55,6 +55,47 @@ class RMSNorm(Operator):
         return [dx]
 
 
+class LayerNorm(Operator):
+    """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimension, in float32.
+
+    It is cast at the end. The bias may be left out (arXiv 1607.06450).
+    """
+
+    kind = "layer_norm"
+    cheap = True
+    operands = ("x",)
+    symbols = ("weight", "bias?")
+    attrs: ClassVar = {"eps": float}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        x = site.types[0]
+        if not site.real("eps") > 0:
+            raise TypeMismatch(f"layer_norm needs an eps above 0, got {site.real('eps'):g}")
+        need_float(cls.kind, x)
+        need_rank(cls.kind, x, 1)
+        for weight in site.weights:
+            if weight.dims != (x.last,):
+                raise TypeMismatch(f"layer_norm expects {weight.words}, got {x.last.words}", 0)
+        return (x,)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        (x,) = op.operands
+        if d[0] is None:
+            return [None]
+        weight, *bias = op.symbols
+        dw = grad_name(op.symbols)
+        dx, *found = at.add(
+            "layer_norm_grad", [d[0], x], [weight],
+            names=[f"d_{x.name}", dw, f"{dw}_bias"], eps=op.attrs["eps"],
+        )  # fmt: skip
+        for symbol, gradient in zip([weight, *bias], found, strict=False):
+            if at.trainable([symbol]):
+                at.add("accumulate_grad", [gradient], [symbol])
+        return [dx]
+
+
 class AddRMSNorm(Operator):
     """x + y, and `rms_norm` of it: the residual is added and normed for the next block."""
 

@@ -33,7 +33,7 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
     x, topk_indices, weight = at.op.operands
     (region,) = at.op.regions
     for inner in region.ops[:-1]:
-        if inner.kind != "linear" and not OPS[inner.kind].rowwise:
+        if not _has_grouped_form(inner):
             return Miss(f"{inner.kind} inside an expert has no grouped form", inner)
         outside = [v for v in inner.operands if v not in _made(region.args, region.ops)]
         if outside:
@@ -44,18 +44,27 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
     )  # fmt: skip
     inside: dict[Value, Value] = {region.args[0]: rows}
     for inner in region.ops[:-1]:
-        _grouped(at, inner, inside, offs)
+        _grouped(at, inner, inside, rows, offs)
     return at.add(
         "unpermute", [inside[region.yielded[0]], sort_indices, weight], names=[at.op.result.name]
     )
 
 
-def _grouped(at: Place, inner: Op, inside: dict[Value, Value], offs: Value) -> None:
+def _has_grouped_form(op: Op) -> bool:
+    """A product, a bias, and what treats all rows alike."""
+    if op.kind == "parameter":
+        return len(op.result.type.dims) == 1
+    return op.kind == "linear" or OPS[op.kind].rowwise
+
+
+def _grouped(at: Place, inner: Op, inside: dict[Value, Value], rows: Value, offs: Value) -> None:
     """The same equation on the slots of all experts."""
     operands = [inside[v] for v in inner.operands]
     kind = inner.kind
     if kind == "linear":
         kind, operands = "grouped_linear", [*operands, offs]
+    if kind == "parameter":
+        kind, operands = "grouped_parameter", [rows, offs]
     names = [v.name for v in inner.results]
     results = at.add(kind, operands, inner.symbols, names=names, like=inner, **inner.attrs)
     inside.update(zip(inner.results, results, strict=True))

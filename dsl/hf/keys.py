@@ -45,8 +45,7 @@ IGNORED = frozenset({
 # Keys with the one value that the blocks compute.
 FIXED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "the feed-forward blocks are SwiGLU"),
-    "attention_bias": (False, "no projection of the model has a bias"),
-    "mlp_bias": (False, "no projection of the model has a bias"),
+    "mlp_bias": (False, "no projection of a feed-forward block has a bias"),
     "attention_dropout": (0, "the attention has no dropout"),
     "moe_layer_freq": (1, "every layer behind the dense ones is a mixture of experts"),
     "rope_interleave": (True, "the rotated elements are the pairs (2i, 2i+1)"),

@@ -170,7 +170,7 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
     return {title: params for title, params in sections.items() if params}
 
 
-def _attention(reader: Reader) -> dict[str, int]:
+def _attention(reader: Reader) -> dict[str, int | bool]:
     heads = reader.integer("num_attention_heads")
     nope, rope = reader.integer("qk_nope_head_dim"), reader.integer("qk_rope_head_dim")
     reader.only("num_key_value_heads", [heads], "every query head has its own key and value")
@@ -183,6 +183,7 @@ def _attention(reader: Reader) -> dict[str, int]:
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope,
         "v_head_dim": reader.integer("v_head_dim"),
+        **({"attention_bias": True} if reader.flag("attention_bias", False) else {}),
     }
 
 

@@ -98,7 +98,8 @@ def _attention_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
     keys: dict[str, Any] = {name: values.shared(name, uses) for name in ATTENTION}
     keys["num_key_value_heads"] = keys["num_attention_heads"]
     keys["q_lora_rank"] = values.shared("q_lora_rank", uses) or None
-    keys |= {"attention_bias": False, "attention_dropout": 0.0}
+    keys["attention_bias"] = values.shared("attention_bias", uses)
+    keys["attention_dropout"] = 0.0
     keys["rope_theta"] = values.real("rope_theta", uses)
     keys["rope_scaling"] = None
     if values.shared("yarn_factor", uses) != 1:

@@ -57,6 +57,7 @@ class Weight:
     name: str
     tensor: nn.Parameter
     shards: Sequence[Shard]
+    matrix: bool
     group: ProcessGroup | None = None
     owners: Sequence[tuple[Index, int]] = ()
     gradient: Tensor | None = None
@@ -69,7 +70,7 @@ class Weight:
 
 
 class AdamW:
-    """AdamW for all weights of a model. Matrices decay, vectors (norms) do not.
+    """AdamW for all weights of a model. Matrices decay, vectors (norms, biases) do not.
 
     Gradients of the micro-batches of a step are added up in float32. Weights that are named in
     `groups` are sharded over those ranks, by published parts (ZeRO-1, arXiv 1910.02054): each rank
@@ -94,13 +95,15 @@ class AdamW:
         for name, tensor in model.named_parameters():
             if not tensor.requires_grad:
                 continue
+            here = parts[id(tensor)]
+            matrix = len(here[0].shape) > 1  # not so the biases of all experts, stored as one
             if name not in groups:
-                self.weights.append(Weight(name, tensor, [Shard.of(tensor)]))
+                self.weights.append(Weight(name, tensor, [Shard.of(tensor)], matrix))
                 continue
-            here, own = parts[id(tensor)], groups[name].rank()
+            own = groups[name].rank()
             shards = [Shard.of(tensor, p.name, p.index) for p in here if owners[p.name] == own]
             places = [(part.index, owners[part.name]) for part in here]
-            self.weights.append(Weight(name, tensor, shards, groups[name], places))
+            self.weights.append(Weight(name, tensor, shards, matrix, groups[name], places))
 
     def collect(self) -> None:
         """Adds the gradients of a backward pass to those of the step."""
@@ -158,7 +161,7 @@ class AdamW:
                     beta1=one.beta1,
                     beta2=one.beta2,
                     eps=one.eps,
-                    weight_decay=one.weight_decay if stored.dim() > 1 else 0.0,
+                    weight_decay=one.weight_decay if weight.matrix else 0.0,
                     step=number,
                     factor=factor,
                     weight=stored[shard.index] if stored.dtype != torch.float32 else None,

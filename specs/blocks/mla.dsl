@@ -4,7 +4,7 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   params q_lora_rank = 0                                       # 0: queries are not compressed
   params qk_nope_head_dim, qk_rope_head_dim, v_head_dim
   params latent_norm_eps = 1e-6                                # also where other norms use another
-  params rope_theta = 10000
+  params rope_theta = 10000, attention_bias = false            # a bias of projections from and to the hidden state
   params yarn_factor = 1                                       # 1: plain rotary embedding
   params yarn_original_max_position_embeddings = 4096, yarn_beta_fast = 32, yarn_beta_slow = 1
   params yarn_mscale = 1, yarn_mscale_all_dim = 0
@@ -20,7 +20,7 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   let softmax_scale = qk_head_dim ** -0.5 * amplitude_all_dim ** 2
 
   if q_lora_rank > 0:
-    c_q = linear(x, to = q_lora_rank, name = q_a_proj)                                           # eq. 6
+    c_q = linear(x, to = q_lora_rank, bias = attention_bias, name = q_a_proj)                    # eq. 6
     c_q = rms_norm(c_q, eps = latent_norm_eps, name = q_a_layernorm)
     q = linear(c_q, from = q_lora_rank, to = num_attention_heads * qk_head_dim, name = q_b_proj) # eq. 7, 8
   else:
@@ -28,7 +28,7 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   q = unflatten(q, num_attention_heads, qk_head_dim)
   q_nope, q_rope = split(q, qk_nope_head_dim, qk_rope_head_dim)
 
-  c_kv = linear(x, to = kv_lora_rank + qk_rope_head_dim, name = kv_a_proj_with_mqa)              # eq. 1, 3
+  c_kv = linear(x, to = kv_lora_rank + qk_rope_head_dim, bias = attention_bias, name = kv_a_proj_with_mqa) # eq. 1, 3
   c_kv, k_rope = split(c_kv, kv_lora_rank, qk_rope_head_dim)
   c_kv = rms_norm(c_kv, eps = latent_norm_eps, name = kv_a_layernorm)
 
@@ -46,4 +46,4 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   k = concat(k_nope, k_rope, into = qk_head_dim)                                                 # eq. 4
   o = attention(q, k, v, position, scale = softmax_scale)                                        # eq. 10
   o = flatten(o, num_attention_heads, v_head_dim)
-  return linear(o, to = hidden_size, name = o_proj)                                              # eq. 11
+  return linear(o, to = hidden_size, bias = attention_bias, name = o_proj)                       # eq. 11

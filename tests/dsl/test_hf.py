@@ -183,7 +183,7 @@ def test_what_the_language_model_cannot_be_is_told_in_its_part() -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "attention_bias": True,
+    "attention_bias": "yes",
     "attention_dropout": 0.1,
     "hidden_act": "gelu",
     "moe_layer_freq": 2,

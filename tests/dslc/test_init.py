@@ -84,11 +84,11 @@ def test_from_a_config_or_its_folder(dslc: Run) -> None:
 
 
 def test_what_a_spec_cannot_say_is_named_and_refused(dslc: Run) -> None:
-    config = json.dumps(V3 | {"attention_bias": True, "hidden_act": "gelu"}, indent=1)
+    config = json.dumps(V3 | {"mlp_bias": True, "hidden_act": "gelu"}, indent=1)
     Path("config.json").write_text(config, encoding="utf-8")
     outcome = dslc("init", "--from-hf", "config.json", "-o", "a.yaml")
     assert outcome.status == 1 and not Path("a.yaml").exists()
-    assert "attention_bias" in outcome.err and "hidden_act" in outcome.err
+    assert "mlp_bias" in outcome.err and "hidden_act" in outcome.err
     assert "config.json:" in outcome.err
 
 

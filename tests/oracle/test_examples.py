@@ -22,12 +22,14 @@ from tests.support.places import SPECS
 
 COUNTER = itertools.count()
 BATCH, SEQ = 2, 9
+MTP = {"gated_mla"}  # examples with MTP modules
 
 
 def built(name: str, folder: Path) -> Any:
     """A model of specs/examples in float64, with weights large enough to matter."""
     package = f"{name}_{next(COUNTER)}"
-    sets = ("architecture.mtp.depth=0", "train.loss.balance_alpha=0")  # the loss is that of scores
+    # The loss is that of scores alone.
+    sets = ["train.loss.balance_alpha=0", *(["architecture.mtp.depth=0"] if name in MTP else [])]
     build(load(SPECS / "examples" / f"{name}.yaml", sets=sets), folder / package)
     sys.path.insert(0, str(folder))
     try:
@@ -66,10 +68,77 @@ def gated_shared_moe(w: Weights, x: Tensor) -> Tensor:
     return y
 
 
+def rms_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    return torch_f.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], eps=1e-6)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x [batch, seq, heads, dim] turned by position, in pairs (2i, 2i + 1); angles in float32."""
+    frequency = 1 / 10000.0 ** (torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    angle = torch.arange(x.shape[1])[:, None] * frequency
+    turn = torch.complex(angle.cos(), angle.sin()).to(torch.complex128)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of [batch, seq, heads, dim], causal; heads share keys where there are fewer of them."""
+    shared = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    later = torch.ones(q.shape[1], k.shape[1]).triu(1).bool()
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
+
+def gated_mla(w: Weights, x: Tensor) -> Tensor:
+    heads, nope, rope = 4, 16, 8
+    q = linear(w, "q_b_proj", rms_norm(w, "q_a_layernorm", linear(w, "q_a_proj", x)))
+    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([nope, rope], -1)
+    c, k_rope = linear(w, "kv_a_proj_with_mqa", x).split([24, rope], -1)
+    kv = linear(w, "kv_b_proj", rms_norm(w, "kv_a_layernorm", c)).unflatten(-1, (heads, -1))
+    k_nope, v = kv.split([nope, 16], -1)
+    k_rope = rotate(k_rope[:, :, None]).expand(-1, -1, heads, -1)
+    o = attend(torch.cat([q_nope, rotate(q_rope)], -1), torch.cat([k_nope, k_rope], -1), v)
+    gate = torch.sigmoid(linear(w, "gate_proj", x)).unflatten(-1, (heads, -1))
+    return linear(w, "o_proj", (gate * o).flatten(-2))
+
+
+def biased_attention(w: Weights, x: Tensor) -> Tensor:
+    q, k, v = (linear(w, f"{n}_proj", x).unflatten(-1, (-1, 16)) for n in "qkv")
+    q, k = rotate(rms_norm(w, "q_norm", q)), rotate(rms_norm(w, "k_norm", k))
+    return linear(w, "o_proj", (attend(q, k, v) * w["head.scale"]).flatten(-2))
+
+
+def biased_moe(w: Weights, x: Tensor) -> Tensor:
+    score = linear(w, "router", x).softmax(-1)
+    chosen = score.topk(2, -1).indices
+    y = torch.zeros_like(x)
+    for e in range(score.shape[-1]):
+        gate, up = (linear(w, f"experts.{e}.{n}_proj", x) for n in ("gate", "up"))
+        out = linear(w, f"experts.{e}.down_proj", torch_f.gelu(gate, approximate="tanh") * up)
+        weight = score[..., e] * (chosen == e).any(-1) / score.gather(-1, chosen).sum(-1)
+        y = y + weight[..., None] * out
+    return y
+
+
+def part(w: Weights, name: str) -> Weights:
+    return {n.removeprefix(f"{name}."): t for n, t in w.items() if n.startswith(f"{name}.")}
+
+
+def layer_norm_layer(w: Weights, x: Tensor) -> Tensor:
+    def norm(name: str, x: Tensor) -> Tensor:
+        return torch_f.layer_norm(x, (64,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    x = x + biased_attention(part(w, "self_attn"), norm("input_layernorm", x))
+    y = biased_moe(part(w, "mlp"), norm("post_attention_layernorm", x))
+    return x + torch.tanh(w["residual.gate"]) * y
+
+
 Reference = Callable[[Weights, Tensor], Tensor]
 # What each example puts into its last layer, by place.
 REFERENCES: dict[str, dict[str, Reference]] = {
-    "gated_shared_moe": {"mlp": gated_shared_moe},
+    "gated_mla": {"self_attn": gated_mla, "mlp": gated_shared_moe},
+    "biased": {"self_attn": biased_attention, "mlp": biased_moe, "": layer_norm_layer},
 }
 
 
@@ -90,7 +159,8 @@ def blocks_compute_what_torch_does(
     layer = model.model.layers[-1]
     seen: dict[str, Any] = {}
     for path in references:
-        layer.get_submodule(path).register_forward_hook(partial(_note, seen, path))
+        hook = partial(_note, seen, path)
+        layer.get_submodule(path).register_forward_hook(hook)
     model(tokens)
     for path, reference in references.items():
         x, made = seen[path]

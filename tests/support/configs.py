@@ -92,7 +92,8 @@ CASES = [
     Case("yarn_no_mscale", {"rope_scaling": {k: v for k, v in YARN.items() if "mscale" not in k}
                             | {"factor": 8.0, "beta_fast": 4, "beta_slow": 2},
                              "max_position_embeddings": 512}),
-    Case("head_sizes_differ", {"qk_nope_head_dim": 20, "qk_rope_head_dim": 4, "v_head_dim": 10}),
+    Case("head_sizes_differ", {"qk_nope_head_dim": 20, "qk_rope_head_dim": 4, "v_head_dim": 10,
+                               "attention_bias": True}),
     Case("wide_values", {"qk_nope_head_dim": 6, "qk_rope_head_dim": 10, "v_head_dim": 24}),
     Case("weights_not_normalized", {"norm_topk_prob": False, "routed_scaling_factor": 1.7}),
     Case("tied_head", {"tie_word_embeddings": True, "q_lora_rank": None}),
@@ -107,5 +108,5 @@ CASES = [
                 "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
          "deepseek_v2"),
     Case("v2_lite", {"topk_method": "greedy", "q_lora_rank": None, "n_routed_experts": 12,
-                     "n_group": 1, "topk_group": 1}, "deepseek_v2"),
+                     "n_group": 1, "topk_group": 1, "attention_bias": True}, "deepseek_v2"),
 ]  # fmt: skip

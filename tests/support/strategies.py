@@ -163,6 +163,8 @@ def _rms_norm(m: Maker) -> None:
     if x := m.floats(1):
         weight = m.weight(Type("bf16", (x.type.last,)))
         m.add("rms_norm", x, symbols=(weight,), eps=m.draw(above_one))
+        m.add("layer_norm", x, symbols=(weight,), eps=2.0)
+        m.add("parameter", symbols=(weight,))
 
 
 def _pointwise(m: Maker) -> None:
@@ -286,6 +288,8 @@ def _grouped(m: Maker, x: Value, route: Value, weight: Value) -> None:
     shared = replace(m, experts=8).weight(Type("bf16", (m.draw(dims), x.type.last)))
     m.add("grouped_linear", rows, ends, symbols=(shared,))
     m.add("unpermute", m.pool[-1], order, weight)
+    bias = replace(m, experts=8).weight(Type("bf16", (m.draw(dims),)))
+    m.plain("grouped_parameter", rows, ends, symbols=(bias,))
     experts = dims_attr(Dim("experts", 8))
     m.plain("quantize", x, scale="ue8m0", parts=())
     m.plain("permute_quantized", *m.pool[-2:], route, count=experts)

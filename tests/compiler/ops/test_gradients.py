@@ -107,6 +107,16 @@ def _rms_norm(d: Draw) -> Example:
     return Example("rms_norm", [d.tokens(width)], {"w.weight": weight}, {"eps": 1e-6})
 
 
+def _parameter(d: Draw) -> Example:
+    return Example("parameter", [], {"w.scale": Weight(Type("f32", (d.dim("a"), d.dim("b"))))})
+
+
+def _layer_norm(d: Draw) -> Example:
+    width = d.dim("width", 2)
+    weights = {f"w.{name}": Weight(Type("f32", (width,))) for name in d.choice("w", "wb")}
+    return Example("layer_norm", [d.tokens(width)], weights, {"eps": 1e-3})
+
+
 def _of_one(kind: str, **attrs: Attr) -> Callable[[Draw], Example]:
     return lambda d: Example(kind, [d.tokens(d.dim("width"))], attrs=attrs)
 
@@ -226,6 +236,12 @@ def _grouped_linear(d: Draw) -> Example:
     return Example("grouped_linear", [rows, (Type("i32", (experts,)), ends)], weights)
 
 
+def _grouped_parameter(d: Draw) -> Example:
+    experts, _, rows, (ends, _) = _slots(d, d.dim("in"))
+    weight = Weight(Type("f32", (d.dim("out"),)), stack=experts.size or 0)
+    return Example("grouped_parameter", [rows, (Type("i32", (experts,)), ends)], {"e.*.b": weight})
+
+
 def _unpermute(d: Draw) -> Example:
     _, k, rows, (_, order) = _slots(d, d.dim("width"))
     return Example("unpermute", [rows, (Type("i64", (SLOT,)), order), d.tokens(k)])
@@ -314,7 +330,9 @@ def _add_rms_norm(d: Draw) -> Example:
 EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "embedding": _embedding,
     "linear": _linear,
+    "parameter": _parameter,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "add_rms_norm": _add_rms_norm,
     "swiglu": _of_equals("swiglu"),
     **{f.kind: _of_one(f.kind) for f in POINTWISE},
@@ -329,6 +347,7 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "gate_saving": _gate("gate_saving"),
     "permute": _permute,
     "grouped_linear": _grouped_linear,
+    "grouped_parameter": _grouped_parameter,
     "unpermute": _unpermute,
     "sequence_balance_loss": _sequence_balance_loss,
     "cross_entropy": _cross_entropy,
