@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compiler.plan.serving import Served
     from dsl.schema import Cluster, Traffic
+    from dslc.balance import Balance
 
 Row = tuple[str, ...]
 
 
-def serving_text(served: Served, model: str, cluster: Cluster, traffic: Traffic) -> str:
+def serving_text(
+    served: Served, model: str, cluster: Cluster, traffic: Traffic, found: Sequence[Balance]
+) -> str:
     from compiler.plan.serving import CONVENTIONS
     from dslc.commands.show import table, wrapped
 
@@ -21,10 +24,11 @@ def serving_text(served: Served, model: str, cluster: Cluster, traffic: Traffic)
         table(_decoding(served), "<" + ">" * len(served.steps)),
         table(_prompts(served), "<>"),
         table(_nodes(served, traffic), "<><"),
+        table(_balance(found), "<" + ">" * len(found)) if found else [],
         table(_besides(served), "<<"),
         ["How this is counted:", *wrapped(CONVENTIONS)],
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def _heads(served: Served, model: str, cluster: Cluster, traffic: Traffic) -> Iterator[Row]:
@@ -67,6 +71,18 @@ def _nodes(served: Served, traffic: Traffic) -> Iterator[Row]:
     yield ("prompts", f"{served.prefill_nodes:,.1f}", _rate(read, "bound, overlapped"))
     yield ("answers", f"{served.decode_nodes:,.1f}", _rate(written, "best bound, in turn"))
     yield ("together", f"{served.prefill_nodes + served.decode_nodes:,.1f}", "")
+
+
+def _balance(found: Sequence[Balance]) -> Iterator[Row]:
+    """Of the recorded loads, for each number of redundant experts."""
+    yield (
+        "tokens of the busiest GPU over the mean",
+        *(f"{one.redundant} redundant" for one in found),
+    )
+    for name in ("decode", "prefill"):
+        units = [getattr(one, name) for one in found]
+        yield (f"{name} unit, mean of layers", *(f"{one.mean:.2f}" if one else "" for one in units))
+        yield (f"{name} unit, worst layer", *(f"{one.worst:.2f}" if one else "" for one in units))
 
 
 def _besides(served: Served) -> Iterator[Row]:

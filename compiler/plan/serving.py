@@ -47,6 +47,8 @@ class Experts:
     """The most nodes that a token goes to, by the groups of the router."""
     dispatch: int
     combine: int
+    groups: int
+    """Of the router; 1 where it has none."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def serve(
     Raises ValueError for a model without routed experts, and for a cluster without the rates.
     """
     rates = _rates(cluster)
-    experts = _experts(absorbed)
+    experts = routed_experts(absorbed)
     contexts = summary(
         lowered,
         decode,
@@ -226,8 +228,11 @@ class Weights:
         return others + routed * width * each / self._experts.count
 
 
-def _experts(absorbed: Program) -> Experts:
-    """Raises ValueError if there are none, or if layers differ."""
+def routed_experts(absorbed: Program) -> Experts:
+    """Of a decode program before its experts are fused.
+
+    Raises ValueError if there are none, or if layers differ.
+    """
     runs = Costs(absorbed).runs()
     found = [one for graph in absorbed.graphs for one in _of(absorbed, graph, runs[graph])]
     if not found:
@@ -242,6 +247,7 @@ def _experts(absorbed: Program) -> Experts:
         first.nodes,
         sum(one.dispatch for one in found),
         sum(one.combine for one in found),
+        first.groups,
     )
 
 
@@ -261,6 +267,7 @@ def _of(program: Program, name: str, runs: int) -> Iterator[Experts]:
             k if router is None else min(k, router.number("topk_group")),
             runs * dispatch,
             runs * combine,
+            1 if router is None else router.number("n_group"),
         )
 
 

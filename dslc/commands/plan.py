@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,7 @@ Examples:
   dslc plan deepseek_v3 --set parallel.expert=32
   dslc plan my_model.yaml --cluster h100_8 --format json  the plan.json of builds
   dslc plan deepseek_v3 --serve deepseek_day6             nodes and rates of a served model
+  dslc plan deepseek_v3 --serve deepseek_day6 --load f.json   and how even redundant experts make it
 
 \b
 Exit status: 0 the plan fits, 1 it is impossible or does not fit.
@@ -46,6 +48,14 @@ def run(
             show_default=False,
         ),
     ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --serve: tokens of each expert, as `dslc serve --record-load` writes them.",
+            show_default=False,
+        ),
+    ] = None,
     why: Annotated[
         bool, typer.Option("--why", help="Print the largest tensors, and similar layouts.")
     ] = False,
@@ -60,7 +70,7 @@ def run(
     from compiler.plan.explain import misfit
     from compiler.plan.make import make_plan, planner_of
     from compiler.plan.record import record
-    from dsl.diagnostic import DiagnosticError
+    from dsl.diagnostic import Diagnostic, DiagnosticError
     from dslc.report import print_json, reporting
     from dslc.specs import read
 
@@ -68,8 +78,10 @@ def run(
         changes = [*(sets or ()), *([f"parallel.cluster={cluster}"] if cluster else ())]
         description = read(spec, changes, variants)
         if serve is not None:
-            plan_serving(description, serve, format)
+            plan_serving(description, serve, load, format)
             return
+        if load is not None:
+            raise DiagnosticError([Diagnostic("E533", "--load is for --serve TRAFFIC")])
         compiled = compile(description)
         plan = make_plan(description, compiled)
         if plan is None:
@@ -85,14 +97,16 @@ def run(
             raise DiagnosticError([misfit(plan, planner, description)])
 
 
-def plan_serving(description: Description, name: str, format: Format) -> None:
+def plan_serving(description: Description, name: str, load: Path | None, format: Format) -> None:
     """Prints what a served model takes and gives. Raises `DiagnosticError`."""
     from dataclasses import asdict
 
     from compiler.pipeline import compile
-    from compiler.plan.serving import serve
+    from compiler.plan.serving import routed_experts, serve
     from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dsl.expert_load import read_load
     from dsl.traffic import read_traffic
+    from dslc.balance import balances
     from dslc.report import print_json
     from dslc.serving import serving_text
 
@@ -104,12 +118,18 @@ def plan_serving(description: Description, name: str, format: Format) -> None:
     absorbed = next(step.program for step in steps if step.name == "absorb")
     try:
         served = serve(compiled.lowered, compiled.programs["decode"], absorbed, cluster, traffic)
+        experts = routed_experts(absorbed)
     except ValueError as error:
         raise DiagnosticError([Diagnostic("E533", str(error), description.span())]) from None
+    found = []
+    if load is not None:
+        loads = read_load(load, experts.count)
+        found = balances(loads.values(), traffic, cluster.gpus_per_node, experts.groups)
     if format is Format.json:
-        print_json({"model": model, "traffic": traffic.traffic, **asdict(served)})
+        told = {"model": model, "traffic": traffic.traffic, **asdict(served)}
+        print_json(told | ({"balance": [asdict(one) for one in found]} if found else {}))
     else:
-        print(serving_text(served, model, cluster, traffic))
+        print(serving_text(served, model, cluster, traffic, found))
 
 
 def no_section(description: Description) -> Diagnostic:

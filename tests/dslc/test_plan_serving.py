@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dsl.diagnostic import DiagnosticError
+from dsl.expert_load import read_load
 from tests.support.command import Run
 from tests.support.places import SPECS, TINY
 
@@ -43,14 +45,27 @@ def test_the_published_day_of_v3(dslc: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_bounds_of_that_day(dslc: Run) -> None:
-    out = dslc("plan", V3, "--serve", "deepseek_day6").out
+def test_the_bounds_of_that_day(dslc: Run, tmp_path: Path) -> None:
+    """And how redundant experts spread a load of which eight experts have half."""
+    load = [256 if expert % 32 == 0 else 8 for expert in range(256)]
+    loads = {"load": {"model.layers.3.mlp": load, "model.layers.4.mlp": load[::-1]}}
+    (tmp_path / "load.json").write_text(json.dumps(loads), encoding="utf-8")
+    words = ("--serve", "deepseek_day6", "--load", tmp_path / "load.json")
+    out = dslc("plan", V3, *words).out
     rows = {line.split("  ")[0]: line.split()[-3:] for line in out.splitlines()}
     assert rows["bound, overlapped: tokens/s and node"][-1] == "84,641"
     assert ["31,740", "31,740", "31,740"] in [
         line.split()[-3:] for line in out.splitlines() if "overlapped" in line
     ]
     assert rows["bound, in turn: tokens/s and node"] == ["17,359", "18,499", "19,570"]
+    # A decoding GPU has 28 tokens on average. The busiest has one of the eight alone, or a fifth of
+    # it and one other, or a ninth of it and one other.
+    expected = [256 / 28, (256 / 5 + 8) / 28, (256 / 9 + 8) / 28]
+    assert rows["decode unit, worst layer"] == [f"{x:.2f}" for x in expected]
+    # One of four nodes of prefill has two of the eight on 8 GPUs, which have 126 tokens on average:
+    # a GPU has one and seven others, two fifths and seven others, or two eighths and eight others.
+    expected = [(256 + 7 * 8) / 126, (2 * 256 / 5 + 7 * 8) / 126, (2 * 256 / 8 + 8 * 8) / 126]
+    assert rows["prefill unit, mean of layers"] == [f"{x:.2f}" for x in expected]
 
 
 @pytest.mark.slow
@@ -94,3 +109,27 @@ def test_a_wrong_traffic_file_is_told_with_its_places(dslc: Run, tmp_path: Path)
     assert outcome.status == 1
     for part in ("mine.yaml:7:9", "cached above 1", "contxt", "context"):
         assert part in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "has no loads"),
+        ('{"load": {"a": [1, 2]}}', "`a` needs 16 whole numbers"),
+        ('{"load": {"a": 1}}', "`a` needs 16 whole numbers"),
+    ],
+)
+def test_a_wrong_load_file_is_told_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DiagnosticError) as caught:
+        read_load(path, 16)
+    (problem,) = caught.value.diagnostics
+    assert problem.code == "E122" and message in problem.message
+    assert problem.span is not None and problem.span.location.startswith(f"{path}:1:")
+
+
+def test_loads_are_for_serving(dslc: Run) -> None:
+    outcome = dslc("plan", V3, "--load", "load.json")
+    assert outcome.status == 1 and "--load is for --serve" in outcome.err
