@@ -57,18 +57,21 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load(model: CheckpointModule, folder: str | Path) -> LoadReport:
+def load(
+    model: CheckpointModule, folder: str | Path, whole: CheckpointModule | None = None
+) -> LoadReport:
     """Reads every weight of `model` from a folder of *.safetensors, with or without an index.
 
     One tensor at a time, cast to the model's dtype; FP8 tensors are multiplied by their scales. A
     model on the meta device gets its memory, on the CPU. Copies (`model.aliases`) may be absent.
+    `whole` is what the folder holds all of, where `model` has some of its experts only.
 
     Raises LoadError with all problems at once, before anything is written: tensors missing, left
     over, of the wrong shape or type, in two files; copies that differ; damaged files.
     """
     began = time.perf_counter()
     folder = Path(folder)
-    shapes = {part.name: part.shape for part in published(model)}
+    shapes = {part.name: part.shape for part in published(whole or model)}
     with matched(folder, shapes, model.aliases) as (shards, sources):
         if model.device.type == "meta":
             model.to_empty(device="cpu")
@@ -82,7 +85,7 @@ def load(model: CheckpointModule, folder: str | Path) -> LoadReport:
             folder=folder,
             files=len({entry.file for entry in shards.entries.values()}),
             total=len(shards.entries),
-            read=len(shapes),
+            read=len({part.name for part in published(model)}),
             dequantized=sum(
                 sources.of[part.name].scale is not None and part.scales is None
                 for part in published(model)

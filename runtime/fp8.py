@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import functional as F
 from . import gradients as G
+from . import routing
 
 RUN = 128
 E4M3 = torch.float8_e4m3fn
@@ -211,6 +212,9 @@ def permute_quantized(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized tokens q [.., hidden] and their scales as `functional.permute` sorts tokens."""
+    if (ranks := routing.current()) is not None:
+        (rows, scales), offs, sort_indices = ranks.send((q, s), index)
+        return rows, scales, offs, sort_indices
     rows, offs, sort_indices = F.permute(q, index, experts)
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     return rows, s.flatten(0, -2)[token], offs, sort_indices

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as torch_f
 from torch import Tensor
 
-from . import matmul
+from . import matmul, routing
 
 IGNORED_LABEL = -100
 """Positions with this label count in no loss, as in torch and transformers."""
@@ -410,8 +410,10 @@ choices it was; int64 [n] each."""
 def dispatch(index: Tensor, experts: int) -> list[Chosen]:
     """For each expert the tokens that chose it, in order; no token is dropped.
 
-    index [..., k] as `topk_groups` gives it.
+    index [..., k] as `topk_groups` gives it. Raises ValueError where experts are on several ranks.
     """
+    if routing.current() is not None:
+        raise ValueError("experts that are computed one by one cannot be spread over ranks")
     flat = index.flatten()
     sort_indices = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts).tolist()
@@ -503,7 +505,12 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
     Returns the rows [slots, hidden], the offsets at which each expert's rows end (int32 [experts]),
     and the place in the flattened `index` of each row (int64 [slots]). No token is dropped.
+    Where experts are on several ranks, rows are those of all ranks for this one's, and places those
+    of this rank's tokens.
     """
+    if (ranks := routing.current()) is not None:
+        (rows,), offs, sort_indices = ranks.send((x,), index)
+        return rows, offs, sort_indices
     flat = index.flatten()
     sort_indices = flat.argsort(stable=True)
     offs = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
@@ -540,6 +547,8 @@ def unpermute(y: Tensor, sort_indices: Tensor, weight: Tensor) -> Tensor:
 
     The sum runs in the order of each token's choices, in any batch: [..., hidden].
     """
+    if (ranks := routing.current()) is not None:
+        y = ranks.give_back(y)
     return sum_choices(y, sort_indices, weight.flatten(0, -2).to(y.dtype)).view(
         *weight.shape[:-1], y.shape[-1]
     )

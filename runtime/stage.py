@@ -101,4 +101,6 @@ def hold(model: nn.Module, share: ModelShare) -> None:
                 module.register_module(leaf, Absent())
     for module in model.modules():
         if isinstance(module, Stack):
-            module.hold(share.expert_rank, share.expert_ranks)
+            each = module.total // share.expert_ranks
+            first = share.expert_rank * each
+            module.hold(range(first, first + each))

@@ -10,7 +10,7 @@ other; initialisation, loading and saving go through it, and `state_dict` follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -244,7 +244,8 @@ class Stack(nn.Module):
     def __init__(self, count: int, **members: Tensors) -> None:
         super().__init__()
         self.count = self.total = count
-        self.first = 0
+        self.ids: Sequence[int] = range(count)
+        """The number of each part that is held, among all of them."""
         for name, member in members.items():
             self.add_module(name, member)
         for name, tensor in _stored(self):
@@ -257,10 +258,9 @@ class Stack(nn.Module):
         self.register_load_state_dict_pre_hook(_restack)
         self.register_load_state_dict_pre_hook(_rejoin)
 
-    def hold(self, rank: int, ranks: int) -> None:
-        """Keeps one of `ranks` equal parts, on the meta device; numbers stay those of the whole."""
-        self.count = self.total // ranks
-        self.first = rank * self.count
+    def hold(self, ids: Sequence[int]) -> None:
+        """Keeps parts by their numbers, on the meta device; a number may come more than once."""
+        self.count, self.ids = len(ids), ids
         for member in (m for m in self.modules() if isinstance(m, Tensors)):
             for name, one in member.declarations.items():
                 shape = (self.count, *one.shape[1:])
@@ -335,12 +335,11 @@ def published(module: nn.Module, prefix: str = "", index: Index = ()) -> Iterato
         if name != SCALES:
             scales = getattr(module, SCALES)[index] if _held(module) else None
             yield Published(prefix + name, tensor, index, declarations.get(name), scales)
-    parts = range(module.count) if isinstance(module, Stack) else (None,)
-    first = module.first if isinstance(module, Stack) else 0
-    for part in parts:
+    parts = enumerate(module.ids) if isinstance(module, Stack) else ((None, 0),)
+    for part, id in parts:
         here, inside = (prefix, index)
         if part is not None:
-            here, inside = f"{prefix}{first + part}.", (*index, part)
+            here, inside = f"{prefix}{id}.", (*index, part)
         for name, child in module.named_children():
             yield from published(child, f"{here}{name}.", inside)
 
@@ -431,9 +430,9 @@ def _cuts(joined: Joined) -> dict[str, list[int]]:
 def _unstack(stack: Stack, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """After `state_dict()`: gives views of each part instead of the stored tensors."""
     parts = {name: state.pop(prefix + name) for name, _ in _stored(stack)}
-    for i in range(stack.count):
+    for i, id in enumerate(stack.ids):
         for name, tensor in parts.items():
-            state[f"{prefix}{stack.first + i}.{name}"] = tensor[i]
+            state[f"{prefix}{id}.{name}"] = tensor[i]
 
 
 def _unjoin(joined: Joined, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -456,10 +455,13 @@ def _restack(
 ) -> None:
     """Before `load_state_dict()`: puts the parts together, and reports those that do not fit."""
     for name, stored in _stored(stack):
-        first = stack.first
-        names = {f"{prefix}{first + i}.{name}": stored[i] for i in range(stack.count)}
+        names = {f"{prefix}{id}.{name}": stored[i] for i, id in enumerate(stack.ids)}
         values = _take(state, names, missing, errors)
-        state[prefix + name] = stored.detach() if values is None else torch.stack(values)
+        if values is None:
+            state[prefix + name] = stored.detach()
+        else:
+            of = dict(zip(dict.fromkeys(stack.ids), values, strict=True))
+            state[prefix + name] = torch.stack([of[id] for id in stack.ids])
 
 
 def _rejoin(

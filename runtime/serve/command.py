@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,20 @@ from ..train.options import parse
 from ..train.settings import TrainError
 from ..train.tokenizer import Learned, Tokenizer, of_folder
 from .engine import Engine
+from .front import Front
 from .grammar import Grammars
 from .options import Options
+from .ranks import (
+    Parallel,
+    Served,
+    is_follower,
+    local_ranks,
+    make_front,
+    run_follower,
+    world_size,
+)
 from .settings import Settings
+from .spread import Balancing
 from .text import Vocabulary, vocabulary_of
 
 NEEDED = "fastapi, uvicorn, prometheus_client and jinja2"
@@ -89,7 +100,14 @@ def serve(
         tokenizer = Learned(settings.tokenizer)
     vocabulary = vocabulary_of(tokenizer or of_folder(folder))
     options = engine_options(settings)
-    make = partial(make_engine, model, folder, settings.device, options, vocabulary)
+    ranks = ranks_of(model, settings, options, vocabulary)
+    if ranks is not None and is_follower():
+        return _follow(ranks)
+    make: Callable[[], Engine | Front] = (
+        partial(make_engine, model, folder, settings.device, options, vocabulary)
+        if ranks is None
+        else partial(_make_front, ranks)
+    )
     try:
         template = template_of(folder, vocabulary, settings.chat_template)
         served = ServedModel(
@@ -137,6 +155,51 @@ def _print_ready(name: str, longest: int, host: str, port: int) -> None:
     print(f"serving {name} at http://{shown}:{port}/ (max_model_len {longest})", flush=True)
 
 
+def ranks_of(
+    model: type[LanguageModel], settings: Settings, options: Options, vocabulary: Vocabulary
+) -> Served | None:
+    """What each rank serves; None for a single process that counts no loads.
+
+    Raises TrainError for options that are for several ranks.
+    """
+    redundant, every = settings.redundant_experts, settings.rebalance
+    if world_size() == 1:
+        if redundant or every or settings.expert_load is not None:
+            raise TrainError(
+                "--redundant-experts, --rebalance and --expert-load are for several ranks: start "
+                "them with torchrun --nproc-per-node N -m .."
+            )
+        if settings.record_load is None:
+            return None
+    balancing = Balancing(redundant, every, record=settings.record_load)
+    return Served(
+        model,
+        settings.checkpoint,
+        settings.device,
+        options,
+        threads(),
+        free_memory,
+        partial(make_grammars, model, settings.checkpoint, vocabulary),
+        Parallel(balancing, settings.expert_load, settings.patience),
+    )
+
+
+def _follow(ranks: Served) -> int:
+    try:
+        run_follower(ranks)
+    except (ValueError, LoadError) as error:
+        raise TrainError(str(error)) from None
+    return 0
+
+
+def _make_front(ranks: Served) -> Front:
+    """Raises ValueError for weights and options that do not fit."""
+    try:
+        return make_front(ranks)
+    except (TrainError, LoadError) as error:
+        raise ValueError(str(error)) from None
+
+
 def local_names(host: str) -> tuple[str, ...] | None:
     """The names by which a server of this machine alone is called; None for others."""
     from .gate import LOCAL
@@ -160,7 +223,8 @@ def engine_options(settings: Settings) -> Options:
 def threads() -> int:
     """Of the engine: one core is left to the server where there are more than two."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    return cores - 1 if cores > 2 else torch.get_num_threads()
+    one = cores - 1 if cores > 2 else torch.get_num_threads()
+    return max(one // local_ranks(), 1)
 
 
 def make_engine(
@@ -179,11 +243,13 @@ def make_engine(
         loaded = loaded.to(place)
         if options.cache_bytes is None:
             options = dataclasses.replace(options, cache_bytes=free_memory(place))
-        size = model.config.params.vocab_size
-        grammars = Grammars(vocabulary, size, end_tokens(model, folder))
-        return Engine(loaded, options, grammars)
+        return Engine(loaded, options, make_grammars(model, folder, vocabulary))
     except (TrainError, LoadError) as error:
         raise ValueError(str(error)) from None
+
+
+def make_grammars(model: type[LanguageModel], folder: Path, vocabulary: Vocabulary) -> Grammars:
+    return Grammars(vocabulary, model.config.params.vocab_size, end_tokens(model, folder))
 
 
 def free_memory(device: torch.device) -> int:

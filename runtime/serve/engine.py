@@ -53,6 +53,9 @@ class Engine:
     Raises ValueError for options that do not fit the model, and for a model without weights.
     """
 
+    heartbeat: float | None = None
+    """Nothing happens between steps, see `worker.Engine`."""
+
     def __init__(
         self,
         model: Decoder,
@@ -107,6 +110,18 @@ class Engine:
         """
         if id in self._requests:
             raise ValueError(f"there is a request {id!r} already")
+        request = self.check(id, prompt, sampling, salt)
+        self._counts["prompt_tokens"] += len(prompt)
+        if not sampling.max_tokens:
+            self._ended.append(Event(id, finish="length"))
+            return
+        self._requests[id] = request
+        self.scheduler.add(request)
+
+    def check(
+        self, id: str, prompt: Sequence[int], sampling: Sampling, salt: bytes = b""
+    ) -> Request:
+        """The request that `add` would take up. Raises ValueError as it does."""
         sampling.check(self.vocab_size)
         if not prompt:
             raise ValueError("the prompt is empty: it needs at least one token")
@@ -132,12 +147,7 @@ class Engine:
                 f"{len(prompt)} tokens and {sampling.max_tokens} new ones do not fit in the KV "
                 f"cache, which holds {room}: give it more memory"
             )
-        self._counts["prompt_tokens"] += len(prompt)
-        if not sampling.max_tokens:
-            self._ended.append(Event(id, finish="length"))
-            return
-        self._requests[id] = request
-        self.scheduler.add(request)
+        return request
 
     def abort(self, id: str) -> None:
         """Ends a request, with an event that says so; nothing happens if it has ended."""
@@ -150,6 +160,9 @@ class Engine:
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._requests or self._ended)
+
+    def close(self) -> None:
+        """Nobody else waits for this engine."""
 
     def stats(self) -> dict[str, float]:
         """Numbers of now (running, waiting, kv_cache_usage) and counts since the start."""

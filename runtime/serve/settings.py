@@ -52,6 +52,21 @@ class Settings:
     speculate: Annotated[
         int, Option("Tokens that MTP modules draft for each step, 0 to 4 [0].", "N", 0, MOST_DRAFTS)
     ] = 0
+    redundant_experts: Annotated[
+        int, Option("Copies of experts in every layer, on several ranks [0].", "N", 0)
+    ] = 0
+    rebalance: Annotated[
+        int, Option("Steps after which experts are placed by their load [0: never].", "N", 0)
+    ] = 0
+    expert_load: Annotated[
+        Path | None, Option("Loads by which they are placed at first [even].", "FILE")
+    ] = None
+    record_load: Annotated[
+        Path | None, Option("Write the loads of experts there [nowhere].", "FILE")
+    ] = None
+    patience: Annotated[
+        int, Option("Seconds that a rank waits for another before all end [5].", "SECONDS", 1)
+    ] = 5
     max_pending: Annotated[
         int, Option("Answers that run or wait; above, requests get a 429 [512].", "N", 1)
     ] = 512

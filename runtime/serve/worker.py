@@ -43,6 +43,13 @@ class Engine(Protocol):
     def stats(self) -> Stats:
         """Numbers of now (running, waiting, kv_cache_usage) and since the start."""
 
+    @property
+    def heartbeat(self) -> float | None:
+        """Seconds after which it wants a step although it is not busy; None: never."""
+
+    def close(self) -> None:
+        """No further step."""
+
 
 class Unavailable(Exception):
     """The engine has ended, or ends; nothing can be asked of it."""
@@ -221,6 +228,7 @@ def _run(connection: Connection, make: Callable[[], Engine]) -> None:
                 return
             if events:
                 connection.send(("events", events))
+        engine.close()
 
 
 def _end_with_server() -> None:
@@ -240,6 +248,8 @@ def _failure(error: Exception) -> str:
 def _messages(engine: Engine, connection: Connection) -> bool:
     """Takes what has come, and waits where there is nothing to do; false at the end."""
     while connection.poll() or not engine.busy:
+        if not connection.poll(engine.heartbeat):
+            break
         match connection.recv():
             case ("add", id, prompt, sampling, salt):
                 try:

@@ -61,6 +61,11 @@ class FakeEngine:
         self.counts["steps"] += 1
         return [self._event(id, one) for id, one in list(self.requests.items())[: self.slots]]
 
+    heartbeat: float | None = None
+
+    def close(self) -> None:
+        pass
+
     def _event(self, id: str, one: Running) -> Event:
         if one.prompt[0] == FAIL:
             raise RuntimeError("told to fail")

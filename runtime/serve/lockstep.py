@@ -1,0 +1,110 @@
+"""A model that all ranks call together, each with its own rows: what an engine sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import matmul
+from ..config import Config
+from ..model import LanguageModel
+from ..pages import Pages, make_rows
+from .group import Group, RankFailure
+from .spread import Layer
+
+DECODE, DRAFT, DONE = range(3)
+
+
+class Lockstep:
+    """Lets no rank call the model alone, for each needs the experts of all.
+
+    Before a call, ranks say what they want. All those that want what comes first make their call,
+    the others the same call with a row of no request: so they need not know of each other how many
+    calls a step has. `finish` ends the step of this rank, and returns when all have ended theirs.
+    """
+
+    def __init__(
+        self, model: LanguageModel, layers: Sequence[Layer], group: Group | None, page: int
+    ) -> None:
+        self.model, self.layers, self.group = model, layers, group
+        self.steps = 0
+        self._pages = Pages(1, page)  # block 0 alone, which is nobody's
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def draft_offset(self) -> int | None:
+        return self.model.draft_offset
+
+    def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
+        self._turn(DECODE)
+        return self._call(DECODE, tokens, position, cache)
+
+    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
+        self._turn(DRAFT)
+        return self._call(DRAFT, state, tokens, position, cache)
+
+    def finish(self) -> None:
+        """The end of a step of this rank."""
+        self._turn(DONE)
+        self.steps += 1
+
+    def warm_up(self) -> None:
+        """Tries all sizes of calls, for which ranks take unlike times, and waits for all."""
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(layer.alone())
+            self._join(DECODE)
+            if self.draft_offset is not None:
+                self._join(DRAFT)
+        if self.group is not None:
+            self.group.meet()
+
+    def _turn(self, want: int) -> None:
+        """Takes part in the calls of others until it is this rank's turn."""
+        while self.group is not None:
+            said = self.group.all_gather(want, self.steps)
+            steps = sorted({step for _, step in said})
+            if len(steps) > 1:
+                raise RankFailure(f"ranks are in different steps: {steps}")
+            first = min(wanted for wanted, _ in said)
+            if first == want:
+                return
+            with self._uncounted():
+                self._join(first)
+
+    @torch.inference_mode()
+    def _join(self, call: int) -> None:
+        """A call with one row, whose result nobody reads."""
+        rows, position = make_rows([([0], 0, 1)], [0], self._pages.page, self.device)
+        self._pages.begin(rows)
+        given = [torch.zeros_like(position), position, self._pages]
+        with matmul.batch_invariant():
+            self._call(call, *(given if call == DECODE else [self._state, *given]))
+
+    def _call(self, call: int, *given: Any) -> Tensor:
+        if call == DRAFT:
+            return self.model.draft(*given)
+        logits = self.model.decode(*given)
+        self._state = given[-1].states[:, :1]
+        return logits
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        for layer in self.layers:
+            layer.counting = False
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.counting = True
