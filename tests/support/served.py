@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,16 @@ class Served:
         return self.statuses[0]
 
 
+def all_idle(served: Served) -> bool:
+    """Whether the engine has no request any more, or comes to have none."""
+    for _ in range(200):
+        stats = served.stats()
+        if stats["num_requests_running"] == stats["num_requests_waiting"] == 0:
+            return served.service.worker.pending == 0
+        time.sleep(0.01)
+    return False
+
+
 def byte_chat(vocabulary: Vocabulary, template: str = PLAIN) -> Chat:
     return Chat(ChatTemplate(template, {}, PLAIN_STOPS), vocabulary)
 
@@ -90,7 +101,7 @@ def serving(
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    assert begun.wait(20)
+    assert begun.wait(60)
     served = Served(url, service, servers[0], thread, statuses)
     try:
         yield served

@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 from backends.build import build
 from dsl.load import load
 from runtime.eplb import imbalance
-from tests.support.places import ROOT, TINY
+from tests.support.places import TINY
 
 NAME = "deepseek_v3_tiny"
 RANKS = 4

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from runtime.serve.service import Limits
 from runtime.serve.text import ByteVocabulary
 from tests.support.fake_engine import FAIL, NAN
-from tests.support.served import END, HTTP, Served, byte_chat, serving
+from tests.support.served import END, HTTP, Served, all_idle, byte_chat, serving
 from tests.support.tokenizers import vocabulary
 
 
@@ -48,16 +48,6 @@ def events(response: httpx.Response) -> list[Any]:
     parts = response.text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""]
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
-
-
-def all_idle(served: Served) -> bool:
-    """Whether the engine has no request any more, or comes to have none."""
-    for _ in range(200):
-        stats = served.stats()
-        if stats["num_requests_running"] == stats["num_requests_waiting"] == 0:
-            return served.service.worker.pending == 0
-        time.sleep(0.01)
-    return False
 
 
 def test_completions(client: openai.OpenAI) -> None:
