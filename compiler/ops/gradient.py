@@ -123,6 +123,7 @@ class RMSNormGrad(Operator):
     """Gradients of `rms_norm`: of x [.., n] and of the weight [n], summed in float32."""
 
     kind = "rms_norm_grad"
+    sums = "first"
     operands = ("d", "x")
     symbols = ("weight",)
     attrs: ClassVar = {"eps": float}
@@ -137,6 +138,7 @@ class LayerNormGrad(Operator):
     """Gradients of `layer_norm`: of x [.., n], of the weight and of the bias [n], in float32."""
 
     kind = "layer_norm_grad"
+    sums = "first"
     operands = ("d", "x")
     symbols = ("weight",)
     attrs: ClassVar = {"eps": float}
@@ -164,9 +166,10 @@ class AddRMSNormGrad(Operator):
 
 
 class _LikeSecond(Operator):
-    """The gradient of the second operand, of whose type it is."""
+    """The gradient of the second operand, of whose type it is; linear in the first one."""
 
     operands: ClassVar[tuple[str, ...]] = ("d", "x")
+    sums = "first"
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder, infer
-from compiler.graph.core import Cache, Graph, Op, Program, lists
+from compiler.graph.core import Cache, Graph, Op, Program, Value, lists
 from compiler.graph.types import Dim, Type
-from compiler.ops import TypeMismatch
+from compiler.ops import OPS, TypeMismatch
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss
 from dsl.diagnostic import Diagnostic, DiagnosticError
@@ -90,11 +90,24 @@ def _types(op: Op, graph: Graph, program: Program) -> tuple[Type, ...]:
         ) from None
 
 
+def _head(main: Graph, logits: Value) -> int:
+    """The operator that makes the scores, before a bias, a cap and the like; by number."""
+    producers = {v: i for i, op in enumerate(main.ops) for v in op.results}
+    made = at = producers[logits]
+    while OPS[main.ops[at].kind].rowwise:
+        # A weight of one dimension meets scores of one position as those of all.
+        whole = [v for v in main.ops[at].operands if len(v.type.dims) > 1]
+        if len(whole) != 1 or whole[0] not in producers:
+            return made
+        at = producers[whole[0]]
+    return at if main.ops[at].kind == "linear" else made
+
+
 def _only_last(program: Program) -> None:
     """A decoder asks for the token after the last one: the head needs no other position."""
     main = program.main
     (logits,) = main.results
-    made = next(i for i, op in enumerate(main.ops) if logits in op.results)
+    made = _head(main, logits)
     # Before the head where it comes last; else behind whatever makes the scores.
     head = main.ops[made].kind == "linear"
     reader = main.ops[made if head else -1]

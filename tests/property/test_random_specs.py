@@ -16,30 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from backends.build import build
 from dsl.load import Description
 from tests.support.cases import Case, close
+from tests.support.random_runs import runs_or_is_refused
 from tests.support.random_specs import accepted, few, fitted, specs
 
 COUNTER = itertools.count()
-
-
-def built(spec: dict[str, Any], folder: Path) -> Any:
-    """The module of a spec; None if the spec is refused."""
-    name = f"random_{next(COUNTER)}"
-    made = accepted(spec, folder, name, lambda description: build(description, folder / name))
-    return importlib.import_module(name) if made is not None else None
 
 
 @pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(specs())
 def test_a_random_spec_runs_or_is_refused(spec: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        sys.path.insert(0, folder)
-        try:
-            module = built(spec, Path(folder))
-            if module is not None:
-                runs(module, spec)
-        finally:
-            sys.path.remove(folder)
+    runs_or_is_refused(spec)
 
 
 @pytest.mark.slow
@@ -80,24 +67,3 @@ def test_generated_code_computes_what_the_graph_means(spec: dict[str, Any]) -> N
         zeros = torch.zeros(part.shape, dtype=torch.float64)
         grad = zeros if part.grad is None else part.grad
         close(grad, gradients.get(part.name, zeros), f"gradient of {part.name}")
-
-
-def runs(module: Any, spec: dict[str, Any]) -> None:
-    model = module.Model(seed=3)
-    tokens = torch.randint(17, (2, 9), generator=torch.manual_seed(0))
-    out = model(tokens)
-    assert out.logits.isfinite().all() and len(out.mtp_logits) == spec["mtp"]["depth"]
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
-    loss.total.backward()
-    assert loss.total.isfinite()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-    text = model.generate(tokens[:, :3], 4, eos_token_id=None)
-    assert text.shape == (2, 7)
-    if spec["policy"] == "fp32":
-        again = tokens[:, :3]
-        for _ in range(4):
-            scores = model(again).logits[:, -1]
-            again = torch.cat([again, scores.argmax(-1, keepdim=True)], 1)
-        assert torch.equal(text, again)

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
+from tests.support import random_blocks
 
 T = TypeVar("T")
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16])
-ATTENTION = st.sampled_from(["MLA", "GQA", "MHA"])
-FEED_FORWARD = st.sampled_from(
-    ["SwiGLU", "SwiGLU(intermediate_size=12)", "DeepSeekMoE", "SoftmaxMoE"]
-)
+ATTENTION = st.sampled_from(["MLA", "GQA", "MHA", "RandomAttention"])
+FEED_FORWARD = st.sampled_from([
+    "SwiGLU", "SwiGLU(intermediate_size=12)", "DeepSeekMoE", "SoftmaxMoE", "RandomFF", "RandomFF",
+    "RandomMoE", "GatedSharedMoE", "BiasedMoE",
+])  # fmt: skip
 
 
 @st.composite
@@ -64,6 +66,12 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         "policy": draw(st.sampled_from(["fp32", "bf16"])),
         "alpha": draw(st.sampled_from(["1e-3", "0"])),
         "mask": draw(st.booleans()),
+        "blocks": [
+            random_blocks.MOE,
+            draw(random_blocks.attention()),
+            draw(random_blocks.feed_forward()),
+        ],
+        "wild": draw(random_blocks.feed_forward(wild=True)) if draw(st.booleans()) else "",
     }
 
 
@@ -85,9 +93,10 @@ def text_of(spec: dict[str, Any], name: str, unused: set[str]) -> str:
         for key, value in spec["params"].items()
         if key not in unused
     )
+    own = ", ".join(["./random.dsl", *map(str, random_blocks.EXAMPLES)])
     layers = "\n".join(f"    - {json.dumps(layer)}" for layer in spec["layers"])
     return f"""model: {name}
-blocks: [causal_lm, decoder, mla, gqa, mha, swiglu, deepseek_moe, softmax_moe, mtp]
+blocks: [causal_lm, decoder, mla, gqa, mha, swiglu, deepseek_moe, softmax_moe, mtp, {own}]
 params:
 {params}
 architecture:
@@ -113,7 +122,7 @@ def fitted(spec: dict[str, Any]) -> dict[str, Any]:
     candidates = p["n_routed_experts"] // p["n_group"] * p["topk_group"]
     p["num_experts_per_tok"] = min(p["num_experts_per_tok"], candidates)
     mtp = {**spec["mtp"], "depth": max(spec["mtp"]["depth"], 0)}
-    return {**spec, "params": p, "mtp": mtp}
+    return {**spec, "params": p, "mtp": mtp, "wild": ""}
 
 
 def accepted(
@@ -124,6 +133,8 @@ def accepted(
     None if the spec is refused; then every reason is a diagnostic with a place.
     """
     path = folder / "spec.yaml"
+    own = [*spec["blocks"][:-1], spec["wild"]] if spec["wild"] else spec["blocks"]
+    (folder / "random.dsl").write_text("\n".join(own))
     unused: set[str] = set()
     while True:
         path.write_text(text_of(spec, name, unused))

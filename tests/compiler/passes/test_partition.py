@@ -30,7 +30,7 @@ from tests.interpret.comm import World
 from tests.interpret.operators import LEARNING_RATE
 from tests.support.golden import Golden
 from tests.support.models import description
-from tests.support.places import TINY
+from tests.support.places import SPECS, TINY
 from tests.support.ranks import (
     MESHES,
     end_of,
@@ -85,6 +85,13 @@ def test_all_ranks_together_compute_what_one_does(mesh: str, name: str) -> None:
 def test_a_mask_between_documents_is_that_of_each_ranks_sequences() -> None:
     of = description("train.document_mask=true")
     check_same(of, layout(MESHES["2 stages x 2 replicas x 2 experts"], of))
+
+
+@pytest.mark.slow
+def test_biases_and_free_parameters_are_those_of_all_ranks() -> None:
+    """Biases of experts, and gradients that are sums over dimensions that were broadcast."""
+    of = load(SPECS / "examples" / "biased.yaml", sets=["architecture.layers.1.repeat=1"])
+    check_same(of, layout(MESHES["2 replicas"], of))
 
 
 @pytest.mark.slow
