@@ -107,6 +107,25 @@ class Pages:
         self.states = x
         return x[0, self.rows.scored]
 
+    def read(self, block: int) -> Tensor:
+        """A copy of what all modules remember in a block, on the CPU: uint8 [bytes of a block]."""
+        parts = [pool[block].contiguous().view(torch.uint8) for pool in self._pools.values()]
+        return torch.cat([part.flatten().cpu() for part in parts])
+
+    @torch.inference_mode()  # as pools are made in
+    def write(self, block: int, data: Tensor) -> None:
+        """What `read` gave of a block of another cache, by the same modules. Raises ValueError for
+        data of another size."""
+        sizes = [pool[block].nbytes for pool in self._pools.values()]
+        if data.numel() != sum(sizes):
+            raise ValueError(
+                f"a block here has {sum(sizes)} bytes, one of {data.numel()} came: both engines "
+                "need the same model, page and drafts"
+            )
+        for pool, part in zip(self._pools.values(), data.split(sizes), strict=True):
+            # A copy, for where a part begins may not be a multiple of its numbers' size.
+            pool[block] = part.clone().view(pool.dtype).view(pool.shape[1:])
+
     @property
     def bytes(self) -> int:
         """Memory allocated so far, in bytes."""

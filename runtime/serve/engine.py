@@ -156,6 +156,29 @@ class Engine:
             self.scheduler.remove(request)
             self._ended.append(Event(id, finish="abort"))
 
+    def hand_over(self, id: str) -> tuple[Request, list[Tensor]]:
+        """Takes a running request out, without an event, and a copy of its pages."""
+        request = self._requests.pop(id)
+        used = -(-request.computed // self.options.page)
+        pages = [self.pages.read(block) for block in request.blocks[:used]]
+        self.scheduler.remove(request)
+        return request, pages
+
+    def take_over(self, request: Request, pages: Sequence[Tensor]) -> bool:
+        """Continues a request with an output by the pages of its other tokens, unless there is no
+        place for it now; without pages its tokens are computed again, when it is its turn."""
+        if pages:
+            page, computed = self.options.page, request.known - 1
+            if not self.scheduler.admit(request):
+                return False
+            for i in range(request.computed // page, len(pages)):
+                self.pages.write(request.blocks[i], pages[i])
+            self.scheduler.computed(request, computed - request.computed)
+        else:
+            self.scheduler.add(request)
+        self._requests[request.id] = request
+        return True
+
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""

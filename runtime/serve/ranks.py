@@ -81,11 +81,10 @@ def _make(served: Served, group: Group | None) -> RankEngine:
     if device.type != "cpu":
         raise ValueError("experts on several ranks are served on CPUs: give --device cpu")
     loads = None if parallel.loads is None else read_loads(parallel.loads)
-    params = served.model.config.params
     balancing = dataclasses.replace(
         parallel.balancing,
         nodes=max(world_size() // local_ranks(), 1),
-        groups=params["n_group"] if "n_group" in params else 1,
+        groups=getattr(served.model.config.params, "n_group", 1),
     )
     loaded = served.model(device="meta")
     layers = spread(loaded, group, balancing, loads)

@@ -152,6 +152,11 @@ class Scheduler:
             left -= drafts
         return planned
 
+    def admit(self, request: Request) -> bool:
+        """Starts a request that is computed already, unless others wait or there is no room."""
+        full = len(self.running) >= self.options.max_requests
+        return not full and not self.waiting and self._admit(request)
+
     def computed(self, request: Request, new: int) -> None:
         """Notes that a step computed `new` tokens; full blocks can be found from now on."""
         page = self.options.page
