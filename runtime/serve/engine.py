@@ -161,7 +161,9 @@ class Engine:
         request = self._requests.pop(id)
         used = -(-request.computed // self.options.page)
         pages = [self.pages.read(block) for block in request.blocks[:used]]
+        drafts, tails = request.drafts, request.tails
         self.scheduler.remove(request)
+        request.drafts, request.tails = drafts, tails
         return request, pages
 
     def take_over(self, request: Request, pages: Sequence[Tensor]) -> bool:

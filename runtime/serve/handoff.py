@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -36,7 +36,9 @@ class Handoff:
     """The tokens that the prefill engine chose: one, or two where it had drafted."""
     blocks: int
     cached: int
-    draft: int | None
+    drafts: tuple[int, ...] = ()
+    tails: Mapping[int, Tensor] = field(default_factory=dict)
+    """What MTP modules need to go on; see `Request`."""
     ended: Event | None = None
     """Of a request that has ended with its first token: all that is to be said of it."""
 
@@ -167,12 +169,13 @@ class PrefillEngine:
             if event.finish is not None:
                 prompt, sampling, salt = self._asked.pop(event.id)
                 given = event.id, prompt, sampling, salt, event.tokens
-                self.transport.send(Handoff(*given, 0, event.cached, None, event))
+                self.transport.send(Handoff(*given, 0, event.cached, ended=event))
                 continue
             del self._asked[event.id]
             request, pages = self.engine.hand_over(event.id)
             given = event.id, request.prompt, request.sampling, request.salt, event.tokens
-            self.transport.send(Handoff(*given, len(pages), event.cached, request.draft))
+            drafts, tails = tuple(request.drafts), request.tails
+            self.transport.send(Handoff(*given, len(pages), event.cached, drafts, tails))
             for index, data in enumerate(pages):
                 self.transport.send(BlockOf(event.id, index, data))
 
@@ -224,7 +227,8 @@ class DecodeEngine:
         if told.ended is not None:
             return told.ended
         request = self.engine.check(told.id, told.prompt, told.sampling, told.salt)
-        request.cached, request.draft = told.cached, told.draft
+        request.cached = told.cached
+        request.drafts, request.tails = list(told.drafts), dict(told.tails)
         for token in told.first:
             request.output.append(token.id)
             if request.matcher is not None:
@@ -238,5 +242,5 @@ class DecodeEngine:
         if time.monotonic() < one.until:
             return False
         self.recomputed += 1
-        one.request.draft = None
+        one.request.drafts, one.request.tails = [], {}
         return self.engine.take_over(one.request, [])

@@ -12,11 +12,14 @@ from torch import Tensor
 from .. import matmul
 from ..config import Config
 from ..model import LanguageModel
-from ..pages import Pages, make_rows
+from ..pages import PagedAttention, Pages, make_rows
 from .group import Group, RankFailure
+from .speculate import Draft
 from .spread import Layer
 
-DECODE, DRAFT, DONE = range(3)
+DECODE = 0
+"""The first call of a step; MTP module k, from 1, has number k."""
+DONE = 1 << 16
 
 
 class Lockstep:
@@ -43,16 +46,25 @@ class Lockstep:
         return self.model.device
 
     @property
-    def draft_offset(self) -> int | None:
-        return self.model.draft_offset
+    def paged_latent_attention(self) -> PagedAttention | None:
+        return self.model.paged_latent_attention
+
+    @property
+    def draft_offsets(self) -> tuple[int, ...]:
+        return self.model.draft_offsets
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
         self._turn(DECODE)
         return self._call(DECODE, tokens, position, cache)
 
-    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
-        self._turn(DRAFT)
-        return self._call(DRAFT, state, tokens, position, cache)
+    def drafter(self, module: int) -> Draft:
+        """The calls of an MTP module, from 0."""
+
+        def draft(state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
+            self._turn(1 + module)
+            return self._call(1 + module, state, tokens, position, cache)
+
+        return draft
 
     def finish(self) -> None:
         """The end of a step of this rank."""
@@ -64,9 +76,8 @@ class Lockstep:
         with ExitStack() as stack:
             for layer in self.layers:
                 stack.enter_context(layer.alone())
-            self._join(DECODE)
-            if self.draft_offset is not None:
-                self._join(DRAFT)
+            for call in range(1 + len(self.draft_offsets)):
+                self._join(call)
         if self.group is not None:
             self.group.meet()
 
@@ -93,8 +104,8 @@ class Lockstep:
             self._call(call, *(given if call == DECODE else [self._state, *given]))
 
     def _call(self, call: int, *given: Any) -> Tensor:
-        if call == DRAFT:
-            return self.model.draft(*given)
+        if call != DECODE:
+            return self.model.drafter(call - 1)(*given)
         logits = self.model.decode(*given)
         self._state = given[-1].states[:, :1]
         return logits

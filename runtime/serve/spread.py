@@ -7,6 +7,7 @@ order. So bits depend neither on the number of ranks nor on which copy computed 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..routing import routed
 from ..weights import Stack, Tensors
 from .group import Group
 
-METHODS = ("forward", "decode", "draft")
+METHODS = re.compile(r"forward|decode|draft(_\d+)?")
 """What generated code calls of a block, in the programs of a decoder."""
 
 
@@ -229,6 +230,5 @@ def _route(module: nn.Module, layer: Layer) -> None:
 
         return call
 
-    for name in METHODS:
-        if hasattr(module, name):
-            setattr(module, name, routing(getattr(module, name)))
+    for name in filter(METHODS.fullmatch, dir(type(module))):
+        setattr(module, name, routing(getattr(module, name)))

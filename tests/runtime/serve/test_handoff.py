@@ -73,7 +73,7 @@ def divided(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speculate", [0, 1])
+@pytest.mark.parametrize("speculate", [0, 2])
 def test_the_bits_of_one_engine(model: Model, speculate: int) -> None:
     """Also where blocks are lost, and where there is no room for all at once."""
     requests = asked(16)
