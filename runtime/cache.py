@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,9 @@ class Cache:
         self._lengths[key] = length
         return buffer.narrow(1, 0, length)
 
-    def attend(self, attention: Callable[..., Tensor], *operands: Tensor, scale: float) -> Tensor:
+    def attend(self, attention: Callable[..., Tensor], *operands: Tensor, **numbers: Any) -> Tensor:
         """`attention` of queries to what `append` returned, both among the operands."""
-        return attention(*operands, scale=scale)
+        return attention(*operands, **numbers)
 
     def last(self, x: Tensor) -> Tensor:
         """Of states x [batch, new, hidden] those whose next token is asked for: [batch, hidden]."""

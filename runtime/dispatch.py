@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -26,8 +27,9 @@ def with_kernel(
 
     They are asked in order, on the GPU `target`, where the first argument is a tensor (or a list of
     tensors) of type `dtype` and autograd records no gradient of the call. The first launcher serves
-    that can: one whose library is not installed cannot, nor one that returns NotImplemented. Files
-    are imported at the first call, so that a machine without Triton needs none.
+    that can: one whose library is not installed cannot, nor one that lacks a parameter of the call
+    (an attention without `window`), nor one that returns NotImplemented. Files are imported at the
+    first call, so that a machine without Triton needs none.
     """
 
     @wraps(reference)
@@ -43,12 +45,20 @@ def with_kernel(
             module = _file(f"{package}.{file}")
             if module is None:
                 continue
-            result = getattr(module, reference.__name__)(*arguments, **keywords)
+            launcher = getattr(module, reference.__name__)
+            if not keywords.keys() <= _parameters(launcher):
+                continue
+            result = launcher(*arguments, **keywords)
             if result is not NotImplemented:
                 return result
         return reference(*arguments, **keywords)
 
     return function
+
+
+@cache
+def _parameters(launcher: Function) -> frozenset[str]:
+    return frozenset(signature(launcher).parameters)
 
 
 @cache

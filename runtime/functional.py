@@ -9,6 +9,7 @@ are computed in float32 (in float64 for float64 operands).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,9 @@ from . import matmul, routing
 
 IGNORED_LABEL = -100
 """Positions with this label count in no loss, as in torch and transformers."""
+
+Mask = Callable[[Tensor, Tensor], Tensor]
+"""Of positions of queries and keys, int64 of shapes that meet: which keys a query sees, bool."""
 
 TINY = 1e-20
 """Keeps a sum of scores that all underflowed from dividing by zero, as transformers does."""
@@ -227,31 +231,87 @@ def join_rotated(x: Tensor, shared: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x, turned], -1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: Mask | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Causal softmax attention, eq. 10: [batch, query, heads, v_dim].
 
     q [batch, query, heads, dim], k [batch, key, kv_heads, dim], v [batch, key, kv_heads, v_dim].
     The last query sees every key, so a longer `k` continues a cached sequence. With fewer
     kv_heads than heads, each serves heads / kv_heads neighbours. `scale` multiplies `q . k`.
+    `window`, `mask` and `softcap` are those of `visible` and `capped`; keys count from 0.
     Raises ValueError when there are more queries than keys.
     """
-    queries, keys = q.shape[1], k.shape[1]
+    first = first_key(q.shape[1], k.shape[1], window)
+    seen = attention_mask(q.shape[1], k.shape[1], q.device, window, mask)
+    causal = seen is None and q.shape[1] > 1
+    return attend(q, k[:, first:], v[:, first:], seen, scale, causal, softcap)
+
+
+def first_key(queries: int, keys: int, window: int | None) -> int:
+    """How many keys at the beginning are in no query's window."""
+    return 0 if window is None else max(0, keys - queries - window + 1)
+
+
+def attention_mask(
+    queries: int, keys: int, device: torch.device, window: int | None, mask: Mask | None
+) -> Tensor | None:
+    """Which keys from `first_key` on the last `queries` of `keys` tokens see: bool [1, 1, query,
+    key]. None where it is each that does not come later.
+
+    Raises ValueError when there are more queries than keys.
+    """
     if queries > keys:
         raise ValueError(f"attention got {queries} queries but only {keys} keys")
-    seen = None
-    if 1 < queries < keys:
-        ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-        seen = ones.tril(keys - queries)
-    return attend(q, k, v, seen, scale, causal=1 < queries == keys)
+    whole = queries == keys and (window is None or window >= keys)
+    if mask is None and (queries == 1 or whole):  # of one query, `first_key` says all
+        return None
+    place = torch.arange(keys, device=device)
+    query, key = place[keys - queries :], place[first_key(queries, keys, window) :]
+    return visible(query.unsqueeze(1), key, window, mask)[None, None]
+
+
+def visible(query: Tensor, key: Tensor, window: int | None, mask: Mask | None) -> Tensor:
+    """Which keys queries see, by positions of shapes that meet: bool.
+
+    Keys that do not come later; of these itself and the `window - 1` before it; of these those that
+    `mask` holds for.
+    """
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if mask is not None:
+        seen = seen & mask(query, key)
+    return seen
+
+
+def capped(score: Tensor, softcap: float | None) -> Tensor:
+    """`softcap tanh(score / softcap)`: scores between its negative and itself (Gemma 2, arXiv
+    2408.00118, section 2)."""
+    return score if softcap is None else softcap * torch.tanh(score / softcap)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    causal: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention to the keys `seen`, bool, of a shape that meets [batch, heads, query, key].
 
     Without `seen` to all keys, or, if `causal`, to those that do not come later.
     """
+    if softcap is not None:
+        return _attend_capped(q, k, v, seen, scale, causal, softcap)
     width = v.shape[-1]
     grouped = q.shape[2] != k.shape[2]
     q, k, v = equally_wide(q, k, v)
@@ -261,19 +321,55 @@ def attend(
     return out.transpose(1, 2)[..., :width]
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float) -> Tensor:
+def _attend_capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float,
+) -> Tensor:
+    """`attend`, which torch has no kernel for: all scores are in memory, in float32."""
+    queries, keys, kv_heads = q.shape[1], k.shape[1], k.shape[2]
+    if causal:
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
+    # Queries that share a head of keys, one behind the other: [batch, kv_heads, g * query, dim].
+    grouped = wide(q).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    score = grouped @ wide(k).permute(0, 2, 3, 1) * scale
+    score = capped(score, softcap).unflatten(2, (-1, queries)).flatten(1, 2)
+    if seen is not None:
+        score = score.masked_fill(~seen, -math.inf)
+    share = score.softmax(-1).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    out: Tensor = (share @ wide(v).transpose(1, 2)).unflatten(2, (-1, queries))
+    return out.flatten(1, 2).transpose(1, 2).to(q.dtype)
+
+
+def document_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: Mask | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """`attention` of as many queries as keys within documents; `position` counts from 0 in each."""
-    return attend(q, k, v, document_mask(position), scale)
+    return attend(q, k, v, document_mask(position, window, mask), scale, softcap=softcap)
 
 
-def document_mask(position: Tensor) -> Tensor:
+def document_mask(position: Tensor, window: int | None = None, mask: Mask | None = None) -> Tensor:
     """The mask of documents, bool [batch, 1, query, key]: causal, within each document.
 
     `position` [batch, seq] counts from 0 in each document, so the index of a token minus its
     position is the start of its document.
     """
     start = torch.arange(position.shape[1], device=position.device) - position
-    return (start.unsqueeze(2) == start.unsqueeze(1)).tril().unsqueeze(1)
+    seen = (start.unsqueeze(2) == start.unsqueeze(1)).tril()
+    if window is not None or mask is not None:
+        seen = seen & visible(position.unsqueeze(2), position.unsqueeze(1), window, mask)
+    return seen.unsqueeze(1)
 
 
 def attention_varlen(
@@ -602,23 +698,35 @@ kernel for each new length of the context, which takes longer than all the rest 
 
 
 def latent_attention(
-    q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
+    q_latent: Tensor,
+    q_rope: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: Mask | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of all heads to the same latents, which are keys and values at once.
 
     q_latent [batch, query, heads, c], q_rope [batch, query, heads, r], c_kv [batch, key, c],
-    k_rope [batch, key, r]: [batch, query, heads, c]. The last query sees every key.
+    k_rope [batch, key, r]: [batch, query, heads, c]. The last query sees every key that `window`
+    and `mask` let it see, as in `attention`.
     """
     queries, keys = q_latent.shape[1], c_kv.shape[1]
+    first = first_key(queries, keys, window)
     heads, dtype = q_latent.shape[2], c_kv.dtype
+    c_kv, k_rope = c_kv[:, first:], k_rope[:, first:]
     if c_kv.numel() <= _WIDENED and c_kv.device.type == "cpu":
         q_latent, q_rope, c_kv, k_rope = (wide(t) for t in (q_latent, q_rope, c_kv, k_rope))
     score = torch.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
     score = torch.baddbmm(score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
-    score = wide(score) * scale
-    if queries > 1:
-        ones = torch.ones(queries, keys, dtype=torch.bool, device=score.device)
-        hidden = ~ones.tril(keys - queries).repeat_interleave(heads, 0)
+    score = capped(wide(score) * scale, softcap)
+    seen = attention_mask(queries, keys, score.device, window, mask)
+    if seen is None and queries > 1:
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=score.device).tril()
+    if seen is not None:
+        hidden = ~seen.view(queries, -1).repeat_interleave(heads, 0)
         score = score.masked_fill(hidden, -math.inf)
     share = score.softmax(-1).to(c_kv.dtype)
     return torch.bmm(share, c_kv).view(q_latent.shape).to(dtype)

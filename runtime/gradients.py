@@ -175,27 +175,54 @@ def softmax_grad(d: Tensor, y: Tensor) -> Tensor:
     return (product - wide_y * product.sum(-1, keepdim=True)).to(d.dtype)
 
 
-def attention_saving(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_saving(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: F.Mask | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """`attention`, and the float32 logarithm of each query's sum of exponentials.
 
     The latter is [batch, query, heads]. Where torch's kernel does not give it (other devices than
-    the CPU, no tokens), it is zeros that nobody reads: `attention_grad` does without.
+    the CPU, no tokens, capped scores), it is zeros that nobody reads: `attention_grad` does
+    without.
     """
-    return _attend_saving(q, k, v, None, scale)
+    seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask)
+    return _attend_saving(q, k, v, seen, scale, softcap)
 
 
 def attention_grad(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: F.Mask | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, from what `attention_saving` gave; the scores are made once more."""
-    return _attend_grad(d, q, k, v, o, lse, None, scale)
+    seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask)
+    return _attend_grad(d, q, k, v, o, lse, seen, scale, softcap)
 
 
 def document_attention_saving(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: F.Mask | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`document_attention`, and what `attention_saving` gives besides."""
-    return _attend_saving(q, k, v, F.document_mask(position), scale)
+    return _attend_saving(q, k, v, F.document_mask(position, window, mask), scale, softcap)
 
 
 def document_attention_grad(
@@ -207,18 +234,22 @@ def document_attention_grad(
     o: Tensor,
     lse: Tensor,
     scale: float,
+    window: int | None = None,
+    mask: F.Mask | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, from what `document_attention_saving` gave."""
-    return _attend_grad(d, q, k, v, o, lse, F.document_mask(position), scale)
+    seen = F.document_mask(position, window, mask)
+    return _attend_grad(d, q, k, v, o, lse, seen, scale, softcap)
 
 
 def _attend_saving(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Of as many queries as keys, to the keys `seen`; to all that do not come later without."""
-    if not _has_flash(q):
+    if not _has_flash(q) or softcap is not None:
         lse = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
-        return F.attend(q, k, v, seen, scale, causal=seen is None), lse
+        return F.attend(q, k, v, seen, scale, seen is None, softcap), lse
     padded = F.equally_wide(q, *_for_each_head(q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, seen is None, attn_mask=_bias(seen, q.dtype), scale=scale
@@ -235,9 +266,10 @@ def _attend_grad(
     lse: Tensor,
     seen: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_flash(q):
-        return _attend_grad_by_autograd(d, q, k, v, seen, scale)
+    if not _has_flash(q) or softcap is not None:
+        return _attend_grad_by_autograd(d, q, k, v, seen, scale, softcap)
     if q.dtype is torch.bfloat16 and q.shape[1] <= SHORT:
         keys, values = _for_each_head(q, k, v)
         dq, dk, dv = _attend_grad_by_products(d, q, keys, values, o, lse, seen, scale)
@@ -284,6 +316,8 @@ def _attend_grad_by_products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P the probabilities: dV = P^T d, dS = P (d V^T - sum(d o)), dQ = dS K, dK = dS^T Q."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if seen is not None:
+        seen = seen.expand(len(q), *seen.shape[1:])
     for b in range(len(q)):
         qh, kh, vh, dh, oh = (t[b].transpose(0, 1) for t in (q, k, v, d, o))
         score = F.wide(torch.bmm(qh, kh.transpose(1, 2)))
@@ -351,11 +385,17 @@ def attention_varlen_grad(
 
 
 def _attend_grad_by_autograd(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = F.attend(leaves[0], leaves[1], leaves[2], seen, scale, causal=seen is None)
+        out = F.attend(leaves[0], leaves[1], leaves[2], seen, scale, seen is None, softcap)
         dq, dk, dv = torch.autograd.grad(out, leaves, d)
     return dq, dk, dv
 

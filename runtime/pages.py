@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import wide
+from .functional import Mask, capped, visible, wide
 
 NUMBERS = 2**22
 """So many numbers are in memory at once, about, on the way through attention; at least a row's."""
@@ -96,11 +97,12 @@ class Pages:
         pool.flatten(0, 1)[self.rows.slots] = new.where(finite, 0)
         return pool
 
-    def attend(self, attention: Callable[..., Tensor], *operands: Tensor, scale: float) -> Tensor:
+    def attend(self, attention: Callable[..., Tensor], *operands: Tensor, **numbers: Any) -> Tensor:
         """`F.attention` or `F.latent_attention` of the rows, each to its own sequence."""
-        if self._latent is not None and attention.__name__ == "latent_attention":
-            return _by_table(self._latent, self.rows, *operands, scale=scale)
-        return ATTENTIONS[attention.__name__](self.rows, *operands, scale)
+        kernel = self._latent if numbers.keys() == {"scale"} else None
+        if kernel is not None and attention.__name__ == "latent_attention":
+            return _by_table(kernel, self.rows, *operands, **numbers)
+        return ATTENTIONS[attention.__name__](self.rows, *operands, Scores(**numbers))
 
     def last(self, x: Tensor) -> Tensor:
         """Of states x [1, n, hidden] those of the scored rows: [scored, hidden]."""
@@ -132,7 +134,17 @@ class Pages:
         return sum(pool.nbytes for pool in self._pools.values())
 
 
-def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class Scores:
+    """How products of queries and keys become scores; `F.attention` says what each is."""
+
+    scale: float
+    window: int | None = None
+    mask: Mask | None = None
+    softcap: float | None = None
+
+
+def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """q [1, n, heads, dim], k [blocks, page, kv_heads, dim], v [blocks, page, kv_heads, v_dim]:
     [1, n, heads, v_dim]."""
     q = q[0].unflatten(1, (k.shape[2], -1))
@@ -141,11 +153,11 @@ def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
         # In one layout, whether rows share them or not: sums follow it.
         return tuple(wide(x[table]).transpose(2, 3).contiguous() for x in (k, v))
 
-    return _attend(rows, q, keys, (v.shape[1], v.shape[3]), scale)
+    return _attend(rows, q, keys, (v.shape[1], v.shape[3]), how)
 
 
 def latent_attention(
-    rows: Rows, q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, scale: float
+    rows: Rows, q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, how: Scores
 ) -> Tensor:
     """q_latent [1, n, heads, c], q_rope [1, n, heads, r], c_kv [blocks, page, c], k_rope [blocks,
     page, r]: [1, n, heads, c]."""
@@ -155,7 +167,7 @@ def latent_attention(
         k = wide(torch.cat([c_kv[table], k_rope[table]], -1)).unsqueeze(2)
         return k, k[..., : c_kv.shape[-1]]
 
-    return _attend(rows, q, keys, (c_kv.shape[1], c_kv.shape[2]), scale)
+    return _attend(rows, q, keys, (c_kv.shape[1], c_kv.shape[2]), how)
 
 
 def _by_table(attention: PagedAttention, rows: Rows, *operands: Tensor, scale: float) -> Tensor:
@@ -183,7 +195,7 @@ Keys = Callable[[Tensor], tuple[Tensor, ...]]
 """Of a table [s, blocks] the keys and values [s, blocks, kv_heads, page, ..]."""
 
 
-def _attend(rows: Rows, q: Tensor, keys: Keys, values: tuple[int, int], scale: float) -> Tensor:
+def _attend(rows: Rows, q: Tensor, keys: Keys, values: tuple[int, int], how: Scores) -> Tensor:
     """q [n, kv_heads, heads of each, dim], `values` are page and v_dim: [1, n, heads, v_dim]."""
     kv_heads, heads, dim = q.shape[1:]
     page, width = values
@@ -199,11 +211,11 @@ def _attend(rows: Rows, q: Tensor, keys: Keys, values: tuple[int, int], scale: f
         for first in range(start, stop, step):
             last = min(first + step, stop)
             k, v = found or keys(group.table[first - start : last - start])
-            parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], scale))
+            parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], how))
     return torch.cat(parts).to(q.dtype).flatten(1, 2).unsqueeze(0)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, how: Scores) -> Tensor:
     """Softmax attention of each row to as many keys as `lengths` says, block by block in order.
 
     q [n, kv_heads, g, dim], k [n or 1, blocks, kv_heads, page, dim], v likewise: [n, kv_heads, g,
@@ -212,9 +224,11 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> 
     bits depend on its own sequence alone.
     """
     blocks, page = k.shape[1], k.shape[3]
-    score = _blockwise(q.unsqueeze(1).expand(-1, blocks, *q.shape[1:]), k.transpose(3, 4)) * scale
+    product = _blockwise(q.unsqueeze(1).expand(-1, blocks, *q.shape[1:]), k.transpose(3, 4))
+    score = capped(product * how.scale, how.softcap)
     place = torch.arange(blocks * page, device=q.device).view(blocks, 1, 1, page)
-    score.masked_fill_(place >= lengths.view(-1, 1, 1, 1, 1), -math.inf)
+    seen = visible(lengths.view(-1, 1, 1, 1, 1) - 1, place, how.window, how.mask)
+    score.masked_fill_(~seen, -math.inf)
     score = score.sub_(score.amax((1, 4), keepdim=True)).exp_()
     total = _in_order(score.sum(-1, keepdim=True))
     return _in_order(_blockwise(score, v)) / total

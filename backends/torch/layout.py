@@ -64,12 +64,17 @@ def _closing(text: str, start: int) -> int:
     return -1
 
 
+def _is_lambda(part: str) -> bool:
+    """Whether a text ends among the arguments of a `lambda`."""
+    return "lambda " in part and ":" not in part
+
+
 def split_arguments(text: str) -> list[str]:
     """`a, (b, c), d` cut at its outer commas."""
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
+        if char == "," and depth == 0 and not _is_lambda(text[start:i]):
             parts.append(text[start:i].strip())
             start = i + 1
     parts.append(text[start:].strip())

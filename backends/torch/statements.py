@@ -8,7 +8,7 @@ from backends.torch.declare import stored_name
 from backends.torch.emit import Callee, Emit, Emitter, Segment, call_f, call_fp8, index_of
 from backends.torch.names import identifier
 from backends.torch.sizes import literal
-from backends.torch.statements_grad import GRADIENTS
+from backends.torch.statements_grad import GRADIENTS, scores
 from compiler.graph.core import Op
 from compiler.graph.types import Dim
 from compiler.ops.base import dims_of
@@ -161,7 +161,7 @@ def _last_entry(e: Emitter, op: Op) -> None:
 
 def _attention(e: Emitter, op: Op) -> None:
     """Of a decoder by the cache, which knows where the keys of each sequence are."""
-    arguments = ", ".join([e.operands(op), *e.named(op, "scale")])
+    arguments = ", ".join([e.operands(op), *scores(e, op)])
     if op.operands[-1].type.dims[1] == Dim("context"):
         e.assign(op, f"cache.attend(F.{op.kind}, {arguments})")
     else:
@@ -303,7 +303,7 @@ STATEMENTS: Mapping[str, Emit] = {
     "rotate_last": call_f("rotate_last"),
     "join_rotated": call_f("join_rotated"),
     "attention": _attention,
-    "document_attention": call_f("document_attention", "scale"),
+    "document_attention": _attention,
     "cache_append": _cache_append,
     "topk_groups": _gate,
     "gate": _gate,

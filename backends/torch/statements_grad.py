@@ -8,11 +8,26 @@ from backends.torch.emit import Emit, Emitter, call_f, call_fp8, index_of
 from compiler.graph.core import Op
 from compiler.ops.base import dims_of
 from compiler.ops.gradient import POINTWISE_GRADS, ones_of
+from compiler.ops.mask import KEY, QUERY, as_python
+from compiler.ops.mask import parse as parse_mask
 
 
 def _call_g(name: str, *attrs: str) -> Emit:
     """`G.name(operands, weights, attr=..)`: derivatives."""
     return call_f(name, *attrs, module="G")
+
+
+def scores(e: Emitter, op: Op) -> list[str]:
+    """`scale=.., window=.., mask=lambda q, k: ..`: how an attention makes its scores."""
+    arguments = e.named(op, *(name for name in op.attrs if name != "mask"))
+    if "mask" in op.attrs:
+        condition = as_python(parse_mask(op.text("mask")))
+        arguments.append(f"mask=lambda {QUERY}, {KEY}: {condition}")
+    return arguments
+
+
+def _attention(e: Emitter, op: Op) -> None:
+    e.assign(op, f"G.{op.kind}({', '.join([e.operands(op), *scores(e, op)])})")
 
 
 def _save(e: Emitter, op: Op) -> None:
@@ -112,10 +127,10 @@ GRADIENTS: Mapping[str, Emit] = {
     **{grad.kind: _call_g(grad.kind) for grad in POINTWISE_GRADS},
     "swiglu_grad": _call_g("swiglu_grad"),
     "softmax_grad": _call_g("softmax_grad"),
-    "attention_saving": _call_g("attention_saving", "scale"),
-    "attention_grad": _call_g("attention_grad", "scale"),
-    "document_attention_saving": _call_g("document_attention_saving", "scale"),
-    "document_attention_grad": _call_g("document_attention_grad", "scale"),
+    "attention_saving": _attention,
+    "attention_grad": _attention,
+    "document_attention_saving": _attention,
+    "document_attention_grad": _attention,
     "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
     "gate_grad": _call_g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _call_g("permute_grad"),

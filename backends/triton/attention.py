@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backends.render import render
-from backends.triton.instances import OpInstance, OpInstances, spans
+from backends.triton.instances import OpInstance, OpInstances, knowing, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
 from backends.triton.tuning_table import TuningTable
@@ -118,7 +118,8 @@ class HeadShape:
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/attention.py`, for the widths of heads that occur."""
-    found = {kind: instances.of(kind) for kind in FUNCTIONS if instances.of(kind)}
+    every = {kind: knowing(instances.of(kind), "scale") for kind in FUNCTIONS}
+    found = {kind: those for kind, those in every.items() if those}
     if not found:
         return None
     grad = "attention_grad" in found

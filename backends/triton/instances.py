@@ -76,6 +76,11 @@ class OpInstances:
         return [instance for instance in self._all if instance.kind in kinds]
 
 
+def knowing(instances: Sequence[OpInstance], *attrs: str) -> list[OpInstance]:
+    """Those that kernels compute that know of these attributes; torch's own code has the others."""
+    return [instance for instance in instances if instance.op.attrs.keys() <= {*attrs}]
+
+
 def spans(instances: Sequence[OpInstance]) -> tuple[str, ...]:
     """Where they come from, each line once."""
     return tuple(dict.fromkeys(instance.span for instance in instances if instance.span))

@@ -29,7 +29,8 @@ CONVENTIONS = (
     "FLOPs count matrix products and the core of attention, a multiply-add as two; norms, softmax,"
     " rotary embedding and the look-up of embeddings are left out.",
     "Training is three times the forward pass, without recomputation; attention is causal, so that"
-    " a query sees half of the sequence. Multi-token prediction is counted apart.",
+    " a query sees half of the sequence, or its window. What a mask leaves out is counted, too."
+    " Multi-token prediction is counted apart.",
     "Decoding is the forward pass for one more token, as the built decode program computes it; the"
     " context includes that token. Where the program projects the whole cache again in each step,"
     " that is a share of its own.",

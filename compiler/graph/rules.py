@@ -93,16 +93,18 @@ def _weights_taken(symbols: tuple[str, ...]) -> tuple[int, float]:
 
 
 def need_attributes(attrs: Mapping[str, Attr], wanted: Mapping[str, type]) -> None:
-    """Exactly the attributes that a kind of operator declares, each of its type."""
+    """Exactly the attributes that a kind of operator declares, each of its type; one whose name
+    ends in `?` may be left out."""
     for name, value in attrs.items():
-        if name not in wanted:
+        declared = wanted.get(name) or wanted.get(f"{name}?")
+        if declared is None:
             raise Broken("E512", f"knows no attribute {name}")
-        if type(value) is not wanted[name]:
-            raise Broken("E512", f"{name} is {value!r}, and not {wanted[name].__name__}")
+        if type(value) is not declared:
+            raise Broken("E512", f"{name} is {value!r}, and not {declared.__name__}")
         if not _is_attribute(value):
             raise Broken("E512", f"{name} is {value!r}, which a graph cannot hold")
     for name in wanted:
-        if name not in attrs:
+        if name not in attrs and not name.endswith("?"):
             raise Broken("E512", f"attribute {name} is missing")
 
 

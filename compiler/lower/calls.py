@@ -12,6 +12,7 @@ from compiler.graph.types import RUNTIME_DIMS, Dim, Type
 from compiler.lower.bind import BlockRef, Bound, Const, SlotValue
 from compiler.lower.expressions import Expressions
 from compiler.lower.forms import FORMS, Form, Given, Kind
+from compiler.lower.mask import lower_mask
 from compiler.lower.scope import POISON, Entry, Stop
 from compiler.ops import TypeMismatch
 from dsl import ast
@@ -188,6 +189,8 @@ class Calls(Expressions):
                     help="name a block, or a slot for one",
                 )
             return slot
+        if kind is Kind.MASK:
+            return lower_mask(self, node)
         value = self.const(node)
         fits = {
             Kind.NUMBER: isinstance(value, int | float) and not isinstance(value, bool),

@@ -29,6 +29,7 @@ class Kind(Enum):
     PATH = "the name of a weight"
     AXIS = "the name of a dimension"
     BLOCK = "a block"
+    MASK = "a condition over the positions q and k"
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,21 @@ def _rope_table(frame: Calls, given: Given) -> list[Value]:
 
 def _attention(frame: Calls, given: Given) -> list[Value]:
     """`position` counts where the spec has a mask between documents, and is checked anywhere."""
-    scale = float(given.keywords["scale"])
+    scores: dict[str, Any] = {"scale": float(given.keywords["scale"])}
+    for name, kind in (("window", int), ("mask", str), ("softcap", float)):
+        if given.keywords[name] is not None:
+            scores[name] = kind(given.keywords[name])
     told = len(given.tensors) == len(DocumentAttention.operands)
     if told:
-        DocumentAttention.infer(Site(tuple(v.type for v in given.tensors)))
+        DocumentAttention.infer(Site(tuple(v.type for v in given.tensors), attrs=scores))
     if not frame.low.description.spec.train.document_mask:
-        return frame.op("attention", given.tensors[:3], scale=scale)
+        return frame.op("attention", given.tensors[:3], **scores)
     if not told:
         raise TypeMismatch(
             "train.document_mask is true, and this attention has no positions to tell documents by",
             help="give it the positions of its tokens: `attention(q, k, v, position, scale = ..)`",
         )
-    return frame.op("document_attention", given.tensors, scale=scale)
+    return frame.op("document_attention", given.tensors, **scores)
 
 
 def _topk_groups(frame: Calls, given: Given) -> list[Value]:
@@ -344,6 +348,11 @@ FORMS: dict[str, Form] = {
         ("q", "k", "v", "position?"),
         _attention,
         {"scale": Kind.NUMBER},
+        {
+            "window": (Kind.INT, None),
+            "mask": (Kind.MASK, None),
+            "softcap": (Kind.NUMBER, None),
+        },
     ),
     "topk_groups": Form(
         "the k best experts of the best groups, and their weights",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from compiler.graph.core import Op, Value
 from compiler.graph.types import Dim, Type
+from compiler.ops import mask
 from compiler.ops.base import Adjoint, Operator, Site, TypeMismatch, need_float, need_rank
 
 QK_RANK = 4
@@ -89,22 +90,62 @@ class Rotate(Operator):
         return [*at.add("rotate", [d[0], cos, back], names=[f"d_{x.name}"]), None, None]
 
 
+SCORES: Mapping[str, type] = {"scale": float, "window?": int, "mask?": str, "softcap?": float}
+"""How products of queries and keys become scores, alike for every kind of attention. A query sees
+itself and the `window - 1` keys before it, all without; of these those that `mask` holds for, a
+condition over the positions q and k. `softcap` c makes c tanh(s / c) of each score s."""
+
+
+def scores_of(op: Op) -> dict[str, Any]:
+    """What another operator takes over from an attention."""
+    return dict(op.attrs)
+
+
+def need_scores(site: Site) -> None:
+    """Raises `TypeMismatch` for values of `SCORES` that no attention can have."""
+    if site.attrs.get("window", 1) < 1:  # type: ignore[operator]
+        raise TypeMismatch(
+            f"attention needs a window of at least 1 token, got {site.number('window')}",
+            help="a window of 1 is the query's own token; leave it out to see all before it",
+        )
+    if not site.attrs.get("softcap", 1.0) > 0:  # type: ignore[operator]
+        raise TypeMismatch(
+            f"attention needs a softcap above 0, got {site.real('softcap'):g}",
+            help="scores stay below it; leave it out where they are not capped",
+        )
+    if "mask" in site.attrs:
+        mask.parse(site.text("mask"))
+
+
+def seen_pairs(site: Site, sizes: Mapping[str, int], queries: Dim, keys: Dim) -> int:
+    """Pairs of a query and a key whose score counts; what `mask` leaves out is not taken off."""
+    n, m = queries.at(sizes), keys.at(sizes)
+    window = site.number("window") if "window" in site.attrs else m
+    if queries != keys:  # a decoder's query sees all, or its window of them
+        return n * min(m, window)
+    # Over one stretch of tokens a query sees half of the keys, less those before its window.
+    return (n * n - max(0, n - window) ** 2) // 2
+
+
 class Attention(Operator):
     """softmax(scale * q k^T) v, causal, softmax in float32; the last query meets the last key.
 
     q [batch, seq, heads, d], k [batch, context, kv_heads, d], v [batch, context, kv_heads, e]
-    -> [batch, seq, heads, e]. With fewer kv_heads, each serves heads / kv_heads queries.
+    -> [batch, seq, heads, e]. With fewer kv_heads, each serves heads / kv_heads queries. A query
+    sees itself and the `window - 1` keys before it; of these those that `mask` holds for, a
+    condition over the positions q and k. `softcap` c makes c tanh(s / c) of each score s.
     """
 
     kind = "attention"
     tiled_twice = True
     saving: ClassVar[tuple[str, ...]] = ("attention_saving", "lse")
     operands: ClassVar[tuple[str, ...]] = ("q", "k", "v")
-    attrs: ClassVar = {"scale": float}
+    attrs: ClassVar = SCORES
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         q, k, v = site.types[:3]
+        need_scores(site)
         for i, x in enumerate((q, k, v)):
             need_float(cls.kind, x, i)
             if len(x.dims) != QK_RANK:
@@ -128,10 +169,7 @@ class Attention(Operator):
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
         q, k, v = site.types[:3]
         dim = (q.last.size or 0) + (v.last.size or 0)
-        pairs = q.dims[1].at(sizes) * k.dims[1].at(sizes)
-        # Over one stretch of tokens a query sees half of the keys; a decoder's sees all.
-        if q.dims[1] == k.dims[1]:
-            pairs //= 2
+        pairs = seen_pairs(site, sizes, q.dims[1], k.dims[1])
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
 
     @classmethod
@@ -141,7 +179,7 @@ class Attention(Operator):
             return [None, None, None]
         return at.add(
             "attention_grad", [d[0], *op.operands, *op.results],
-            names=[f"d_{v.name}" for v in op.operands], scale=op.attrs["scale"],
+            names=[f"d_{v.name}" for v in op.operands], **scores_of(op),
         )  # fmt: skip
 
 
@@ -173,7 +211,7 @@ class DocumentAttention(Attention):
             return [None, None, None, None]
         found = at.add(
             "document_attention_grad", [d[0], *op.operands, *op.results],
-            names=[f"d_{v.name}" for v in op.operands[:3]], scale=op.attrs["scale"],
+            names=[f"d_{v.name}" for v in op.operands[:3]], **scores_of(op),
         )  # fmt: skip
         return [*found, None]
 
@@ -188,11 +226,12 @@ class LatentAttention(Operator):
     kind = "latent_attention"
     tiled_twice = True
     operands = ("q_latent", "q_rope", "c_kv", "k_rope")
-    attrs: ClassVar = {"scale": float}
+    attrs: ClassVar = SCORES
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
         q_latent, q_rope, c_kv, k_rope = site.types
+        need_scores(site)
         for i, (q, k) in enumerate([(q_latent, c_kv), (q_rope, k_rope)]):
             if len(q.dims) != QK_RANK or len(k.dims) != QK_RANK - 1 or q.last.size != k.last.size:
                 raise TypeMismatch(f"latent_attention: {q.words} does not meet {k.words}", i)
@@ -204,7 +243,7 @@ class LatentAttention(Operator):
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
         q, q_rope, c_kv, _ = site.types
         dim = 2 * (q.last.size or 0) + (q_rope.last.size or 0)
-        pairs = q.dims[1].at(sizes) * c_kv.dims[1].at(sizes)
+        pairs = seen_pairs(site, sizes, q.dims[1], c_kv.dims[1])
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
 
 

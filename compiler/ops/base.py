@@ -81,7 +81,7 @@ class Operator:
     operands: ClassVar[tuple[str, ...]] = ()
     # A name that ends in "?" may be left out, and one that ends in "*" stands for one or more.
     symbols: ClassVar[tuple[str, ...]] = ()
-    attrs: ClassVar[Mapping[str, type]] = {}
+    attrs: ClassVar[Mapping[str, type]] = {}  # likewise: a name that ends in "?" may be left out
     regions: ClassVar[int] = 0
     variadic: ClassVar[bool] = False  # takes any number of operands
     # Where a partial sum over ranks may stand, and then makes partial sums of the results, because

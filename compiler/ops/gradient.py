@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from compiler.graph.core import Attr
 from compiler.graph.types import Dim, Type
-from compiler.ops.attention import Attention, DocumentAttention
+from compiler.ops.attention import SCORES, Attention, DocumentAttention, seen_pairs
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
 from compiler.ops.moe import Gate
 from compiler.ops.pointwise import POINTWISE, Pointwise
@@ -223,7 +223,7 @@ class AttentionGrad(Operator):
 
     kind = "attention_grad"
     operands: ClassVar[tuple[str, ...]] = ("d", "q", "k", "v", "o", "lse")
-    attrs: ClassVar = {"scale": float}
+    attrs: ClassVar = SCORES
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -234,7 +234,7 @@ class AttentionGrad(Operator):
         # Five products where the forward pass has two: scores, dp, dv, dq, dk.
         q, k, v = site.types[1:4]
         dim = 3 * (q.last.size or 0) + 2 * (v.last.size or 0)
-        pairs = q.dims[1].at(sizes) * k.dims[1].at(sizes) // 2
+        pairs = seen_pairs(site, sizes, q.dims[1], k.dims[1])
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.core import Op, Program, Value
+from compiler.ops.attention import scores_of
 from compiler.ops.base import dims_attr, dims_of
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss, Place, rewrite
@@ -62,7 +63,7 @@ def _latent(
     )  # fmt: skip
     (o_latent,) = at.add(
         "latent_attention", [q_latent, q_rope, c_kv, k_rope], names=["o_latent"],
-        scale=at.op.attrs["scale"],
+        **scores_of(at.op),
     )  # fmt: skip
     return at.add(
         "head_linear", [o_latent], weight, names=[at.op.result.name],

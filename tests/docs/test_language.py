@@ -99,7 +99,7 @@ def test_every_block_of_the_text_works_in_a_model(example: Example, tmp_path: Pa
     # What a block is for follows from the tensors that it takes.
     use = {
         "x": [f"{group}.feed_forward={name}"],
-        "x, position": [f"{group}.block={name}"],
+        "x, position": [f"{group}.{'block' if block.slots else 'attention'}={name}"],
         "tokens, labels, position, balance_alpha": [
             f"architecture.block={name}",
             "architecture.mtp.depth=0",

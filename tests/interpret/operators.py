@@ -14,6 +14,8 @@ from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 from compiler.ops.gradient import POINTWISE_GRADS, ones_of
 from compiler.ops.pointwise import POINTWISE
+from compiler.ops.mask import as_python
+from compiler.ops.mask import parse as parse_mask
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
@@ -42,6 +44,18 @@ def _g(name: str, *attrs: str) -> Run:
     def apply(f: Frame, op: Op, *x: Tensor) -> Any:
         weights = [f.weight(s) for s in op.symbols]
         return getattr(G, name)(*x, *weights, **{a: op.attrs[a] for a in attrs})
+
+    return apply
+
+
+def _attention(module: Any) -> Run:
+    """Any kind of attention; a mask by its Python text, as generated code has it."""
+
+    def apply(f: Frame, op: Op, *x: Tensor) -> Any:
+        scores: dict[str, Any] = dict(op.attrs)
+        if "mask" in scores:
+            scores["mask"] = eval(f"lambda q, k: {as_python(parse_mask(op.text('mask')))}")
+        return getattr(module, op.kind)(*x, **scores)
 
     return apply
 
@@ -340,9 +354,9 @@ RUN: dict[str, Run] = {
     "rotate_last": _f("rotate_last"),
     "join_rotated": _f("join_rotated"),
     "join_rotated_grad": _g("join_rotated_grad"),
-    "attention": _f("attention", "scale"),
-    "document_attention": _f("document_attention", "scale"),
-    "latent_attention": _f("latent_attention", "scale"),
+    "attention": _attention(F),
+    "document_attention": _attention(F),
+    "latent_attention": _attention(F),
     "cache_entry": lambda f, op, *x: x,
     "cache_append": _cache_append,
     "save": _save,
@@ -411,10 +425,10 @@ RUN: dict[str, Run] = {
     "swiglu_grad_joined": _g("swiglu_grad_joined"),
     "swiglu_grad_quantize": _fp8("swiglu_grad_quantize", "scale"),
     "softmax_grad": _g("softmax_grad"),
-    "attention_saving": _g("attention_saving", "scale"),
-    "attention_grad": _g("attention_grad", "scale"),
-    "document_attention_saving": _g("document_attention_saving", "scale"),
-    "document_attention_grad": _g("document_attention_grad", "scale"),
+    "attention_saving": _attention(G),
+    "attention_grad": _attention(G),
+    "document_attention_saving": _attention(G),
+    "document_attention_grad": _attention(G),
     "topk_groups_grad": _g("topk_groups_grad", "normalize", "scale"),
     "gate_grad": _g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _permute_grad,

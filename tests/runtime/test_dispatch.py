@@ -63,6 +63,16 @@ def test_the_kernel_serves_on_the_target(kernel: Callable[..., torch.Tensor]) ->
 
 
 @pytest.mark.usefixtures("on_target")
+def test_a_kernel_without_a_parameter_of_the_call_does_not_serve(
+    kernel: Callable[..., torch.Tensor],
+) -> None:
+    vars(sys.modules["pack.file"])["double"] = lambda x: x * 0 - 9
+    vars(sys.modules["pack.picky"])["double"] = lambda x, window=None: x * 0 - 8
+    assert kernel(X, times=3).tolist() == [3, 3]
+    assert kernel(X).tolist() == [-8, -8]
+
+
+@pytest.mark.usefixtures("on_target")
 def test_a_list_of_tensors_counts_as_its_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
     file = types.ModuleType("pack.file")
     vars(file)["total"] = lambda grads: "kernel"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,36 @@ def test_attention_is_equation_10(queries: int, keys: int, kv_heads: int, v_dim:
     result = F.attention(q, k, v, scale=0.7)
     assert result.shape == (2, queries, 4, v_dim)
     assert torch.allclose(result.double(), plain_attention(q, k, v, 0.7), atol=1e-5)
+
+
+SCORES: list[dict[str, Any]] = [
+    {"window": 1},
+    {"window": 4},
+    {"mask": lambda q, k: (q // 3 == k // 3) | (k < 1), "window": 5},
+    {"softcap": 0.5},
+]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (1, 7), (3, 7)])
+def test_a_query_sees_what_window_and_mask_say(
+    queries: int, keys: int, scores: dict[str, Any]
+) -> None:
+    """One key after the other; positions count from the first key, whatever was cut away."""
+    q, k = random(2, queries, 4, 8).double(), random(2, keys, 2, 8, seed=1).double()
+    v = random(2, keys, 2, 6, seed=2).double()
+    found = F.attention(q, k, v, 0.7, **scores)
+    for i in range(queries):
+        at = torch.tensor(keys - queries + i)
+        mask = scores.get("mask", lambda q, k: torch.tensor(True))
+        inside = range(max(0, int(at) - scores.get("window", keys) + 1), int(at) + 1)
+        seen = [j for j in inside if mask(at, torch.tensor(j))]
+        for h in range(4):
+            score = 0.7 * torch.einsum("bd,bkd->bk", q[:, i, h], k[:, seen, h // 2])
+            if cap := scores.get("softcap"):
+                score = cap * torch.tanh(score / cap)
+            expected = torch.einsum("bk,bke->be", score.softmax(-1), v[:, seen, h // 2])
+            assert torch.allclose(found[:, i, h], expected, atol=1e-12)
 
 
 def test_attention_refuses_queries_that_no_key_precedes() -> None:
@@ -459,8 +490,11 @@ def test_gradients_of_grouped_experts_are_those_of_the_loop() -> None:
     assert not ours[1][1].any()
 
 
+@pytest.mark.parametrize("scores", [{}, *SCORES])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (4, 9), (9, 9)])
-def test_attention_to_latents_is_attention_to_what_is_made_of_them(queries: int, keys: int) -> None:
+def test_attention_to_latents_is_attention_to_what_is_made_of_them(
+    queries: int, keys: int, scores: dict[str, Any]
+) -> None:
     heads, nope, rope, value, latent = 3, 6, 4, 5, 8
     weight = random(heads * (nope + value), latent, seed=1).double()
     c_kv, k_rope = random(2, keys, latent, seed=2).double(), random(2, keys, rope, seed=3).double()
@@ -468,8 +502,8 @@ def test_attention_to_latents_is_attention_to_what_is_made_of_them(queries: int,
     q_rope = random(2, queries, heads, rope, seed=5).double()
     kv = (c_kv @ weight.T).unflatten(-1, (heads, nope + value))
     k = torch.cat([kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, heads, -1)], -1)
-    expected = F.attention(torch.cat([q_nope, q_rope], -1), k, kv[..., nope:], scale=0.3)
+    expected = F.attention(torch.cat([q_nope, q_rope], -1), k, kv[..., nope:], 0.3, **scores)
     q_latent = F.head_linear(q_nope, weight, (0, nope), transposed=True)
-    o_latent = F.latent_attention(q_latent, q_rope, c_kv, k_rope, scale=0.3)
+    o_latent = F.latent_attention(q_latent, q_rope, c_kv, k_rope, 0.3, **scores)
     o = F.head_linear(o_latent, weight, (nope, nope + value), transposed=False)
     assert torch.allclose(o, expected, atol=1e-12)

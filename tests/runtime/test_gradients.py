@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,47 @@ def test_gradients_of_attention(tokens: int, dtype: torch.dtype, tolerance: floa
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype and one.shape == other.shape
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+SCORES: list[dict[str, Any]] = [
+    {"window": 6},
+    {"window": 300},
+    {"softcap": 0.4},
+    {"mask": lambda q, k: (q // 5 == k // 5) | (k < 3), "softcap": 2.0, "window": 9},
+]
+
+
+@LENGTHS
+@TOLERANCES
+@pytest.mark.parametrize("scores", SCORES)
+def test_gradients_of_windows_masks_and_capped_scores(
+    tokens: int, dtype: torch.dtype, tolerance: float, scores: dict[str, Any]
+) -> None:
+    """Against autograd in float64; of documents, too, all of which are as long as the sequence."""
+    q, k, v, d = attended(tokens, dtype)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    score = torch.einsum("bihd,bjhd->bhij", exact[0], exact[1].repeat_interleave(2, 2)) * 0.3
+    if cap := scores.get("softcap"):
+        score = cap * torch.tanh(score / cap)
+    i, j = torch.arange(tokens).unsqueeze(1), torch.arange(tokens)
+    seen = (j <= i) & (i - j < scores.get("window", tokens))
+    if mask := scores.get("mask"):
+        seen &= mask(i, j)
+    score = score.masked_fill(~seen, -torch.inf)
+    y = torch.einsum("bhij,bjhd->bihd", score.softmax(-1), exact[2].repeat_interleave(2, 2))
+    expected = [y.detach(), *torch.autograd.grad(y, exact, d.double())]
+    position = torch.arange(tokens).expand(2, -1)
+    with torch.no_grad():
+        o, lse = G.attention_saving(q, k, v, 0.3, **scores)
+        plain = [F.attention(q, k, v, 0.3, **scores)]
+        plain += G.attention_grad(d, q, k, v, o, lse, 0.3, **scores)
+        o, lse = G.document_attention_saving(q, k, v, position, 0.3, **scores)
+        documents = [F.document_attention(q, k, v, position, 0.3, **scores)]
+        documents += G.document_attention_grad(d, q, k, v, position, o, lse, 0.3, **scores)
+    for found in (plain, documents):
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == dtype and one.shape == other.shape
+            assert (one.double() - other).norm() <= tolerance * other.norm()
 
 
 @LENGTHS

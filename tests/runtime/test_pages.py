@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,17 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
 """Of what a token has in the cache. Products of 64 numbers are the library's, not torch's loop."""
 
 
-def attend(chosen: list[int], kind: str, kernel: PagedAttention | None = None) -> dict[int, Tensor]:
+SCORES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "window": {"window": 18},
+    "capped": {"softcap": 0.5},
+    "mask": {"mask": lambda q, k: (q // 9 == k // 9) | (k < 2), "softcap": 3.0},
+}
+
+
+def attend(
+    chosen: list[int], kind: str, scores: str = "all", kernel: PagedAttention | None = None
+) -> dict[int, Tensor]:
     """The attention of the new tokens of some sequences, computed together."""
     pages, module, blocks = Pages(40, PAGE, kernel), nn.Module(), blocks_of(LENGTHS)
     widths = WIDTHS[kind]
@@ -52,9 +64,9 @@ def attend(chosen: list[int], kind: str, kernel: PagedAttention | None = None) -
     q = torch.cat([queries(i, kind) for i in chosen])[None]
     if kind == "latent":
         parts = (*q.split((12, 6), -1), *found)
-        out = pages.attend(F.latent_attention, *parts, scale=0.3)
+        out = pages.attend(F.latent_attention, *parts, scale=0.3, **SCORES[scores])
     else:
-        out = pages.attend(F.attention, q, *found, scale=0.3)
+        out = pages.attend(F.attention, q, *found, scale=0.3, **SCORES[scores])
     return dict(zip(chosen, out[0].split([NEW[i] for i in chosen]), strict=True))
 
 
@@ -62,16 +74,17 @@ def queries(i: int, kind: str) -> Tensor:
     return random(NEW[i], 4, 18 if kind == "latent" else 64, seed=7 + i)
 
 
+@pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("kind", WIDTHS)
-def test_attention_to_pages_is_attention(kind: str) -> None:
-    for i, out in attend([*range(len(LENGTHS))], kind).items():
+def test_attention_to_pages_is_attention(kind: str, scores: str) -> None:
+    for i, out in attend([*range(len(LENGTHS))], kind, scores).items():
         q = queries(i, kind)[None]
         if kind == "latent":
             parts = (*q.split((12, 6), -1), entries_of(i, 12)[None], entries_of(i, 6)[None])
-            expected = F.latent_attention(*parts, scale=0.3)
+            expected = F.latent_attention(*parts, scale=0.3, **SCORES[scores])
         else:
             keys = (entries_of(i, *width)[None] for width in WIDTHS[kind].values())
-            expected = F.attention(q, *keys, scale=0.3)
+            expected = F.attention(q, *keys, scale=0.3, **SCORES[scores])
         assert torch.allclose(out, expected[0], atol=1e-5)
 
 
@@ -85,19 +98,23 @@ def test_a_kernel_for_pages_serves_all_rows() -> None:
 
     chosen = [*range(len(LENGTHS))]
     expected = attend(chosen, "latent")
-    found = attend(chosen, "latent", kernel)
+    found = attend(chosen, "latent", kernel=kernel)
     assert {queries > 1 for _, queries in calls} == {True, False}
     assert sum(batch * queries for batch, queries in calls) == sum(NEW)
     for i in chosen:
         assert torch.allclose(found[i], expected[i], atol=1e-5)
+    calls.clear()
+    attend(chosen, "latent", "window", kernel)
+    assert not calls, "it knows no windows"
 
 
+@pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("kind", WIDTHS)
-def test_bits_do_not_depend_on_the_company(kind: str) -> None:
-    together = attend([3, 0, 4, 1, 5, 2], kind)
+def test_bits_do_not_depend_on_the_company(kind: str, scores: str) -> None:
+    together = attend([3, 0, 4, 1, 5, 2], kind, scores)
     for i, out in together.items():
-        assert torch.equal(attend([i], kind)[i], out)
-    assert torch.equal(attend([4, 3], kind)[3], together[3])
+        assert torch.equal(attend([i], kind, scores)[i], out)
+    assert torch.equal(attend([4, 3], kind, scores)[3], together[3])
 
 
 def test_what_is_not_finite_is_marked_and_never_remembered() -> None:

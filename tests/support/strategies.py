@@ -221,10 +221,22 @@ def _attention(m: Maker) -> None:
     q = m.pick(lambda t: t.dtype == "bf16" and [d.size for d in t.dims] == [None, None, 4, 6])
     k = m.pick(lambda t: t.dtype == "bf16" and [d.size for d in t.dims] == [None, None, 2, 6])
     if q and k and q.type.last == k.type.last:
-        m.add("attention", q, k, k, scale=m.draw(numbers))
+        m.add("attention", q, k, k, **_scores(m))
         position = m.pick(lambda t: t == Type("i64", q.type.dims[:2]))
         if position and q.type.dims[:2] == k.type.dims[:2]:
-            m.add("document_attention", q, k, k, position, scale=m.draw(numbers))
+            m.add("document_attention", q, k, k, position, **_scores(m))
+
+
+def _scores(m: Maker) -> dict[str, Attr]:
+    scores: dict[str, Attr] = {"scale": m.draw(numbers)}
+    given = m.draw(st.sets(st.sampled_from(["window", "mask", "softcap"])))
+    if "window" in given:
+        scores["window"] = m.draw(positive)
+    if "mask" in given:
+        scores["mask"] = m.draw(st.sampled_from(["q - k < 3 or k < 1", "q // 2 == k // 2"]))
+    if "softcap" in given:
+        scores["softcap"] = m.draw(above_one)
+    return scores
 
 
 def _latent_attention(m: Maker) -> None:
@@ -238,7 +250,7 @@ def _latent_attention(m: Maker) -> None:
         latent = Dim(m.draw(identifiers), 6)
         m.add("linear", x, symbols=(m.weight(Type("bf16", (latent, x.type.last))),))
         c = m.pool[-1]
-        m.add("latent_attention", q, q, c, c, scale=m.draw(numbers))
+        m.add("latent_attention", q, q, c, c, **_scores(m))
 
 
 def _remember(m: Maker) -> None:

@@ -165,7 +165,18 @@ def _attention(d: Draw) -> Example:
     kv_heads, k, v = d.dim("kv_heads", 1, 3), d.dim("k"), d.dim("v")
     heads = d.choice(kv_heads, Dim("heads", 2 * (kv_heads.size or 0)))
     operands = [d.tokens(heads, k), d.tokens(kv_heads, k), d.tokens(kv_heads, v)]
-    return Example("attention", operands, attrs={"scale": d.choice(0.5, 1.5)})
+    return Example("attention", operands, attrs=_scores(d))
+
+
+def _scores(d: Draw) -> dict[str, Attr]:
+    attrs: dict[str, Attr] = {"scale": d.choice(0.5, 1.5)}
+    if d.choice(False, True):
+        attrs["window"] = d.size(1, 7)
+    if d.choice(False, True):
+        attrs["mask"] = d.choice("(q - k) % 2 == 0", "q // 2 == k // 2 or k < 1")
+    if d.choice(False, True):
+        attrs["softcap"] = d.choice(0.5, 30.0)
+    return attrs
 
 
 def _document_attention(d: Draw) -> Example:
