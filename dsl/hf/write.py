@@ -95,6 +95,7 @@ def _of_family(description: Description) -> dict[str, Any]:
 
 def _attention_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
     _require(values.shared("latent_norm_eps", uses) == 1e-6)
+    _require(values.shared("window", uses) == 0)
     keys: dict[str, Any] = {name: values.shared(name, uses) for name in ATTENTION}
     keys["num_key_value_heads"] = keys["num_attention_heads"]
     keys["q_lora_rank"] = values.shared("q_lora_rank", uses) or None

@@ -7,7 +7,7 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   params rope_theta = 10000, attention_bias = false            # a bias of projections from and to the hidden state
   params yarn_factor = 1                                       # 1: plain rotary embedding
   params yarn_original_max_position_embeddings = 4096, yarn_beta_fast = 32, yarn_beta_slow = 1
-  params yarn_mscale = 1, yarn_mscale_all_dim = 0
+  params yarn_mscale = 1, yarn_mscale_all_dim = 0, window = 0  # of attention; 0: all tokens before
 
   require qk_rope_head_dim % 2 == 0, "qk_rope_head_dim ({qk_rope_head_dim}) is odd, but rotary embedding turns pairs of numbers", "make it {qk_rope_head_dim + 1}"
   require q_lora_rank >= 0, "q_lora_rank ({q_lora_rank}) is negative", "0 leaves the compression of queries out"
@@ -44,6 +44,6 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   q = concat(q_nope, q_rope, into = qk_head_dim)                                                 # eq. 9
   k_rope = broadcast(k_rope, num_attention_heads)                                                # one head for all
   k = concat(k_nope, k_rope, into = qk_head_dim)                                                 # eq. 4
-  o = attention(q, k, v, position, scale = softmax_scale)                                        # eq. 10
+  o = attention(q, k, v, position, scale = softmax_scale, window = window) if window > 0 else attention(q, k, v, position, scale = softmax_scale) # eq. 10
   o = flatten(o, num_attention_heads, v_head_dim)
   return linear(o, to = hidden_size, bias = attention_bias, name = o_proj)                       # eq. 11

@@ -364,6 +364,7 @@ def test_a_users_block_of_a_known_name_is_not_taken_for_it(tmp_path: Path) -> No
         ),
         ('mtp_hidden_state: "after_norm"', 'mtp_hidden_state: "before_norm"'),
         ("  # attention", "  latent_norm_eps: 1e-5"),
+        ("  # attention", "  window: 512"),
     ],
 )
 def test_what_a_config_has_no_room_for_makes_another_model(
