@@ -54,6 +54,8 @@ class BuildResult:
     plan: Plan | None
     seconds: float
     changed: bool
+    left_to_torch: tuple[str, ...] = ()
+    """With a target: operators of a kind that has kernels, which none of them serves."""
 
 
 def build(
@@ -78,7 +80,13 @@ def build(
     files = package(description, compiled, numbers, plan, target, tuning)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
-    return BuildResult(out, sizes, numbers, plan, time.perf_counter() - started, changed)
+    left: tuple[str, ...] = ()
+    if target is not None:
+        from backends.triton.instances import left_to_torch
+
+        left = tuple(left_to_torch(compiled.programs))
+    seconds = time.perf_counter() - started
+    return BuildResult(out, sizes, numbers, plan, seconds, changed, left)
 
 
 def package(

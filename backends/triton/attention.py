@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from backends.render import render
-from backends.triton.instances import OpInstance, OpInstances, knowing, spans
+from backends.triton.instances import OpInstance, OpInstances, attentions, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
 from backends.triton.tuning_table import TuningTable
@@ -118,8 +118,7 @@ class HeadShape:
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/attention.py`, for the widths of heads that occur."""
-    every = {kind: knowing(instances.of(kind), "scale") for kind in FUNCTIONS}
-    found = {kind: those for kind, those in every.items() if those}
+    found = {kind: those for kind in FUNCTIONS if (those := attentions(instances, kind))}
     if not found:
         return None
     grad = "attention_grad" in found

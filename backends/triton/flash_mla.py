@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.triton.instances import OpInstance, OpInstances, knowing
+from backends.triton.instances import OpInstance, OpInstances, attentions
 from backends.triton.kernel import KernelFile
 from backends.triton.target import Target
 
@@ -14,8 +14,7 @@ LATENT, ROPE, PAGE = 512, 64, 64
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/flash_mla.py`. The library's dense decoding is for sm_90 alone."""
     asked = instances.spec.kernels.attention == "flash_mla" and target.name == "sm_90"
-    plain = knowing(instances.of("latent_attention"), "scale")
-    decoders = [instance for instance in plain if _fits(instance)]
+    decoders = [one for one in attentions(instances, "latent_attention") if _fits(one)]
     if not asked or not decoders:
         return None
     text = render("triton/flash_mla.py.jinja", latent=LATENT, rope=ROPE, page=PAGE)

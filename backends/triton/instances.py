@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from backends.triton.tuning_table import TuningTable
 from compiler.graph.core import Graph, Op, Program, Weight
+from compiler.ops import OPS
+from compiler.ops.attention import Attention, LatentAttention
 from dsl.load import Description
 
 DECODE_ROWS = (1, 16, 64, 128)
@@ -76,9 +78,26 @@ class OpInstances:
         return [instance for instance in self._all if instance.kind in kinds]
 
 
-def knowing(instances: Sequence[OpInstance], *attrs: str) -> list[OpInstance]:
-    """Those that kernels compute that know of these attributes; torch's own code has the others."""
-    return [instance for instance in instances if instance.op.attrs.keys() <= {*attrs}]
+KNOWN_SCORES = {"scale"}
+"""What kernels know of how an attention makes its scores."""
+
+
+def attentions(instances: OpInstances, kind: str) -> list[OpInstance]:
+    """The uses of a kind of attention that kernels serve; torch's own code has the others."""
+    return [one for one in instances.of(kind) if one.op.attrs.keys() <= KNOWN_SCORES]
+
+
+def left_to_torch(programs: Mapping[str, Program]) -> list[str]:
+    """Attentions that no kernel serves: `attention with window (gemma.dsl:25)`."""
+    found: dict[str, None] = {}
+    for program in programs.values():
+        for graph in program.graphs.values():
+            for op in graph.walk():
+                extra = [attr for attr in op.attrs if attr not in KNOWN_SCORES]
+                if extra and issubclass(OPS[op.kind], Attention | LatentAttention):
+                    place = OpInstance(program.name, graph, op).span
+                    found[f"attention with {', '.join(extra)} ({place})"] = None
+    return list(found)
 
 
 def spans(instances: Sequence[OpInstance]) -> tuple[str, ...]:

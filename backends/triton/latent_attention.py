@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backends.render import render
-from backends.triton.instances import DECODE_ROWS, OpInstance, OpInstances, knowing, spans
+from backends.triton.instances import DECODE_ROWS, OpInstance, OpInstances, attentions, spans
 from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
 from backends.triton.target import Target
 
@@ -89,7 +89,7 @@ class LatentShape:
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/latent_attention.py`, for the sizes that occur."""
-    found = knowing(instances.of("latent_attention"), "scale")
+    found = attentions(instances, "latent_attention")
     if not found:
         return None
     shapes = list(

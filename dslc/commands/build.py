@@ -116,6 +116,8 @@ def summary_lines(result: BuildResult) -> list[str]:
         )
     else:
         lines.append(f"{shown(result.path)} is up to date")
+    if result.left_to_torch:
+        lines.append(f"no kernel serves {'; '.join(result.left_to_torch)}: torch's own code runs")
     if result.plan is not None and not result.plan.fits:
         cluster = result.plan.cluster.cluster
         lines.append(

@@ -97,3 +97,17 @@ def test_the_whole_v3_builds_without_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-2] == "0"
     assert "backends" in loaded
     assert not loaded & {"torch", "numpy", "networkx", "sympy"}
+
+
+@pytest.mark.slow
+def test_it_says_which_attention_no_kernel_serves(dslc: Run) -> None:
+    """And makes none that would not be called; the layer without a window has its own."""
+    spec = shipped()["local_global_mini"]
+    outcome = dslc("build", spec, "--variant", "mla", "--target", "sm_90")
+    assert outcome.status == 0
+    assert "no kernel serves attention with window (mla.dsl:" in outcome.out
+    kernels = Path("build/local_global_mini/kernels")
+    assert (kernels / "attention.py").exists() and (kernels / "latent_attention.py").exists()
+    outcome = dslc("build", spec, "--target", "sm_90")
+    assert "attention with softcap (capped_gqa.dsl:" in outcome.out
+    assert not (kernels / "attention.py").exists()

@@ -13,9 +13,9 @@ from compiler.graph.core import Attr, Op
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 from compiler.ops.gradient import POINTWISE_GRADS, ones_of
-from compiler.ops.pointwise import POINTWISE
 from compiler.ops.mask import as_python
 from compiler.ops.mask import parse as parse_mask
+from compiler.ops.pointwise import POINTWISE
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G

@@ -231,6 +231,20 @@ def test_decoding_flops() -> None:
 
 
 @pytest.mark.slow
+def test_flops_of_a_window() -> None:
+    """Two of four layers see 64 tokens: in training all but the triangle before the window."""
+    short = numbers("local_global_mini", seq=256, context=256)
+    pair = 2 * 6 * (32 + 32)
+    seen = 2 * 256**2 // 2 + 2 * (256**2 - 192**2) // 2
+    assert short.training_flops[Work.ATTENTION_CORE] == 3 * pair * seen // 256
+    assert short.decoding_flops[Work.ATTENTION_CORE] == pair * (2 * 256 + 2 * 64)
+    within = numbers("local_global_mini", seq=32, context=32)
+    assert within.training_flops[Work.ATTENTION_CORE] == 3 * pair * 4 * 32**2 // 2 // 32
+    latent = numbers(LITE, "params.window=64", context=1000)
+    assert latent.decoding_flops[Work.ATTENTION_CORE] == 27 * 16 * (2 * 576 + 2 * 512) * 64
+
+
+@pytest.mark.slow
 def test_decoding_makes_no_keys_and_values_of_what_is_cached() -> None:
     flops = numbers(V3, context=1000).decoding_flops
     assert Work.CACHE_PROJECTIONS not in flops
