@@ -252,7 +252,7 @@ class Emission:
             prefill=self._logits("prefill"),
             decode=self._logits("decode"),
             latent=any(
-                op.kind == "latent_attention"
+                op.kind == "latent_attention" and op.attrs.keys() == {"scale"}
                 for graph in self.compiled.programs["decode"].graphs.values()
                 for op in graph.walk()
             ),

@@ -69,7 +69,7 @@ class Root:
     prefill: list[str]
     decode: list[str]
     latent: bool
-    """Whether it decodes in a latent space."""
+    """Whether it decodes in a latent space, by attention that the kernel for pages knows."""
     draft_offsets: str
     """From the position of a state to that which each MTP module counts from."""
     drafts: list[tuple[str, list[str]]]

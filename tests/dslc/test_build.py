@@ -108,6 +108,7 @@ def test_it_says_which_attention_no_kernel_serves(dslc: Run) -> None:
     assert "no kernel serves attention with window (mla.dsl:" in outcome.out
     kernels = Path("build/local_global_mini/kernels")
     assert (kernels / "attention.py").exists() and (kernels / "latent_attention.py").exists()
-    outcome = dslc("build", spec, "--target", "sm_90")
-    assert "attention with softcap (capped_gqa.dsl:" in outcome.out
-    assert not (kernels / "attention.py").exists()
+    assert "F.paged_latent_attention" in (kernels.parent / "model.py").read_text()
+    dslc("build", spec, "--variant", "mla", "--target", "sm_90", "--set", "params.window=64")
+    assert not [*kernels.glob("*attention.py")]
+    assert "F.paged_latent_attention" not in (kernels.parent / "model.py").read_text()
