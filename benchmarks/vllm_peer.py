@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
 
 def main() -> None:
