@@ -19,20 +19,20 @@ def read_cluster(named: yaml.Scalar) -> tuple[Cluster, Source]:
 
     Raises `DiagnosticError`: E119 for an unknown name, and those of reading and validating a file.
     """
-    path, name = _file(named)
+    path, name = cluster_file(named)
     source = read_source(path, name, named.span)
     return read_validated(Cluster, source, "a cluster file"), source
 
 
-def _file(named: yaml.Scalar) -> tuple[Path, str]:
-    """The file of a cluster, and its name in messages."""
+def cluster_file(named: yaml.Scalar) -> tuple[Path, str]:
+    """The file of a cluster, and its name in messages. Raises `DiagnosticError` (E119)."""
     name, source = named.value, named.span.source
     if "/" in name or name.endswith(".yaml"):
         # A path is relative to the file that names it, or to the current folder for `--set`.
         base = source.path.parent if source.path else Path()
         shown = os.path.join(os.path.dirname(source.name), name)
         return base / name, os.path.normpath(shown)
-    known = sorted(file.stem for file in CLUSTERS.glob("*.yaml"))
+    known = sorted(file.stem for file in CLUSTERS.glob("*.yaml") if "." not in file.stem)
     if name not in known:
         help = did_you_mean(name, known) or f"known are {', '.join(known)}; a path ends in .yaml"
         message = f"there is no cluster `{name}` among those shipped"

@@ -59,7 +59,7 @@ class Costs:
             if op.kind == "call":
                 runs[op.text("callee")] += times
             for region in op.regions:
-                self._count(region.ops, times * _times(op), runs)
+                self._count(region.ops, times * repetitions(op), runs)
 
     def _visit(self, graph: Graph, ops: Sequence[Op], sizes: Sizes, costs: dict[Op, Cost]) -> int:
         """Fills in `costs`; the sum of all FLOPs."""
@@ -69,23 +69,23 @@ class Costs:
             flops = max(0, OPS[op.kind].flops(site, sizes))
             inside = Experts.inner_sizes(site, sizes) if op.kind == "experts" else sizes
             for region in op.regions:
-                flops += _times(op) * self._visit(graph, region.ops, inside, costs)
+                flops += repetitions(op) * self._visit(graph, region.ops, inside, costs)
             if op.kind == "call":
                 callee = self._program.graphs[op.text("callee")]
                 flops += self.flops(callee, sizes_inside(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
             if op.kind == "saved":
-                sizes = self._sizes_of_saved(graph, sizes)
+                sizes = self.sizes_of_saved(graph, sizes)
             costs[op] = Cost(flops, sum(v.type.bytes(sizes) for v in op.results))
             total += flops
         return total
 
-    def _sizes_of_saved(self, graph: Graph, sizes: Sizes) -> Sizes:
+    def sizes_of_saved(self, graph: Graph, sizes: Sizes) -> Sizes:
         """With those that the graphs bring about whose values a graph of gradients reads."""
         saver = self._program.saver_of(graph.name)
         if saver is None:
             return sizes
-        return known_sizes(saver, self._program, self._sizes_of_saved(saver, sizes))
+        return known_sizes(saver, self._program, self.sizes_of_saved(saver, sizes))
 
 
 def known_sizes(graph: Graph, program: Program, sizes: Sizes) -> dict[str, int]:
@@ -96,5 +96,5 @@ def known_sizes(graph: Graph, program: Program, sizes: Sizes) -> dict[str, int]:
     return known
 
 
-def _times(op: Op) -> int:
+def repetitions(op: Op) -> int:
     return op.number("count") if op.kind in REPEATS else 1

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from compiler.plan.schedule import Chunk, Schedule, Step
+
+
+class Durations(Protocol):
+    """How long steps take, and messages between ranks, in one unit."""
+
+    @property
+    def transfer(self) -> float: ...
+
+    def of(self, step: Step) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,7 @@ class Costs:
     input: float = 1.0
     weight: float = 1.0
     pair: float | None = None
+    transfer: float = 0.0
 
     def of(self, step: Step) -> float:
         if len(step) > 1 and self.pair is not None:
@@ -47,11 +58,11 @@ class Timeline:
         return self.end - sum(end - start for start, end in self.ranks[rank])
 
 
-def simulate(given: Schedule, costs: Costs) -> Timeline:
+def simulate(given: Schedule, costs: Durations) -> Timeline:
     """Runs a schedule: each step begins when its rank is free and what it reads is there.
 
-    Transfers take no time. Raises ValueError with the steps that all ranks wait at, if they wait
-    for one another.
+    A message to another rank takes `costs.transfer`, beside all computing. Raises ValueError with
+    the steps that all ranks wait at, if they wait for one another.
     """
     done: dict[tuple[str, int, int], float] = {}
     times: list[list[tuple[float, float]]] = [[] for _ in given.rows]
@@ -62,7 +73,7 @@ def simulate(given: Schedule, costs: Costs) -> Timeline:
         for rank, steps in enumerate(rows):
             while len(times[rank]) < len(steps):
                 step = steps[len(times[rank])]
-                ready = _ready(step, given, done)
+                ready = _ready(step, given, done, costs.transfer)
                 if ready is None:
                     break
                 start = max(ready, times[rank][-1][1] if times[rank] else 0.0)
@@ -99,12 +110,19 @@ def _reads(chunk: Chunk, stages: int) -> Iterator[tuple[str, int, int]]:
             yield "I", stage + 1, batch
 
 
-def _ready(step: Step, given: Schedule, done: dict[tuple[str, int, int], float]) -> float | None:
+def _ready(
+    step: Step, given: Schedule, done: dict[tuple[str, int, int], float], transfer: float
+) -> float | None:
     """When all that a step reads is there; None while something is not."""
-    needed = [key for chunk in step for key in _reads(chunk, given.stages)]
-    if any(key not in done for key in needed):
-        return None
-    return max((done[key] for key in needed), default=0.0)
+    found = 0.0
+    for chunk in step:
+        here = given.holder(chunk.stage, chunk.batch)
+        for key in _reads(chunk, given.stages):
+            if key not in done:
+                return None
+            sent = given.holder(key[1], key[2]) != here
+            found = max(found, done[key] + (transfer if sent else 0.0))
+    return found
 
 
 def under_way(given: Schedule, rank: int) -> int:

@@ -1,6 +1,7 @@
 """What a spec may say: its keys, their types and bounds. Also exported as a JSON schema."""
 
 from dsl.schema.cluster import Cluster
+from dsl.schema.measured import Calibration, MeasuredLink, MeasuredProduct
 from dsl.schema.sections import (
     MTP,
     VARIANT_KEYS,
@@ -22,10 +23,13 @@ __all__ = [
     "VARIANT_KEYS",
     "Architecture",
     "BlockUse",
+    "Calibration",
     "Cluster",
     "LayerGroup",
     "Loc",
     "Loss",
+    "MeasuredLink",
+    "MeasuredProduct",
     "Parallel",
     "Phase",
     "Precision",

@@ -19,9 +19,11 @@ EXAMPLES = """
 \b
 Examples:
   dslc plan deepseek_v3
-  dslc plan deepseek_v3 --why                             the largest tensors, and similar layouts
+  dslc plan deepseek_v3 --why                             largest tensors, similar layouts, the step
   dslc plan deepseek_v3 --set parallel.expert=32
   dslc plan my_model.yaml --cluster h100_8 --format json  the plan.json of builds
+  dslc plan my_model.yaml --measured mine.measured.yaml   at the rates of `dslc calibrate`
+  dslc plan my_model.yaml --measured runs/my_model        beside what a run measured
   dslc plan deepseek_v3 --serve deepseek_day6             nodes and rates of a served model
   dslc plan deepseek_v3 --serve deepseek_day6 --load f.json   and how even redundant experts make it
 
@@ -57,8 +59,21 @@ def run(
         ),
     ] = None,
     why: Annotated[
-        bool, typer.Option("--why", help="Print the largest tensors, and similar layouts.")
+        bool,
+        typer.Option(
+            "--why",
+            help="Print the largest tensors, similar layouts, and what the step consists of.",
+        ),
     ] = False,
+    measured: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A calibration to predict with, or a run to compare with. One beside the cluster "
+            "file (NAME.measured.yaml) is used without being named.",
+            show_default=False,
+        ),
+    ] = None,
     sets: SetOption = None,
     variants: VariantOption = None,
     format: FormatOption = Format.text,
@@ -71,6 +86,9 @@ def run(
     from compiler.plan.make import make_plan, planner_of
     from compiler.plan.record import record
     from dsl.diagnostic import Diagnostic, DiagnosticError
+    from dslc import prediction
+    from dslc.commands.show import table
+    from dslc.curves import read_metrics
     from dslc.report import print_json, reporting
     from dslc.specs import read
 
@@ -87,12 +105,26 @@ def run(
         if plan is None:
             raise DiagnosticError([no_section(description)])
         planner = planner_of(description, compiled)
+        run = Path(measured) if measured is not None and prediction.is_run(measured) else None
+        metrics = read_metrics(run) if run else None
+        planned, calibrated, name = prediction.predictions(
+            plan, description, compiled, None if run else measured, both=run is not None
+        )
+        best = calibrated or planned
         if format is Format.json and plan.fits:
-            print_json(record(description.spec.model, plan))
+            found = record(description.spec.model, plan)
+            if best is not None:
+                found["prediction"] = prediction.record(best, name)
+            print_json(found)
         elif format is Format.text:
-            print(as_text(plan, description))
+            print(as_text(plan, description, prediction.line(best, name) if best else ""))
+            if metrics is not None:
+                rows = list(prediction.measured_rows(planned, calibrated, plan, metrics))
+                print("\n" + "\n".join(table(rows, "<>>>")))
             if why:
                 print(f"\n{explained(plan, planner, description)}")
+                if best is not None:
+                    print(f"\n{prediction.explained(best)}")
         if not plan.fits:
             raise DiagnosticError([misfit(plan, planner, description)])
 
@@ -140,14 +172,17 @@ def no_section(description: Description) -> Diagnostic:
     return Diagnostic("E532", message, description.span(), "there is no `parallel` here", help=help)
 
 
-def as_text(plan: Plan, description: Description) -> str:
+def as_text(plan: Plan, description: Description, predicted: str = "") -> str:
     from compiler.plan.explain import CONVENTIONS
     from dslc.commands.show import table, wrapped
 
     stages = list(stage_rows(plan))
     work = list(work_rows(plan))
+    head = list(layout_rows(plan, description.spec.model))
+    if predicted:
+        head.append(("predicted", predicted))
     parts = [
-        table(layout_rows(plan, description.spec.model), "<<"),
+        table(head, "<<"),
         table(expert_rows(plan), "<>>>>>") if plan.exchanges else [],
         table(stages, "<<<" + ">" * (len(stages[0]) - 3)),
         table(work, "<" + ">" * (len(work[0]) - 1)),

@@ -8,7 +8,7 @@ import pytest
 
 from compiler.plan.memory import Kind
 from compiler.plan.traffic import PURPOSES
-from dsl.schema import Cluster, Traffic
+from dsl.schema import Calibration, Cluster, Traffic
 from dslc.specs import shipped
 from tests.support.command import Run
 from tests.support.documents import examples, tables
@@ -28,8 +28,25 @@ def test_the_tables_name_what_there_is() -> None:
         *Cluster.model_fields,
         *Traffic.model_fields,
     ]
+    named = [re.findall(r"`(\w+)`", row[0]) for row in tables(TEXT, "name")]
+    assert [name for names in named for name in names] == [*Calibration.model_fields]
     assert [row[0].strip("`") for row in tables(TEXT, "kind")] == [kind.value for kind in Kind]
     assert [row[0].strip("`") for row in tables(TEXT, "purpose")] == list(PURPOSES)
+
+
+@pytest.mark.slow
+def test_the_causes_of_the_predicted_step_are_those_of_the_command(dslc: Run) -> None:
+    out = dslc("plan", shipped()["deepseek_v3"], "--why").out
+    causes = list(tables(TEXT, "of the step of `deepseek_v3`"))
+    assert len(causes) == 10
+    for row in causes:
+        assert re.search(" +".join(map(re.escape, filter(None, row))), out), row
+    ranks = re.findall(r"^([17]) +([\d. ]+)$", out.partition("s of a step, rank")[2], re.M)
+    parts = {rank: numbers.split() for rank, numbers in ranks}
+    for column, rank in ((2, "7"), (3, "1")):
+        shown = [row[column] for row in tables(TEXT, "s of a step")]
+        pairs, forward, backward, weights, waiting, update = shown
+        assert parts[rank][:6] == [forward, backward, weights, pairs, waiting, update]
 
 
 @pytest.mark.slow

@@ -1,0 +1,265 @@
+"""How long a step takes: every operator of every stage at its rate, run by the schedule.
+
+What overlaps is stated here and in `overlap.py`, and nowhere else. A forward and a backward chunk
+that a schedule pairs (DualPipe, report, section 3.2.1) compute while the other one's tokens are
+under way. A chunk alone hides nothing. Messages between stages are sent beside computing, and what
+waits for one waits for all of it. The sums of gradients, the update and the gathering of weights
+follow the last chunk of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+
+from compiler.analysis.executed import executed
+from compiler.graph.core import Graph, Program
+from compiler.plan.memory import Kind
+from compiler.plan.overlap import Segment, paired
+from compiler.plan.plan import Plan, Rank
+from compiler.plan.rates import Rates, Term
+from compiler.plan.schedule import Schedule, Step, schedule
+from compiler.plan.simulate import Timeline, simulate
+from compiler.roles import Role
+
+Part = Mapping[Term, float]
+"""Seconds between two exchanges, the second included."""
+
+Chunks = Mapping[str, Sequence[Part]]
+"""Of a stage, by kind: F, I and W."""
+
+COMPUTING = (Term.PRODUCTS, Term.AGAIN, Term.ATTENTION, Term.POINTWISE)
+ALL = (*COMPUTING, Term.EXCHANGE)
+
+
+class StageTimes:
+    """How long the chunks of each stage take, of whose times those of `terms` count.
+
+    `transfer` is how long a message to the next or previous stage takes.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Chunks],
+        transfer: float = 0.0,
+        terms: Sequence[Term] = ALL,
+        *,
+        perfect: bool = False,
+    ) -> None:
+        """`perfect`: a pair takes the longer of its computing and its sending."""
+        self.stages, self.transfer, self.terms, self.perfect = stages, transfer, terms, perfect
+        self._known: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def of(self, step: Step) -> float:
+        key = tuple((chunk.kind, chunk.stage) for chunk in step)
+        if key not in self._known:
+            self._known[key] = self._of(step)
+        return self._known[key]
+
+    def _of(self, step: Step) -> float:
+        chains = [self._segments("I" if c.kind == "B" else c.kind, c.stage) for c in step]
+        later = [one for c in step if c.kind == "B" for one in self._segments("W", c.stage)]
+        every = [one for chain in (*chains, later) for one in chain]
+        computing = sum(one.computing for one in every)
+        sending = sum(one.sending for one in every)
+        if len(step) == 1:
+            return computing + sending
+        if self.perfect:
+            return max(computing, sending)
+        return paired(chains[0], chains[1], later)
+
+    def _segments(self, kind: str, stage: int) -> list[Segment]:
+        computing = [term for term in COMPUTING if term in self.terms]
+        sends = Term.EXCHANGE in self.terms
+        return [
+            Segment(sum(part[t] for t in computing), part[Term.EXCHANGE] if sends else 0.0)
+            for part in self.stages[stage][kind]
+        ]
+
+    def of_chunk(self, kind: str, stage: int) -> Part:
+        """The seconds of a whole chunk by what they are spent on."""
+        return {term: sum(part[term] for part in self.stages[stage][kind]) for term in Term}
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What a pipeline rank does in a step, in seconds."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    weights: float = 0.0
+    pairs: float = 0.0
+    bubble: float = 0.0
+    update: float = 0.0
+
+
+@dataclass(frozen=True)
+class Added:
+    """A cause of time: what is counted besides, and how long the step is with it."""
+
+    cause: str
+    step: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The step of a plan at given rates. `times` are those of every stage."""
+
+    plan: Plan
+    rates: Rates
+    times: StageTimes
+    added: tuple[Added, ...]
+    updates: tuple[float, ...] = field(repr=False)
+
+    @property
+    def step(self) -> float:
+        """Seconds."""
+        return self.added[-1].step
+
+    @property
+    def mfu(self) -> float | None:
+        """The time of the model's FLOPs at peak rates over that of the step."""
+        each = self.plan.peak_seconds_of_token
+        if each is None:
+            return None
+        tokens = self.plan.parallel.batch * self.plan.parallel.sequence_length
+        return each * tokens / self.plan.layout.mesh.size / self.step
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        return simulate(_order(self.plan), self.times)
+
+    def phases(self, pipeline: int) -> Phases:
+        """Of one pipeline rank; the bubble is all that it waits for, messages included."""
+        order, spent = _order(self.plan), dict.fromkeys(("F", "B", "W", "pair"), 0.0)
+        for step in order.steps(pipeline):
+            kind = "pair" if len(step) > 1 else step[0].kind.replace("I", "B")
+            spent[kind] += self.times.of(step)
+        bubble = self.timeline.bubble(pipeline)
+        update = self.step - self.timeline.end
+        return Phases(spent["F"], spent["B"], spent["W"], spent["pair"], bubble, update)
+
+
+def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction | None:
+    """Of a plan whose stages run the programs `roles`. None where products have no rate."""
+    if not rates.known:
+        return None
+    bound = plan.step_seconds()
+    peak = Rates(plan.cluster.model_copy(update={"memory_bandwidth": None}))
+    at_peak, times = (_stage_times(plan, roles, one) for one in (peak, rates))
+    transfer = rates.sending("pair", *_boundary(plan))
+    updates = tuple(_update(rank, plan, rates) for rank in plan.ranks)
+    order = _order(plan)
+
+    def end(stages: list[Chunks], *terms: Term) -> float:
+        return simulate(order, StageTimes(stages, terms=terms)).end
+
+    mixed = _with_products_of(at_peak, times)
+    complete = StageTimes(times, transfer)
+    last = simulate(order, complete)
+    whole = [ends[-1][1] if ends else 0.0 for ends in last.ranks]
+    products = (Term.PRODUCTS, Term.ATTENTION)
+    slowest = "products at peak rates, every stage as slow as the slowest"
+    peaks = () if bound is None else (
+        Added(slowest, bound),
+        Added("each stage as long as it takes", end(at_peak, *products)),
+        Added("products that are computed again", end(at_peak, *products, Term.AGAIN)),
+    )  # fmt: skip
+    added = (
+        *peaks,
+        Added("products at measured rates", end(mixed, *products, Term.AGAIN)),
+        Added("attention at its measured rate", end(times, *products, Term.AGAIN)),
+        Added("operators between products", end(times, *COMPUTING)),
+        Added(
+            "dispatch and combine of chunks without a pair",
+            simulate(order, StageTimes(times, perfect=True)).end,
+        ),
+        Added("dispatch and combine that pairs cannot hide", end(times, *ALL)),
+        Added("messages between stages", last.end),
+        Added(
+            "sums of gradients, update, gathering of weights",
+            max(end + update for end, update in zip(whole, updates, strict=True)),
+        ),
+    )
+    return Prediction(plan, rates, complete, added, updates)
+
+
+def _order(plan: Plan) -> Schedule:
+    layout = plan.layout
+    return schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
+
+
+def _stage_times(plan: Plan, roles: Sequence[Role], rates: Rates) -> list[Chunks]:
+    """Of every stage, those of its chunks F, I and W."""
+    tokens = plan.parallel.sequence_length
+    sizes = {"batch": plan.parallel.micro_batch, "seq": tokens, "context": tokens}
+    found: dict[int, Chunks] = {}
+    for role in roles:
+        graphs = _graphs(role.program)
+        chunks = {kind: _parts(role.program, g, sizes, rates) for kind, g in graphs.items()}
+        found |= {stage.index: chunks for stage in role.stages}
+    return [found[i] for i in sorted(found)]
+
+
+def _graphs(program: Program) -> Mapping[str, Graph | None]:
+    """The graphs of the three kinds of chunks; with 1F1B, I has the gradients of weights, too."""
+    derivative = program.derivatives[program.main.name]
+    backward = program.graphs.get(derivative.backward)
+    return {"F": program.main, "I": backward, "W": program.graphs.get(derivative.weights)}
+
+
+def _parts(
+    program: Program, graph: Graph | None, sizes: Mapping[str, int], rates: Rates
+) -> list[Part]:
+    """Of a chunk, in order; loops are unrolled."""
+    found = [dict.fromkeys(Term, 0.0)]
+    every = executed(program, graph, sizes) if graph is not None else iter(())
+    for runs, inside in groupby(every, key=lambda one: one.times):
+        timed = [rates.seconds(one) for one in inside]
+        for term, seconds in timed * runs:
+            found[-1][term] += seconds
+            if term is Term.EXCHANGE:
+                found.append(dict.fromkeys(Term, 0.0))
+    return [*found]
+
+
+def _with_products_of(peak: Sequence[Chunks], measured: Sequence[Chunks]) -> list[Chunks]:
+    """The times `measured`, but those of attention at peak rates."""
+    return [
+        {
+            kind: [
+                {**part, Term.ATTENTION: peak_part[Term.ATTENTION]}
+                for peak_part, part in zip(fast[kind], parts, strict=True)
+            ]
+            for kind, parts in slow.items()
+        }
+        for fast, slow in zip(peak, measured, strict=True)
+    ]
+
+
+def _boundary(plan: Plan) -> tuple[int, int]:
+    """Bytes of one message between stages, inside nodes and across."""
+    for rank in plan.ranks:
+        for one in rank.sent:
+            if one.purpose == "pipeline":
+                inside = one.bytes_inside // max(1, one.messages_inside)
+                return inside, one.bytes_across // max(1, one.messages_across)
+    return 0, 0
+
+
+def _update(rank: Rank, plan: Plan, rates: Rates) -> float:
+    """Seconds of a rank after its last chunk."""
+    sent = sum(
+        rates.sending("ring", one.bytes_inside, one.bytes_across)
+        for one in rank.sent
+        if one.purpose in ("gradients", "parameters")
+    )
+    if not rates.memory_bandwidth:
+        return sent
+    memory = rank.memory
+    # State and gradients of the shard are read and the state is written; FP8 copies are made anew.
+    state = memory.of(Kind.MASTER) + memory.of(Kind.MOMENTS)
+    touched = 3 * state + 3 * memory.of(Kind.FP8_COPIES)
+    return sent + touched / rates.memory_bandwidth
