@@ -14,8 +14,10 @@ from backends import VERSION
 from dslc.commands import (
     bench_serve,
     build,
+    calibrate,
     check,
     diff,
+    doctor,
     dryrun,
     eval,
     explain,
@@ -86,8 +88,9 @@ def options(
 
 
 COMMANDS = (
-    check, show, plan, dryrun, graph, passes, diff, build, kernels, tune, tokenizer, train, launch,
-    study, eval, generate, serve, bench_serve, plot, import_, export, init, schema, ops, explain,
+    check, show, plan, dryrun, calibrate, doctor, graph, passes, diff, build, kernels, tune,
+    tokenizer, train, launch, study, eval, generate, serve, bench_serve, plot, import_, export,
+    init, schema, ops, explain,
 )  # fmt: skip
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")

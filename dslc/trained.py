@@ -52,6 +52,22 @@ def using(parent: Path, package: str, what: str = TRAIN) -> Iterator[Any]:
 
 
 @contextmanager
+def failing() -> Iterator[None]:
+    """For commands that run code of `runtime` without a package: its errors end them alike."""
+    from runtime.train.settings import TrainError
+
+    gc.enable()
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: this needs torch", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
 def using_run(run: Path, what: str = TRAIN) -> Iterator[Any]:
     """The same for the package that a run holds."""
     try:

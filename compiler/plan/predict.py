@@ -9,12 +9,12 @@ follow the last chunk of a rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
-from compiler.analysis.executed import executed
+from compiler.analysis.executed import Executed, executed
 from compiler.graph.core import Graph, Program
 from compiler.plan.memory import Kind
 from compiler.plan.overlap import Segment, paired
@@ -149,7 +149,7 @@ def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction | Non
     bound = plan.step_seconds()
     peak = Rates(plan.cluster.model_copy(update={"memory_bandwidth": None}))
     at_peak, times = (_stage_times(plan, roles, one) for one in (peak, rates))
-    transfer = rates.sending("pair", *_boundary(plan))
+    transfer = rates.sending("pair", *boundary(plan))
     updates = tuple(_update(rank, plan, rates) for rank in plan.ranks)
     order = _order(plan)
 
@@ -193,14 +193,26 @@ def _order(plan: Plan) -> Schedule:
 
 def _stage_times(plan: Plan, roles: Sequence[Role], rates: Rates) -> list[Chunks]:
     """Of every stage, those of its chunks F, I and W."""
-    tokens = plan.parallel.sequence_length
-    sizes = {"batch": plan.parallel.micro_batch, "seq": tokens, "context": tokens}
     found: dict[int, Chunks] = {}
     for role in roles:
-        graphs = _graphs(role.program)
-        chunks = {kind: _parts(role.program, g, sizes, rates) for kind, g in graphs.items()}
+        chunks = {
+            kind: _parts(_executed(plan, role, graph), rates)
+            for kind, graph in _graphs(role.program).items()
+        }
         found |= {stage.index: chunks for stage in role.stages}
     return [found[i] for i in sorted(found)]
+
+
+def of_a_micro_batch(plan: Plan, role: Role) -> Iterator[Executed]:
+    """What the stages of a role execute for one micro-batch, forward and backward."""
+    for graph in _graphs(role.program).values():
+        yield from _executed(plan, role, graph)
+
+
+def _executed(plan: Plan, role: Role, graph: Graph | None) -> Iterator[Executed]:
+    tokens = plan.parallel.sequence_length
+    sizes = {"batch": plan.parallel.micro_batch, "seq": tokens, "context": tokens}
+    return iter(()) if graph is None else executed(role.program, graph, sizes)
 
 
 def _graphs(program: Program) -> Mapping[str, Graph | None]:
@@ -210,12 +222,9 @@ def _graphs(program: Program) -> Mapping[str, Graph | None]:
     return {"F": program.main, "I": backward, "W": program.graphs.get(derivative.weights)}
 
 
-def _parts(
-    program: Program, graph: Graph | None, sizes: Mapping[str, int], rates: Rates
-) -> list[Part]:
+def _parts(every: Iterable[Executed], rates: Rates) -> list[Part]:
     """Of a chunk, in order; loops are unrolled."""
-    found = [dict.fromkeys(Term, 0.0)]
-    every = executed(program, graph, sizes) if graph is not None else iter(())
+    found: list[dict[Term, float]] = [dict.fromkeys(Term, 0.0)]
     for runs, inside in groupby(every, key=lambda one: one.times):
         timed = [rates.seconds(one) for one in inside]
         for term, seconds in timed * runs:
@@ -239,7 +248,7 @@ def _with_products_of(peak: Sequence[Chunks], measured: Sequence[Chunks]) -> lis
     ]
 
 
-def _boundary(plan: Plan) -> tuple[int, int]:
+def boundary(plan: Plan) -> tuple[int, int]:
     """Bytes of one message between stages, inside nodes and across."""
     for rank in plan.ranks:
         for one in rank.sent:
