@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 \b
 Examples:
-  torchrun --nproc-per-node 8 --nnodes 2 .. -m dslc doctor my_model.yaml --out /shared/runs
-  torchrun --nproc-per-node 2 -m dslc doctor --seconds 0.1 --slow 0.5
+  dslc doctor --out runs                                     one process
+  torchrun --nproc-per-node 8 -m dslc doctor my_model.yaml --out /shared/runs
 
 \b
 Exit status: 0 all is well, 1 there are problems, each in a line with its rank and host.
@@ -52,7 +52,8 @@ def run(
         float, typer.Option(help="About how long each figure is measured.", min=0.0, metavar="S")
     ] = 1.0,
     megabytes: Annotated[
-        int, typer.Option(help="Size of a message; four times as much is written.", min=1)
+        int,
+        typer.Option(help="Size of a message; four times as much is written.", min=1, metavar="MB"),
     ] = 64,
     device: Annotated[
         str | None,

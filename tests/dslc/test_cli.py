@@ -17,9 +17,9 @@ from tests.support.command import Run
 from tests.support.places import ROOT
 
 COMMANDS = (
-    "check", "show", "plan", "dryrun", "graph", "passes", "diff", "build", "kernels", "tune",
-    "tokenizer", "train", "launch", "study", "eval", "generate", "serve", "bench-serve", "plot",
-    "import", "export", "init", "schema", "ops", "explain",
+    "check", "show", "plan", "dryrun", "calibrate", "doctor", "graph", "passes", "diff", "build",
+    "kernels", "tune", "tokenizer", "train", "launch", "study", "eval", "generate", "serve",
+    "bench-serve", "plot", "import", "export", "init", "schema", "ops", "explain",
 )  # fmt: skip
 
 
