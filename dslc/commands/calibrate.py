@@ -70,10 +70,9 @@ def run(
             raise DiagnosticError([no_section(description)])
         figures = measurable(plan, list(roles(description, compiled.lowered, plan.layout)))
     with failing():
-        import torch
-
         from runtime.train.calibrate import calibrate
         from runtime.train.device import select_device
+        from runtime.train.doctor import versions
         from runtime.train.ranks import init_process_groups
 
         place = select_device(device)
@@ -88,10 +87,10 @@ def run(
             size, first = ranks.world_size, ranks.is_rank0
     if first:
         cluster = plan.cluster.cluster
-        kind = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
+        found = versions(place)
         where = (
-            f"Measured by dslc {VERSION} for {description.spec.model} on {size} ranks, {kind}, "
-            f"torch {torch.__version__}"
+            f"Measured by dslc {VERSION} for {description.spec.model} on {size} ranks, "
+            f"{found['device']}, torch {found['torch']}"
         )
         path = output or Path(f"{cluster}.measured.yaml")
         with reporting():
