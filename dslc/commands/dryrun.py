@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,10 @@ EXAMPLES = """\
 Examples:
   dslc dryrun deepseek_v3 --rank 0       of 2,048, on any machine
   dslc dryrun deepseek_v3 --rank 2047 --format json
+  dslc dryrun deepseek_v3 --all-rows     one rank of each pipeline rank, and whether messages match
 """
+
+PURPOSES = ("pipeline", "dispatch", "combine")
 
 NOTES = (
     "A step of the largest batch, with torch's fake process group and tensors without values, and "
@@ -37,6 +41,13 @@ NOTES = (
 def run(
     spec: SpecArgument,
     rank: Annotated[int, typer.Option(help="Which rank, from 0.", metavar="R", min=0)] = 0,
+    all_rows: Annotated[
+        bool,
+        typer.Option(
+            "--all-rows",
+            help="Execute one rank for each pipeline rank, and match what they send and receive.",
+        ),
+    ] = False,
     sets: SetOption = None,
     variant: VariantOption = None,
     format: FormatOption = Format.text,
@@ -60,13 +71,62 @@ def run(
             name = description.spec.model
             build(description, Path(folder) / name)
         with using(Path(folder), name) as (command, model):
+            plan = json.loads((Path(folder) / name / "plan.json").read_text(encoding="utf-8"))
+            if all_rows:
+                raise typer.Exit(execute_rows(name, command, model, rank, plan, format))
             found = command.dryrun(model, rank)
-        plan = json.loads((Path(folder) / name / "plan.json").read_text(encoding="utf-8"))
     planned = plan["ranks"][found.pipeline]
     if format is Format.json:
-        print_json({"model": name, **dataclasses.asdict(found), "planned": planned})
+        print_json({"model": name, **values_of(found), "planned": planned})
     else:
         print(as_text(name, found, planned))
+
+
+def execute_rows(
+    name: str, command: Any, model: Any, rank: int, plan: Mapping[str, Any], format: Format
+) -> int:
+    """One rank for each pipeline rank; the exit status, which is 1 if messages do not match."""
+    from dslc.commands.show import table
+    from dslc.report import print_json
+
+    def done(one: Any) -> None:
+        print(f"executed rank {one.rank:,} of {one.ranks:,}", file=sys.stderr, flush=True)
+
+    found, wrong = command.dryrun_rows(model, rank, done)
+    if format is Format.json:
+        print_json({"model": name, "rows": [values_of(one) for one in found], "unmatched": wrong})
+        return 1 if wrong else 0
+    print("\n".join(table(list(row_rows(found, plan)), "<<>>>>>>")))
+    messages = sum(one.kind == "send" for row in found for one in row.transfers)
+    told = wrong or [f"all {messages:,} messages are received in the order in which they are sent"]
+    print("\n" + "\n".join(told))
+    return 1 if wrong else 0
+
+
+def row_rows(found: Sequence[Any], plan: Mapping[str, Any]) -> Iterator[Row]:
+    yield (
+        *("row", "rank", "GB held, plan", "dry run", "messages", "GB along the pipeline"),
+        *("GB dispatched", "GB combined"),
+    )
+    for one in found:
+        planned = plan["ranks"][one.pipeline]["memory_bytes"]
+        held = sum(size for kind, size in planned.items() if kind != "working")
+        sizes = (one.sent[what].bytes if what in one.sent else 0 for what in PURPOSES)
+        yield (
+            str(one.pipeline),
+            f"{one.rank:,}",
+            f"{held / 1e9:.2f}",
+            f"{one.peak / 1e9:.2f}",
+            f"{len(one.transfers):,}",
+            *(f"{size / 1e9:.2f}" for size in sizes),
+        )
+
+
+def values_of(found: Any) -> dict[str, Any]:
+    """For JSON, without the list of messages."""
+    values = dataclasses.asdict(found)
+    del values["transfers"]
+    return values
 
 
 def as_text(model: str, found: Any, planned: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,22 @@ def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
     from .dryrun import dryrun as run  # here: it needs torch's pieces for tests
 
     return run(model, rank)
+
+
+def dryrun_rows(
+    model: type[LanguageModel], rank: int, done: Callable[[DryRun], None]
+) -> tuple[list[DryRun], list[str]]:
+    """The same of one rank for each pipeline rank, and which messages do not match.
+
+    `done` is told each as soon as it is known. Raises TrainError.
+    """
+    from .dryrun import rows, unmatched
+
+    found = []
+    for one in rows(model, rank):
+        done(one)
+        found.append(one)
+    return found, list(unmatched(found))
 
 
 def evaluate(model: type[LanguageModel], run: Path, average: bool) -> Evaluation:

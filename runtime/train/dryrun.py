@@ -50,6 +50,16 @@ class Traffic:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """A message that a rank sent to another pipeline rank, or received from it."""
+
+    kind: str
+    number: int
+    other: int
+    bytes: int
+
+
 @dataclass
 class DryRun:
     """What a rank holds and sends in a step; sizes in bytes."""
@@ -67,6 +77,8 @@ class DryRun:
     """The most that is held besides between two entries of the row: of all micro-batches in
     flight. What a chunk holds inside depends on kernels."""
     sent: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    transfers: list[Transfer] = field(default_factory=list)
+    """All messages along the pipeline, in the order of the row."""
 
     @property
     def peak(self) -> int:
@@ -238,7 +250,15 @@ class Replay(Execution):
 
     def transfer(self, entry: tuple[str, int]) -> None:
         self._between()
+        kind, number = entry
+        message = self.row.messages[number]
+        tensors = self.made.get(number, ())
         super().transfer(entry)
+        if kind == "receive":
+            tensors = self.arrived[message[:3]]
+        other = message.receiver if kind == "send" else message.sender
+        size = sum(tensor.nbytes for tensor in tensors)
+        self.recorder.run.transfers.append(Transfer(kind, number, other, size))
 
     def forward(self, chunk: Chunk) -> StageLoss:
         self._between()
@@ -330,6 +350,40 @@ def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
             _step(trainer, recorder)
     run.sent = dict(run.sent)
     return run
+
+
+def rows(model: type[LanguageModel], rank: int) -> Iterator[DryRun]:
+    """One rank of each pipeline rank, at the place of `rank` among the data ranks of a stage.
+
+    Raises TrainError as `dryrun` does.
+    """
+    parallel = model.config.parallel
+    data = parallel.replicas * parallel.expert
+    for pipeline in range(parallel.pipeline):
+        yield dryrun(
+            model, rank if rank >= data * parallel.pipeline else pipeline * data + rank % data
+        )
+
+
+def unmatched(found: Sequence[DryRun]) -> Iterator[str]:
+    """A line for each message that one row sends and the other does not receive as it is.
+
+    Between two rows messages have to be sent and received in one order, and be as large.
+    """
+    for sender in found:
+        for receiver in found:
+            there, here = sender.pipeline, receiver.pipeline
+            sent = [t for t in sender.transfers if (t.kind, t.other) == ("send", here)]
+            expected = [t for t in receiver.transfers if (t.kind, t.other) == ("receive", there)]
+            if len(sent) != len(expected):
+                counts = f"{len(sent)} messages to row {here}, which receives {len(expected)}"
+                yield f"row {there} sends {counts}"
+            for one, other in zip(sent, expected, strict=False):
+                if (one.number, one.bytes) != (other.number, other.bytes):
+                    yield (
+                        f"row {there} sends message {one.number} of {one.bytes:,} bytes to row "
+                        f"{here}, which receives message {other.number} of {other.bytes:,}"
+                    )
 
 
 def _step(trainer: MeshTrainer, recorder: Recorder) -> None:

@@ -35,9 +35,21 @@ def test_the_tables_name_what_there_is() -> None:
 
 
 @pytest.mark.slow
-def test_the_causes_of_the_predicted_step_are_those_of_the_command(dslc: Run) -> None:
-    out = dslc("plan", shipped()["deepseek_v3"], "--why").out
-    causes = list(tables(TEXT, "of the step of `deepseek_v3`"))
+def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
+    outcome = dslc("plan", shipped()["deepseek_v3"], "--why")
+    check_causes(outcome.out)
+    printed = outcome.out.split("\n\nHow this is counted:")[0]
+    assert outcome.status == 0
+    shown = [e.text for e in examples(TEXT) if e.language == "text"]
+    assert shown[0] == f"{printed}\n", f"write this into docs/plan.md:\n{printed}"
+    outcome = dslc("plan", shipped()["deepseek_v3"], "--serve", "deepseek_day6")
+    printed = outcome.out.split("\n\nHow this is counted:")[0]
+    assert shown[1:] == [f"{printed}\n"], f"write this into docs/plan.md:\n{printed}"
+
+
+def check_causes(out: str) -> None:
+    """The tables about the predicted step are those of `--why`."""
+    causes = tables(TEXT, "of the step of `deepseek_v3`")
     assert len(causes) == 10
     for row in causes:
         assert re.search(" +".join(map(re.escape, filter(None, row))), out), row
@@ -47,15 +59,3 @@ def test_the_causes_of_the_predicted_step_are_those_of_the_command(dslc: Run) ->
         shown = [row[column] for row in tables(TEXT, "s of a step")]
         pairs, forward, backward, weights, waiting, update = shown
         assert parts[rank][:6] == [forward, backward, weights, pairs, waiting, update]
-
-
-@pytest.mark.slow
-def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
-    outcome = dslc("plan", shipped()["deepseek_v3"])
-    printed = outcome.out.split("\n\nHow this is counted:")[0]
-    assert outcome.status == 0
-    shown = [e.text for e in examples(TEXT) if e.language == "text"]
-    assert shown[0] == f"{printed}\n", f"write this into docs/plan.md:\n{printed}"
-    outcome = dslc("plan", shipped()["deepseek_v3"], "--serve", "deepseek_day6")
-    printed = outcome.out.split("\n\nHow this is counted:")[0]
-    assert shown[1:] == [f"{printed}\n"], f"write this into docs/plan.md:\n{printed}"

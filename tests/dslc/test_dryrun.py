@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from runtime.train.dryrun import DryRun, Transfer, unmatched
 from tests.support.command import Run
 from tests.support.places import TINY
 
@@ -73,6 +75,32 @@ def test_every_layout_and_rank_is_executed(
         sent = found["sent"].get("pipeline", {"messages": 0, "bytes": 0})
         assert sent == {"messages": messages, "bytes": planned(found, "pipeline")}
         assert ("dispatch" in found["sent"]) == (expert > 1)
+
+
+def test_rows_send_and_receive_the_same_messages(dslc: Run) -> None:
+    outcome = dslc("dryrun", TINY, "--all-rows", "--rank", "1", *parallel(2, 2, "dualpipe_v"))
+    assert outcome.status == 0, outcome.err
+    # 4 micro-batches, each three times over the cut between the ranks and back; no turn of them.
+    assert outcome.out.endswith(
+        "all 16 messages are received in the order in which they are sent\n"
+    )
+    assert [line.split()[:2] for line in outcome.out.splitlines()[1:3]] == [["0", "1"], ["1", "3"]]
+
+
+def test_a_message_that_is_lost_swapped_or_of_another_size_is_named() -> None:
+    def rows(*received: Transfer) -> list[DryRun]:
+        first, second = (DryRun(rank, 2, rank, 1) for rank in (0, 1))
+        first.transfers += [Transfer("send", n, 1, 64) for n in (3, 5)]
+        second.transfers += received
+        return [first, second]
+
+    one, two = (Transfer("receive", n, 0, 64) for n in (3, 5))
+    assert not list(unmatched(rows(one, two)))
+    assert list(unmatched(rows(one))) == ["row 0 sends 2 messages to row 1, which receives 1"]
+    assert len(list(unmatched(rows(two, one)))) == 2
+    assert list(unmatched(rows(one, replace(two, bytes=32)))) == [
+        "row 0 sends message 5 of 64 bytes to row 1, which receives message 5 of 32"
+    ]
 
 
 def test_what_cannot_be_executed_is_refused(dslc: Run) -> None:
