@@ -146,7 +146,8 @@ def records(run: Path) -> Iterator[Mapping[str, Any]]:
 
 def held_out(run: Path) -> float:
     """Nats a token on all of the held-out text, at the end."""
-    return [one["held_out"]["loss"] for one in records(run) if "held_out" in one][-1]
+    found: list[float] = [one["held_out"]["loss"] for one in records(run) if "held_out" in one]
+    return found[-1]
 
 
 def quality(bench: Bench, folder: Path, steps: int, save: int) -> bool:
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test with a smaller model")
     parser.add_argument("--only", choices=["quality", "speed"])
     asked = parser.parse_args()
+    print("training ..", flush=True)
     changes, length = ([], 256) if not asked.quick else (QUICK, 32)
     steps, short, rounds = asked.steps, asked.speed_steps, asked.rounds
     if asked.quick:

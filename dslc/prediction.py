@@ -29,22 +29,30 @@ def predictions(
     """The step at the rates of the cluster file, that at those of a calibration, and its name.
 
     `measured` is the file of the calibration; without it that beside the cluster file counts. The
-    former is made if there is no calibration, or for `both`. Raises `DiagnosticError`.
+    former is made if there is no calibration, or for `both`. In place of a name there is a reason
+    where the step cannot be predicted. Raises `DiagnosticError`.
     """
     from compiler.plan.predict import predict
-    from compiler.plan.rates import Rates
+    from compiler.plan.rates import NoRate, Rates
     from compiler.roles import roles
     from dsl.measured import calibration_of
 
     found = calibration_of(description, measured)
-    plain = Rates(plan.cluster)
-    if found is None and not plain.known:
+    if found is None and plan.cluster.flops.bf16 is None:
         return None, None, ""
     programs = list(roles(description, compiled.lowered, plan.layout))
-    planned = predict(plan, programs, plain) if found is None or both else None
+
+    def made(rates: Rates) -> tuple[Prediction | None, str]:
+        try:
+            return predict(plan, programs, rates), ""
+        except NoRate as error:
+            return None, f"not known: {error}"
+
+    planned, reason = made(Rates(plan.cluster)) if found is None or both else (None, "")
     if found is None:
-        return planned, None, ""
-    return planned, predict(plan, programs, Rates(plan.cluster, found[0])), found[1]
+        return planned, None, reason
+    calibrated, reason = made(Rates(plan.cluster, found[0]))
+    return planned, calibrated, reason or found[1]
 
 
 def line(prediction: Prediction, name: str) -> str:

@@ -142,13 +142,15 @@ class Prediction:
         return Phases(spent["F"], spent["B"], spent["W"], spent["pair"], bubble, update)
 
 
-def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction | None:
-    """Of a plan whose stages run the programs `roles`. None where products have no rate."""
-    if not rates.known:
-        return None
+def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction:
+    """Of a plan whose stages run the programs `roles`.
+
+    Raises `compiler.plan.rates.NoRate` for products of an element type without a rate.
+    """
     bound = plan.step_seconds()
     peak = Rates(plan.cluster.model_copy(update={"memory_bandwidth": None}))
-    at_peak, times = (_stage_times(plan, roles, one) for one in (peak, rates))
+    times = _stage_times(plan, roles, rates)
+    at_peak = times if bound is None else _stage_times(plan, roles, peak)
     transfer = rates.sending("pair", *boundary(plan))
     updates = tuple(_update(rank, plan, rates) for rank in plan.ranks)
     order = _order(plan)

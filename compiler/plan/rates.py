@@ -28,25 +28,26 @@ class Term(StrEnum):
     EXCHANGE = "exchange"
 
 
+class NoRate(Exception):
+    """Neither the calibration nor the cluster file says how fast products of this type are."""
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__(f"there is no rate of products in {dtype}")
+
+
 @dataclass(frozen=True)
 class Rates:
     """The rates of a cluster, by its calibration where that has one.
 
     An operator takes the larger of its arithmetic and its bytes over their rates, and the time
-    between two operators. A rate that nothing gives takes no time.
+    between two operators. Memory and links without a bandwidth take no time.
     """
 
     cluster: Cluster
     calibration: Calibration | None = None
 
-    @property
-    def known(self) -> bool:
-        """Whether products have any rate at all."""
-        measured = self.calibration is not None and bool(self.calibration.products)
-        return measured or bool(self.cluster.flops.bf16)
-
     def seconds(self, one: Executed) -> tuple[Term, float]:
-        """Of one run of an operator, and what it counts under."""
+        """Of one run of an operator, and what it counts under. Raises `NoRate`."""
         kind = one.op.kind
         if kind in EXCHANGES:
             inside, across = one.moved.inside, one.moved.across
@@ -96,8 +97,11 @@ class Rates:
         if similar is not None:
             return one.flops / similar.rate
         rates = self.cluster.flops
-        rate = rates.fp8 if product_type(one) == "fp8" else rates.bf16
-        return one.flops / rate if rate else 0.0
+        dtype = "fp8" if product_type(one) == "fp8" else "bf16"
+        rate = rates.fp8 if dtype == "fp8" else rates.bf16
+        if not rate:
+            raise NoRate(dtype)
+        return one.flops / rate
 
     def _similar(self, one: Executed) -> MeasuredProduct | None:
         """The measured product of the most similar shape, among those of as many groups if any."""

@@ -114,10 +114,11 @@ def run(
         if format is Format.json and plan.fits:
             found = record(description.spec.model, plan)
             if best is not None:
-                found["prediction"] = prediction.record(best, name)
+                found["prediction"] = prediction.record(best, name if calibrated else "")
             print_json(found)
         elif format is Format.text:
-            print(as_text(plan, description, prediction.line(best, name) if best else ""))
+            told = prediction.line(best, name if calibrated else "") if best else name
+            print(as_text(plan, description, told))
             if metrics is not None:
                 rows = list(prediction.measured_rows(planned, calibrated, plan, metrics))
                 print("\n" + "\n".join(table(rows, "<>>>")))
