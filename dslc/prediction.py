@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,34 @@ OVERLAP = (
 )
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The step at the rates of the cluster file, and at those of the calibration `name`.
+
+    `reason` says why it cannot be predicted, if there are rates but not all that it needs.
+    """
+
+    planned: Prediction | None = None
+    calibrated: Prediction | None = None
+    name: str = ""
+    reason: str = ""
+
+    @property
+    def best(self) -> Prediction | None:
+        return self.calibrated or self.planned
+
+    @property
+    def words(self) -> str:
+        """In one line."""
+        return line(self.best, self.name) if self.best else self.reason
+
+
 def predictions(
     plan: Plan, description: Description, compiled: Compiled, measured: str | None, *, both: bool
-) -> tuple[Prediction | None, Prediction | None, str]:
-    """The step at the rates of the cluster file, that at those of a calibration, and its name.
+) -> Steps:
+    """By the calibration in the file `measured`, without it by that beside the cluster file.
 
-    `measured` is the file of the calibration; without it that beside the cluster file counts. The
-    former is made if there is no calibration, or for `both`. In place of a name there is a reason
-    where the step cannot be predicted. Raises `DiagnosticError`.
+    At the rates of the cluster file if there is none, or for `both`. Raises `DiagnosticError`.
     """
     from compiler.plan.predict import predict
     from compiler.plan.rates import NoRate, Rates
@@ -39,7 +60,7 @@ def predictions(
 
     found = calibration_of(description, measured)
     if found is None and plan.cluster.flops.bf16 is None:
-        return None, None, ""
+        return Steps()
     programs = list(roles(description, compiled.lowered, plan.layout))
 
     def made(rates: Rates) -> tuple[Prediction | None, str]:
@@ -50,9 +71,9 @@ def predictions(
 
     planned, reason = made(Rates(plan.cluster)) if found is None or both else (None, "")
     if found is None:
-        return planned, None, reason
+        return Steps(planned, reason=reason)
     calibrated, reason = made(Rates(plan.cluster, found[0]))
-    return planned, calibrated, reason or found[1]
+    return Steps(planned, calibrated, found[1] if calibrated else "", reason)
 
 
 def line(prediction: Prediction, name: str) -> str:
@@ -139,12 +160,14 @@ def record(prediction: Prediction, name: str) -> dict[str, Any]:
     }
 
 
-def measured_rows(
-    planned: Prediction | None,
-    calibrated: Prediction | None,
-    plan: Plan,
-    records: Sequence[Mapping[str, Any]],
-) -> Iterator[Row]:
+def beside(step: Steps, plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
+    """The table of `--measured RUN`."""
+    from dslc.commands.show import table
+
+    return "\n".join(table(list(measured_rows(step, plan, records)), "<>>>"))
+
+
+def measured_rows(step: Steps, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """Planned, calibrated and measured, of a run whose metrics are `records`.
 
     The first step is left out: in it kernels are compiled and buffers made.
@@ -157,12 +180,12 @@ def measured_rows(
     def row(name: str, values: Sequence[float | None], form: str) -> Row:
         return (name, *("" if v is None else format(v, form) for v in values))
 
-    guesses = [None if one is None else one.step for one in (planned, calibrated)]
+    guesses = [None if one is None else one.step for one in (step.planned, step.calibrated)]
     measured = tokens / speed if speed else None
     yield ("of a step", "planned", "calibrated", "measured")
     yield row("s", [*guesses, measured], ",.3f")
     yield row("tokens/s", [*(tokens / s if s else None for s in guesses), speed], ",.0f")
-    mfu = [one.mfu if one else None for one in (planned, calibrated)]
+    mfu = [one.mfu if one else None for one in (step.planned, step.calibrated)]
     yield row("MFU", [*mfu, median(mfus) if mfus else None], ".2%")
     if steps:
         peak = max(r["performance"]["memory_bytes"] for r in steps)
@@ -170,7 +193,7 @@ def measured_rows(
         yield row("peak GB", [plan.fullest.memory.peak / 1e9, None, peak / 1e9], ",.3f")
         bubbles = [
             min(one.timeline.bubble(rank.pipeline) for rank in plan.ranks) if one else None
-            for one in (planned, calibrated)
+            for one in (step.planned, step.calibrated)
         ]
         yield row("waiting, s", [*bubbles, waited], ",.3f")
 

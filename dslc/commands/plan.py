@@ -81,15 +81,8 @@ def run(
     """Show memory, computation and communication of each rank of a cluster, and whether it fits.
 
     For a training step, by pipeline rank; with --serve, for steps of decoding and for prompts."""
-    from compiler.pipeline import compile
-    from compiler.plan.explain import misfit
-    from compiler.plan.make import make_plan, planner_of
-    from compiler.plan.record import record
     from dsl.diagnostic import Diagnostic, DiagnosticError
-    from dslc import prediction
-    from dslc.commands.show import table
-    from dslc.curves import read_metrics
-    from dslc.report import print_json, reporting
+    from dslc.report import reporting
     from dslc.specs import read
 
     with reporting(as_json=format is Format.json):
@@ -100,34 +93,47 @@ def run(
             return
         if load is not None:
             raise DiagnosticError([Diagnostic("E533", "--load is for --serve TRAFFIC")])
-        compiled = compile(description)
-        plan = make_plan(description, compiled)
-        if plan is None:
-            raise DiagnosticError([no_section(description)])
-        planner = planner_of(description, compiled)
-        run = Path(measured) if measured is not None and prediction.is_run(measured) else None
-        metrics = read_metrics(run) if run else None
-        planned, calibrated, name = prediction.predictions(
-            plan, description, compiled, None if run else measured, both=run is not None
-        )
-        best = calibrated or planned
-        if format is Format.json and plan.fits:
-            found = record(description.spec.model, plan)
-            if best is not None:
-                found["prediction"] = prediction.record(best, name if calibrated else "")
-            print_json(found)
-        elif format is Format.text:
-            told = prediction.line(best, name if calibrated else "") if best else name
-            print(as_text(plan, description, told))
-            if metrics is not None:
-                rows = list(prediction.measured_rows(planned, calibrated, plan, metrics))
-                print("\n" + "\n".join(table(rows, "<>>>")))
-            if why:
-                print(f"\n{explained(plan, planner, description)}")
-                if best is not None:
-                    print(f"\n{prediction.explained(best)}")
-        if not plan.fits:
-            raise DiagnosticError([misfit(plan, planner, description)])
+        plan_training(description, measured, format, why=why)
+
+
+def plan_training(
+    description: Description, measured: str | None, format: Format, *, why: bool
+) -> None:
+    """Prints the plan of a step. Raises `DiagnosticError`, also where it does not fit."""
+    from compiler.pipeline import compile
+    from compiler.plan.explain import misfit
+    from compiler.plan.make import make_plan, planner_of
+    from compiler.plan.record import record
+    from dsl.diagnostic import DiagnosticError
+    from dslc import prediction
+    from dslc.curves import read_metrics
+    from dslc.report import print_json
+
+    compiled = compile(description)
+    plan = make_plan(description, compiled)
+    if plan is None:
+        raise DiagnosticError([no_section(description)])
+    planner = planner_of(description, compiled)
+    run = Path(measured) if measured is not None and prediction.is_run(measured) else None
+    metrics = read_metrics(run) if run else None
+    step = prediction.predictions(
+        plan, description, compiled, None if run else measured, both=run is not None
+    )
+    if format is Format.json and plan.fits:
+        found = record(description.spec.model, plan)
+        if step.best is not None:
+            found["prediction"] = prediction.record(step.best, step.name)
+        print_json(found)
+    elif format is Format.text:
+        print(as_text(plan, description, step.words))
+        if metrics is not None:
+            print(f"\n{prediction.beside(step, plan, metrics)}")
+        if why:
+            print(f"\n{explained(plan, planner, description)}")
+            if step.best is not None:
+                print(f"\n{prediction.explained(step.best)}")
+    if not plan.fits:
+        raise DiagnosticError([misfit(plan, planner, description)])
 
 
 def plan_serving(description: Description, name: str, load: Path | None, format: Format) -> None:
