@@ -163,13 +163,13 @@ def quality(bench: Bench, folder: Path, steps: int, save: int, share: float) -> 
     made = [one["step"] for one in losses(run)]
     four, spread = held_out(run), abs(first - second)
     apart = abs(four - first)
-    print(f"\n{'loss on held-out text':46}{'nats':>8}{'from seed 0':>13}")
+    print(f"\n{'loss on held-out text':58}{'nats':>8}{'from seed 0':>13}")
     for name, value in (
         ("1 process, seed 0", first),
         ("1 process, seed 1", second),
         (f"{FOUR.name}, killed, from step {newest} as {OTHER.name}", four),
     ):
-        print(f"{name:46}{value:8.4f}{value - first:+13.4f}")
+        print(f"{name:58}{value:8.4f}{value - first:+13.4f}")
     ratio = apart / spread if spread else float("inf")
     whole = made == list(range(1, steps + 1))
     well = apart <= spread and whole
@@ -189,12 +189,12 @@ def speed(bench: Bench, folder: Path, steps: int, rounds: int) -> bool:
             seconds = statistics.median(one["seconds"] for one in losses(run)[2:])
             rates.setdefault(layout.name, []).append(bench.batch * bench.length / seconds)
     one = statistics.median(rates[ONE.name])
-    print(f"\n{'layout':46}{'tokens/s':>10}{'of one':>8}")
+    print(f"\n{'layout':58}{'tokens/s':>10}{'of one':>8}")
     best = 0.0
     for name, found in rates.items():
         rate = statistics.median(found)
         best = max(best, rate / one) if name != ONE.name else best
-        print(f"{name:46}{rate:10,.0f}{rate / one:8.2f}")
+        print(f"{name:58}{rate:10,.0f}{rate / one:8.2f}")
     print(f"the fastest two processes: {best:.2f}; goal {GOAL}: {verdict(best >= GOAL)}")
     return best >= GOAL
 
