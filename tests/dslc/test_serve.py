@@ -7,8 +7,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,6 +21,7 @@ import httpx
 import pytest
 
 from backends.build import build
+from dsl.expert_load import read_load
 from dsl.load import load
 from runtime.serve.command import end_tokens, fingerprint
 from runtime.serve.options import Options
@@ -48,13 +51,15 @@ SPECULATING = ("deepseek_v3_tiny.serve", "--speculate", "1", "--checkpoint")
 
 
 @contextmanager
-def started(folder: Path, *command: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def started(
+    folder: Path, *command: str | Path, **environment: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address and the process of a server."""
     path = os.pathsep.join([str(folder), str(ROOT)])
     process = subprocess.Popen(
         [sys.executable, "-m", *map(str, command), "--port", "0", "--max-requests", "4"],
-        cwd=folder, env={**os.environ, "PYTHONPATH": path}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        cwd=folder, env={**os.environ, **environment, "PYTHONPATH": path}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -178,3 +183,42 @@ def test_the_fingerprint_is_that_of_weights_and_sizes(tmp_path: Path) -> None:
         assert fingerprint(model, tmp_path, Options(max_requests=3)) in found
     found.add(fingerprint(model, tmp_path, Options(page=16)))
     assert len(found) == 5
+
+
+def test_two_ranks_serve_until_one_is_killed(weights: Path, tmp_path: Path) -> None:
+    """As torchrun starts them. Loads are written when nothing is left to do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    loads = tmp_path / "load.json"
+    words = ("dslc", "serve", weights, "--device", "cpu", "--redundant-experts", "2")
+    words += ("--record-load", loads, "--rebalance", "1000")
+    ranks = {**meet, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(weights.parent), str(ROOT)])
+    other = subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)], cwd=weights.parent, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, **ranks, "RANK": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    try:
+        with started(weights.parent, *words, RANK="0", **ranks) as (url, process):
+            answers = [answer(url, seed=seed)["choices"][0]["text"] for seed in (1, 2)]
+            assert answers == [answer(url, seed=seed)["choices"][0]["text"] for seed in (1, 2)]
+            while not loads.exists():
+                time.sleep(0.1)
+            layers = read_load(loads, 16)
+            used = [sum(load) > 0 for load in layers.values()]
+            assert used == [True, True, False, False], "of two layers and two MTP modules"
+            other.kill()
+            start = time.monotonic()
+            body = {"prompt": "a", "max_tokens": 200}
+            response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert response.status_code == 503 and "rank 1 on" in response.text, response.text
+            assert process.wait(20) == 1 and time.monotonic() - start < 20
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_experts_are_spread_over_several_ranks_only(dslc: Run, weights: Path) -> None:
+    done = dslc("serve", weights, "--redundant-experts", "2")
+    assert done.status == 1 and "are for several ranks: start them with torchrun" in done.err
