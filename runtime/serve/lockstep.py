@@ -106,7 +106,10 @@ class Lockstep:
     def _call(self, call: int, *given: Any) -> Tensor:
         if call != DECODE:
             return self.model.drafter(call - 1)(*given)
+        sent = sum(layer.sent for layer in self.layers)
         logits = self.model.decode(*given)
+        if sum(layer.sent for layer in self.layers) == sent:
+            raise RuntimeError(f"{self.config.model} does not call the blocks of its experts")
         self._state = given[-1].states[:, :1]
         return logits
 
