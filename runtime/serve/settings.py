@@ -56,7 +56,7 @@ class Settings:
         int, Option("Copies of experts in every layer, on several ranks [0].", "N", 0)
     ] = 0
     rebalance: Annotated[
-        int, Option("Steps after which experts are placed by their load [0: never].", "N", 0)
+        int, Option("Steps after which experts are placed by load; 0 is never [0].", "N", 0)
     ] = 0
     expert_load: Annotated[
         Path | None, Option("Loads by which they are placed at first [even].", "FILE")
