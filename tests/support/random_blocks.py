@@ -152,7 +152,8 @@ def feed_forward(draw: st.DrawFn, wild: bool = False) -> str:
 
 @st.composite
 def attention(draw: st.DrawFn) -> str:
-    """A block `RandomAttention`: heads with or without biases, norms, gates and scales."""
+    """A block `RandomAttention`: heads with or without biases, norms, gates and scales, which see
+    all before them, a window, or what a mask lets them see."""
 
     def bias() -> str:
         return draw(st.sampled_from(["", ", bias = true"]))
@@ -167,6 +168,8 @@ def attention(draw: st.DrawFn) -> str:
         f"o / (1 + {scale} * {scale})",
     ]))  # fmt: skip
     function = draw(st.sampled_from(["{x}", "gelu({x})", "{x} + 0.5"])).format(x="v")
+    given = st.sampled_from(["window = 3", "softcap = 0.7", "mask = q - k < 2 or k % 3 == 1"])
+    scores = "".join(f", {one}" for one in draw(st.lists(given, unique=True)))
     lines = [
         f"{n} = unflatten(linear(x, to = heads * head_dim, name = {n}_proj{bias()}), "
         "heads, head_dim)"
@@ -182,7 +185,7 @@ def attention(draw: st.DrawFn) -> str:
     kept = "new_k, new_v = cache(k, v)"
     lines += [
         kept,
-        "o = attention(q, new_k, new_v, position, scale = head_dim ** -0.5)",
+        f"o = attention(q, new_k, new_v, position, scale = head_dim ** -0.5{scores})",
         f"o = {gate}",
     ]
     lines += ["o = flatten(o, heads, head_dim)"]

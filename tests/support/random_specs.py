@@ -18,7 +18,8 @@ from tests.support import random_blocks
 T = TypeVar("T")
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16])
-ATTENTION = st.sampled_from(["MLA", "GQA", "MHA", "RandomAttention"])
+CAPPED = "CappedGQA(window=2, softcap=0.5)"
+ATTENTION = st.sampled_from(["MLA", "MLA(window=3)", "GQA", "MHA", CAPPED, "RandomAttention"])
 FEED_FORWARD = st.sampled_from([
     "SwiGLU", "SwiGLU(intermediate_size=12)", "DeepSeekMoE", "SoftmaxMoE", "RandomFF", "RandomFF",
     "RandomMoE", "GatedSharedMoE", "BiasedMoE",
@@ -93,7 +94,7 @@ def text_of(spec: dict[str, Any], name: str, unused: set[str]) -> str:
         for key, value in spec["params"].items()
         if key not in unused
     )
-    own = ", ".join(["./random.dsl", *map(str, random_blocks.EXAMPLES)])
+    own = ", ".join(["capped_gqa", "./random.dsl", *map(str, random_blocks.EXAMPLES)])
     layers = "\n".join(f"    - {json.dumps(layer)}" for layer in spec["layers"])
     return f"""model: {name}
 blocks: [causal_lm, decoder, mla, gqa, mha, swiglu, deepseek_moe, softmax_moe, mtp, {own}]
