@@ -65,7 +65,7 @@ def test_a_step_by_a_schedule_is_that_of_one_rank(name: str) -> None:
     ("mesh", "batches"), [(Mesh(4, 1, 1, 2), 10), (Mesh(2, 2, 2, 2), 4), (Mesh(2, 2, 1, 1), 6)]
 )
 def test_a_step_on_other_meshes(name: str, mesh: Mesh, batches: int) -> None:
-    check_step(name, mesh, batches, "train.document_mask=true")
+    check_step(name, mesh, batches, "train.document_mask=true", "params.window=3")
 
 
 @pytest.mark.slow
