@@ -154,6 +154,9 @@ def test_an_example(name: str, tmp_path: Path) -> None:
     blocks_compute_what_torch_does(model, tokens, REFERENCES[name])
     gradients_are_those_of_autograd(model, tokens)
     a_decoder_scores_the_same(model, tokens)
+    again = type(model)(dtype=torch.float64, seed=9)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 def blocks_compute_what_torch_does(

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from tests.support.random_runs import runs_or_is_refused
 from tests.support.random_specs import specs
 
-STEP = 100  # specs between two lines of progress
+STEP = 20  # specs between two lines of progress
 
 
 def main() -> None:
