@@ -17,6 +17,7 @@ from backends import VERSION
 from backends.render import render
 from backends.report import render_report
 from backends.torch.config import config_py
+from backends.torch.extern import FOLDER, extern_files
 from backends.torch.model import model_py
 from backends.torch.records import docstring
 from backends.torch.stages import stages_py
@@ -56,6 +57,12 @@ class BuildResult:
     changed: bool
     left_to_torch: tuple[str, ...] = ()
     """With a target: operators of a kind that has kernels, which none of them serves."""
+
+    @property
+    def user_code(self) -> list[str]:
+        """The files that were written by the user of dslc, and run with the model."""
+        generated = f"{FOLDER}/__init__.py"
+        return [n for n in self.files if n.startswith(f"{FOLDER}/") and n != generated]
 
 
 def build(
@@ -125,6 +132,7 @@ def package(
             spec=docstring(spec),
             version=VERSION,
         )
+    texts |= extern_files(description, compiled.lowered, **facts)
     folder = Path(runtime.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         texts[f"runtime/{path.relative_to(folder).as_posix()}"] = path.read_text(encoding="utf-8")

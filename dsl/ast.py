@@ -255,11 +255,38 @@ class Return:
 Statement = Require | Let | Assign | Collect | Output | Alias | If | For | Repeat | Return
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`flops = 2 * width`: what an extern says of its function."""
+
+    name: Name
+    value: Expr
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """The torch function of an extern: a name in `module`, the copy of its file in builds.
+
+    It treats each token by itself, or each sequence (`per`). `numbers` are the parameters that it
+    takes by name, `flops` those of its matrix products for one token. Without the name of a
+    `gradient`, autograd differentiates it.
+    """
+
+    module: str
+    name: str
+    gradient: str
+    per: str
+    numbers: tuple[str, ...]
+    flops: Expr
+
+
 @dataclass(frozen=True)
 class Block:
     """`block NAME(values) -> types`, its parameters, slots and equations.
 
-    The outermost block of a model has outputs instead of results.
+    The outermost block of a model has outputs instead of results. An extern has `settings` and,
+    once its file is read, a `function` in place of equations.
     """
 
     name: Name
@@ -270,3 +297,5 @@ class Block:
     slots: tuple[Slot, ...]
     body: tuple[Statement, ...]
     span: Span = field(repr=False)
+    settings: tuple[Setting, ...] = ()
+    function: Function | None = None

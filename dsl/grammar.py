@@ -33,7 +33,7 @@ class _Indentation(Indenter):
 
 @cache
 def grammar() -> Lark:
-    """The parser; its start is `block` or `expression_only`."""
+    """The parser; its start is `block`, `extern` or `expression_only`."""
     tables = json.loads(TABLES.read_text(encoding="utf-8"), object_hook=_numbered)
     # What Lark's stand-alone parsers call; `Lark.load` takes pickles only.
     parser: Lark = Lark._load_from_dict(*tables, postlex=_Indentation())  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ def compute_tables() -> str:
     parser = Lark(
         GRAMMAR.read_text(encoding="utf-8"),
         parser="lalr",
-        start=["block", "expression_only"],
+        start=["block", "extern", "expression_only"],
         postlex=_Indentation(),
         propagate_positions=True,
         maybe_placeholders=True,

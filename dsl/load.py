@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from dsl.cluster import read_cluster
 from dsl.compose import Composed, compose
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics, Label
 from dsl.evaluate import Value, evaluate_params
+from dsl.extern import UserFiles
 from dsl.parse import parse_blocks
 from dsl.read import read_source
 from dsl.schema import (
@@ -49,7 +50,8 @@ class Description:
     """A model as written: the spec with its parameters evaluated, and the blocks it uses.
 
     Whether parameters, slots and dimensions fit the blocks is for the lowering to check.
-    `sources` are all files that were read, in reading order.
+    `sources` are all files that were read, in reading order, `user_files` those of externs among
+    them, by the module that each becomes in a build.
     """
 
     spec: Spec
@@ -58,6 +60,7 @@ class Description:
     sources: tuple[Source, ...]
     composed: Composed = field(repr=False)
     cluster: Cluster | None = None  # that of `parallel`
+    user_files: Mapping[str, Source] = field(default_factory=dict)
 
     def span(self, *path: str | int) -> Span:
         """The place of `path`, such as ("architecture", "layers", 1, "repeat"), or the nearest."""
@@ -119,8 +122,9 @@ def load(
     cluster, cluster_sources = _cluster(composed.root, problems)
     problems.raise_if_any()
     assert spec is not None
-    sources = (*composed.sources, *library.sources, *cluster_sources)
-    return Description(spec, params, library.blocks, sources, composed, cluster)
+    user_files = library.user_files.sources
+    read = (*composed.sources, *library.sources, *user_files.values(), *cluster_sources)
+    return Description(spec, params, library.blocks, read, composed, cluster, user_files)
 
 
 def _cluster(root: yaml.Mapping, problems: Diagnostics) -> tuple[Cluster | None, list[Source]]:
@@ -142,6 +146,7 @@ class _Library:
     def __init__(self, problems: Diagnostics) -> None:
         self.blocks: dict[str, ast.Block] = {}
         self.sources: list[Source] = []
+        self.user_files = UserFiles()
         self.complete = True
         self._problems = problems
         self._listed: dict[Path, Span] = {}
@@ -157,6 +162,7 @@ class _Library:
                 return
             self.sources.append(source)
             for block in parse_blocks(source):
+                block = self._with_function(block)
                 known = self.blocks.setdefault(block.name.value, block)
                 if known is not block:
                     message = f"the block `{block.name.value}` is defined"
@@ -164,6 +170,16 @@ class _Library:
         except DiagnosticError as error:
             self.complete = False
             self._problems.extend(error.diagnostics)
+
+    def _with_function(self, block: ast.Block) -> ast.Block:
+        """The block itself; an extern with its function."""
+        try:
+            if block.settings:
+                return replace(block, function=self.user_files.function(block))
+        except DiagnosticError as error:
+            self.complete = False
+            self._problems.extend(error.diagnostics)
+        return block
 
     def _twice(self, what: str, again: Span, first: Span) -> None:
         related, help = [Label(first, "the first time")], "keep one of the two"

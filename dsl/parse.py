@@ -41,9 +41,9 @@ def parse_blocks(source: Source) -> tuple[ast.Block, ...]:
     """
     problems = Diagnostics()
     blocks: list[ast.Block] = []
-    for start, end in _chunks(source, problems):
+    for start, end, rule in _chunks(source, problems):
         try:
-            block = _parse(source, start, end, "block")
+            block = _parse(source, start, end, rule)
             assert isinstance(block, ast.Block)
             blocks.append(block)
         except DiagnosticError as error:
@@ -60,14 +60,15 @@ def parse_blocks(source: Source) -> tuple[ast.Block, ...]:
     return tuple(blocks)
 
 
-def _chunks(source: Source, problems: Diagnostics) -> Iterator[tuple[int, int]]:
-    """One range a block, cut where a line begins with a word."""
+def _chunks(source: Source, problems: Diagnostics) -> Iterator[tuple[int, int, str]]:
+    """One range a block or extern, cut where a line begins with a word."""
     text = source.text
     starts = [match.start() for match in re.finditer(r"^(?=[^\s#])", text, re.MULTILINE)]
     starts = [s for s in starts if not text.startswith((")", "]", "}"), s)]
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        if re.compile(r"block\b").match(text, start):
-            yield start, end
+        begins = re.compile(r"(block|extern)\b").match(text, start)
+        if begins is not None:
+            yield start, end, begins[1]
         else:
             word = re.compile(r"\S+").match(text, start)
             assert word is not None
@@ -88,7 +89,7 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
         longest = max(longest, depth)
     if longest > MAX_NESTING:
         _fail("E204", "brackets are nested too deeply", source.span(start, end), "", "split it up")
-    if rule == "block" and not text.endswith("\n"):
+    if rule != "expression_only" and not text.endswith("\n"):
         text += "\n"
     try:
         tree = grammar().parse(text, start=rule)
@@ -271,6 +272,23 @@ class _Build(Transformer[Token, Any]):
 
     def slots(self, meta: Meta, items: list[Any]) -> tuple[ast.Slot, ...]:
         return tuple(items)
+
+    def setting(self, meta: Meta, items: list[Any]) -> ast.Setting:
+        return ast.Setting(self.name(items[0]), items[1], self.span(meta))
+
+    def extern(self, meta: Meta, items: list[Any]) -> ast.Block:
+        name, arguments, results, about, *rest = items
+        return ast.Block(
+            name=self.name(name),
+            about=about or "",
+            arguments=arguments,
+            results=results,
+            params=tuple(p for line in rest if isinstance(line, tuple) for p in line),
+            slots=(),
+            body=(),
+            span=self.span(meta),
+            settings=tuple(line for line in rest if isinstance(line, ast.Setting)),
+        )
 
     def block(self, meta: Meta, items: list[Any]) -> ast.Block:
         name, arguments, results, about, *rest = items

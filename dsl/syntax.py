@@ -12,6 +12,7 @@ from dsl.suggest import nearest
 
 KEYWORDS = (
     "block",
+    "extern",
     "params",
     "slots",
     "require",

@@ -52,6 +52,13 @@ class Cache:
         """`attention` of queries to what `append` returned, both among the operands."""
         return attention(*operands, **numbers)
 
+    def each(
+        self, function: Callable[..., Any], remembered: tuple[int, ...], *operands: Tensor
+    ) -> Any:
+        """`function` of the tokens of each sequence; the operands `remembered`, by number, are what
+        `append` returned."""
+        return function(*operands)
+
     def last(self, x: Tensor) -> Tensor:
         """Of states x [batch, new, hidden] those whose next token is asked for: [batch, hidden]."""
         return x[:, -1]

@@ -8,7 +8,7 @@ computed, so that a request gives the same in any company.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,32 @@ class Pages:
         if kernel is not None and attention.__name__ == "latent_attention":
             return _by_table(kernel, self.rows, *operands, **numbers)
         return ATTENTIONS[attention.__name__](self.rows, *operands, Scores(**numbers))
+
+    def each(
+        self, function: Callable[..., Any], remembered: tuple[int, ...], *operands: Tensor
+    ) -> Any:
+        """`function` of the tokens of each sequence, one sequence after the other: `remembered`,
+        operands by number, are what `append` returned; the others [1, n, ..] are of the rows."""
+        found = []
+        for rows, table in self._sequences():
+            length = int(self.rows.lengths[rows.stop - 1])
+            given = [
+                x[table].flatten(0, 1)[:length].unsqueeze(0) if i in remembered else x[:, rows]
+                for i, x in enumerate(operands)
+            ]
+            found.append(function(*given))
+        if isinstance(found[0], Tensor):
+            return torch.cat(found, 1)
+        return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+    def _sequences(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of one sequence, and its blocks: many new tokens, or one by itself."""
+        for group in self.rows.groups:
+            if len(group.table) == 1:
+                yield group.rows, group.table[0]
+            else:
+                for i, table in enumerate(group.table, group.rows.start):
+                    yield slice(i, i + 1), table
 
     def last(self, x: Tensor) -> Tensor:
         """Of states x [1, n, hidden] those of the scored rows: [scored, hidden]."""

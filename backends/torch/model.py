@@ -64,6 +64,7 @@ def model_py(
         imports=imports,
         units=emit.units,
         uses_fp8=_uses_fp8(compiled),
+        uses_extern=_uses_extern(compiled),
         uses_params=bool(re.search(rf"\b{PARAMS}\.", repr(facts))),
         kernels=kernels,
         lists="nn.ModuleList(" in made,
@@ -74,6 +75,10 @@ def model_py(
 def _uses_fp8(compiled: Compiled) -> bool:
     graphs = (g for program in compiled.programs.values() for g in program.graphs.values())
     return any("fp8" in op.kind for graph in graphs for op in graph.walk())
+
+
+def _uses_extern(compiled: Compiled) -> bool:
+    return any("function" in op.attrs for g in compiled.lowered.graphs.values() for op in g.walk())
 
 
 class Emission:
@@ -222,7 +227,8 @@ class Emission:
     def _constant_operators(self) -> Iterator[Op]:
         for graph in self.served.versions(self.compiled.lowered.root):
             for op in graph.walk():
-                if len(op.attrs) >= MANY_CONSTANTS and not op.symbols and not op.regions:
+                many = len(op.attrs) >= MANY_CONSTANTS and "function" not in op.attrs
+                if many and not op.symbols and not op.regions:
                     yield op
 
     def constants(self) -> list[str]:

@@ -12,13 +12,13 @@ from compiler.graph.core import Graph, Op, Value
 # Names that generated code uses for itself: in methods, and for classes.
 _PYTHON = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 RESERVED = _PYTHON | {
-    "self", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "cache", "saved", "grads",
+    "self", "E", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "cache", "saved", "grads",
     "layer", "expert", "chosen", "Loss", "Output", "Gradients", "differentiable", "rope_table",
 }  # fmt: skip
 _GLOBALS = _PYTHON | {
-    "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "Loss", "Output", "Block", "Cache",
-    "HF_CONFIG", "Joined", "LanguageModel", "Model", "Stack", "Tensors", "annotations", "normal",
-    "ones", "zeros", "Gradients", "Grads", "Saved", "Unit", "differentiable", "partial",
+    "E", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "Loss", "Output", "Block",
+    "Cache", "HF_CONFIG", "Joined", "LanguageModel", "Model", "Stack", "Tensors", "annotations",
+    "normal", "ones", "zeros", "Gradients", "Grads", "Saved", "Unit", "differentiable", "partial",
     "rope_table",
 }  # fmt: skip
 

@@ -93,6 +93,7 @@ def stages_py(
         uses_fp8=bool(re.search(r"\bfp8\.", text)),
         uses_g=bool(re.search(r"\bG\.", text)),
         uses_torch="torch." in text,
+        uses_extern=bool(re.search(r"\bE\.", text)),
         table=lines,
         **facts,
     )

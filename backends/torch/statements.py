@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from backends.torch.declare import stored_name
 from backends.torch.emit import Callee, Emit, Emitter, Segment, call_f, call_fp8, index_of
 from backends.torch.names import identifier
+from backends.torch.records import numbers_text
 from backends.torch.sizes import literal
 from backends.torch.statements_grad import GRADIENTS, scores
 from compiler.graph.core import Op
@@ -166,6 +167,20 @@ def _attention(e: Emitter, op: Op) -> None:
         e.assign(op, f"cache.attend(F.{op.kind}, {arguments})")
     else:
         e.assign(op, f"F.{op.kind}({arguments})")
+
+
+def _extern(e: Emitter, op: Op) -> None:
+    e.assign(op, f"E.{op.text('name')}({e.operands(op)})")
+
+
+def _sequence_extern(e: Emitter, op: Op) -> None:
+    """Of a decoder by the cache, which knows where the tokens of each sequence are."""
+    remembered = [i for i, v in enumerate(op.operands) if Dim("context") in v.type.dims]
+    if not remembered:
+        _extern(e, op)
+        return
+    function, numbers = f"E.{op.text('name')}", numbers_text(remembered)
+    e.assign(op, f"cache.each({function}, {numbers}, {e.operands(op)})")
 
 
 def _cast(e: Emitter, op: Op) -> None:
@@ -331,6 +346,8 @@ STATEMENTS: Mapping[str, Emit] = {
     "expert_load": _expert_load,
     "cross_entropy": call_f("cross_entropy"),
     "count_labels": call_f("count_labels"),
+    "extern": _extern,
+    "sequence_extern": _sequence_extern,
     "add": _infix("+"),
     "sub": _infix("-"),
     "mul": _infix("*"),

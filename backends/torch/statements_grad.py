@@ -103,6 +103,10 @@ def _rename(e: Emitter, op: Op) -> None:
     e.names.share(op.result, e.operand(op, 0))
 
 
+def _extern_grad(e: Emitter, op: Op) -> None:
+    e.assign(op, f"E.{op.text('name')}.grad({e.operands(op)})")
+
+
 GRADIENTS: Mapping[str, Emit] = {
     "fp8_linear_input_grad": call_fp8("linear_input_grad"),
     "fp8_linear_weight_grad": call_fp8("linear_weight_grad"),
@@ -142,6 +146,7 @@ GRADIENTS: Mapping[str, Emit] = {
     "sum_to": _sum_to,
     "expand_like": lambda e, op: e.assign(op, f"{e.operand(op, 0)}.expand_as({e.operand(op, 1)})"),
     "zeros_like": lambda e, op: e.assign(op, f"torch.zeros_like({e.operand(op, 0)})"),
+    "extern_grad": _extern_grad,
     "pad_first": _pad,
     "pad_last": _pad,
     "rename": _rename,

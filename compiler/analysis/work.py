@@ -56,13 +56,14 @@ _BY_KIND = {
     "attention": Work.ATTENTION_CORE,
     "document_attention": Work.ATTENTION_CORE,
     "latent_attention": Work.ATTENTION_CORE,
+    "sequence_extern": Work.ATTENTION_CORE,
     "grouped_linear": Work.ROUTED_EXPERTS,
     "grouped_parameter": Work.ROUTED_EXPERTS,
     "fp8_grouped_linear": Work.ROUTED_EXPERTS,
 }
 
 # Operators that make a block one of attention, that choose experts, that make it one of experts.
-ATTENTION = ("attention", "document_attention", "latent_attention")
+ATTENTION = ("attention", "document_attention", "latent_attention", "sequence_extern")
 CHOICE = ("topk_groups", "gate", "gate_saving")
 EXPERTS = ("experts", "permute", "permute_quantized")
 

@@ -238,6 +238,8 @@ class Calls(Expressions):
                 "in this call",
                 help=f"give it {', '.join(wanted)}",
             )
+        if ref.block.function is not None:
+            return self._extern(bound, ref.block.function, use, node, names)
         path = use.path
         if path is None:
             return self.inline(bound, use.operands, node, use.spans)
@@ -262,6 +264,32 @@ class Calls(Expressions):
         declared = len(ref.block.results)
         self.collected += zip(callee.result_names[declared:], results[declared:], strict=True)
         return results[:declared]
+
+    def _extern(
+        self,
+        bound: Bound,
+        function: ast.Function,
+        use: _Use,
+        node: ast.Call,
+        names: Sequence[str],
+    ) -> list[Value]:
+        """An operator that a function of the user computes."""
+        block = bound.block
+        if use.path is not None:
+            self.error(
+                "E239",
+                f"{block.name.value} is an extern: it has no weights, and so no name",
+                node,
+                "named here",
+                help="leave `name` out",
+            )
+
+        def make() -> list[Value]:
+            attrs = self.low.externs.attributes(bound, function)
+            kind = "extern" if function.per == "token" else "sequence_extern"
+            return self.op(kind, use.operands, names=names, wish=block.name.value, **attrs)
+
+        return self.checked(make, node, use.spans, names)
 
     def _use(self, ref: BlockRef, node: ast.Call) -> _Use:
         params = {p.name.value for p in ref.block.params}

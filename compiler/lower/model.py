@@ -20,6 +20,7 @@ from compiler.lower.bind import (
 )
 from compiler.lower.calls import leading_dims
 from compiler.lower.contract import ARGUMENTS, argument_problems, output_problems
+from compiler.lower.extern import Externs
 from compiler.lower.frame import Frame
 from compiler.lower.graph_names import graph_names
 from compiler.lower.names import name_problems
@@ -67,6 +68,7 @@ class Lowering:
         self._graphs: dict[Key, Graph | None] = {}
         self._bounds: dict[str, Bound] = {}
         self._unknown: set[str] = set()  # dimensions
+        self.externs = Externs(self)
         self._open: set[Key] = set()  # being made at the moment
         self._depth = 0
         self._operators = 0
@@ -326,7 +328,7 @@ class Lowering:
             elif name.value in RUNTIME_DIMS:
                 dims.append(Dim(name.value))
             elif name.value in bound.params:
-                dims.append(self._size(name, bound.params[name.value]))
+                dims.append(self.size(name, bound.params[name.value]))
             else:
                 near = nearest(name.value, [*bound.params, *RUNTIME_DIMS])
                 self.problems.error(
@@ -340,7 +342,7 @@ class Lowering:
                 dims.append(Dim(name.value, 1))
         return Type(node.dtype or self.dtype, tuple(dims))
 
-    def _size(self, name: ast.Name, const: Const) -> Dim:
+    def size(self, name: ast.Name, const: Const) -> Dim:
         size = const.value
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             self.not_a_size(name.value, size, const.span)

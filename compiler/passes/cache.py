@@ -44,6 +44,9 @@ def _insert(program: Program, description: Description) -> Sequence[Miss]:
             if op.kind == "document_attention":  # a decoder continues one document
                 op.kind, op.operands = "attention", op.operands[:3]
         retype(graph, program)
+        for op in graph.walk():
+            if op.kind == "sequence_extern":
+                _need_memory(op)
     _only_last(program)
     return ()
 
@@ -56,6 +59,33 @@ INSERT_CACHE = Pass(
     ensures="cache_append for every cache_entry; keys and values run over context",
     essential=True,
 )
+
+
+def _need_memory(op: Op) -> None:
+    """Refuses a function that reads earlier tokens, where a decoder does not have them."""
+    name, takes = op.text("name"), op.texts("takes")
+    over = [formal.split("[")[1].startswith("batch, context") for formal in takes]
+    given = [Dim("context") in v.type.dims for v in op.operands]
+    if any(over) and over == given:
+        return
+    forgotten = [v.name for v, x, y in zip(op.operands, over, given, strict=True) if x and not y]
+    why = (
+        f"{name} reads {' and '.join(forgotten)} of earlier tokens, which `cache(..)` did not keep"
+        if forgotten
+        else f"{name} reads several tokens of a sequence, and a decoder has the new ones only"
+    )
+    raise DiagnosticError(
+        [
+            Diagnostic(
+                "E412",
+                f"a decoder cannot compute this: {why}",
+                op.spans[0] if op.spans else None,
+                "remembered and new tokens meet here",
+                help="let it take what it reads of earlier tokens over `context`, and give it what"
+                ' `cache(..)` gives; or write `per = "token"` if it treats each token by itself',
+            )
+        ]
+    )
 
 
 def retype(graph: Graph, program: Program) -> None:
@@ -77,6 +107,8 @@ def _types(op: Op, graph: Graph, program: Program) -> tuple[Type, ...]:
     try:
         return infer(op, graph, program.graphs)
     except TypeMismatch as error:
+        if op.kind == "sequence_extern":
+            _need_memory(op)
         raise DiagnosticError(
             [
                 Diagnostic(

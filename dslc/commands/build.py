@@ -81,7 +81,8 @@ def run(
         result = build(description, out, skip=skip or (), until=until, target=gpu, tuning=tuning)
         if format is Format.json:
             files = dict(result.files)
-            print_json({"ok": True, "diagnostics": [], "folder": str(out), "files": files})
+            found = {"folder": str(out), "files": files, "user_code": result.user_code}
+            print_json({"ok": True, "diagnostics": [], **found})
         else:
             print("\n".join(summary_lines(result)))
 
@@ -118,6 +119,10 @@ def summary_lines(result: BuildResult) -> list[str]:
         lines.append(f"{shown(result.path)} is up to date")
     if result.left_to_torch:
         lines.append(f"no kernel serves {'; '.join(result.left_to_torch)}: torch's own code runs")
+    if result.user_code:
+        lines.append(
+            f"it includes code of yours, which runs with it: {', '.join(result.user_code)}"
+        )
     if result.plan is not None and not result.plan.fits:
         cluster = result.plan.cluster.cluster
         lines.append(

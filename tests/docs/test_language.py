@@ -94,7 +94,8 @@ def parts(text: str) -> dict[str, str]:
     "example", [e for e in EXAMPLES if e.language == "dsl"], ids=lambda e: e.text[:16]
 )
 def test_every_block_of_the_text_works_in_a_model(example: Example, tmp_path: Path) -> None:
-    (block,) = parse_blocks(Source("example.dsl", example.text))
+    parsed = parse_blocks(Source("example.dsl", example.text))
+    (block,) = (one for one in parsed if not one.settings)
     name, group = block.name.value, "architecture.layers.0"
     # What a block is for follows from the tensors that it takes.
     use = {
@@ -112,6 +113,9 @@ def test_every_block_of_the_text_works_in_a_model(example: Example, tmp_path: Pa
 def compile_with(example: Example, folder: Path, sets: list[str]) -> Compiled:
     """The tiny model with a block of the text."""
     (folder / "example.dsl").write_text(example.text, encoding="utf-8")
+    for one in EXAMPLES:
+        if one.language == "python" and one.name:
+            (folder / one.name).write_text(one.text, encoding="utf-8")
     library = ["causal_lm", "decoder", "mla", "swiglu", "deepseek_moe", "mtp"]
     blocks = ", ".join([*library, str(folder / "example.dsl")])
     return compile(load(TINY, sets=[f"blocks=[{blocks}]", *sets]))

@@ -19,6 +19,8 @@ from compiler.ops.pointwise import POINTWISE
 from runtime import fp8
 from runtime import functional as F
 from runtime import gradients as G
+from runtime.extern import Extern
+from tests.interpret import user
 from tests.interpret.comm import COMM, place_of
 
 if TYPE_CHECKING:
@@ -148,6 +150,22 @@ def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tens
         (out,) = inside.region(region.args, region.ops, [F.gather_tokens(x, chosen)])
         F.add_tokens(y, chosen, out, weight)
     return y
+
+
+# ---- functions of users ----------------------------------------------------------------------
+
+
+def _user(op: Op) -> Extern:
+    """The function of an extern, of `tests/interpret/user.py`."""
+    names, items = op.text("function"), op.items("numbers")
+    gradient = op.text("gradient").removeprefix("user.")
+    return Extern(
+        getattr(user, names.removeprefix("user.")),
+        takes=op.texts("takes"),
+        gives=op.texts("gives"),
+        numbers=dict(zip(map(str, items[::2]), items[1::2], strict=True)),
+        gradient=getattr(user, gradient) if gradient else None,
+    )
 
 
 # ---- FP8 -------------------------------------------------------------------------------------
@@ -442,6 +460,9 @@ RUN: dict[str, Run] = {
     "pad_first": _pad,
     "pad_last": _pad,
     "rename": lambda f, op, x: x,
+    "extern": lambda f, op, *x: _user(op)(*x),
+    "sequence_extern": lambda f, op, *x: _user(op)(*x),
+    "extern_grad": lambda f, op, *x: _user(op).grad(*x),
     "gradient": _gradient,
     "sum_squares": lambda f, op, d: d.square().sum(),
     "update": _update,

@@ -338,6 +338,36 @@ def _add_rms_norm(d: Draw) -> Example:
     return Example("add_rms_norm", operands, {"w.weight": weight}, {"eps": 1e-6})
 
 
+def _extern(d: Draw) -> Example:
+    width = d.dim("width", 2)
+    shorter = Dim("shorter", (width.size or 0) - 1)
+    attrs: dict[str, Attr] = {
+        "name": "weigh",
+        "function": "user.weigh",
+        "gradient": d.choice("", "user.weigh_grad"),
+        "numbers": ("limit", 2.0),
+        "takes": ("f32[.., width]", "f32[.., shorter]"),
+        "gives": ("f32[.., shorter]", "i64[..]"),
+        "flops": "0",
+    }
+    return Example("extern", [d.tokens(width), d.tokens(shorter)], attrs=attrs)
+
+
+def _sequence_extern(d: Draw) -> Example:
+    heads, dim = d.dim("heads", most=3), Dim("dim", 4)
+    takes = ("f32[batch, seq, heads, dim]", *2 * ("f32[batch, context, heads, dim]",))
+    attrs: dict[str, Attr] = {
+        "name": "twice",
+        "function": "user.differential",
+        "gradient": "",
+        "numbers": ("subtracted", 0.3),
+        "takes": takes,
+        "gives": takes[:1],
+        "flops": "0",
+    }
+    return Example("sequence_extern", [d.tokens(heads, dim) for _ in takes], attrs=attrs)
+
+
 EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "embedding": _embedding,
     "linear": _linear,
@@ -379,6 +409,8 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "broadcast": _broadcast,
     "drop_first": _drop("drop_first"),
     "drop_last": _drop("drop_last"),
+    "extern": _extern,
+    "sequence_extern": _sequence_extern,
 }
 
 
