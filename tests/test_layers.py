@@ -40,7 +40,7 @@ def test_runtime_imports_itself_only_relatively_and_never_leaves_its_folder() ->
 
 
 def test_only_generation_imports_the_engine_and_no_library_of_a_server() -> None:
-    """A build that is not served needs none."""
+    """A build that is not served needs none; training renders chats as a server does."""
     found = set()
     for path in ruled("runtime"):
         parts = path.relative_to(ROOT).parts
@@ -48,9 +48,12 @@ def test_only_generation_imports_the_engine_and_no_library_of_a_server() -> None
             name = ".".join((*parts[: len(parts) - level], module)) if level else module
             if name.startswith("runtime.serve"):
                 found.add((path.name, name.rpartition(".")[2]))
-    assert found == {("generate.py", name) for name in ("engine", "options", "request")}
+    assert found == {
+        *(("generate.py", name) for name in ("engine", "options", "request")),
+        *(("prepare.py", name) for name in ("chat", "text")),
+    }
     served = {"fastapi", "jinja2", "llguidance", "prometheus_client", "starlette", "tokenizers"}
-    assert not served & loaded_by("import runtime.generate")
+    assert not served & loaded_by("import runtime.generate, runtime.train.prepare")
 
 
 def test_no_file_is_a_drawer_for_leftovers() -> None:

@@ -23,7 +23,10 @@ Examples:
 
 def run(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Text, or JSON lines with a `text` each.")
+        list[Path],
+        typer.Argument(
+            metavar="FILES", help="Text, or JSON lines with a `text` or `messages` each."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder.")],
     vocab_size: Annotated[
@@ -43,9 +46,14 @@ def run(
         int | None,
         typer.Option(min=0, help="The token after each document: eos_token_id of the spec."),
     ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The template of chats [that beside the tokenizer]."),
+    ] = None,
 ) -> None:
     """Tokenize text, with a tokenizer that is trained on it or given."""
-    from runtime.train.documents import documents, encode
+    from runtime.train.documents import documents, encode, texts
+    from runtime.train.prepare import chats_of
     from runtime.train.settings import TrainError
     from runtime.train.tokenizer import FILE, learn, open_tokenizer
     from runtime.train.tokens import write
@@ -56,11 +64,12 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             name = tokenizer or str(Path(folder) / FILE)
             if vocab_size is not None:
-                Path(name).write_bytes(learn(documents(files), vocab_size, special or []))
+                Path(name).write_bytes(learn(texts(files), vocab_size, special or []))
             used = open_tokenizer(name)
             size = max(used.vocab_size, (eos or 0) + 1)
-            texts = encode(documents(files), used, eos)
-            header = write(output, texts, used, size, {"eos": eos, "fim": None})
+            chats = chats_of(used, name, chat_template)
+            encoded = encode(documents(files), used, eos, chats=chats)
+            header = write(output, encoded, used, size, {"eos": eos, "fim": None})
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +22,24 @@ from .text import ByteVocabulary, LearnedVocabulary, Vocabulary, load_tokenizer
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 PLAIN = """\
-{% for message in messages %}{{ message.role.capitalize() }}: {{ message.content }}
-{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+{% for message in messages %}{{ message.role.capitalize() }}:\
+{% if message.role == "assistant" %}{% generation %} {{ message.content }}
+{% endgeneration %}{% else %} {{ message.content }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 
 # Characters that no text has (Unicode, noncharacters): they mark places in what is rendered.
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
+# Variables that `{% generation %}` shows before and behind what the assistant says.
+_BEGINS, _ENDS = "_generation_begins", "_generation_ends"
+
 Message = Mapping[str, str]
+Span = tuple[int, int, int]
+"""A token of a text: begin, end and id."""
 
 
-class ChatError(Exception):
+class ChatError(ValueError):
     """These messages give no prompt; the message says why."""
 
 
@@ -51,14 +58,23 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
+            found = environment.parse(source).find_all(nodes.Name)
         except jinja2.TemplateError as error:
             raise ChatError(f"the chat template is not valid Jinja: {error}") from None
+        self.marks_answers = any(node.name == _BEGINS for node in found)
+        """Whether it says by `{% generation %}` what the assistant says."""
 
     def render(
-        self, messages: Sequence[Message], answer: bool, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        answer: bool,
+        variables: Mapping[str, Any],
+        around: tuple[str, str] = ("", ""),
     ) -> str:
-        """`answer` begins the message of the assistant. Raises ChatError."""
+        """`answer` begins the message of the assistant; `around` is put before and behind what the
+        template marks as said by it. Raises ChatError."""
         own = {"messages": messages, "add_generation_prompt": answer, **self._special}
+        own |= zip((_BEGINS, _ENDS), around, strict=True)
         if taken := own.keys() & variables.keys():
             raise ChatError(f"chat_template_kwargs cannot set {min(taken)}")
         own |= {"tools": None, "documents": None}
@@ -90,13 +106,18 @@ def _raise_exception(message: str) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; it shows its content."""
+    """`{% generation %}` marks what the assistant says, for training."""
 
     tags = {"generation"}  # noqa: RUF012 (so declared by jinja2)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begins, ends = (
+            nodes.Output([nodes.Name(name, "load", lineno=line)], lineno=line)
+            for name in (_BEGINS, _ENDS)
+        )
+        return [begins, *body, ends]
 
 
 def template_of(folder: Path, vocabulary: Vocabulary, file: Path | None) -> ChatTemplate | None:
@@ -162,21 +183,77 @@ class Chat:
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The tokens; `resume` leaves the last message open, to be continued. Raises ChatError."""
-        values = dict(variables or {})
-        text = " ".join(_texts([*messages, values]))
-        free = [one for one in _NONCHARACTERS if one not in text]
-        if len(free) < 3:
-            raise ChatError("the messages hold too many Unicode noncharacters")
-        marks = _Marks(*free[:3])
+        _, tokens = self._tokens(messages, answer, resume, dict(variables or {}))
+        return [id for _, _, id in tokens]
+
+    def answers(self, messages: Sequence[Message]) -> list[tuple[int, bool]]:
+        """The tokens of a whole conversation, each with whether the assistant says it.
+
+        By `{% generation %}`, where the template has it. Else an answer begins where the prompt for
+        it ends, and ends with its message, but for spaces after the mark of its end.
+        Raises ChatError, also where the template shows earlier answers in another way than later
+        ones and does not mark them.
+        """
+        text, tokens = self._tokens(messages, False, False, {})
+        by_marks = self._template.marks_answers
+        find = self._marked_answers if by_marks else self._answers_after_prompts
+        ranges = find(messages, text)
+        said = [False] * len(text)
+        for begin, end in ranges:
+            said[begin:end] = [True] * (end - begin)
+        return [(id, any(said[start : max(end, start + 1)])) for start, end, id in tokens]
+
+    def _marked_answers(self, messages: Sequence[Message], text: str) -> Iterator[tuple[int, int]]:
+        """Where in the rendering the answers are that the template marks."""
+        marks = _marks_for(messages, {})
+        marked = self._template.render(messages, False, {}, (marks.border, marks.content))
+        if marks.removed(marked) != text:
+            raise ChatError(
+                "the chat template changes with what a message holds: answers have no place in it"
+            )
+        places = [i for i, one in enumerate(marked) if one in (marks.border, marks.content)]
+        at = [place - count for count, place in enumerate(places)]
+        yield from zip(at[::2], at[1::2], strict=True)
+
+    def _answers_after_prompts(
+        self, messages: Sequence[Message], text: str
+    ) -> Iterator[tuple[int, int]]:
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._template.render(messages[:i], True, {})
+            whole = self._template.render(messages[: i + 1], False, {})
+            if not (text.startswith(whole) and whole.startswith(before)):
+                raise ChatError(
+                    f"the chat template does not show message {i + 1} as the prompt before it asks "
+                    f"for it: mark answers in it by {{% generation %}}"
+                )
+            yield len(before), max(len(whole.rstrip()), len(before))
+
+    def _tokens(
+        self,
+        messages: Sequence[Message],
+        answer: bool,
+        resume: bool,
+        values: dict[str, Any],
+    ) -> tuple[str, list[Span]]:
+        """What is rendered, and its tokens."""
+        marks = _marks_for(messages, values)
         exact = self._rendered(messages, answer, resume, values, marks, None)
         if not self._guarded:
-            return self._vocabulary.encode(exact)
+            return exact, self._spans(exact)
         for place in ("before", "inside"):
             # Templates may look into contents: marks that change what they find are not used.
             marked = self._rendered(messages, answer, resume, values, marks, place)
             if marks.removed(marked) == exact:
                 break
-        return self._encode(marked, marks)
+        return marks.removed(marked), self._encode(marked, marks)
+
+    def _spans(self, text: str) -> list[Span]:
+        if not isinstance(self._vocabulary, LearnedVocabulary):
+            pairs = ((i, id) for i, one in enumerate(text) for id in self._vocabulary.encode(one))
+            return [(i, i + 1, id) for i, id in pairs]
+        return _spans(self._full, text)
 
     def _rendered(
         self,
@@ -218,16 +295,11 @@ class Chat:
                 at = start + 1
         return "".join((*parts, text[at:]))
 
-    def _special(self, text: str) -> list[tuple[int, int, int]]:
-        """Begin, end and id of the special tokens that a text is encoded to."""
-        try:
-            found = self._full.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError):
-            raise ChatError("the messages are not valid Unicode") from None
-        pairs = zip(found.offsets, found.ids, strict=True)
-        return [(start, end, id) for (start, end), id in pairs if id in self._guarded]
+    def _special(self, text: str) -> list[Span]:
+        """The special tokens that a text is encoded to."""
+        return [span for span in _spans(self._full, text) if span[2] in self._guarded]
 
-    def _encode(self, marked: str, marks: _Marks) -> list[int]:
+    def _encode(self, marked: str, marks: _Marks) -> list[Span]:
         text, borders, contents = marks.split(marked)
         special = self._special(text)
         kept = [
@@ -238,20 +310,31 @@ class Chat:
             and bisect_right(borders, start) == bisect_right(borders, end - 1)
         ]
         if len(kept) == len(special):
-            return list(self._full.encode(text, add_special_tokens=False).ids)
-        ids, at = [], 0
+            return _spans(self._full, text)
+        found, at = [], 0
         for start, end, id in kept:
-            ids += [*self._text(text[at:start]), id]
+            found += [*self._text(text[at:start], at), (start, end, id)]
             at = end
-        return ids + self._text(text[at:])
+        return found + self._text(text[at:], at)
 
-    def _text(self, text: str) -> list[int]:
-        ids = list(self._plain.encode(text, add_special_tokens=False).ids) if text else []
-        if not self._guarded.isdisjoint(ids):
+    def _text(self, text: str, at: int) -> list[Span]:
+        """The tokens of a text that begins at `at`, without special ones."""
+        spans = [(start + at, end + at, id) for start, end, id in _spans(self._plain, text)]
+        if not self._guarded.isdisjoint(id for _, _, id in spans):
             raise ChatError(
                 "a message has text that its tokenizer can only encode as a special token"
             )
-        return ids
+        return spans
+
+
+def _spans(tokenizer: Any, text: str) -> list[Span]:
+    if not text:
+        return []
+    try:
+        found = tokenizer.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeError):
+        raise ChatError("the messages are not valid Unicode") from None
+    return [(start, end, id) for (start, end), id in zip(found.offsets, found.ids, strict=True)]
 
 
 class _Marks:
@@ -281,6 +364,14 @@ class _Marks:
             else:
                 at += 1
         return self.removed(marked), borders, contents
+
+
+def _marks_for(messages: Sequence[Message], variables: Mapping[str, Any]) -> _Marks:
+    text = " ".join(_texts([*messages, variables]))
+    free = [one for one in _NONCHARACTERS if one not in text]
+    if len(free) < 3:
+        raise ChatError("the messages hold too many Unicode noncharacters")
+    return _Marks(*free[:3])
 
 
 def _texts(values: Iterable[Mapping[str, Any]]) -> list[str]:

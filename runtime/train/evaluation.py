@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup, all_reduce
 
 from ..model import LanguageModel
 from .parallel import MeshTrainer
-from .sequences import ValidationSet, positions
+from .sequences import ValidationSet, count_labels, inputs_and_labels, positions
 from .tokenizer import Tokenizer
 from .trainer import loss_of, losses_of
 
@@ -53,6 +53,7 @@ def evaluate(
     chosen = [i * text.count // count for i in range(count)]
     depth = model.config.architecture.mtp.depth
     both = 1 if pipeline is not None else 2
+    labels = max(1, sum(count_labels(text[i][None]) for i in chosen))
     sums = torch.zeros(3 + both * depth, dtype=torch.float64, device=model.device)
     for start in range(0, count, ranks * batch):
         first = start + rank * batch
@@ -66,19 +67,19 @@ def evaluate(
         else:
             values = losses_of(loss_of(model, tokens))
         if depth and pipeline is None:
-            values = torch.cat([values, _agreement(model, tokens[:, :-1])])
-        sums += values * len(part) / count
+            values = torch.cat([values, _agreement(model, inputs_and_labels(tokens)[0])])
+        sums += values * (count_labels(tokens) if part else 0) / labels
     if group is not None:
         all_reduce(sums, group=group)
     _, loss, _, *depths = sums.tolist()
-    labels = [token for i in chosen for token in text[i][1:].tolist()]
-    size = len(tokenizer.decode(labels).encode())
+    predicted = [token for i in chosen for token in text[i][1:].tolist() if token >= 0]
+    size = len(tokenizer.decode(predicted).encode())
     return Evaluation(
         loss=loss,
         mtp=tuple(depths[:depth]),
-        bits_per_byte=loss * len(labels) / math.log(2) / max(size, 1),
+        bits_per_byte=loss * len(predicted) / math.log(2) / max(size, 1),
         acceptance=tuple(depths[depth:]),
-        tokens=len(labels),
+        tokens=len(predicted),
     )
 
 

@@ -28,13 +28,20 @@ class Options:
     out: Annotated[Path, Option("The folder of the run.", "RUN")]
     data: Annotated[
         tuple[Path, ...],
-        Option("Text, JSON lines with a `text` each, or a folder of tokens. Repeatable.", "FILE"),
+        Option(
+            "Text, JSON lines with a `text` or `messages` each, or a folder of tokens. Repeatable.",
+            "FILE",
+        ),
     ] = ()
     weights: Annotated[
         Path | None, Option("Start from these weights: a folder of safetensors.", "DIR")
     ] = None
     tokenizer: Annotated[
         str | None, Option("A tokenizer.json; by default tokens are bytes.", "FILE")
+    ] = None
+    chat_template: Annotated[
+        Path | None,
+        Option("The template of chats, in Jinja [that beside the tokenizer].", "FILE"),
     ] = None
     held_out: Annotated[
         float | None,
@@ -58,7 +65,13 @@ class Options:
     ] = None
 
 
-FIXED: Mapping[str, Any] = {"weights": None, "tokenizer": "bytes", "held_out": 0.1, "seed": 0}
+FIXED: Mapping[str, Any] = {
+    "weights": None,
+    "tokenizer": "bytes",
+    "chat_template": None,
+    "held_out": 0.1,
+    "seed": 0,
+}
 """Options that cannot change during the life of a run, with their defaults."""
 
 

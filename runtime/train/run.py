@@ -91,7 +91,8 @@ class Run:
         given = {name: value for name, value in _given(options).items() if value is not None}
         fixed = {**FIXED, **given}
         place, tokenizer, seed = options.out / "data", fixed["tokenizer"], fixed["seed"]
-        folder = prepare_tokens(options.data, place, config, tokenizer, seed)
+        template = options.chat_template
+        folder = prepare_tokens(options.data, place, config, tokenizer, seed, template)
         return {
             "model": config.model,
             "tokens": self._named(folder),
@@ -108,6 +109,11 @@ class Run:
             place = self.tokens.folder
             raise TrainError(f"{place} holds other tokens than the run was started with")
         check_tokens(self.tokens, model.config)
+        if self.mesh is not None and self.tokens.masked:
+            raise TrainError(
+                "chats, of which only answers are trained on, are not trained by the ranks of a "
+                "section `parallel`, whose terms count all tokens: leave the section out"
+            )
         trained, held_out = split(self.tokens.parts, record["held_out"])
         torch.manual_seed(record["seed"])
         sequences = Sequences(trained, length, record["seed"])
@@ -298,11 +304,9 @@ class Run:
 
 def _given(options: Options) -> dict[str, Any]:
     """The fixed options of a command line; None for those that are not given."""
-    weights = options.weights.resolve() if options.weights else None
-    return {
-        **{name: getattr(options, name) for name in FIXED},
-        "weights": str(weights) if weights else None,
-    }
+    values = {name: getattr(options, name) for name in FIXED}
+    paths = {name: str(v.resolve()) for name, v in values.items() if isinstance(v, Path)}
+    return {**values, **paths}
 
 
 def _paths(files: tuple[Path, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 `tokens.json` says what the files `tokens-00000.bin`, .. hold: unsigned integers of 2 or 4 bytes,
 little-endian, the documents concatenated. The folder has a tokenizer.json unless tokens are bytes.
+Where some tokens are not trained on, `mask-00000.bin`, .. have a byte for each: 1, or 0 for those.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import sys
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,11 +28,13 @@ TYPES = {2: ("H", torch.uint16), 4: ("I", torch.uint32)}
 
 @dataclass(frozen=True)
 class Part:
-    """One file: how many tokens, and the hash of its bytes."""
+    """One file: how many tokens, and the hash of its bytes. The mask may be missing."""
 
     file: str
     tokens: int
     sha256: str
+    mask: str = ""
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ class Header:
     @property
     def key(self) -> str:
         """A hash of the tokens."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+
+    def content(self) -> dict[str, object]:
+        """What tokens.json says, without the masks that are missing."""
+        parts = [{k: v for k, v in asdict(part).items() if v != ""} for part in self.parts]
+        return {**asdict(self), "parts": parts}
 
 
 def write(
@@ -59,29 +67,32 @@ def write(
 ) -> Header:
     """Writes documents to a new folder; a document is in one file.
 
-    Raises TrainError for tokens beyond `vocab_size`, documents without any, or a folder that
-    exists or cannot be written.
+    A token below 0 is one that is not trained on, and the complement of what it says. Raises
+    TrainError for tokens beyond `vocab_size`, documents without any, or a folder that exists or
+    cannot be written.
     """
     width = 2 if vocab_size <= 2**16 else 4
     parts: list[Part] = []
     try:
         folder.mkdir(parents=True)
-        pending = array(TYPES[width][0])
-        for tokens in documents:
+        pending, mask = array(TYPES[width][0]), bytearray()
+        for document in documents:
+            tokens = [token if token >= 0 else ~token for token in document]
             largest = max(tokens, default=0)
             if largest >= vocab_size:
                 raise TrainError(
                     f"token {largest} exceeds the vocabulary of the model ({vocab_size})"
                 )
             if pending and len(pending) + len(tokens) > max_file_tokens:
-                parts.append(_write_part(folder, len(parts), pending))
-                pending = array(TYPES[width][0])
+                parts.append(_write_part(folder, len(parts), pending, mask))
+                pending, mask = array(TYPES[width][0]), bytearray()
             pending.extend(tokens)
+            mask.extend(token >= 0 for token in document)
         if pending:
-            parts.append(_write_part(folder, len(parts), pending))
+            parts.append(_write_part(folder, len(parts), pending, mask))
         header = Header(width, tokenizer.key, settings, tuple(parts))
         tokenizer.save(folder)
-        text = json.dumps(asdict(header), indent=2) + "\n"
+        text = json.dumps(header.content(), indent=2) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
     except FileExistsError:
         raise TrainError(f"{folder} exists: choose another folder") from None
@@ -92,13 +103,37 @@ def write(
     return header
 
 
-def _write_part(folder: Path, number: int, values: array[int]) -> Part:
+def _write_part(folder: Path, number: int, values: array[int], mask: bytearray) -> Part:
     if sys.byteorder == "big":
         values.byteswap()
     data = values.tobytes()
     name = f"tokens-{number:05d}.bin"
     (folder / name).write_bytes(data)
-    return Part(name, len(values), hashlib.sha256(data).hexdigest())
+    part = Part(name, len(values), hashlib.sha256(data).hexdigest())
+    if all(mask):
+        return part
+    name = f"mask-{number:05d}.bin"
+    (folder / name).write_bytes(mask)
+    return replace(part, mask=name, mask_sha256=hashlib.sha256(mask).hexdigest())
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Tokens [n], and for each 1, or 0 where it is not trained on."""
+
+    tokens: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, where: slice) -> Masked:
+        return Masked(self.tokens[where], self.mask[where])
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """Tokens in a type with a sign; those that are not trained on as their complement."""
+        tokens = self.tokens.to(dtype)
+        return tokens.where(self.mask.bool(), ~tokens)
 
 
 class Tokens:
@@ -113,19 +148,32 @@ class Tokens:
             raise TrainError(f"{folder}: its tokens were made with another tokenizer")
         self.parts = [self._map(part) for part in self.header.parts]
 
-    def _map(self, part: Part) -> Tensor:
-        path, width = self.folder / part.file, self.header.width
+    def _map(self, part: Part) -> Tensor | Masked:
+        tokens = self._file(part.file, part.tokens, TYPES[self.header.width][1])
+        return (
+            Masked(tokens, self._file(part.mask, part.tokens, torch.uint8)) if part.mask else tokens
+        )
+
+    def _file(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        path = self.folder / name
         size = path.stat().st_size if path.exists() else -1
-        if size != part.tokens * width:
-            raise TrainError(f"{path} does not hold {part.tokens} tokens, as {INDEX} says")
-        return torch.from_file(str(path), size=part.tokens, dtype=TYPES[width][1])
+        if size != count * dtype.itemsize:
+            raise TrainError(f"{path} does not hold {count} tokens, as {INDEX} says")
+        return torch.from_file(str(path), size=count, dtype=dtype)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some are not trained on."""
+        return any(part.mask for part in self.header.parts)
 
     def verify(self) -> None:
         """Reads all files. Raises TrainError for one that has changed since it was written."""
-        for part in self.header.parts:
-            with (self.folder / part.file).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
-                    raise TrainError(f"{self.folder / part.file} is damaged: its hash differs")
+        files = [(part.file, part.sha256) for part in self.header.parts]
+        files += [(part.mask, part.mask_sha256) for part in self.header.parts if part.mask]
+        for name, sha256 in files:
+            with (self.folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise TrainError(f"{self.folder / name} is damaged: its hash differs")
 
 
 def is_tokens(path: Path) -> bool:
@@ -137,7 +185,7 @@ def _read_header(folder: Path) -> Header:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         parts = tuple(Part(**part) for part in content.pop("parts"))
         header = Header(**content, parts=parts)
-        names = {part.file for part in parts}
+        names = {name for part in parts for name in (part.file, part.mask or part.file)}
         if header.width not in TYPES or any(Path(name).name != name for name in names):
             raise ValueError("not a list of token files")
         return header

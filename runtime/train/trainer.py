@@ -15,7 +15,7 @@ from ..weights import published
 from .balance import Balance, ExpertUtilization
 from .optimizer import AdamW
 from .ranks import all_gather_objects
-from .sequences import Sequences, positions
+from .sequences import Sequences, count_labels, inputs_and_labels, positions
 from .settings import Settings, TrainError
 from .waits import Waits
 
@@ -137,18 +137,28 @@ class Trainer:
     def _gradients(self, batch: int, tokens_seen: int) -> Tensor:
         """Accumulates the gradients of this rank's sequences; returns the sums of the losses.
 
-        Every sequence has equally many labels, hence a mean over the batch is one over its tokens.
+        A mean over micro-batches is one over the labels of the step: each counts by its labels.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.model.device)
+        labels = self._labels(batch)
         for tokens in self._micro_batches(batch):
             loss = loss_of(self.model, tokens, tokens_seen)
-            share = len(tokens) / batch
+            # Without masks every sequence has equally many labels: no device is asked for them.
+            share = count_labels(tokens) / labels if labels else len(tokens) / batch
             (loss.total * share).backward()
             self.optimizer.collect()
             self.balance.add(loss.load)
             values = losses_of(loss) * share
             sums = values if len(sums) != len(values) else sums + values
         return sums
+
+    def _labels(self, batch: int) -> int:
+        """Of all sequences of a step, those of other ranks included; 0 where none is masked."""
+        if not self.sequences.masked:
+            return 0
+        first = self.position.sequences
+        indices = range(first, first + batch)
+        return max(1, sum(count_labels(self.sequences[i][None]) for i in indices))
 
     def _micro_batches(self, batch: int) -> list[Tensor]:
         first = self.position.sequences
@@ -210,9 +220,10 @@ class Trainer:
 
 
 def loss_of(model: LanguageModel, tokens: Tensor, tokens_seen: int = 0) -> Loss:
-    """The loss of packed sequences and the token after each, int64 [batch, seq + 1]."""
-    inputs = tokens[:, :-1]
-    return model.loss(inputs, tokens[:, 1:], positions(inputs, model.config), tokens_seen)
+    """The loss of packed sequences and the token after each, int64 [batch, seq + 1], in which
+    tokens that are not trained on are complements."""
+    inputs, labels = inputs_and_labels(tokens)
+    return model.loss(inputs, labels, positions(inputs, model.config), tokens_seen)
 
 
 def losses_of(loss: Loss) -> Tensor:

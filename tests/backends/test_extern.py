@@ -134,12 +134,14 @@ def test_all_programs_mean_the_same(make: Any, tmp_path: Path) -> None:
             close(value, whole[key], key)
 
 
+@pytest.mark.slow
 def test_experts_with_a_function_are_grouped(tmp_path: Path) -> None:
     program = compile(description(*with_experts(tmp_path))).programs["forward"]
     kinds = [op.kind for graph in program.graphs.values() for op in graph.walk()]
     assert "experts" not in kinds and kinds.count("extern") == 2
 
 
+@pytest.mark.slow
 def test_fp8_is_placed_around_a_function_which_stays_in_bf16(tmp_path: Path) -> None:
     sets = [*with_experts(tmp_path), "precision.policy=fp8_blockwise"]
     for program in compile(description(*sets)).programs.values():
@@ -151,6 +153,7 @@ def test_fp8_is_placed_around_a_function_which_stays_in_bf16(tmp_path: Path) -> 
                     assert any("quantize" in kind or "linear" in kind for kind in made)
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_the_block_declares(tmp_path: Path) -> None:
     compiled = compile(description(*small(tmp_path)))
     numbers = summary(compiled.lowered, compiled.programs["decode"])
@@ -189,6 +192,7 @@ block Weighed(x: [.., hidden_size]) -> [.., hidden_size]:
         torch.testing.assert_close(found[name], parameter.grad, msg=name)
 
 
+@pytest.mark.slow
 def test_a_decoder_refuses_what_it_could_not_remember(tmp_path: Path, golden: Golden) -> None:
     told = []
     for old, new in [
@@ -213,6 +217,7 @@ def test_documents_are_masked_by_functions_that_know_positions_only(tmp_path: Pa
     assert "tell documents apart" in raised.value.diagnostics[0].message
 
 
+@pytest.mark.slow
 def test_a_build_reads_the_file_and_does_not_run_it(tmp_path: Path) -> None:
     """Nor does text of a spec become code; names of files and functions clash with nothing."""
     sets = small(tmp_path)
@@ -255,6 +260,7 @@ block E(x: [.., hidden_size]) -> [.., hidden_size]:
         importlib.import_module("guarded")
 
 
+@pytest.mark.slow
 def test_stages_call_functions_too(tmp_path: Path) -> None:
     cluster = "parallel={cluster: h200_8, pipeline: 2, expert: 2, batch: 8, sequence_length: 16}"
     result = build(description(*with_experts(tmp_path), cluster), tmp_path / "staged")

@@ -31,6 +31,19 @@ def test_files_are_documents(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2 is not a JSON object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1"),
+        ("a.jsonl", b'{"text": "a", "messages": []}\n', r"a\.jsonl:1 is not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"messages": []}\n', r"a\.jsonl:3 .* no list of messages"),
+        ("a.jsonl", b'{"messages": ["a"]}\n', r'a\.jsonl:1: message 1 has no "role" and "content"'),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 1}]}',
+            r"a\.jsonl:1: the content of message 2 is no text",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}]}',
+            r"a\.jsonl:1 has no message of the assistant",
+        ),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1"),
         ("a.txt", b"abc\xff", "not UTF-8 text: byte 3"),
         ("a.txt", None, "cannot read .*a.txt: No such file"),
