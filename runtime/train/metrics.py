@@ -1,22 +1,27 @@
-"""The output of a run: metrics.jsonl, TensorBoard files, and progress on the terminal."""
+"""The output of a run: metrics.jsonl, TensorBoard files, Weights & Biases, and the terminal."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import sys
 import time
+import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import replace_text
 from .performance import Performance
-from .settings import Settings
+from .settings import Settings, TrainError
 from .trainer import StepMetrics
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb-id"
+"""The file with the id that a run has there."""
 LOADS_EVERY = 10
 """Steps between records of the load of each expert, which are long."""
 
@@ -24,7 +29,7 @@ LOADS_EVERY = 10
 class Metrics:
     """One JSON object per line, for each step, evaluation (`held_out`) and warning."""
 
-    def __init__(self, folder: Path | None, after: int) -> None:
+    def __init__(self, folder: Path | None, after: int, wandb: Wandb | None = None) -> None:
         """Resumes after step `after`; lines of later steps by an earlier process are dropped.
 
         Without a folder nothing is recorded: that is for ranks other than 0.
@@ -36,6 +41,7 @@ class Metrics:
             replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder, after) if folder else None
+        self._wandb = wandb
 
     def step(
         self, step: StepMetrics, seconds: float, performance: Performance | None = None
@@ -57,11 +63,15 @@ class Metrics:
         if self._board is not None:
             for name, value in _scalars("", content):
                 self._board.add_scalar(name, value, content["step"])
+        if self._wandb is not None:
+            self._wandb.log(dict(_scalars("", content)), content["step"])
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 def _step_of(line: str) -> float:
@@ -90,6 +100,48 @@ def _board(folder: Path, after: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+
+class Wandb:
+    """A run of Weights & Biases, the same one whenever the run in `folder` is resumed."""
+
+    def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
+        """`config` is shown beside the curves. Raises TrainError where it cannot start."""
+        place = folder / WANDB_ID
+        if not place.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_text(place, uuid.uuid4().hex)
+        try:
+            self._run: Any = require_wandb().init(
+                project=project,
+                name=folder.resolve().name,
+                id=place.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(folder),
+                config=dict(config),
+            )
+        except TrainError:
+            raise
+        except Exception as error:  # of the network, of the login, of the library
+            raise TrainError(f"--wandb {project}: Weights & Biases: {error}") from None
+        # Steps after the last checkpoint come again when a run resumes: they are an axis, and not
+        # the count of wandb's own, which only grows.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require_wandb() -> Any:
+    """The package. Raises TrainError without it."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise TrainError("--wandb needs the package wandb: pip install wandb") from None
 
 
 class Progress:

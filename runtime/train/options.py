@@ -54,6 +54,10 @@ class Options:
     eval_sequences: Annotated[
         int, Option("Sequences of an evaluation; the last one takes all [64].", "N", 1)
     ] = 64
+    wandb: Annotated[
+        str | None,
+        Option("Record metrics in this project of Weights & Biases, too.", "PROJECT"),
+    ] = None
     profile: Annotated[
         int | None, Option("Write a trace of so many steps to RUN/profile.", "STEPS", 1)
     ] = None

@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .health import HealthMonitor
 from .interrupt import LOCK, stop_signals
 from .memory import require_memory
-from .metrics import Metrics, Progress, progress_to_terminal
+from .metrics import WANDB_ID, Metrics, Progress, Wandb, progress_to_terminal, require_wandb
 from .options import FIXED, Options
 from .parallel import MeshTrainer, make_mesh, make_trainer
 from .performance import Performance, measure, profiled
@@ -83,6 +83,8 @@ class Run:
     def _read_or_create(self, config: Config) -> tuple[Mapping[str, Any], Path | None]:
         """The content of run.json and the newest checkpoint; makes tokens for a new run."""
         options, record = self.options, read_record(self.options.out)
+        if options.wandb is not None:
+            require_wandb()
         if record is not None:
             self._check_fixed(record)
             return {**FIXED, **record}, self.checkpoints.newest()
@@ -146,7 +148,9 @@ class Run:
         Raises TrainError if training fails; the last good state is then saved.
         """
         trainer, steps, first = self.trainer, self.trainer.position.steps, self.ranks.is_rank0
-        metrics = Metrics(self.options.out if first else None, steps)
+        shown = first and not trainer.ended
+        wandb = on_all_ranks(self.ranks.control, lambda: self._wandb() if shown else None)
+        metrics = Metrics(self.options.out if first else None, steps, wandb)
         progress = progress_to_terminal(self.settings, trainer.tokens, steps, silent=not first)
         self._announce(progress)
         if trainer.ended:
@@ -177,6 +181,13 @@ class Run:
                 f"saved {self.checkpoints.place(steps)}, from which the same command resumes"
             )
         return stopped
+
+    def _wandb(self) -> Wandb | None:
+        """The run in Weights & Biases that `--wandb` asks for."""
+        if self.options.wandb is None:
+            return None
+        config = {**self.spec, "seed": self.record["seed"]}
+        return Wandb(self.options.wandb, self.options.out, config)
 
     def _trace(self) -> tuple[int | None, Path]:
         """How many steps are traced, and where: of ranks that do the same only the first."""
@@ -328,7 +339,7 @@ def _is_foreign(folder: Path, model: str) -> bool:
     """Whether a folder without run.json holds more than what a run that failed to start leaves."""
     if not folder.exists():
         return False
-    own = {"data", model, f".{model}.new", f".{RECORD}.new", LOCK}
+    own = {"data", model, f".{model}.new", f".{RECORD}.new", LOCK, WANDB_ID}
     return not folder.is_dir() or not {path.name for path in folder.iterdir()} <= own
 
 
