@@ -17,11 +17,14 @@ from typing import Any
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.study import Study
 from dslc.study.plan import Run
-from runtime.train.interrupt import stop_signals
+from runtime.train.interrupt import run_lock, stop_signals
+from runtime.train.settings import TrainError
 
 RESULT = "result.json"
 POLL = 0.2
 """Seconds from one look at the processes to the next."""
+PATIENCE = 60.0
+"""Seconds that a run of a study that was killed gets to save its state."""
 _END_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux."""
 
@@ -101,6 +104,7 @@ class Runner:
 
     def _start(self, run: Run) -> subprocess.Popen[bytes]:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
+        _wait_for_end(run)
         with log_of(run).open("ab") as log:
             return subprocess.Popen(
                 self.command(run),
@@ -129,6 +133,17 @@ class Runner:
 def log_of(run: Run) -> Path:
     """The file with all that a run prints."""
     return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def _wait_for_end(run: Run) -> None:
+    """Waits for the process that a killed study left, while it saves."""
+    deadline = time.monotonic() + PATIENCE
+    while run.folder.exists() and time.monotonic() < deadline:
+        try:
+            with run_lock(run.folder):
+                return
+        except TrainError:
+            time.sleep(POLL)
 
 
 def _end_with_parent() -> None:

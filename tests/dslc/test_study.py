@@ -17,6 +17,7 @@ import pytest
 from scipy import stats
 
 from dslc.study.statistics import compare, fit_law, interval
+from tests.support.browser import CHROMIUM, Browser
 from tests.support.command import Run
 from tests.support.places import ROOT
 
@@ -185,6 +186,17 @@ def test_a_study_is_stopped_resumed_and_compared(tmp_path: Path) -> None:
     assert 1 <= len(done) < 6
     assert "the same command resumes them" in (tmp_path / "first.log").read_text()
 
+    # Killed at once, it leaves runs that save their state; the next one waits for them.
+    with (tmp_path / "killed.log").open("w") as log:
+        killed = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        logs = list(results.glob("*/*.log"))
+        begun = sum(log.stat().st_size for log in logs)
+        while sum(log.stat().st_size for log in results.glob("*/*.log")) == begun:
+            assert time.monotonic() < deadline + 120
+            time.sleep(0.05)
+        killed.kill()
+        killed.wait()
+
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == done, "finished runs ran again"
@@ -200,6 +212,8 @@ def test_a_study_is_stopped_resumed_and_compared(tmp_path: Path) -> None:
     assert len(rows) == 6 and {row["mtp"] for row in rows} == {"with", "without"}
     page = (tmp_path / "o/study.html").read_text(encoding="utf-8")
     assert "architecture.mtp.depth" in page and "<polygon" in page
+    if CHROMIUM is not None:
+        look_at(tmp_path / "o/study.html", tmp_path / "profile")
 
     # Another spec under the same folder is refused, and no result is lost.
     text = TEXT.replace("train.batch: 8", "train.batch: 4")
@@ -207,6 +221,24 @@ def test_a_study_is_stopped_resumed_and_compared(tmp_path: Path) -> None:
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert third.returncode == 1 and "E613" in third.stderr
     assert all(path.exists() for path in done)
+
+
+def look_at(page: Path, profile: Path) -> None:
+    """What a person sees of a study of three configurations, two of them against the baseline."""
+    with Browser(profile) as browser:
+        browser.size(1400, 1000)
+        browser.open(page)
+        assert browser.errors == []
+        text = browser.evaluate("document.body.innerText")
+        for word in ("baseline", "mtp=without", "bias_update=0", "2 of 2"):
+            assert word in text
+        assert text.count("not distinguishable") + text.count("lower") + text.count("higher") >= 2
+        sizes = browser.evaluate(
+            "[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)"
+        )
+        assert len(sizes) >= 2 and all(200 < width <= 1400 for width in sizes)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 1400
+        assert len(browser.screenshot()) > 20_000
 
 
 @pytest.mark.slow
