@@ -57,6 +57,8 @@ class BuildResult:
     changed: bool
     left_to_torch: tuple[str, ...] = ()
     """With a target: operators of a kind that has kernels, which none of them serves."""
+    missing: str = ""
+    """What a compiled step for CPUs was asked for and cannot have."""
 
     @property
     def user_code(self) -> list[str]:
@@ -73,10 +75,12 @@ def build(
     until: str | None = None,
     target: Target | None = None,
     tuning: TuningTable | None = None,
+    cpu: bool = False,
 ) -> BuildResult:
     """Writes the package of a model to `out`, which is replaced whole or left alone.
 
-    With `target` it holds kernels for that GPU, too, cut as `tuning` says.
+    With `target` it holds kernels for that GPU, too, cut as `tuning` says; with `cpu` a compiled
+    step for serving, unless the model has operators that there is no C++ for.
     `skip` and `until` leave passes out, for debugging (`compiler.pipeline.chosen`).
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
@@ -84,7 +88,16 @@ def build(
     compiled = compile(description, skip=skip, until=until)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     plan = make_plan(description, compiled)
-    files = package(description, compiled, numbers, plan, target, tuning)
+    missing = ""
+    step: Mapping[str, str] = {}
+    if cpu:
+        from backends.cpp.emit import Unsupported
+
+        try:
+            step = compiled_step(description, compiled)
+        except Unsupported as error:
+            missing = str(error)
+    files = package(description, compiled, numbers, plan, target, tuning, step)
     changed = install(files, out)
     sizes = {name: len(data) for name, data in files.items()}
     left: tuple[str, ...] = ()
@@ -93,7 +106,25 @@ def build(
 
         left = tuple(left_to_torch(compiled.programs))
     seconds = time.perf_counter() - started
-    return BuildResult(out, sizes, numbers, plan, seconds, changed, left)
+    return BuildResult(out, sizes, numbers, plan, seconds, changed, left, missing)
+
+
+def compiled_step(description: Description, compiled: Compiled) -> dict[str, str]:
+    """The folder `cpu/` of a build. Raises `Unsupported` for what there is no C++ for."""
+    from backends.cpp.package import cpu_package
+
+    return cpu_package(
+        compiled,
+        about=description.spec.about,
+        spec=_spec_name(description),
+        version=VERSION,
+        dtype=DTYPES[description.spec.precision.policy],
+    )
+
+
+def _spec_name(description: Description) -> str:
+    """The file of the spec; what was extended comes first."""
+    return _file_name(description.composed.sources[-1].name)
 
 
 def package(
@@ -103,10 +134,13 @@ def package(
     plan: Plan | None = None,
     target: Target | None = None,
     tuning: TuningTable | None = None,
+    step: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
-    """Every file of a build by its path inside the package. Same inputs, same bytes."""
-    # What was extended comes first.
-    spec = description.composed.sources[-1].name.replace("\\", "/").rsplit("/", 1)[-1]
+    """Every file of a build by its path inside the package. Same inputs, same bytes.
+
+    `step` is what `compiled_step` gives.
+    """
+    spec = _spec_name(description)
     facts = {"version": VERSION, "spec": spec}
     about = description.spec.about
     emitted: dict[str, Any] = {
@@ -122,8 +156,9 @@ def package(
             spec=docstring(spec),
             version=VERSION,
         ),
-        "model.py": model_py(compiled, about=about, **emitted),
+        "model.py": model_py(compiled, about=about, cpu=bool(step), **emitted),
         "config.py": config_py(description, plan, **facts),
+        **(step or {}),
     }
     for name in ("train", "serve"):
         texts[f"{name}.py"] = render(
@@ -142,9 +177,9 @@ def package(
         kernels = kernel_files(compiled.programs, description, target, tuning)
         callers = texts["model.py"] + texts["runtime/train/optimizer.py"]
         texts |= kernels_package(kernels, target, callers)
-    for i, step in enumerate(step for step in compiled.steps if step.changed):
-        name = f"graph/{i:02d}-{step.program_name}-{step.name}.graph"
-        texts[name] = print_program(step.program)
+    for i, one in enumerate(one for one in compiled.steps if one.changed):
+        name = f"graph/{i:02d}-{one.program_name}-{one.name}.graph"
+        texts[name] = print_program(one.program)
     for name, program in compiled.programs.items():
         texts[f"graph/{name}.graph"] = print_program(program)
     if plan is not None:

@@ -28,6 +28,15 @@ class TargetName(StrEnum):
     gfx942 = "gfx942"
 
 
+class BuildTarget(StrEnum):
+    """What a build can have code for besides torch: those GPUs, and CPUs that serve."""
+
+    sm_90 = "sm_90"
+    sm_100 = "sm_100"
+    gfx942 = "gfx942"
+    cpu = "cpu"
+
+
 SpecArgument = Annotated[
     str,
     typer.Argument(

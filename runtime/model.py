@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checkpoint, fp8, optimizer
 from .cache import Cache
+from .compiled import Source
 from .config import Config
 from .generate import Prompts, generate
 from .module import CheckpointModule
@@ -69,6 +70,8 @@ class LanguageModel(CheckpointModule, ABC):
     """What makes the FP8 copies of weights: that module, or kernels in its place."""
     paged_latent_attention: ClassVar[Callable[..., Tensor] | None] = None
     """A kernel for the paged cache on GPUs, of the arguments of that function of `functional`."""
+    compiled: ClassVar[Source | None] = None
+    """The served programs as C++, where the build has them."""
 
     def __init__(
         self,

@@ -84,11 +84,23 @@ class Pages:
         each, without gradients."""
         return tuple(self._append((module, name), entry) for name, entry in entries.items())
 
-    def _append(self, key: tuple[nn.Module, str], entry: Tensor) -> Tensor:
-        pool = self._pools.get(key)
+    def pool(
+        self,
+        module: nn.Module,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """The cache [blocks, page, ...] of an entry of a module, of that shape for each token."""
+        pool = self._pools.get((module, name))
         if pool is None:
-            pool = entry.new_zeros(self.blocks, self.page, *entry.shape[2:])
-            self._pools[key] = pool
+            pool = torch.zeros(self.blocks, self.page, *shape, dtype=dtype, device=device)
+            self._pools[module, name] = pool
+        return pool
+
+    def _append(self, key: tuple[nn.Module, str], entry: Tensor) -> Tensor:
+        pool = self.pool(*key, entry.shape[2:], entry.dtype, entry.device)
         # The weight of what a row does not see is 0, and 0 times NaN is NaN: the cache never holds
         # any, so that a broken request harms no other.
         new = entry[0].detach()

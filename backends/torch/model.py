@@ -43,8 +43,10 @@ def model_py(
     dtype: str,
     params: Mapping[str, object],
     kernels: bool = False,
+    cpu: bool = False,
 ) -> str:
-    """Text of `model.py`; with `kernels` its functions come from that folder of the build.
+    """Text of `model.py`; with `kernels` its functions come from that folder of the build, and with
+    `cpu` it names the compiled step there.
 
     `params` are the parameters of the spec, by which numbers are called.
     """
@@ -67,6 +69,7 @@ def model_py(
         uses_extern=_uses_extern(compiled),
         uses_params=bool(re.search(rf"\b{PARAMS}\.", repr(facts))),
         kernels=kernels,
+        cpu=cpu,
         lists="nn.ModuleList(" in made,
         **facts,
     )

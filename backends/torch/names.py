@@ -18,7 +18,8 @@ RESERVED = _PYTHON | {
 _GLOBALS = _PYTHON | {
     "E", "F", "G", "fp8", "nn", "torch", "Tensor", "config", "p", "Loss", "Output", "Block",
     "Cache", "HF_CONFIG", "Joined", "LanguageModel", "Model", "Stack", "Tensors", "annotations",
-    "normal", "ones", "zeros", "Gradients", "Grads", "Saved", "Unit", "differentiable", "partial",
+    "normal", "ones", "zeros", "SOURCE", "Gradients", "Grads", "Saved", "Unit", "differentiable",
+    "partial",
     "rope_table",
 }  # fmt: skip
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dslc.options import (
+    BuildTarget,
     Format,
     FormatOption,
     SetOption,
     SkipOption,
     SpecArgument,
-    TargetName,
     UntilOption,
     VariantOption,
 )
@@ -30,6 +30,7 @@ Examples:
   dslc build my_model.yaml --variant small -o build/small
   dslc build deepseek_v3 --set params.n_routed_experts=128 --set model=v3_128
   dslc build deepseek_v3 --target sm_90                with Triton kernels for that GPU
+  dslc build deepseek_v3_tiny --target cpu             with its serving step in C++
   dslc build deepseek_v3 --skip fuse_experts -o build/loop    without one of the passes
 
 \b
@@ -48,8 +49,11 @@ def run(
         ),
     ] = None,
     target: Annotated[
-        TargetName | None,
-        typer.Option(help="Add Triton kernels for this GPU; other devices run plain torch."),
+        BuildTarget | None,
+        typer.Option(
+            help="Add Triton kernels for this GPU, or a compiled step for serving on CPUs; other "
+            "devices run plain torch."
+        ),
     ] = None,
     tuned: Annotated[
         Path | None,
@@ -76,9 +80,16 @@ def run(
         check(skip, until)
         description = read(spec, sets, variants)
         out = output or Path("build") / description.spec.model
-        gpu = TARGETS[target] if target is not None else None
-        tuning = measured(tuned, gpu)
-        result = build(description, out, skip=skip or (), until=until, target=gpu, tuning=tuning)
+        gpu = TARGETS.get(target) if target is not None else None
+        result = build(
+            description,
+            out,
+            skip=skip or (),
+            until=until,
+            target=gpu,
+            tuning=measured(tuned, gpu),
+            cpu=target is BuildTarget.cpu,
+        )
         if format is Format.json:
             files = dict(result.files)
             found = {"folder": str(out), "files": files, "user_code": result.user_code}
@@ -119,6 +130,8 @@ def summary_lines(result: BuildResult) -> list[str]:
         lines.append(f"{shown(result.path)} is up to date")
     if result.left_to_torch:
         lines.append(f"no kernel serves {'; '.join(result.left_to_torch)}: torch's own code runs")
+    if result.missing:
+        lines.append(f"torch serves it on CPUs, too: there is no C++ for {result.missing}")
     if result.user_code:
         lines.append(
             f"it includes code of yours, which runs with it: {', '.join(result.user_code)}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import matmul
+from ..compiled import served
 from ..config import Config
 from ..pages import PagedAttention, Pages, make_rows
 from .blocks import Blocks
@@ -78,6 +79,7 @@ class Engine:
                 f"speculate={options.speculate}, but the model has no MTP module that could draft"
             )
         self.vocab_size = model.config.params.vocab_size
+        self.decoder = served(model)  # one call a step, where the build has one for this CPU
         kernel = model.paged_latent_attention if model.device.type == "cuda" else None
         one = Pages(1, options.page, kernel)
         self._compute_one(one)
@@ -276,7 +278,7 @@ class Engine:
         device = self.model.device
         rows, position = make_rows(sequences, scored, self.options.page, device)
         self.pages.begin(rows)
-        return self.model.decode(torch.tensor([tokens], device=device), position, self.pages)
+        return self.decoder.decode(torch.tensor([tokens], device=device), position, self.pages)
 
     def _answer(self, request: Request, scored: Sequence[tuple[Tensor, bool]]) -> Event:
         """Chooses the next token of a request from its logits, which may end it; and one more from
@@ -336,7 +338,7 @@ class Engine:
     def _modules(self) -> list[tuple[Draft, int]]:
         """The MTP modules that draft, and their offsets of positions."""
         offsets = self.model.draft_offsets[: self.options.speculate]
-        return [(self.model.drafter(i), offset) for i, offset in enumerate(offsets)]
+        return [(self.decoder.drafter(i), offset) for i, offset in enumerate(offsets)]
 
     # ---- memory ----------------------------------------------------------------------------------
 
@@ -347,7 +349,7 @@ class Engine:
         token = torch.zeros_like(position)
         with matmul.batch_invariant():
             pages.begin(rows)
-            self.model.decode(token, position, pages)
+            self.decoder.decode(token, position, pages)
             if self.options.speculate:
                 for draft, offset in self._modules():
                     draft(pages.states, token, position + offset, pages)

@@ -1,0 +1,1 @@
+"""One compiled step for a CPU: the served programs as C++."""

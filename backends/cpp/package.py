@@ -1,0 +1,105 @@
+"""The folder `cpu/` of a build: one compiled step for a CPU, and what it binds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from backends.cpp.emit import Emitter, Structure, Unsupported, comment, size
+from backends.cpp.statements import MADE, STATEMENTS
+from backends.render import render
+from backends.torch.declare import joined_names
+from backends.torch.methods import Methods
+from backends.torch.records import docstring
+from compiler.graph.core import Graph, Program
+from compiler.graph.equal import equal_graphs
+from compiler.pipeline import Compiled
+
+PROGRAMS = ("decode", "draft")
+"""What an engine runs."""
+
+
+class Structures:
+    """The structures of all programs; graphs that programs share are written once."""
+
+    def __init__(self, compiled: Compiled, dtype: str) -> None:
+        self.compiled = compiled
+        self.dtype = dtype
+        served = Methods(compiled)
+        self.joined = {
+            name: joined_names(graph, served.versions(name))
+            for name, graph in compiled.lowered.graphs.items()
+        }
+        self.made: dict[str, Structure] = {}
+        self._graphs: dict[str, Graph] = {}
+
+    def of(self, program: Program, graph: Graph, name: str = "") -> Structure:
+        """The structure of a graph; of the root, under a name of its own."""
+        callees = {callee: self.of(program, program.graphs[callee]) for callee in graph.calls()}
+        known = self._graphs.get(graph.name)
+        if not name and known is not None:
+            if equal_graphs(known, graph):
+                return self.made[graph.name]
+            raise Unsupported(f"the block {graph.name}, which differs between programs")
+        emitter = Emitter(graph, STATEMENTS, callees, self.joined[graph.name], self.dtype, MADE)
+        if name:
+            structure = emitter.root(name)
+        else:
+            structure = emitter.structure()
+            self._graphs[graph.name] = graph
+        self.made[name or graph.name] = structure
+        return structure
+
+
+def cpu_package(
+    compiled: Compiled, *, about: str, spec: str, version: str, dtype: str
+) -> dict[str, str]:
+    """Texts by path inside the build. Raises `Unsupported` for what C++ has no statement for."""
+    structures = Structures(compiled, dtype)
+    programs = {}
+    for name in PROGRAMS:
+        if name in compiled.programs:
+            program = compiled.programs[name]
+            structure = structures.of(program, program.main, f"{program.root}_{name}")
+            programs[name] = (structure, _hidden(program.main))
+    facts = {"spec": docstring(spec), "version": version}
+    return {
+        "cpu/__init__.py": render(
+            "cpp/init.py.jinja",
+            programs={
+                name: {
+                    "memory": structure.memory,
+                    "hidden": hidden,
+                    "angles": [dict(table) for table in structure.bindings.angles],
+                    "caches": structure.bindings.caches,
+                    "weights": structure.bindings.weights,
+                }
+                for name, (structure, hidden) in programs.items()
+            },
+            **facts,
+        ),
+        "cpu/step.cpp": render(
+            "cpp/step.cpp.jinja",
+            about=comment(about or "A language model."),
+            structures=[_record(s) for s in structures.made.values()],
+            programs={name: structure.name for name, (structure, _) in programs.items()},
+            **facts,
+        ),
+        "cpu/operators.h": Path(__file__).with_name("operators.h").read_text(encoding="utf-8"),
+    }
+
+
+def _hidden(root: Graph) -> int:
+    """The width of the states that go to the head."""
+    return next(size(op.operands[0].type.last) for op in root.ops if op.kind == "last_entry")
+
+
+def _record(structure: Structure) -> Mapping[str, object]:
+    return {
+        "name": structure.name,
+        "about": comment(structure.about or structure.name),
+        "members": structure.members,
+        "inits": [f"{m.name}({m.made})" for m in structure.members],
+        "signature": ["const op::Step &s", "op::Arena arena", *structure.parameters],
+        "lines": structure.lines,
+    }
