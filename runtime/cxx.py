@@ -14,7 +14,7 @@ from pathlib import Path
 
 FLAGS = (
     "-std=c++20",
-    "-O3",
+    "-O2",
     "-march=native",
     # The compiler joins no product with a sum by itself: bits follow from the source alone.
     "-ffp-contract=off",

@@ -437,6 +437,9 @@ template <class Model> int run(const Call &call, const Model &model) {
 
 // ---- products ------------------------------------------------------------------------------------
 
+// Operators are compiled once, not into every block that calls them.
+#define APART __attribute__((noinline))
+
 // Loops over what is in registers are written out, or it would be in memory.
 #define UNROLL _Pragma("GCC unroll 32")
 
@@ -461,12 +464,18 @@ inline void dots_at(vec (&sums)[R][C], const float *const (&x)[R], const T *w, i
   }
 }
 
-// The same for k numbers.
+// The same for k numbers. Of weights that come from memory, those `ahead` are asked for, if any:
+// rows are too short for the CPU to find out by itself what comes next.
 template <int R, int C, class T>
-inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const T *w, int64_t apart, int k) {
+inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const T *w, int64_t apart, int k,
+                 int64_t ahead = 0) {
+  constexpr int LINE = 64 / sizeof(T);
   int i = 0;
-  for (; i + LANES <= k; i += LANES)
+  for (; i + LANES <= k; i += LANES) {
+    if (ahead && i % LINE == 0)
+      UNROLL for (int c = 0; c < C; c++) __builtin_prefetch(w + c * apart + i + ahead);
     dots_at(sums, x, w, apart, [&](auto *row) { return load(row + i); });
+  }
   if (i < k) dots_at(sums, x, w, apart, [&](auto *row) { return load_some(row + i, k - i); });
 }
 
@@ -490,9 +499,10 @@ template <int R> constexpr int TILE = R == 1 ? 8 : R == 2 ? 6 : 3;
 constexpr int ROWS = 4;
 constexpr int BLOCK = 24;  // rows of weights that stay in the cache while all rows pass: of all tiles
 
-// y_r[c] = x_r w_c for columns `first` to `last`, R rows. `x` and `y` give the rows.
+// y_r[c] = x_r w_c for columns `first` to `last`, R rows. `x` and `y` give the rows; `fresh` says that
+// the weights come from memory.
 template <int R, class T, class X, class Y>
-inline void product_tile(int row, int k, const T *w, int first, int last, X x, Y y) {
+inline void product_tile(int row, int k, const T *w, int first, int last, bool fresh, X x, Y y) {
   const float *in[R];
   float *out[R];
   UNROLL for (int r = 0; r < R; r++) in[r] = x(row + r), out[r] = y(row + r);
@@ -503,7 +513,7 @@ inline void product_tile(int row, int k, const T *w, int first, int last, X x, Y
     vec sums[R][N];
     float joined[R][N];
     clear(sums);
-    dots<R, N>(sums, in, w + int64_t(c) * k, k, k);
+    dots<R, N>(sums, in, w + int64_t(c) * k, k, k, fresh ? int64_t(C) * k : 0);
     join(sums, joined);
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < N; i++) out[r][c + i] = joined[r][i];
   };
@@ -517,22 +527,23 @@ inline void product(int begin, int end, int k, const T *w, int first, int last, 
   for (int block = first; block < last; block += BLOCK) {
     const int stop = std::min(block + BLOCK, last);
     int row = begin;
-    for (; row + ROWS <= end; row += ROWS) product_tile<ROWS>(row, k, w, block, stop, x, y);
-    if (end - row == 3) product_tile<3>(row, k, w, block, stop, x, y);
-    if (end - row == 2) product_tile<2>(row, k, w, block, stop, x, y);
-    if (end - row == 1) product_tile<1>(row, k, w, block, stop, x, y);
+    for (; row + ROWS <= end; row += ROWS)
+      product_tile<ROWS>(row, k, w, block, stop, row == begin, x, y);
+    if (end - row == 3) product_tile<3>(row, k, w, block, stop, row == begin, x, y);
+    if (end - row == 2) product_tile<2>(row, k, w, block, stop, row == begin, x, y);
+    if (end - row == 1) product_tile<1>(row, k, w, block, stop, row == begin, x, y);
   }
 }
 
 // y = x W^T. Each thread computes some columns.
-template <class T> void linear(const Step &s, Rows x, Matrix<T> w, Rows y) {
+template <class T> APART void linear(const Step &s, Rows x, Matrix<T> w, Rows y) {
   const auto [first, last] = s.share(w.out, 8);
   product(0, x.count, w.in, w.data, first, last, [&](int r) { return x.row(r); },
           [&](int r) { return y.row(r); });
 }
 
 // y = x W_e^T for the rows of each expert e, which end at `ends`; each thread some columns of all.
-template <class T> void grouped_linear(const Step &s, Rows x, Ints ends, Matrices<T> w, Rows y) {
+template <class T> APART void grouped_linear(const Step &s, Rows x, Ints ends, Matrices<T> w, Rows y) {
   const auto [first, last] = s.share(w.out, 8);
   for (int e = 0, begin = 0; e < w.experts; begin = ends.data[e++])
     if (begin < ends.data[e])
@@ -541,7 +552,7 @@ template <class T> void grouped_linear(const Step &s, Rows x, Ints ends, Matrice
 }
 
 // Each head's rows of the weight times x: y[r, h, c] = x[r, h] w[h, start + c].
-template <class T> void head_linear(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
+template <class T> APART void head_linear(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
   const int each = w.out / x.heads, tiles = (x.count + ROWS - 1) / ROWS;
   const auto [first, last] = s.share(x.heads * tiles);
   for (int item = first; item < last; item++) {
@@ -600,7 +611,7 @@ inline void weighted_sum(const float *const (&f)[R], const Runs &runs, int width
 }
 
 // Each head's rows of the weight, transposed: y[r, h] = sum_j x[r, h, j] w[h, start + j].
-template <class T> void head_linear_t(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
+template <class T> APART void head_linear_t(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
   const int each = w.out / x.heads, tiles = (x.count + ROWS - 1) / ROWS;
   const auto [first, last] = s.share(x.heads * tiles);
   for (int item = first; item < last; item++) {
@@ -764,7 +775,7 @@ template <class Taken> inline int best(const float *x, int n, Taken taken) {
 // The k experts of each row and their weights, eq. 12 to 16. Affinities are float64, then rounded.
 // `scratch` has three numbers for each expert.
 template <class T>
-void gate(const Step &s, Rows x, Vector<T> bias, Routing how, Rows scratch, Ints index, Rows weight) {
+APART void gate(const Step &s, Rows x, Vector<T> bias, Routing how, Rows scratch, Ints index, Rows weight) {
   const int experts = x.width, each = experts / how.groups;
   const auto [first, last] = s.share(x.count);
   for (int r = first; r < last; r++) {
@@ -859,7 +870,7 @@ inline float softmax_sum(float *x, int n) {
 
 // Softmax attention of H heads of a row to the latents of its sequence, keys and values at once.
 template <int H, class T>
-void attend_latent(const Step &s, int row, int head, Heads q, Heads q_rope, Pool<T> c_kv,
+APART void attend_latent(const Step &s, int row, int head, Heads q, Heads q_rope, Pool<T> c_kv,
                    Pool<T> k_rope, float scale, Heads y) {
   const Call &call = s.call;
   const int keys = int(call.lengths[row]), page = int(call.page), c = c_kv.width, d = k_rope.width;

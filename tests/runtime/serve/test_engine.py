@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.compiled import CompiledModel, served
 from runtime.pages import Pages
 from runtime.serve.blocks import Blocks
 from runtime.serve.engine import Engine
 from runtime.serve.options import Options
 from runtime.serve.request import Event, Sampling, Token
 from runtime.serve.speculate import LUCK, TRIED
+from tests.support.compiled import needs_compiler, package
 from tests.support.tiny import Model
 
 VOCAB = 96
@@ -24,6 +26,24 @@ Asked = tuple[list[int], Sampling]
 
 @pytest.fixture(scope="module")
 def model() -> Model:
+    return Model(dtype=torch.float32, seed=3)
+
+
+def compiled_model(factory: pytest.TempPathFactory) -> Model:
+    """Its steps are compiled code."""
+    built: Model = package(factory, "compiled_tiny").Model(seed=3)
+    assert isinstance(served(built), CompiledModel)
+    return built
+
+
+BOTH = ["torch", pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow])]
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The model above, and one whose steps are compiled code."""
+    if request.param == "compiled":
+        return compiled_model(tmp_path_factory)
     return Model(dtype=torch.float32, seed=3)
 
 
@@ -85,12 +105,12 @@ def together(
 
 
 @pytest.mark.slow
-def test_requests_give_the_same_bits_alone_and_in_any_company(model: Model) -> None:
+def test_requests_give_the_same_bits_alone_and_in_any_company(either: Model) -> None:
     rng = random.Random(0)
     requests = [asked(rng) for _ in range(40)]
     # Some begin alike.
     requests += [(requests[i][0] + requests[i + 1][0], requests[i][1]) for i in range(8)]
-    expected = alone(model, requests, page=8)
+    expected = alone(either, requests, page=8)
     for seed, options in enumerate(
         [
             Options(page=8),
@@ -100,7 +120,7 @@ def test_requests_give_the_same_bits_alone_and_in_any_company(model: Model) -> N
             Options(page=8, max_requests=9, step_tokens=40, speculate=3),
         ]
     ):
-        found, engine = together(model, requests, options, seed)
+        found, engine = together(either, requests, options, seed)
         assert found == expected
         assert engine.stats()["cached_tokens"] > 0 or not options.prefix_cache
         assert engine.stats()["accepted_drafts"] > 0 or not options.speculate
@@ -108,7 +128,7 @@ def test_requests_give_the_same_bits_alone_and_in_any_company(model: Model) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("speculate", [0, 3])
-def test_preempted_requests_resume_with_the_same_bits(model: Model, speculate: int) -> None:
+def test_preempted_requests_resume_with_the_same_bits(either: Model, speculate: int) -> None:
     rng = random.Random(1)
     requests = [
         (prompt[:8], replace(sampling, max_tokens=40, end_tokens=frozenset()))
@@ -118,10 +138,10 @@ def test_preempted_requests_resume_with_the_same_bits(model: Model, speculate: i
         page=4, max_requests=20, step_tokens=64, max_model_len=48, speculate=speculate
     )
     # Room for three of them.
-    found, engine = together(model, requests, options, 2, blocks=37)
+    found, engine = together(either, requests, options, 2, blocks=37)
     assert engine.scheduler.preemptions >= 100
     # With room for all, nobody is preempted; that this equals each alone, the test above shows.
-    assert found == together(model, requests, Options(page=4), 3)[0]
+    assert found == together(either, requests, Options(page=4), 3)[0]
 
 
 def test_a_few_in_company(model: Model) -> None:
@@ -131,14 +151,14 @@ def test_a_few_in_company(model: Model) -> None:
     assert found == alone(model, requests)
 
 
-def test_greedy_is_that_of_the_whole_forward_pass(model: Model) -> None:
+def test_greedy_is_that_of_the_whole_forward_pass(either: Model) -> None:
     prompt = [5, 9, 40, 2, 77]
-    engine = Engine(model)
+    engine = Engine(either)
     engine.add("a", prompt, Sampling(max_tokens=20, logprobs=0))
     tokens = run(engine)["a"]
     text = torch.tensor([[*prompt, *(token.id for token in tokens)]])
     with torch.no_grad():
-        scores = model(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        scores = either(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert scores.argmax(-1).tolist() == [token.id for token in tokens]
     logprobs = torch.tensor([token.logprob for token in tokens])
     assert torch.allclose(scores.amax(-1), logprobs, atol=1e-5)
@@ -203,10 +223,10 @@ def test_abort_frees_at_once_and_may_be_repeated(model: Model) -> None:
     assert not engine.busy
 
 
-def test_drafts_are_what_the_forward_pass_expects(model: Model) -> None:
+def test_drafts_are_what_the_forward_pass_expects(either: Model) -> None:
     """Of the text that was made: each draft, whether it was right, and the steps it took."""
     prompt = [5, 9, 40, 2, 77, 31]
-    engine = Engine(model, Options(speculate=1, step_tokens=4))
+    engine = Engine(either, Options(speculate=1, step_tokens=4))
     engine.add("a", prompt, Sampling(max_tokens=40))
     request = engine.scheduler.waiting[0]
     drafts: dict[int, int] = {}
@@ -216,7 +236,7 @@ def test_drafts_are_what_the_forward_pass_expects(model: Model) -> None:
             (drafts[request.known],) = request.drafts
     text = [*prompt, *request.output]
     with torch.no_grad():
-        ahead = model(torch.tensor([text])).mtp_logits[0][0].argmax(-1).tolist()
+        ahead = either(torch.tensor([text])).mtp_logits[0][0].argmax(-1).tolist()
     # Score i of the module is that of token i + 2.
     assert drafts == {place: ahead[place - 2] for place in drafts}
     right = sum(text[place] == draft for place, draft in drafts.items())
@@ -251,13 +271,18 @@ def test_nan_ends_the_request_that_has_it(model: Model) -> None:
     assert engine.scheduler.blocks.held == 0
 
 
-@pytest.fixture
-def poisoned() -> Model:
+def poison(model: Model) -> Model:
     """Token 13 is NaN from the embedding on."""
-    model = Model(dtype=torch.float32, seed=3)
     with torch.no_grad():
         model.model.embed_tokens.weight[13] = torch.nan
     return model
+
+
+@pytest.fixture(params=BOTH)
+def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    if request.param == "compiled":
+        return poison(compiled_model(tmp_path_factory))
+    return poison(Model(dtype=torch.float32, seed=3))
 
 
 def test_a_broken_request_harms_no_other(poisoned: Model) -> None:
@@ -284,7 +309,8 @@ def test_a_broken_request_harms_no_other(poisoned: Model) -> None:
     assert cached(fresh, [7] * 16 + [5]) == 0 and ends(fresh, [7] * 16 + [5]) == good
 
 
-def test_a_broken_draft_changes_nothing(poisoned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_draft_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned = poison(Model(dtype=torch.float32, seed=3))
     requests = [([5, 6, 7], Sampling(max_tokens=8)), ([8, 9], Sampling(max_tokens=8))]
     expected = alone(poisoned, requests)
 
@@ -376,11 +402,11 @@ def test_options_that_do_not_fit(
 
 
 @pytest.mark.parametrize("speculate", [0, 1])
-def test_memory_is_what_was_asked_for(model: Model, speculate: int) -> None:
+def test_memory_is_what_was_asked_for(either: Model, speculate: int) -> None:
     options = Options(
         cache_bytes=200_000, max_model_len=64, max_requests=16, page=16, speculate=speculate
     )
-    engine = Engine(model, options)
+    engine = Engine(either, options)
     engine.add("a", [1] * 30, Sampling(max_tokens=30))
     run(engine)
     assert 0 < 200_000 - engine.pages.bytes < engine.block_bytes

@@ -1,0 +1,248 @@
+"""Steps of compiled code: equal to torch's up to rounding, and to themselves bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime import compiled, cxx
+from runtime.matmul import batch_invariant
+from runtime.pages import Pages, make_rows
+from tests.support.compiled import COMPILER, needs_compiler, package, source
+from tests.support.places import ROOT
+from tests.support.tiny import Model
+
+PAGE, TEXT = 16, 60
+Steps = Any
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return package(tmp_path_factory, "compiled_tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def text() -> list[int]:
+    return torch.randint(96, (TEXT,), generator=torch.manual_seed(3)).tolist()
+
+
+def decoded(steps: Steps, chunks: list[int], others: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and states of a text in chunks, and logits of drafts; beside rows of other texts."""
+    pages, tokens = Pages(2 + TEXT // PAGE + others, PAGE), text()
+    blocks = list(range(1, 2 + TEXT // PAGE))
+    found: list[tuple[Tensor, ...]] = []
+    start = 0
+    with torch.inference_mode(), batch_invariant():
+        for new in chunks:
+            company = [([len(blocks) + 1 + i], 0, 1) for i in range(others)]
+            rows, position = make_rows(
+                [*company, (blocks, start, new)], range(others, others + new), PAGE
+            )
+            pages.begin(rows)
+            given = torch.tensor([[*range(others), *tokens[start : start + new]]])
+            logits = steps.decode(given, position, pages)
+            assert not pages.broken.any()
+            states = pages.states
+            pages.begin(rows)
+            drafts = steps.draft(states, given, position + steps.draft_offset, pages)
+            found.append((logits, states[0, others:], drafts))
+            start += new
+    logits, states, drafts = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits, states, drafts
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_step_gives_what_torch_gives_and_the_same_bits_in_any_company(tiny: ModuleType) -> None:
+    model = tiny.Model(seed=1)
+    steps = compiled.served(model)
+    assert isinstance(steps, compiled.CompiledModel)
+    expected = decoded(model, [20, 1, 1, 5, 33])
+    found = decoded(steps, [20, 1, 1, 5, 33])
+    for ours, reference in zip(found, expected, strict=True):
+        # Other orders of sums: float32 has 24 bits, 2.4e-7 of the largest state is one of them.
+        assert (ours - reference).abs().max() <= 2e-6 * reference.abs().max()
+    assert torch.equal(found[0].argmax(-1), expected[0].argmax(-1))
+    for chunks, others, threads in (
+        ([60], 0, 1), ([1] * 60, 0, 1), ([3] * 20, 5, 1), ([7] * 8 + [4], 2, 3), ([2] * 30, 1, 2),
+    ):  # fmt: skip
+        torch.set_num_threads(threads)
+        for ours, same in zip(decoded(steps, chunks, others), found, strict=True):
+            assert torch.equal(ours, same)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_weights_are_read_where_they_lie(tiny: ModuleType) -> None:
+    model = tiny.Model(seed=1)
+    steps = compiled.served(model)
+    before = decoded(steps, [TEXT])
+    other = tiny.Model(seed=2)
+    model.load_state_dict(other.state_dict())
+    changed = decoded(steps, [TEXT])
+    assert not torch.equal(before[0], changed[0])
+    assert torch.equal(changed[0], decoded(compiled.served(other), [TEXT])[0])
+    model.lm_head.weight.data = torch.zeros_like(model.lm_head.weight)  # at another place
+    assert not decoded(steps, [TEXT])[0].any()
+    model.lm_head.weight.data = model.lm_head.weight.data.double()
+    with pytest.raises(cxx.NotCompiled, match=r"lm_head\.weight is float64"):
+        decoded(steps, [TEXT])
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_tokens_and_positions_that_there_are_none_of_are_refused(tiny: ModuleType) -> None:
+    steps: Steps = compiled.served(tiny.Model(seed=1))
+    rows, position = make_rows([([1], 0, 1)], [0], PAGE)
+    for token, place in ((96, 0), (-1, 0), (0, 257), (0, -1)):
+        pages = Pages(2, PAGE)
+        pages.begin(rows)
+        with pytest.raises(ValueError, match="tokens must be from 0 to 95 and positions from 0 to"):
+            steps.decode(torch.tensor([[token]]), position + place, pages)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_bfloat16_weights_are_widened(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Against the float32 model of the same weights: only what the cache holds is rounded."""
+    built = package(
+        tmp_path_factory, "compiled_bf16", "precision.policy=bf16", "architecture.mtp.depth=1"
+    )
+    model = built.Model(seed=1)
+    exact = built.Model(dtype=torch.float32)
+    exact.load_state_dict(model.state_dict())
+    steps = compiled.served(model)
+    assert isinstance(steps, compiled.CompiledModel)
+    found, expected = decoded(steps, [7, 1, 52]), decoded(exact, [7, 1, 52])
+    for ours, reference, torchs in zip(found, expected, decoded(model, [7, 1, 52]), strict=True):
+        error = (ours - reference).norm() / reference.norm()
+        assert error < 1e-2 and error < 0.5 * (torchs - reference).norm() / reference.norm()
+    for ours, same in zip(decoded(steps, [1] * 60), found, strict=True):
+        assert torch.equal(ours, same)
+
+
+SANITIZED = """
+import torch
+from tests.runtime.test_compiled import decoded
+from runtime import compiled, cxx
+import compiled_tiny
+
+# Checks of what is not optimized take half the time to compile.
+CHECKS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0"
+cxx.FLAGS = (*cxx.FLAGS, *CHECKS)
+steps = compiled.served(compiled_tiny.Model(seed=1))
+assert isinstance(steps, compiled.CompiledModel)
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    decoded(steps, [20, 1, 2, 5, 32], others=3)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer is loaded as Linux does it")
+def test_sanitizers_find_nothing(tiny: ModuleType) -> None:
+    asked = [str(COMPILER), "-print-file-name=libasan.so"]
+    library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("the compiler has no address sanitizer")
+    environment = os.environ | {
+        "CXX": str(COMPILER),
+        "LD_PRELOAD": os.path.realpath(library),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are many
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(source(tiny).parents[2])]),
+    }
+    run = [sys.executable, "-c", SANITIZED]
+    done = subprocess.run(
+        run, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout == "clean\n", done.stderr
+
+
+# ---- where there is none -------------------------------------------------------------------------
+
+
+class WithSource(Model):
+    """A model whose build had a compiled step, of C++ that no compiler takes."""
+
+    def decode(self, *inputs: Any) -> Any:  # type: ignore[override]
+        return super().decode(*inputs)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    path = tmp_path / "a_model" / "cpu" / "step.cpp"
+    path.parent.mkdir(parents=True)
+    path.write_text('#error "not this"\n')
+    monkeypatch.setattr(WithSource, "compiled", compiled.Source(path, {}))
+    monkeypatch.delenv("DSLC_KERNELS", raising=False)
+    return WithSource(dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no_such_compiler", "there is no compiler no_such_compiler (CXX)"),
+        ("false", "false cannot be asked: 1"),
+    ],
+)
+def test_without_a_compiler_torch_serves_and_one_line_says_so(
+    model: Model, compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert compiled.served(model) is model
+    assert capsys.readouterr().err == f"a_model: torch computes its steps: {reason}\n"
+
+
+def test_no_compiler_on_the_path(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiled.served(model) is model
+    assert "there is no C++ compiler (c++, g++, clang++, or CXX)" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_what_cannot_be_compiled_is_told(model: Model, capsys: Any) -> None:
+    assert compiled.served(model) is model
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "a_model: compiling its step for this CPU, once"
+    assert second.startswith("a_model: torch computes its steps: ") and "not this" in second
+
+
+def test_torch_can_be_asked_for(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("DSLC_KERNELS", "torch")
+    assert compiled.served(model) is model
+    assert capsys.readouterr().err == ""
+
+
+def test_a_decode_of_ones_own_is_what_is_served(model: Model, capsys: Any) -> None:
+    class Own(WithSource):
+        def decode(self, *inputs: Any) -> Any:
+            return super().decode(*inputs)
+
+    own = Own(dtype=torch.float32)
+    assert compiled.served(own) is own and capsys.readouterr().err == ""
+
+
+def test_other_dtypes_are_torchs(model: Model, capsys: Any) -> None:
+    double = WithSource(dtype=torch.float64)
+    assert compiled.served(double) is double
+    assert capsys.readouterr().err == "a_model: torch computes its steps: weights in float64\n"
