@@ -3,39 +3,91 @@
 Run it with `python benchmarks/decode.py` from the repository's root; `--help` lists how to run
 less. Ratios carry over to other machines, rates do not. Transformers decodes in three ways: by its
 own `generate`, by a bare loop around the model, and by that loop around the compiled model with a
-cache of fixed size, which keeps shapes equal from step to step.
+cache of fixed size, which keeps shapes equal from step to step. Of ours there are `generate`, and a
+loop around the step in C++ (`--target cpu`), beside the time that reading its weights takes.
 """
 
 from __future__ import annotations
 
+import importlib
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from peer import Peer, matches, options, profile, race, report
+from peer import Match, Peer, matches, options, profile, race, report
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-BATCH, PROMPT, NEW = 1, 64, 64
+PROMPT, NEW = 64, 64
 
 
 def main() -> None:
     asked = options("Greedy decoding on the CPU: tokens a second against transformers.")
     for match in matches(asked):
-        print(f"{match.title}, {NEW} tokens after {PROMPT}, batch {BATCH}", flush=True)
+        batch = asked.batch
+        print(f"{match.title}, {NEW} tokens after {PROMPT}, batch {batch}", flush=True)
         vocab = match.ours.config.params.vocab_size
-        prompt = torch.randint(vocab, (BATCH, PROMPT), generator=torch.manual_seed(0))
+        prompt = torch.randint(vocab, (batch, PROMPT), generator=torch.manual_seed(0))
         ours = partial(match.ours.generate, prompt, NEW, eos_token_id=None)
         if asked.profile:
             profile(ours)
             continue
         runs: dict[str, Callable[[], object]] = {"dslc": ours}
+        steps, parts = compiled_steps(match)
+        runs["dslc compiled"] = partial(paged, steps, parts, prompt)
         for peer in match.peers:
             if not peer.compiled:
                 runs[f"{peer.name} generate"] = partial(generate, peer.model, prompt)
             runs[f"{peer.name} loop"] = partial(loop, peer, step_of(peer), prompt)
-        report(race(runs, asked), BATCH * NEW)
+        times = race(runs, asked)
+        report(times, batch * NEW)
+        if batch == 1:
+            read, seconds = floor(match)
+            print(f"  one step of the compiled code {times['dslc compiled'] / NEW * 1e3:.2f} ms")
+            print(f"  reading its {read / 1e6:.1f} MB of weights {seconds * 1e3:.2f} ms")
+
+
+def compiled_steps(match: Match) -> tuple[Any, Any]:
+    """The compiled programs of the built package, and its module `pages`."""
+    runtime = f"{type(match.ours).__module__.partition('.')[0]}.runtime"
+    steps = importlib.import_module(f"{runtime}.compiled").served(match.ours)
+    if steps is match.ours:
+        raise SystemExit("the step was not compiled")
+    return steps, importlib.import_module(f"{runtime}.pages")
+
+
+@torch.inference_mode()
+def paged(steps: Any, pages: Any, prompt: Tensor, page: int = 64) -> Tensor:
+    """The prompts in one step, and a token of each in every further one."""
+    batch, each = len(prompt), -(-(PROMPT + NEW) // page)
+    cache = pages.Pages(batch * each + 1, page)
+    blocks = [list(range(1 + i * each, 1 + (i + 1) * each)) for i in range(batch)]
+    text, new = prompt, prompt
+    while text.shape[1] < PROMPT + NEW:
+        first, rows = text.shape[1] - new.shape[1], new.shape[1]
+        ends = [(i + 1) * rows - 1 for i in range(batch)]
+        step, position = pages.make_rows([(b, first, rows) for b in blocks], ends, page)
+        cache.begin(step)
+        new = steps.decode(new.reshape(1, -1), position, cache).argmax(-1, keepdim=True)
+        text = torch.cat((text, new), 1)
+    return text
+
+
+def floor(match: Match, turns: int = 50) -> tuple[float, float]:
+    """Bytes of weights that one row reads, and the least seconds in which torch reads as many."""
+    params, numbers = match.ours.config.params, 0.0
+    for name, weight in match.ours.named_parameters():
+        share = params.num_experts_per_tok / params.n_routed_experts if weight.dim() == 3 else 1
+        numbers += 0 if "embed_tokens" in name else share * weight.numel()
+    size = int(numbers) * match.dtype.itemsize
+    like, times = torch.zeros(size // 4), []
+    for _ in range(turns):
+        start = time.perf_counter()
+        like.sum()
+        times.append(time.perf_counter() - start)
+    return size, min(times)
 
 
 def generate(model: Any, prompt: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ work on the pages of the torch programs, so that either can go on where the othe
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import c_int64, c_void_p
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .config import Config
-from .cxx import NotCompiled, compiled
+from .cxx import NotCompiled, compiled, identity
+from .dispatch import wanted
 from .pages import Pages, Rows
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "op::bf16"}
@@ -67,7 +67,7 @@ def served(model: M) -> M | CompiledModel:
     other reason is told in one line.
     """
     source: Source | None = getattr(model, "compiled", None)
-    if source is None or os.environ.get("DSLC_KERNELS") == "torch":
+    if source is None or wanted() == "torch":
         return model
     if not isinstance(model, nn.Module) or model.device != torch.device("cpu"):
         return model
@@ -79,6 +79,12 @@ def served(model: M) -> M | CompiledModel:
         name = source.path.parent.parent.name
         print(f"{name}: torch computes its steps: {reason}", file=sys.stderr)
         return model
+
+
+def fingerprint(model: type) -> str:
+    """What the bits of compiled steps of such a model depend on; of torch's, a word."""
+    source: Source | None = getattr(model, "compiled", None)
+    return "torch" if source is None or wanted() == "torch" else identity(source.path)
 
 
 def _definer(model: object, name: str) -> type:

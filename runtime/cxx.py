@@ -43,6 +43,14 @@ def compiled(source: Path, definitions: Mapping[str, str]) -> ctypes.CDLL:
     return ctypes.CDLL(str(found or _compile(command, source, folders, name)))
 
 
+def identity(source: Path) -> str:
+    """A hash of a source, the headers beside it, the compiler and this CPU; else why not."""
+    try:
+        return _key([*_compiler(), *FLAGS], source)
+    except NotCompiled as reason:
+        return str(reason)
+
+
 def _compiler() -> list[str]:
     """CXX, or the first compiler on the path."""
     given = shlex.split(os.environ.get("CXX", ""))

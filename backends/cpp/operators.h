@@ -159,8 +159,8 @@ inline vec exp(vec x) {
 
 // ---- rows ----------------------------------------------------------------------------------------
 
-// `count` rows of `width` numbers, `stride` apart; with `index`, those that it lists, `each` times
-// each number of it being one row: expert choices are rows of their tokens.
+// `count` rows of `width` numbers, `stride` apart; with `index`, those that it lists: slots of
+// experts are rows of their tokens.
 struct Rows {
   float *data;
   int64_t stride;
@@ -350,15 +350,19 @@ class Team {
       work(Step(*call, barrier, thread), model);
       barrier.wait(size);
     }
+    leave();
+  }
+
+  // Whoever leaves last removes the team.
+  void leave() {
     if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
 
   void end() {
-    if (size == 1) return delete this;
-    left.store(size - 1);
     work = nullptr;
     job.fetch_add(1, std::memory_order_release);
     job.notify_all();
+    leave();
   }
 
   const pid_t process;
@@ -367,7 +371,7 @@ class Team {
   Work work = nullptr;
   const void *model = nullptr;
   Barrier barrier;
-  std::atomic<int> left{0};
+  std::atomic<int> left{size};
   alignas(64) std::atomic<uint32_t> job{0};
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from compiler.pipeline import Compiled
 
 PROGRAMS = ("decode", "draft")
 """What an engine runs."""
+
+WIDTH = 96
+"""Columns of a statement, which is indented by four more."""
 
 
 class Structures:
@@ -94,6 +98,13 @@ def _hidden(root: Graph) -> int:
     return next(size(op.operands[0].type.last) for op in root.ops if op.kind == "last_entry")
 
 
+def _wrapped(line: str) -> list[str]:
+    """A statement over several lines where it is too long for one."""
+    return textwrap.wrap(
+        line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+
+
 def _record(structure: Structure) -> Mapping[str, object]:
     return {
         "name": structure.name,
@@ -101,5 +112,5 @@ def _record(structure: Structure) -> Mapping[str, object]:
         "members": structure.members,
         "inits": [f"{m.name}({m.made})" for m in structure.members],
         "signature": ["const op::Step &s", "op::Arena arena", *structure.parameters],
-        "lines": structure.lines,
+        "lines": [part for line in structure.lines for part in _wrapped(line)],
     }

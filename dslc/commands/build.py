@@ -93,6 +93,7 @@ def run(
         if format is Format.json:
             files = dict(result.files)
             found = {"folder": str(out), "files": files, "user_code": result.user_code}
+            found |= {"no_cpp": result.missing} if result.missing else {}
             print_json({"ok": True, "diagnostics": [], **found})
         else:
             print("\n".join(summary_lines(result)))
@@ -131,7 +132,7 @@ def summary_lines(result: BuildResult) -> list[str]:
     if result.left_to_torch:
         lines.append(f"no kernel serves {'; '.join(result.left_to_torch)}: torch's own code runs")
     if result.missing:
-        lines.append(f"torch serves it on CPUs, too: there is no C++ for {result.missing}")
+        lines.append(f"torch computes its served steps: there is no C++ for {result.missing}")
     if result.user_code:
         lines.append(
             f"it includes code of yours, which runs with it: {', '.join(result.user_code)}"

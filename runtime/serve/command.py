@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import config
+from .. import compiled, config
 from ..model import LanguageModel
 from ..shards import LoadError
 from ..train.command import open_run, weights_in
@@ -302,4 +302,5 @@ def _facts(model: type[LanguageModel], folder: Path, options: Options) -> Iterat
             file.seek(max(size - 2**16, 0))
             yield file.read()
     cpu = torch.backends.cpu.get_cpu_capability()
-    yield repr((torch.__version__, cpu, threads(), options.page)).encode()
+    steps = compiled.fingerprint(model)
+    yield repr((torch.__version__, cpu, threads(), options.page, steps)).encode()

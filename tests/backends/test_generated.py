@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.generated import CASES, generated
+from backends.build import compiled_step
+from backends.cpp.emit import Unsupported
+from tests.support.generated import CASES, described, generated
 from tests.support.golden import Golden
 
 
@@ -22,6 +24,22 @@ def test_model_and_config(case: str, golden: Golden) -> None:
         golden(f"generated/{case}.config.py.txt", files["config.py"])
     if case == "deepseek_v3":
         golden(f"generated/{case}.stages.py.txt", files["stages.py"])
+
+
+@pytest.mark.slow
+def test_step_in_cpp(golden: Golden) -> None:
+    """What it binds is listed in Python, layer by layer."""
+    files = compiled_step(*described("deepseek_v3_tiny"))
+    golden("generated/deepseek_v3_tiny.step.cpp.txt", files["cpu/step.cpp"])
+    golden("generated/deepseek_v3_tiny.cpu.py.txt", files["cpu/__init__.py"])
+    assert all(len(line) <= 100 for line in files["cpu/step.cpp"].splitlines())
+    ast.parse(files["cpu/__init__.py"])
+
+
+@pytest.mark.slow
+def test_operators_without_cpp_are_named() -> None:
+    with pytest.raises(Unsupported, match=r"attention \(gqa\.dsl:\d+\)"):
+        compiled_step(*described("dense_gqa_tied"))
 
 
 @pytest.mark.slow

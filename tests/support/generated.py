@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from backends.build import package
 from compiler.analysis import summary
-from compiler.pipeline import compile
+from compiler.pipeline import Compiled, compile
 from compiler.plan.make import make_plan
-from dsl.load import load
+from dsl.load import Description, load
 from tests.support.places import SPECS
 
 SMALL = [
@@ -24,10 +24,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def generated(case: str) -> dict[str, str]:
+def described(case: str) -> tuple[Description, Compiled]:
     spec, sets = CASES[case]
     description = load(SPECS / f"{spec}.yaml", sets=sets)
-    compiled = compile(description)
+    return description, compile(description)
+
+
+def generated(case: str) -> dict[str, str]:
+    description, compiled = described(case)
     numbers = summary(compiled.lowered, compiled.programs["decode"])
     files = package(description, compiled, numbers, make_plan(description, compiled))
     return {name: data.decode() for name, data in files.items()}
