@@ -1,6 +1,6 @@
 """A step of a served model as one call of compiled code, without Python in between.
 
-A build with `--target cpu` holds the programs `decode` and `draft` as C++ (`cpu/step.cpp`). They
+A build with `--target cpu` holds the programs `decode`, `draft`, .. as C++ (`cpu/step.cpp`). They
 work on the pages of the torch programs, so that either can go on where the other stopped.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ class Source:
 
 
 M = TypeVar("M")
+Draft = Callable[[Tensor, Tensor, Tensor, Pages], Tensor]
 
 
 def served(model: M) -> M | CompiledModel:
@@ -107,7 +108,7 @@ class _Call(ctypes.Structure):
 
 
 class CompiledModel:
-    """The programs `decode` and `draft` of a model, for pages on a CPU.
+    """The programs `decode`, `draft`, .. of a model, for pages on a CPU.
 
     Logits and states are float32. Raises `NotCompiled` where the code cannot be compiled or the
     model is in another dtype.
@@ -122,7 +123,6 @@ class CompiledModel:
             raise NotCompiled("this rank holds a share of the model")
         self.config: Config = self.model.config
         self.device: torch.device = self.model.device
-        self.draft_offset: int | None = self.model.draft_offset
         element = ELEMENTS[dtype]
         library = compiled(source.path, {"WEIGHT": element, "ENTRY": element})
         self.positions = self.config.sequence.max_position_embeddings + 1
@@ -135,9 +135,14 @@ class CompiledModel:
         """What the model's own `decode` computes with pages: logits [scored, vocab]."""
         return self._programs["decode"](tokens, position, cache)
 
-    def draft(self, state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
-        """What the model's own `draft` computes with pages."""
-        return self._programs["draft"](tokens, position, cache, state)
+    def drafter(self, module: int) -> Draft:
+        """What the model's own `drafter` gives, with pages."""
+        program = self._programs[f"draft_{module + 1}" if module else "draft"]
+
+        def draft(state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
+            return program(tokens, position, cache, state)
+
+        return draft
 
 
 class _Bound:

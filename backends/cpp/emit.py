@@ -149,26 +149,27 @@ class Emitter:
             f"const Rows {self.name(logits)} = {{s.call.logits, {width}, s.scored, {width}}};"
         )
         self._given.add(logits)
-        return replace(self.structure(), name=identifier(name), parameters=())
+        return replace(self.structure(name), parameters=())
 
-    def structure(self) -> Structure:
+    def structure(self, name: str) -> Structure:
+        """The structure `name`, with the graph's arguments and places for its results."""
         parameters = [f"{kind(v.type)} {self.name(v)}" for v in self.graph.args]
         made = {v for op in self.graph.ops[:-1] if op.kind in self.makes for v in op.results}
         late = []
         for i, value in enumerate(self.graph.results):
-            name = self.name(value)
-            if value not in made or parameters.count(f"{kind(value.type)} {name}"):
-                name = f"result_{i}"
-                late.append((value, name))
+            to = self.name(value)
+            if value not in made or parameters.count(f"{kind(value.type)} {to}"):
+                to = f"result_{i}"
+                late.append((value, to))
             self._given.add(value)
-            parameters.append(f"{kind(value.type)} {name}")
+            parameters.append(f"{kind(value.type)} {to}")
         for op in self.graph.ops[:-1]:
             self.statement(op)
-        for value, name in late:
-            self.put(f"copy(s, {self.name(value)}, {name})", [value])
+        for value, to in late:
+            self.put(f"copy(s, {self.name(value)}, {to})", [value])
         self.wait()
         return Structure(
-            identifier(self.graph.name),
+            identifier(name),
             self.graph.about,
             tuple(self.members.values()),
             parameters,

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from backends.cpp.emit import Emitter, Structure, Unsupported, comment, size
+from backends.cpp.emit import Emitter, Structure, comment, size
 from backends.cpp.statements import MADE, STATEMENTS
 from backends.render import render
 from backends.torch.declare import joined_names
@@ -15,9 +15,6 @@ from backends.torch.records import docstring
 from compiler.graph.core import Graph, Program
 from compiler.graph.equal import equal_graphs
 from compiler.pipeline import Compiled
-
-PROGRAMS = ("decode", "draft")
-"""What an engine runs."""
 
 WIDTH = 96
 """Columns of a statement, which is indented by four more."""
@@ -35,23 +32,22 @@ class Structures:
             for name, graph in compiled.lowered.graphs.items()
         }
         self.made: dict[str, Structure] = {}
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[str, tuple[Graph, tuple[str, ...]]] = {}
 
     def of(self, program: Program, graph: Graph, name: str = "") -> Structure:
         """The structure of a graph; of the root, under a name of its own."""
         callees = {callee: self.of(program, program.graphs[callee]) for callee in graph.calls()}
-        known = self._graphs.get(graph.name)
-        if not name and known is not None:
-            if equal_graphs(known, graph):
-                return self.made[graph.name]
-            raise Unsupported(f"the block {graph.name}, which differs between programs")
+        called = tuple(structure.name for structure in callees.values())
+        for known, (other, others) in self._graphs.items():
+            if not name and called == others and equal_graphs(other, graph):
+                return self.made[known]
         emitter = Emitter(graph, STATEMENTS, callees, self.joined[graph.name], self.dtype, MADE)
-        if name:
-            structure = emitter.root(name)
-        else:
-            structure = emitter.structure()
-            self._graphs[graph.name] = graph
-        self.made[name or graph.name] = structure
+        # A block that programs differ in is written for each of them.
+        number = sum(other.name == graph.name for other, _ in self._graphs.values())
+        own = f"{graph.name}_{number + 1}" if number else graph.name
+        structure = emitter.root(name) if name else emitter.structure(own)
+        self._graphs[structure.name] = graph, called
+        self.made[structure.name] = structure
         return structure
 
 
@@ -61,11 +57,10 @@ def cpu_package(
     """Texts by path inside the build. Raises `Unsupported` for what C++ has no statement for."""
     structures = Structures(compiled, dtype)
     programs = {}
-    for name in PROGRAMS:
-        if name in compiled.programs:
-            program = compiled.programs[name]
-            structure = structures.of(program, program.main, f"{program.root}_{name}")
-            programs[name] = (structure, _hidden(program.main))
+    for name in ("decode", *compiled.drafts):
+        program = compiled.programs[name]
+        structure = structures.of(program, program.main, f"{program.root}_{name}")
+        programs[name] = (structure, _hidden(program.main))
     facts = {"spec": docstring(spec), "version": version}
     return {
         "cpu/__init__.py": render(

@@ -74,8 +74,12 @@ def _rowwise(function: str) -> Emit:
 
     def emit(e: Emitter, op: Op) -> None:
         given = [*map(e.name, op.operands), e.make(op.result)]
-        if {kind(v.type) for v in [*op.operands, op.result]} != {"Rows"}:
-            raise Unsupported(f"{op.kind} of heads{place(op)}")
+        if {v.type.dims for v in op.operands} != {op.result.type.dims} or kind(
+            op.result.type
+        ) != "Rows":
+            raise Unsupported(
+                f"{op.kind} of {', '.join(str(v.type) for v in op.operands)}{place(op)}"
+            )
         call = f"{function}(s, {', '.join(given)})"
         e.put(call, op.operands, op.results, by=_rows(op.result.type))
 

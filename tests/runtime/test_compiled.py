@@ -59,8 +59,9 @@ def decoded(steps: Steps, chunks: list[int], others: int = 0) -> tuple[Tensor, T
             assert not pages.broken.any()
             states = pages.states
             pages.begin(rows)
-            drafts = steps.draft(states, given, position + steps.draft_offset, pages)
-            found.append((logits, states[0, others:], drafts))
+            first = steps.drafter(0)(states, given, position + 1, pages)
+            second = steps.drafter(1)(pages.states, given, position + 2, pages)
+            found.append((logits, states[0, others:], torch.cat([first, second], 1)))
             start += new
     logits, states, drafts = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logits, states, drafts
@@ -120,9 +121,7 @@ def test_tokens_and_positions_that_there_are_none_of_are_refused(tiny: ModuleTyp
 @needs_compiler
 def test_bfloat16_weights_are_widened(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Against the float32 model of the same weights: only what the cache holds is rounded."""
-    built = package(
-        tmp_path_factory, "compiled_bf16", "precision.policy=bf16", "architecture.mtp.depth=1"
-    )
+    built = package(tmp_path_factory, "compiled_bf16", "precision.policy=bf16")
     model = built.Model(seed=1)
     exact = built.Model(dtype=torch.float32)
     exact.load_state_dict(model.state_dict())
