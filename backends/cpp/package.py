@@ -84,8 +84,13 @@ def cpu_package(
             programs={name: structure.name for name, (structure, _) in programs.items()},
             **facts,
         ),
-        "cpu/operators.h": Path(__file__).with_name("operators.h").read_text(encoding="utf-8"),
+        **{f"cpu/{path.name}": path.read_text(encoding="utf-8") for path in _headers()},
     }
+
+
+def _headers() -> list[Path]:
+    """The operators, copied into every build."""
+    return sorted(Path(__file__).parent.glob("*.h"))
 
 
 def _hidden(root: Graph) -> int:

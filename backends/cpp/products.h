@@ -1,0 +1,211 @@
+// Products of rows with weights, in tiles of rows and columns whose sums stay in registers.
+#pragma once
+
+#include <type_traits>
+
+#include "registers.h"
+#include "step.h"
+
+namespace op {
+
+// Operators are compiled once, not into every block that calls them.
+#define APART __attribute__((noinline))
+
+// Loops over what is in registers are written out, or it would be in memory.
+#define UNROLL _Pragma("GCC unroll 32")
+
+// Adds x_r w_c to the sums of R rows x and C rows w, of `n` numbers each that `get` reads.
+template <int R, int C, class T, class Get>
+inline void dots_at(vec (&sums)[R][C], const float *const (&x)[R], const T *w, int64_t apart,
+                    Get get) {
+  // The fewer are held while the others pass, one at a time.
+  if constexpr (R <= C) {
+    vec held_x[R];
+    UNROLL for (int r = 0; r < R; r++) held_x[r] = held(get(x[r]));
+    UNROLL for (int c = 0; c < C; c++) {
+      const vec passing = held(get(w + c * apart));
+      UNROLL for (int r = 0; r < R; r++) sums[r][c] = fma(held_x[r], passing, sums[r][c]);
+    }
+  } else {
+    vec held_w[C];
+    UNROLL for (int c = 0; c < C; c++) held_w[c] = held(get(w + c * apart));
+    UNROLL for (int r = 0; r < R; r++) {
+      const vec passing = held(get(x[r]));
+      UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(passing, held_w[c], sums[r][c]);
+    }
+  }
+}
+
+// The same for k numbers. Of weights that come from memory, those `ahead` are asked for, if any:
+// rows are too short for the CPU to find out by itself what comes next.
+template <int R, int C, class T>
+inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const T *w, int64_t apart, int k,
+                 int64_t ahead = 0) {
+  constexpr int LINE = 64 / sizeof(T);
+  int i = 0;
+  for (; i + LANES <= k; i += LANES) {
+    if (ahead && i % LINE == 0)
+      UNROLL for (int c = 0; c < C; c++) __builtin_prefetch(w + c * apart + i + ahead);
+    dots_at(sums, x, w, apart, [&](auto *row) { return load(row + i); });
+  }
+  if (i < k) dots_at(sums, x, w, apart, [&](auto *row) { return load_some(row + i, k - i); });
+}
+
+template <int R, int C> inline void clear(vec (&sums)[R][C]) {
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = vec{};
+}
+
+// The sum of the lanes of each.
+template <int R, int C> inline void join(const vec (&sums)[R][C], float (&out)[R][C]) {
+  UNROLL for (int i = 0; i < R * C; i += 4) {
+    const auto at = [&](int j) { return j < R * C ? sums[j / C][j % C] : vec{}; };
+    const quad four = sums_of(at(i), at(i + 1), at(i + 2), at(i + 3));
+    UNROLL for (int j = 0; j < 4; j++)
+      if (i + j < R * C) out[(i + j) / C][(i + j) % C] = four[j];
+  }
+}
+
+// So many rows of weights are multiplied with each so many rows at once that all sums stay in
+// registers.
+template <int R> constexpr int TILE = R == 1 ? 8 : R == 2 ? 6 : 3;
+constexpr int ROWS = 4;
+constexpr int BLOCK = 24;  // rows of weights that stay in the cache while all rows pass
+
+// y_r[c] = x_r w_c for columns `first` to `last`, R rows. `x` and `y` give the rows; `fresh` says
+// that the weights come from memory.
+template <int R, class T, class X, class Y>
+inline void product_tile(int row, int k, const T *w, int first, int last, bool fresh, X x, Y y) {
+  const float *in[R];
+  float *out[R];
+  UNROLL for (int r = 0; r < R; r++) in[r] = x(row + r), out[r] = y(row + r);
+  constexpr int C = TILE<R>;
+  int c = first;
+  const auto columns = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    vec sums[R][N];
+    float joined[R][N];
+    clear(sums);
+    dots<R, N>(sums, in, w + int64_t(c) * k, k, k, fresh ? int64_t(C) * k : 0);
+    join(sums, joined);
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int i = 0; i < N; i++) out[r][c + i] = joined[r][i];
+  };
+  for (; c + C <= last; c += C) columns(std::integral_constant<int, C>());
+  for (; c < last; c++) columns(std::integral_constant<int, 1>());
+}
+
+// The same of rows `begin` to `end`.
+template <class T, class X, class Y>
+inline void product(int begin, int end, int k, const T *w, int first, int last, X x, Y y) {
+  for (int block = first; block < last; block += BLOCK) {
+    const int stop = std::min(block + BLOCK, last);
+    int row = begin;
+    for (; row + ROWS <= end; row += ROWS)
+      product_tile<ROWS>(row, k, w, block, stop, row == begin, x, y);
+    if (end - row == 3) product_tile<3>(row, k, w, block, stop, row == begin, x, y);
+    if (end - row == 2) product_tile<2>(row, k, w, block, stop, row == begin, x, y);
+    if (end - row == 1) product_tile<1>(row, k, w, block, stop, row == begin, x, y);
+  }
+}
+
+// y = x W^T. Each thread computes some columns.
+template <class T> APART void linear(const Step &s, Rows x, Matrix<T> w, Rows y) {
+  const auto [first, last] = s.share(w.out, 8);
+  product(0, x.count, w.in, w.data, first, last, [&](int r) { return x.row(r); },
+          [&](int r) { return y.row(r); });
+}
+
+// y = x W_e^T for the rows of each expert e, which end at `ends`; each thread some columns of all.
+template <class T>
+APART void grouped_linear(const Step &s, Rows x, Ints ends, Matrices<T> w, Rows y) {
+  const auto [first, last] = s.share(w.out, 8);
+  for (int e = 0, begin = 0; e < w.experts; begin = ends.data[e++])
+    if (begin < ends.data[e])
+      product(begin, ends.data[e], w.in, w.data + int64_t(e) * w.out * w.in, first, last,
+              [&](int r) { return x.row(r); }, [&](int r) { return y.row(r); });
+}
+
+// Each head's rows of the weight times x: y[r, h, c] = x[r, h] w[h, start + c].
+template <class T> APART void head_linear(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
+  const int each = w.out / x.heads, tiles = (x.count + ROWS - 1) / ROWS;
+  const auto [first, last] = s.share(x.heads * tiles);
+  for (int item = first; item < last; item++) {
+    const int head = item / tiles, begin = item % tiles * ROWS;
+    product(begin, std::min(begin + ROWS, x.count), w.in,
+            w.data + (int64_t(head) * each + start) * w.in, 0, y.width,
+            [&](int r) { return x.at(r, head); }, [&](int r) { return y.at(r, head); });
+  }
+}
+
+// Adds f_r[j] w_j[c] over j to the sums of R rows and V vectors of columns.
+template <int R, int V, class T>
+inline void weighted(vec (&sums)[R][V], const float *const (&f)[R], const T *w, int64_t apart,
+                     int n) {
+  for (int j = 0; j < n; j++) {
+    vec wide_w[V];
+    UNROLL for (int v = 0; v < V; v++) wide_w[v] = held(load(w + j * apart + v * LANES));
+    UNROLL for (int r = 0; r < R; r++) {
+      const vec factor = held(all(f[r][j]));
+      UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(factor, wide_w[v], sums[r][v]);
+    }
+  }
+}
+
+template <int R, class T>
+inline void weighted_some(vec (&sums)[R][1], const float *const (&f)[R], const T *w, int64_t apart,
+                          int n, int width) {
+  for (int j = 0; j < n; j++) {
+    const vec wide_w = load_some(w + j * apart, width);
+    UNROLL for (int r = 0; r < R; r++) sums[r][0] = fma(all(f[r][j]), wide_w, sums[r][0]);
+  }
+}
+
+// Runs of rows: `each(run, first, n)` is called for parts of a list of rows that lie together.
+// y_r = sum_j f_r[j] w_j over the rows of all runs, from the first to the last.
+template <int R, class Runs, class Y>
+inline void weighted_sum(const float *const (&f)[R], const Runs &runs, int width, Y y) {
+  constexpr int V = 12 / R;
+  int c = 0;
+  const auto columns = [&](auto vectors, int left) {
+    constexpr int N = decltype(vectors)::value;
+    vec sums[R][N];
+    clear(sums);
+    runs([&](auto *w, int64_t apart, int first, int n) {
+      const float *part[R];
+      UNROLL for (int r = 0; r < R; r++) part[r] = f[r] + first;
+      if constexpr (N == 1)
+        if (left < LANES) return weighted_some<R>(sums, part, w + c, apart, n, left);
+      weighted<R, N>(sums, part, w + c, apart, n);
+    });
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int v = 0; v < N; v++)
+        store_some(y(r) + c + v * LANES, sums[r][v], left - v * LANES);
+  };
+  for (; c + V * LANES <= width; c += V * LANES)
+    columns(std::integral_constant<int, V>(), V * LANES);
+  for (; c < width; c += LANES)
+    columns(std::integral_constant<int, 1>(), std::min(width - c, LANES));
+}
+
+// Each head's rows of the weight, transposed: y[r, h] = sum_j x[r, h, j] w[h, start + j].
+template <class T>
+APART void head_linear_t(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
+  const int each = w.out / x.heads, tiles = (x.count + ROWS - 1) / ROWS;
+  const auto [first, last] = s.share(x.heads * tiles);
+  for (int item = first; item < last; item++) {
+    const int head = item / tiles, begin = item % tiles * ROWS;
+    const T *part = w.data + (int64_t(head) * each + start) * w.in;
+    const auto runs = [&](auto add) { add(part, w.in, 0, x.width); };
+    const auto tile = [&](auto rows, int row) {
+      constexpr int R = decltype(rows)::value;
+      const float *f[R];
+      for (int r = 0; r < R; r++) f[r] = x.at(row + r, head);
+      weighted_sum<R>(f, runs, y.width, [&](int r) { return y.at(row + r, head); });
+    };
+    if (begin + ROWS <= x.count) tile(std::integral_constant<int, ROWS>(), begin);
+    else
+      for (int row = begin; row < x.count; row++) tile(std::integral_constant<int, 1>(), row);
+  }
+}
+
+}  // namespace op
