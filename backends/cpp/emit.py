@@ -113,7 +113,7 @@ class Emitter:
     """
 
     graph: Graph
-    statements: Mapping[str, Emit]
+    statements: Mapping[str, Statement]
     callees: Mapping[str, Structure]
     joined: Mapping[str, str]
     own: str
@@ -183,10 +183,13 @@ class Emitter:
         if remark and remark != self._remark:
             self.lines += comment(remark)
         self._remark = remark
-        emit = self.statements.get(op.kind)
-        if emit is None:
+        statement = self.statements.get(op.kind)
+        if statement is None:
             raise Unsupported(f"{op.kind}{place(op)}")
-        emit(self, op)
+        unknown = op.attrs.keys() - statement.attrs
+        if unknown:  # its meaning would be lost
+            raise Unsupported(f"{op.kind} with {', '.join(sorted(unknown))}{place(op)}")
+        statement.emit(self, op)
 
     # ---- values ------------------------------------------------------------------------------
 
@@ -237,6 +240,13 @@ class Emitter:
 
     def base(self, value: Value) -> Value:
         return self._base.get(value, value)
+
+    def rows(self, op: Op, i: int = 0) -> str:
+        """An operand that must be rows, not heads."""
+        value = op.operands[i]
+        if kind(value.type) != "Rows":
+            raise Unsupported(f"{op.kind} of {value.type}{place(op)}")
+        return self.name(value)
 
     # ---- who writes what -----------------------------------------------------------------------
 
@@ -328,6 +338,14 @@ class Emitter:
 
 
 Emit = Callable[[Emitter, Op], None]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """How an operator is written, and which attributes of it that takes into account."""
+
+    emit: Emit
+    attrs: frozenset[str]
 
 
 def kind(type: Type) -> str:

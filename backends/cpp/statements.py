@@ -9,6 +9,7 @@ from backends.cpp.emit import (
     Emit,
     Emitter,
     Member,
+    Statement,
     Unsupported,
     identifier,
     kind,
@@ -39,7 +40,7 @@ def _embedding(e: Emitter, op: Op) -> None:
 def _linear(e: Emitter, op: Op) -> None:
     x, y = op.operands[0], op.result
     matrix = e.weight(op, rows=size(y.type.last))
-    e.put(f"linear(s, {e.name(x)}, {matrix}, {e.make(y)})", [x], [y], by="columns")
+    e.put(f"linear(s, {e.rows(op)}, {matrix}, {e.make(y)})", [x], [y], by="columns")
 
 
 def _grouped_linear(e: Emitter, op: Op) -> None:
@@ -58,12 +59,12 @@ def _head_linear(e: Emitter, op: Op) -> None:
 
 def _rms_norm(e: Emitter, op: Op) -> None:
     x = op.operands[0]
-    given = [e.name(x), e.weight(op), real(op.attrs["eps"]), e.make(op.result)]
+    given = [e.rows(op), e.weight(op), real(op.attrs["eps"]), e.make(op.result)]
     e.put(f"rms_norm(s, {', '.join(given)})", [x], op.results, by=_rows(x.type))
 
 
 def _add_rms_norm(e: Emitter, op: Op) -> None:
-    given = [*map(e.name, op.operands), e.weight(op), real(op.attrs["eps"])]
+    given = [e.rows(op), e.rows(op, 1), e.weight(op), real(op.attrs["eps"])]
     made = [e.make(v) for v in op.results]
     call = f"add_rms_norm(s, {', '.join([*given, *made])})"
     e.put(call, op.operands, op.results, by=_rows(op.operands[0].type))
@@ -108,18 +109,10 @@ def _cache_append(e: Emitter, op: Op) -> None:
 
 
 def _latent_attention(e: Emitter, op: Op) -> None:
-    _attend(e, op, "latent_attention")
-
-
-def _attention(e: Emitter, op: Op) -> None:
-    _attend(e, op, "attention")
-
-
-def _attend(e: Emitter, op: Op, function: str) -> None:
     if op.operands[-1].type.dims[1].name != "context":
         raise Unsupported(f"{op.kind} without a cache{place(op)}")
     given = [*map(e.name, op.operands), real(op.attrs["scale"]), e.make(op.result)]
-    e.put(f"{function}(s, {', '.join(given)})", op.operands, op.results, by="heads")
+    e.put(f"latent_attention(s, {', '.join(given)})", op.operands, op.results, by="heads")
 
 
 def _gate(e: Emitter, op: Op) -> None:
@@ -275,30 +268,36 @@ def _rows(type: Type) -> str:
     return "slots" if type.dims[0].name == "slot" else "rows"
 
 
-STATEMENTS: Mapping[str, Emit] = {
-    "embedding": _embedding,
-    "linear": _linear,
-    "grouped_linear": _grouped_linear,
-    "head_linear": _head_linear,
-    "rms_norm": _rms_norm,
-    "add_rms_norm": _add_rms_norm,
-    "add": _rowwise("add"),
-    "swiglu": _rowwise("swiglu"),
-    "rope_table": _rope_table,
-    "rotate": _rotate,
-    "cache_append": _cache_append,
-    "latent_attention": _latent_attention,
-    "gate": _gate,
-    "permute": _permute,
-    "unpermute": _unpermute,
-    "split": _split,
-    "concat": _concat,
-    "unflatten": _unflatten,
-    "flatten": _flatten,
-    "cast": _cast,
-    "last_entry": _last_entry,
-    "call": _call,
-    "repeat": _repeat,
+_STATEMENTS: Mapping[str, tuple[Emit, str]] = {
+    "embedding": (_embedding, ""),
+    "linear": (_linear, ""),
+    "grouped_linear": (_grouped_linear, ""),
+    "head_linear": (_head_linear, "start rows transposed"),
+    "rms_norm": (_rms_norm, "eps"),
+    "add_rms_norm": (_add_rms_norm, "eps"),
+    "add": (_rowwise("add"), ""),
+    "swiglu": (_rowwise("swiglu"), ""),
+    "rope_table": (
+        _rope_table,
+        "dim theta factor original_max_position_embeddings beta_fast beta_slow attention_factor",
+    ),
+    "rotate": (_rotate, ""),
+    "cache_append": (_cache_append, "entries"),
+    "latent_attention": (_latent_attention, "scale"),
+    "gate": (_gate, "scoring k n_group topk_group group_score normalize scale"),
+    "permute": (_permute, "count"),
+    "unpermute": (_unpermute, ""),
+    "split": (_split, "into"),
+    "concat": (_concat, "into"),
+    "unflatten": (_unflatten, "dims"),
+    "flatten": (_flatten, "dims"),
+    "cast": (_cast, "dtype"),
+    "last_entry": (_last_entry, ""),
+    "call": (_call, "callee scope"),
+    "repeat": (_repeat, "start count"),
+}
+STATEMENTS: Mapping[str, Statement] = {
+    name: Statement(emit, frozenset(attrs.split())) for name, (emit, attrs) in _STATEMENTS.items()
 }
 
 MADE = frozenset(STATEMENTS) - {
