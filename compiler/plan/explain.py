@@ -16,7 +16,8 @@ CONVENTIONS = (
     " shards are its own; a row of a table stands for all of them.",
     "Parameters lie in the model's element type; gradients add up in FP32; master weights are FP32,"
     " the two moments of AdamW in the element type of the weight. With ZeRO-1 masters and moments"
-    " are cut into equal shards over all ranks that hold the weight. Weights of FP8 products have a"
+    " are cut into equal slices over all ranks that hold the weight, which may need some padding."
+    " Weights of FP8 products have a"
     " copy in FP8 with its scales, made once in a step.",
     "Activations are those that the graphs of the training program save; the rest is"
     " recomputed (`dslc explain recompute`). Where products are FP8, what is saved on the way"

@@ -9,7 +9,7 @@ from enum import StrEnum
 from compiler.graph.types import BYTES
 from compiler.ops.quantize import runs
 from compiler.parallel.layout import Layout, Unit
-from compiler.plan.placement import Placed
+from compiler.plan.placement import Bucket, Placed, buckets
 from compiler.plan.saved import Activations
 from dsl.source import Span
 
@@ -51,7 +51,7 @@ class Use:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Of each rank with one pipeline coordinate; they differ by a few elements of shards at most.
+    """Of each rank with one pipeline coordinate, which all hold as much.
 
     `parameters` counts the elements that the rank holds.
     """
@@ -80,7 +80,8 @@ def rank_memory(
 ) -> RankMemory:
     """The memory of the ranks at `pipeline`; `saved` is by the operators of a unit."""
     own = [one for one in placed if pipeline in one.pipelines]
-    uses = [use for one in own for use in _weight_uses(one, layout.zero)]
+    uses = [use for one in own for use in _weight_uses(one)]
+    uses += [use for one in buckets(own) for use in _state_uses(one, layout.zero)]
     for stage in layout.stages_of(pipeline):
         uses += _activation_uses(layout, stage, saved)
     held = [unit for s in layout.stages_of(pipeline) for unit in layout.stages[s].units]
@@ -89,21 +90,36 @@ def rank_memory(
     return RankMemory(pipeline, parameters, tuple(use for use in uses if use.bytes))
 
 
-def _weight_uses(one: Placed, zero: int) -> Iterator[Use]:
-    width = BYTES[one.held.type.dtype]
-    # The largest shard; weights in FP32 are their own masters.
-    shard = len(one.shard(one.copies - 1)) if zero else one.on_rank
-    sizes = {Kind.WEIGHTS: one.on_rank * width, Kind.FP8_COPIES: _copy_bytes(one)}
-    if one.held.trainable:
-        sizes |= {
-            Kind.GRADIENTS: one.on_rank * GRADIENT_BYTES,
-            Kind.MASTER: shard * MASTER_BYTES if width < MASTER_BYTES else 0,
-            # Two, each in the element type of the weight (report, section 3.3.2).
-            Kind.MOMENTS: shard * 2 * width,
-        }
-    layer = one.layers[0] if one.layers else None
+def _weight_uses(one: Placed) -> Iterator[Use]:
+    sizes = {
+        Kind.WEIGHTS: one.on_rank * BYTES[one.held.type.dtype],
+        Kind.FP8_COPIES: _copy_bytes(one),
+        Kind.GRADIENTS: one.on_rank * GRADIENT_BYTES if one.held.trainable else 0,
+    }
     for kind, size in sizes.items():
-        yield Use(kind, one.name, size, layer, one.held.span)
+        yield _use(kind, one, size)
+
+
+def _state_uses(bucket: Bucket, zero: int) -> Iterator[Use]:
+    """What the optimizer keeps, and what makes slices equal."""
+    last = bucket.placed[-1]
+    width = BYTES[last.held.type.dtype]
+    # Weights in FP32 are their own masters. Moments are two, each in the element type of the weight
+    # (report, section 3.3.2).
+    masters = MASTER_BYTES if width < MASTER_BYTES else 0
+    shares = bucket.shares() if zero else [one.on_rank for one in bucket.placed]
+    for one, share in zip(bucket.placed, shares, strict=True):
+        yield _use(Kind.MASTER, one, share * masters)
+        yield _use(Kind.MOMENTS, one, share * 2 * width)
+    widths = {Kind.WEIGHTS: width, Kind.GRADIENTS: GRADIENT_BYTES}
+    if not zero:
+        widths |= {Kind.MASTER: masters, Kind.MOMENTS: 2 * width}
+    for kind, each in widths.items():
+        yield _use(kind, last, bucket.padding * each)
+
+
+def _use(kind: Kind, one: Placed, size: int) -> Use:
+    return Use(kind, one.name, size, one.layers[0] if one.layers else None, one.held.span)
 
 
 def _copy_bytes(one: Placed) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from compiler.graph.core import Program
 from compiler.parallel.layout import Layout
@@ -37,13 +39,54 @@ class Placed:
         layers = str(first) if first == last else f"{{{first}..{last}}}"
         return self.held.name.replace("*", layers, 1)
 
-    def shard(self, copy: int) -> range:
-        """The elements, of those on a rank, whose optimizer state the holder `copy` keeps (ZeRO-1).
 
-        Holders count from 0 to `copies` - 1 in the order of their ranks.
-        """
-        start, stop = (self.on_rank * n // self.copies for n in (copy, copy + 1))
-        return range(start, stop)
+# A slice is a whole number of so many elements (`runtime/train/buckets.py`).
+ROW = 64
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Trained weights of one element type that the same ranks hold, behind one another.
+
+    Each of the ranks sums the gradients of an equal slice and, with ZeRO-1, updates that.
+    """
+
+    placed: tuple[Placed, ...]
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold the same elements."""
+        return self.placed[0].copies
+
+    @property
+    def elements(self) -> int:
+        return sum(one.on_rank for one in self.placed)
+
+    @property
+    def slice(self) -> int:
+        """The elements of a slice, the last of which may be none of any weight."""
+        if self.copies == 1:
+            return self.elements
+        return -(-self.elements // (self.copies * ROW)) * ROW
+
+    @property
+    def padding(self) -> int:
+        return self.copies * self.slice - self.elements
+
+    def shares(self) -> tuple[int, ...]:
+        """A slice, dealt to the weights by their sizes: what the mean rank has of each."""
+        ends = [0, *accumulate(one.on_rank for one in self.placed)]
+        cuts = [self.slice * end // self.elements for end in ends]
+        return tuple(stop - start for start, stop in pairwise(cuts))
+
+
+def buckets(placed: Iterable[Placed]) -> tuple[Bucket, ...]:
+    """Those of the weights of a rank."""
+    found: dict[tuple[tuple[int, ...], int, str], list[Placed]] = {}
+    for one in placed:
+        if one.held.trainable:
+            found.setdefault((one.pipelines, one.copies, one.held.type.dtype), []).append(one)
+    return tuple(Bucket(tuple(members)) for members in found.values())
 
 
 def placements(program: Program, layout: Layout) -> tuple[Placed, ...]:

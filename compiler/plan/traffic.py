@@ -10,7 +10,7 @@ from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
 from compiler.parallel.layout import Layout, Unit
 from compiler.plan.memory import GRADIENT_BYTES
-from compiler.plan.placement import Placed
+from compiler.plan.placement import Placed, buckets
 from compiler.plan.saved import FP8_BYTES, TILE
 
 # Why ranks send, in the order in which tables list it.
@@ -175,27 +175,20 @@ def _ring(
     the hops leave a node as there are nodes, if there are several. Without ZeRO the sums of
     gradients go around, too, so that no parameters have to.
     """
-    sums = [0, 0]
-    messages = [0, 0]
+    inside = across = messages_inside = messages_across = 0
     rounds = 1 if layout.zero else (2 if purpose == "gradients" else 0)
-    for pipelines, routed in dict.fromkeys((one.pipelines, one.held.routed) for one in placed):
-        group = holders(layout, pipelines, routed, pipeline)
-        hops = len(group)
-        if hops == 1 or not rounds:
-            continue
-        total = sum(
-            one.on_rank * (width or BYTES[one.held.type.dtype])
-            for one in placed
-            if (one.pipelines, one.held.routed) == (pipelines, routed) and one.held.trainable
-        )
+    for bucket in buckets(placed):
+        one, hops = bucket.placed[0], bucket.copies
+        group = holders(layout, one.pipelines, one.held.routed, pipeline)
         nodes = len({layout.mesh.node(rank) for rank in group})
         leaving = Fraction(nodes if nodes > 1 else 0, hops)
-        size = rounds * Fraction(total * (hops - 1), hops)
-        messages[0] += int(rounds * (hops - 1) * (1 - leaving))
-        messages[1] += int(rounds * (hops - 1) * leaving)
-        sums[0] += int(size * (1 - leaving))
-        sums[1] += int(size * leaving)
-    return Sent(purpose, messages[0], sums[0], messages[1], sums[1])
+        messages = rounds * (hops - 1)
+        size = messages * bucket.slice * (width or BYTES[one.held.type.dtype])
+        across += int(size * leaving)
+        inside += size - int(size * leaving)
+        messages_across += int(messages * leaving)
+        messages_inside += messages - int(messages * leaving)
+    return Sent(purpose, messages_inside, inside, messages_across, across)
 
 
 def holders(

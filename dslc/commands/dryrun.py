@@ -29,12 +29,10 @@ PURPOSES = ("pipeline", "dispatch", "combine")
 
 NOTES = (
     "A step of the largest batch, with torch's fake process group and tensors without values, and "
-    "experts in balance. Optimizer: the plan has the mean of all ranks, a run deals out whole "
-    "published tensors. Activations: the most between two entries of the row; the plan counts "
+    "experts in balance. Activations: the most between two entries of the row; the plan counts "
     "some in FP8 or 12 bits that programs keep in bfloat16, and what a chunk takes inside apart.",
     "A run sends tokens straight to at most as many ranks as they have experts, in the plan they "
-    "go to nodes first; it sums gradients by all-reduce, of which a ring sends twice the bytes of "
-    "the plan's reduce-scatter.",
+    "go to nodes first.",
 )
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..files import sync
+from .pieces import Piece, assemble, take
 from .ranks import on_rank0
 from .settings import TrainError
 from .state import State
@@ -112,9 +113,17 @@ class Checkpoints:
                 raise TrainError(f"{folder} has no {name}/")
             reader = HuggingFaceStorageReader(str(folder / name))
             try:
+                # Of what is in pieces whole tensors are read, which are then dropped.
+                views = {
+                    key: one.values.new_empty(one.shape) if isinstance(one, Piece) else one
+                    for key, one in tensors.items()
+                }
                 with _quiet():
-                    # Each rank holds all tensors, and reads them on its own.
-                    load(dict(tensors), storage_reader=reader, no_dist=True)
+                    # Each rank reads on its own.
+                    load(dict(views), storage_reader=reader, no_dist=True)
+                for key, one in tensors.items():
+                    if isinstance(one, Piece):
+                        take(one, views[key])
             except CheckpointException as error:
                 reasons = {str(failure[0]) for failure in error.failures.values()}
                 raise TrainError(f"{folder / name} does not fit: {'; '.join(reasons)}") from None
@@ -149,12 +158,12 @@ class Checkpoints:
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self.place(step))
 
-    def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _write_tensors(self, folder: Path, tensors: Mapping[str, Tensor | Piece]) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=self.group is not None)
         try:
             with _quiet():
                 save(
-                    dict(tensors),
+                    assemble(tensors, self.group),
                     storage_writer=writer,
                     process_group=self.group,
                     no_dist=self.group is None,

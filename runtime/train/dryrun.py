@@ -20,34 +20,19 @@ import torch
 from torch import Tensor
 from torch.distributed import all_to_all_single, destroy_process_group, init_process_group
 from torch.distributed.distributed_c10d import GroupMember, ProcessGroup
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import fp8, functional
-from ..exchange import Exchange, Handle
+from ..exchange import Handle
 from ..model import LanguageModel
 from ..stage import StageLoss
 from .parallel import MeshTrainer, RankMesh, make_trainer, stages_of
 from .pipeline import Chunk, Execution
 from .ranks import ProcessGroups
 from .settings import Settings, TrainError
+from .traffic import CountedExchange, Counter, Traffic, count_exchanges
 from .waits import Waits
-
-KINDS = {
-    "send": "pipeline",
-    "allreduce_": "gradients",
-    "broadcast_": "parameters",
-}
-"""Operations of torch.distributed, and what a rank sends by them. An all-to-all is for `dispatch`
-or `combine`."""
-
-
-@dataclass
-class Traffic:
-    """What a rank sent for one purpose in a step."""
-
-    messages: int = 0
-    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,16 +71,14 @@ class DryRun:
         return sum(parts)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Counter):
     """Adds up the storage of all tensors that are alive, and what is sent."""
 
     def __init__(self, run: DryRun) -> None:
-        super().__init__()
+        super().__init__(Waits())
         self.run = run
         self.now = self.most = 0
         """Bytes that are held, and the most between two entries of a row."""
-        self.purpose = ""
-        """What the next all-to-all is for."""
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def hold(self, tensor: Tensor) -> None:
@@ -130,47 +113,15 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return torch.zeros((), dtype=args[0].dtype).item()  # such as whether all is finite
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            self._count(func._schema.name.partition("::")[2], args)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
         return result
 
-    def _count(self, name: str, args: Sequence[Any]) -> None:
-        purpose = KINDS.get(name) if name != "alltoall_base_" else self.purpose
-        if not purpose:
-            return
-        traffic = self.run.sent[purpose]
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        size = tensors[-1 if name == "alltoall_base_" else 0].nbytes
-        groups = [leaf for leaf in args if isinstance(leaf, torch.ScriptObject)]
-        ranks = ProcessGroup.unbox(groups[0]).size()
-        match name:
-            case "send":
-                traffic.messages, traffic.bytes = traffic.messages + 1, traffic.bytes + size
-            case "alltoall_base_":  # equal parts, one of which stays here
-                traffic.messages += ranks - 1
-                traffic.bytes += size * (ranks - 1) // ranks
-            case "allreduce_":  # by a ring: each rank sends all parts but one, twice
-                traffic.messages += 2 * (ranks - 1)
-                traffic.bytes += 2 * size * (ranks - 1) // ranks
-            case "broadcast_":  # by a ring, which all but one rank pass on
-                traffic.messages += 1
-                traffic.bytes += size * (ranks - 1) // ranks
 
-
-class BalancedExchange(Exchange):
+class BalancedExchange(CountedExchange):
     """As many tokens to each rank; their sizes need no values of the route."""
-
-    @classmethod
-    def of(cls, exchange: Exchange, recorder: Recorder) -> BalancedExchange:
-        made = cls(exchange.group, exchange.each * exchange.ranks)
-        made.recorder = recorder
-        return made
-
-    recorder: Recorder
 
     def dispatch(self, *rows: Tensor) -> tuple[Tensor | Handle, ...]:
         count, k = rows[-1].flatten(0, -2).shape
@@ -178,18 +129,10 @@ class BalancedExchange(Exchange):
         tokens = torch.empty(each * self.ranks, dtype=torch.int64, device="meta")
         sizes = [each] * self.ranks
         handle = Handle(tokens, sizes, sizes, rows[-1].shape[:-1])
-        self.recorder.purpose = "dispatch"
+        self.counter.exchanging = "dispatch"
         counts = torch.empty(self.ranks, dtype=torch.int64, device="meta")
         all_to_all_single(counts, counts, group=self.group)
         return (*self._send(rows, handle), handle)
-
-    def dispatch_again(self, *given: Tensor | Handle) -> Tensor | tuple[Tensor, ...]:
-        self.recorder.purpose = "dispatch"
-        return super().dispatch_again(*given)
-
-    def combine(self, *given: Tensor | Handle) -> Tensor | tuple[Tensor, ...]:
-        self.recorder.purpose = "combine"
-        return super().combine(*given)
 
 
 @contextmanager
@@ -294,18 +237,17 @@ class Replay(Execution):
     @contextmanager
     def _executed(self, known: Chunks) -> Iterator[None]:
         """Measures what a chunk does while it is executed."""
-        recorder, run = self.recorder, self.recorder.run
-        before, sent = recorder.now, run.sent
-        run.sent = defaultdict(Traffic)
+        recorder = self.recorder
+        before, sent = recorder.now, recorder.sent
+        recorder.sent = defaultdict(Traffic)
         yield
         known.executed += 1
-        known.kept, known.sent, run.sent = recorder.now - before, run.sent, sent
+        known.kept, known.sent, recorder.sent = recorder.now - before, recorder.sent, sent
         self._send(known)
 
     def _send(self, known: Chunks) -> None:
         for purpose, traffic in known.sent.items():
-            self.recorder.run.sent[purpose].messages += traffic.messages
-            self.recorder.run.sent[purpose].bytes += traffic.bytes
+            self.recorder.sent[purpose].add(traffic.messages, traffic.bytes)
 
     def _between(self) -> None:
         self.recorder.most = max(self.recorder.most, self.recorder.now)
@@ -339,16 +281,13 @@ def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
         groups = ProcessGroups(training=world, control=world)
         with recorder, without_values(parallel.expert):
             trainer = make_trainer(
-                model, torch.device("meta"), 0, settings, text, groups, mesh, Waits()
+                model, torch.device("meta"), 0, settings, text, groups, mesh, recorder.waits
             )
             assert isinstance(trainer, MeshTrainer)
             trainer.execution = partial(Replay, recorder, defaultdict(Chunks))
-            for module in trainer.model.modules():
-                exchange = getattr(module, "exchange", None)
-                if isinstance(exchange, Exchange):
-                    setattr(module, "exchange", BalancedExchange.of(exchange, recorder))  # noqa: B010
+            count_exchanges(trainer.model, recorder, BalancedExchange)
             _step(trainer, recorder)
-    run.sent = dict(run.sent)
+    run.sent = dict(recorder.sent)
     return run
 
 
@@ -391,19 +330,25 @@ def _step(trainer: MeshTrainer, recorder: Recorder) -> None:
     run, model = recorder.run, trainer.model
     for tensor in (*model.parameters(), *model.buffers()):
         recorder.hold(tensor)
-        run.weights += tensor.nbytes
     start = recorder.now
+    run.weights = _stored(*model.parameters(), *model.buffers())
     run.optimizer = start - run.weights
     batch = run.micro_batches * (trainer.settings.micro_batch or 1) * trainer.ranks
     sums = trainer._gradients(batch, 0)
     trainer._reduce(sums)
-    known = [w.gradient for w in trainer.optimizer.weights if w.gradient is not None]
-    run.gradients = sum(gradient.nbytes for gradient in known)
-    del known
+    gradients = (w.gradient for w in trainer.optimizer.weights)
+    run.gradients = _stored(*(one for one in gradients if one is not None))
     trainer.optimizer.step(1, 1e-4, trainer._squares())
     loads = [b.load for b in trainer.balances.values() if b.load is not None]
-    run.fp8_copies = recorder.now - start - sum(tensor.nbytes for tensor in (sums, *loads))
+    kept = [one.gradients for one in trainer.optimizer.buckets if one.gradients is not None]
+    run.fp8_copies = recorder.now - start - _stored(sums, *loads, *kept)
     run.activations = recorder.most - start - run.fp8_copies - run.gradients
+
+
+def _stored(*tensors: Tensor) -> int:
+    """Bytes of the memory in which tensors are, each once."""
+    stored = {t.untyped_storage()._cdata: t for t in tensors}
+    return sum(t.untyped_storage().nbytes() for t in stored.values())
 
 
 @contextmanager

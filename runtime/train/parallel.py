@@ -168,9 +168,7 @@ def make_trainer(
     zero = model.config.parallel is not None and model.config.parallel.zero
     if mesh is None:
         whole, group = model(device, seed=seed), ranks.training
-        names = (name for name, _ in whole.named_parameters())
-        shards = dict.fromkeys(names, group) if zero and group else {}
-        return Trainer(whole, settings, sequences, group, shard_groups=shards, waits=waits)
+        return Trainer(whole, settings, sequences, group, sharded=zero, waits=waits)
     module = stages_of(model)
     plans: Sequence[StagePlan] = module.STAGES
     here = [s for s in range(len(plans)) if mesh.pipeline in _holders(model.config, s)]
@@ -195,14 +193,16 @@ def make_trainer(
         )
         for name, _ in own.named_parameters()
     }
-    found = {name: mesh.groups[one] for name, one in holders.items()} if zero else {}
-    shards = {name: group for name, group in found.items() if group is not None}
-    trainer = MeshTrainer(own, settings, sequences, mesh.world, shard_groups=shards, waits=waits)
+    found = {name: mesh.groups[one] for name, one in holders.items()}
+    groups = {name: group for name, group in found.items() if group is not None}
+    trainer = MeshTrainer(
+        own, settings, sequences, mesh.world, holders=groups, sharded=zero, waits=waits
+    )
     graphs = Path(inspect.getfile(model)).parent / "graph"
     parallel = model.config.parallel
     sizes = {size for count in parallel.micro_batches for size in rounds(count, parallel)}
     rows = {size: Row.read(graphs / f"schedule-{size}.json", mesh.pipeline) for size in sizes}
-    trainer.attach(mesh, plans, here, holders, rows)
+    trainer.attach(mesh, plans, here, rows)
     return trainer
 
 
@@ -216,25 +216,17 @@ class MeshTrainer(Trainer):
         mesh: RankMesh,
         plans: Sequence[StagePlan],
         here: Sequence[int],
-        holders: Mapping[str, Holders],
         rows: Mapping[int, Row],
     ) -> None:
-        """Gives the trainer its place; `here` are the numbers of its stages, `holders` those of
-        each weight, `rows` are by the count of micro-batches of a schedule."""
-        self.mesh, self.rows, self.holders = mesh, rows, holders
+        """Gives the trainer its place; `here` are the numbers of its stages, `rows` are by the
+        count of micro-batches of a schedule."""
+        self.mesh, self.rows = mesh, rows
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
         self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world, self.waits)
         self.balances = {s: Balance(self.model, plans[s].holds) for s in here}
         self.stage_holders = {s: Holders(frozenset(_holders(config, s))) for s in here}
-        # Of several ranks that hold a weight, one counts it in the norm.
-        self.counted = {
-            name
-            for name, one in holders.items()
-            if min(one.pipelines) == mesh.pipeline
-            and (mesh.replica if one.expert else mesh.data) == 0
-        }
 
     @property
     def batches(self) -> list[int]:
@@ -287,25 +279,16 @@ class MeshTrainer(Trainer):
         return torch.zeros(3 + depth, dtype=torch.float64, device=self.model.device)
 
     def _reduce(self, sums: Tensor) -> None:
-        with self._all_waiting("the sums of gradients"):
+        with self._all_waiting("the sums of losses"):
             all_reduce(sums, group=self.mesh.world)
-            for weight in self.optimizer.weights:
-                group = self.mesh.groups[self.holders[weight.name]]
-                if group is not None:
-                    weight.reduce(group)
             for stage, balance in self.balances.items():
                 group = self.mesh.groups[self.stage_holders[stage]]
                 if group is not None:
                     balance.reduce(group)
+        self.optimizer.reduce()
 
     def _all_waiting(self, what: str) -> AbstractContextManager[None]:
         return self.waits.waiting(what, get_process_group_ranks(self.mesh.world))
-
-    def _squares(self) -> Tensor:
-        squares = self.optimizer.squares(self.counted).to(self.model.device)
-        with self._all_waiting("the norm of gradients"):
-            all_reduce(squares, group=self.mesh.world)
-        return squares
 
     def _finish_balance(self, speed: float) -> dict[str, ExpertUtilization]:
         """The utilization in the layers of all stages, in their order."""

@@ -78,6 +78,8 @@ class Run:
         self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))
         self.changes: list[str] = []
         on_all_ranks(control, lambda: self._make(model))
+        if self.newest is not None or self.record["weights"]:
+            self.trainer.optimizer.gather()
         on_rank0(control, lambda: self._install(model))
 
     def _read_or_create(self, config: Config) -> tuple[Mapping[str, Any], Path | None]:
@@ -309,7 +311,7 @@ class Run:
             self.changes.append(
                 f"on {device} before, on {self.device.type} now: results are not bit-identical"
             )
-        views = training_state(self.trainer, whole=True)
+        views = training_state(self.trainer)
         restore(self.trainer, self.checkpoints.load(newest, views))
 
 

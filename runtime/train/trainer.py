@@ -63,14 +63,20 @@ class Trainer:
     sequences: Sequences
     group: ProcessGroup | None = None
     position: Position = field(default_factory=Position)
-    shard_groups: Mapping[str, ProcessGroup] = field(default_factory=dict)
-    """The ranks over which the optimizer's state of a weight is sharded, by stored name."""
+    holders: Mapping[str, ProcessGroup] | None = None
+    """The ranks that hold a weight, by stored name; None: `group` holds all of them."""
+    sharded: bool = False
+    """Whether the optimizer's state of a weight is sharded over its holders."""
     waits: Waits = field(default_factory=Waits)
 
     def __post_init__(self) -> None:
         self.rank = self.group.rank() if self.group else 0
         self.ranks = self.group.size() if self.group else 1
-        self.optimizer = AdamW(self.model, self.settings.optimizer, self.shard_groups, self.waits)
+        holders = self.holders
+        if holders is None and self.group is not None:
+            holders = dict.fromkeys(dict(self.model.named_parameters()), self.group)
+        one = self.settings.optimizer
+        self.optimizer = AdamW(self.model, one, holders, self.sharded, self.waits)
         self.balance = Balance(self.model)
         self.average = None
         if self.settings.ema:
@@ -122,14 +128,21 @@ class Trainer:
     def _reduce(self, sums: Tensor) -> None:
         """Sums losses, gradients and loads over the ranks."""
         if self.group is not None:
-            with self.waits.waiting("the sums of gradients", get_process_group_ranks(self.group)):
+            with self.waits.waiting("the sums of losses", get_process_group_ranks(self.group)):
                 all_reduce(sums, group=self.group)
-                self.optimizer.reduce(self.group)
                 self.balance.reduce(self.group)
+        self.optimizer.reduce()
 
     def _squares(self) -> Tensor:
         """The square of the norm of all gradients."""
-        return self.optimizer.squares()
+        own = self.optimizer.squares()
+        if self.group is None:
+            return own
+        # Of ranks without weights of their own, too; in float64, so that their order is nothing.
+        squares = own.to(self.model.device, torch.float64)
+        with self.waits.waiting("the norm of gradients", get_process_group_ranks(self.group)):
+            all_reduce(squares, group=self.group)
+        return squares.float()
 
     def _finish_balance(self, speed: float) -> dict[str, ExpertUtilization]:
         return self.balance.finish(speed)
@@ -236,13 +249,13 @@ def losses_of(loss: Loss) -> Tensor:
 class Average:
     """A moving average of all weights and biases in float32, on the CPU (report, section 3.2.3).
 
-    `values` by published name; of sharded weights, those that this rank updates.
+    `values` by published name; of sharded weights the elements that this rank updates.
     """
 
     def __init__(self, model: nn.Module, optimizer: AdamW, decay: float) -> None:
         self.decay = decay
         self._followed = {
-            part.name: part.tensor if shard is None else shard.master
+            part.name: part.tensor.view(-1) if shard is None else shard.master
             for part, shard in optimizer.kept(model)
         }
         self.values = {name: now.float().cpu().clone() for name, now in self._followed.items()}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -211,27 +212,86 @@ def test_sharded_optimizer_state_has_the_bits_of_whole_state(
     assert "training is complete" in again.stderr
 
 
-class Group:
-    """A process group of four, as far as sharding asks."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.size = lambda: rank, lambda: 4
-
-
-def test_each_rank_has_its_share_of_the_state(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_each_rank_has_an_equal_slice_of_the_state(tmp_path: Path) -> None:
+    """Slices begin and end within matrices; every element is in one, updates go to the model."""
     made = package(tmp_path, "tiny_shares")
     optimizer = part(made, "optimizer")
+    fake_ranks = import_module(f"{made.__name__}.runtime.train.dryrun").fake_ranks
     model = made.Model()
-    names = [name for name, _ in model.named_parameters()]
-    found: list[dict[str, int]] = []
+    before = {one.name: one.tensor.clone() for one in published(made, model)}
+    found: dict[str, list[tuple[int, int]]] = {}
     for rank in range(4):
-        one = optimizer.AdamW(model, made.config.train.optimizer, dict.fromkeys(names, Group(rank)))
-        kept = ((part, shard) for part, shard in one.kept(model) if shard is not None)
-        found.append({part.name: shard.mean.numel() for part, shard in kept})
-    sizes = [sum(one.values()) for one in found]
-    assert sum(sizes) == sum(p.numel() for p in model.parameters())
-    assert sum(map(len, found)) == len({name for one in found for name in one})
-    assert max(sizes) <= min(sizes) * 1.05
+        with fake_ranks(rank, 4) as world:
+            groups = {name: world for name, _ in model.named_parameters()}
+            one = optimizer.AdamW(model, made.config.train.optimizer, groups, sharded=True)
+            (bucket,) = one.buckets
+            assert bucket.each % 64 == 0 and 0 <= 4 * bucket.each - total(model) < 4 * 64
+            for published_part, shard in one.kept(model):
+                if shard is not None:
+                    found.setdefault(published_part.name, []).append((shard.start, shard.stop))
+                    # Of float32 they are the weights themselves.
+                    shard.master += 1
+    whole = {one.name: one.tensor for one in published(made, model)}
+    for name, ranges in found.items():
+        ends = [0, *(stop for _, stop in ranges)]
+        assert [start for start, _ in ranges] == ends[:-1] and ends[-1] == whole[name].numel()
+        assert torch.equal(whole[name], before[name] + 1), name
+    assert found.keys() == {name for name in whole if "bias" not in name}
+    assert any(len(ranges) > 1 for ranges in found.values())
+
+
+def total(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_data_ranks_have_the_bits_of_sums_in_their_order(
+    pipeline: int, tmp_path: Path, train: Train
+) -> None:
+    """Each rank's gradients by itself, added up rank by rank, and one update of whole weights: what
+    four or two data ranks that share the work have to the last bit."""
+    changes = {
+        "precision.policy": "bf16", "architecture.mtp": "{depth: 0}", "train.ema": "0.9",
+        "train.optimizer.clip": "1000",
+    }  # fmt: skip
+    ranks = 4 // pipeline
+    made = package(tmp_path, f"tiny_sums_{pipeline}", **changes, **parallel(pipeline, "1f1b"))
+    outcome = train(made, 4, tmp_path / "run")
+    assert outcome.returncode == 0, outcome.stderr
+    one = trainer_of(made, tmp_path / "run")
+    for _ in range(3):
+        sums: list[torch.Tensor] = []
+        for one.rank in range(ranks):
+            one.ranks = ranks
+            one._gradients(8, 0)
+            found = [weight.gradient for weight in one.optimizer.weights]
+            sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
+            one.optimizer.drop_gradients()
+        for weight, gradient in zip(one.optimizer.weights, sums, strict=True):
+            weight.gradient = gradient
+        settings, steps = one.settings, one.position.steps
+        rate = settings.learning_rate.value_at(one.tokens + 8 * 16, steps + 1)
+        one.optimizer.step(steps + 1, rate, one.optimizer.squares())
+        one.balance.finish(settings.bias_update.value_at(one.tokens, steps))
+        one.average.update()
+        one.position = part(made, "trainer").Position(steps + 1, one.position.sequences + 8)
+    expected = part(made, "state").training_state(one).tensors
+    written = tensors(tmp_path / "run")
+    assert len(written) == sum(map(len, expected.values()))
+    for folder, group in expected.items():
+        for name, tensor in group.items():
+            assert torch.equal(written[f"{folder}/{name}"], tensor), name
+
+
+def trainer_of(made: Any, run: Path) -> Any:
+    """A trainer of one process, with the model and the sequences of a run before its first step."""
+    settings = part(made, "settings").Settings.of(made.config)
+    tokens = part(made, "tokens").Tokens(run / "data")
+    trained, _ = part(made, "sequences").split(tokens.parts, 0.1)
+    sequences = part(made, "sequences").Sequences(trained, settings.sequence_length, 0)
+    return part(made, "trainer").Trainer(made.Model(seed=0), settings, sequences)
 
 
 @pytest.mark.slow
@@ -309,7 +369,8 @@ def test_ranks_start_again_say_who_hangs_and_go_on(tmp_path: Path, train: Train)
     assert re.fullmatch(
         r"error: rank 2 on \S+ does not answer, and rank [013] on \S+ waits for it, the first for "
         r"\d+ s: (receive|send) \d+, (activations|gradients) of micro-batch \d for stage \d|"
-        r".*: (the (sums|norm) of gradients|new weights|the loads of experts|the start of a step)",
+        r".*: (the (sums|norm) of (gradients|losses)|new weights|the loads of experts|"
+        r"the start of a step)",
         line,
     )
     assert lines(out)[-1]["step"] != 20
@@ -394,7 +455,9 @@ def test_a_weight_on_two_stages_whose_gradients_are_not_added_is_noticed(
     made = package(tmp_path, "tiny_faulty", **parallel(2, "1f1b"))
     place = Path(made.__file__).parent / "runtime/train/parallel.py"
     text = place.read_text()
-    faulty = text.replace("self.holders[weight.name]]", "Holders(frozenset([self.mesh.pipeline]))]")
+    faulty = text.replace(
+        "mesh.groups[one] for name", "mesh.groups.get(Holders(frozenset([mesh.pipeline]))) for name"
+    )
     assert faulty != text
     place.write_text(faulty)
     assert train(made, 4, tmp_path / "run").returncode == 0
