@@ -58,6 +58,7 @@ def _parallel(description: Description, plan: Plan) -> dict[str, Any]:
         "pipeline": mesh.pipeline,
         "replicas": mesh.replicas,
         "expert": mesh.expert,
+        "gpus_per_node": mesh.node_size,
         "zero": layout.zero,
         "schedule": layout.schedule,
         "micro_batches": step_counts(description, layout),

@@ -29,7 +29,7 @@ CONVENTIONS = (
     " chosen evenly.",
     "Dispatch and combine are counted forward and backward, gradients in the model's element type:"
     " a token goes once to each of its nodes, to the rank with the same place there, and on to the"
-    " ranks of its experts. Numbers of experts and weights of the router are left out.",
+    " ranks of its experts, with the weights and numbers of its experts.",
     "Gradients and parameters go around rings through the ranks that hold the same elements,"
     " gradients in FP32. A second is one at the full speed that the cluster file gives.",
 )

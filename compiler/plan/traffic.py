@@ -14,6 +14,9 @@ from compiler.plan.placement import Placed, buckets
 from compiler.plan.saved import FP8_BYTES, TILE
 
 # Why ranks send, in the order in which tables list it.
+# What says how many tokens a rank gets, and the number of an expert (`runtime/exchange.py`).
+COUNT_BYTES, INDEX_BYTES = 8, 2
+
 PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")
 
 
@@ -21,8 +24,9 @@ PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")
 class Exchange:
     """The experts of one block: what a token costs on its way to them and back.
 
-    `dispatch` and `combine` are bytes for a token and destination node; `nodes` is the most nodes
-    that a token goes to, its own included, and `k` the experts that it goes to.
+    `dispatch` and `combine` are bytes for a token and destination node, `weights` and `choices`
+    those of the weights and the numbers of its experts; `nodes` is the most nodes that a token goes
+    to, its own included, and `k` the experts that it goes to.
     """
 
     block: str
@@ -31,6 +35,18 @@ class Exchange:
     nodes: int
     dispatch: int
     combine: int
+    weights: int
+    choices: int
+
+    @property
+    def ways(self) -> Mapping[str, int]:
+        """Bytes of a token there and back, forward and backward together.
+
+        Weights come along, and their gradients go back. Gradients go both ways as results come
+        back: in the model's own element type.
+        """
+        there = self.dispatch + self.weights + self.choices + self.combine
+        return {"dispatch": there, "combine": 2 * self.combine + self.weights}
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,9 @@ def _exchanges(
             route = op.operands[1]
             experts, k = op.number("count"), route.type.last.size or 0
             nodes = _nodes(routes.get(route), experts, k, layout)
-            yield Exchange(graph.name, experts, k, nodes, *expert_bytes(graph, op))
+            weights = k * BYTES[op.operands[2].type.dtype]
+            size = expert_bytes(graph, op)
+            yield Exchange(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
 
 
 def expert_bytes(graph: Graph, op: Op) -> tuple[int, int]:
@@ -123,7 +141,8 @@ def _experts(
     The backward pass dispatches the gradients of what came back, and combines those of the rows.
 
     A token goes once to each of its nodes, to the rank with the index of its own, and from there
-    to the ranks that hold its experts; the way back is the same (report, section 3.2.2).
+    once to each rank that holds its experts; the way back is the same (report, section 3.2.2).
+    Before tokens go forward, ranks say how many.
     """
     mesh = layout.mesh
     if mesh.expert == 1:
@@ -134,19 +153,20 @@ def _experts(
     times = layout.micro_batches // len(layout.placement)
     units = [u for s in layout.stages_of(pipeline) for u in layout.stages[s].units]
     every = [one for unit in units for one in around[unit.ops]]
-    for purpose in ("dispatch", "combine"):
+    for purpose, counts in (("dispatch", 1), ("combine", 0)):
         near = far = Fraction(0)
         for one in every:
-            # Gradients go both ways as results come back: in the model's own element type.
-            size = (one.dispatch if purpose == "dispatch" else one.combine) + one.combine
+            size = one.ways[purpose]
             far += size * one.nodes * Fraction(nodes - 1, nodes)
-            near += size * one.k * Fraction(inside - 1, inside)
+            ranks = one.nodes * min(-(-one.k // one.nodes), inside)
+            near += size * ranks * Fraction(inside - 1, inside)
+        calls = times * len(every)
         yield Sent(
             purpose,
-            2 * times * len(every) * (inside - 1),
-            int(times * tokens * near),
-            2 * times * len(every) * (nodes - 1),
-            int(times * tokens * far),
+            (2 + counts) * calls * (inside - 1),
+            int(times * tokens * near) + counts * calls * COUNT_BYTES * (inside - 1),
+            (2 + counts) * calls * (nodes - 1),
+            int(times * tokens * far) + counts * calls * COUNT_BYTES * (nodes - 1),
         )
 
 

@@ -31,8 +31,6 @@ NOTES = (
     "A step of the largest batch, with torch's fake process group and tensors without values, and "
     "experts in balance. Activations: the most between two entries of the row; the plan counts "
     "some in FP8 or 12 bits that programs keep in bfloat16, and what a chunk takes inside apart.",
-    "A run sends tokens straight to at most as many ranks as they have experts, in the plan they "
-    "go to nodes first.",
 )
 
 

@@ -2,18 +2,22 @@
 
 Tensors are on torch's `meta` device and have no values; the process group is torch's `fake` one,
 which sends nothing. All else is what a run does: the groups, the stages and experts of the rank,
-its row of the schedule, the sums and the optimizer. Experts are in balance, and each of a token's
-goes to a rank of its own.
+its row of the schedule, the sums and the optimizer. Experts are in balance, and tokens go to as
+many nodes and ranks as the plan says.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import fp8, functional
-from ..exchange import Handle
+from ..exchange import Handle, NodeExchange
 from ..model import LanguageModel
 from ..stage import StageLoss
 from .parallel import MeshTrainer, RankMesh, make_trainer, stages_of
@@ -123,31 +127,54 @@ class Recorder(Counter):
 class BalancedExchange(CountedExchange):
     """As many tokens to each rank; their sizes need no values of the route."""
 
-    def dispatch(self, *rows: Tensor) -> tuple[Tensor | Handle, ...]:
-        count, k = rows[-1].flatten(0, -2).shape
-        each = -(-count * min(k, self.ranks) // self.ranks)
+    goes: int
+    """Ranks of the group to which a token goes."""
+
+    def _route(self, experts: Tensor) -> Handle:
+        count = experts.flatten(0, -2).shape[0]
+        each = -(-count * self.goes // self.ranks)
         tokens = torch.empty(each * self.ranks, dtype=torch.int64, device="meta")
-        sizes = [each] * self.ranks
-        handle = Handle(tokens, sizes, sizes, rows[-1].shape[:-1])
-        self.counter.exchanging = "dispatch"
         counts = torch.empty(self.ranks, dtype=torch.int64, device="meta")
         all_to_all_single(counts, counts, group=self.group)
-        return (*self._send(rows, handle), handle)
+        sizes = [each] * self.ranks
+        return Handle(tokens, sizes, sizes, experts.shape[:-1])
+
+
+def balance_exchanges(model: LanguageModel, counter: Counter) -> int:
+    """Lets tokens go evenly to as many nodes and ranks as the plan says.
+
+    Returns how often a token comes to some rank, 1 where experts are not on several.
+    """
+    plan = json.loads((Path(inspect.getfile(type(model))).parent / "plan.json").read_text())
+    known = {one["block"]: one for one in plan["experts"]}
+    count_exchanges(model, counter, BalancedExchange)
+    comes = 1
+    for module in model.modules():
+        exchange = getattr(module, "exchange", None)
+        if exchange is None:
+            continue
+        one = known[type(module).__name__]
+        k, nodes = one["experts_of_a_token"], one["nodes_of_a_token"]
+        hops: list[Any] = [exchange]
+        if isinstance(exchange, NodeExchange):
+            hops = [exchange.across, exchange.inside]
+            hops[0].goes, k = nodes, -(-k // nodes)
+        hops[-1].goes = min(k, hops[-1].ranks)
+        comes = math.prod(hop.goes for hop in hops)
+    return comes
 
 
 @contextmanager
-def without_values(ranks: int) -> Iterator[None]:
+def without_values(comes: int) -> Iterator[None]:
     """`functional.permute` and `permute_local` with as many rows for each expert.
 
-    And FP8 products without the steps by which they are computed where there is no kernel.
+    A token comes to so many ranks, of which each has as many of its experts. And FP8 products
+    without the steps by which they are computed where there is no kernel.
     """
     plain = functional.permute, functional.permute_local, fp8._product
 
     def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        slots = index.numel()
-        if ranks > 1:  # of the choices of a token that came, those of experts here
-            sent = min(index.shape[-1], ranks)
-            slots = slots // sent
+        slots = index.numel() // comes
         rows = x.new_empty(slots, x.shape[-1])
         ends = [slots * (expert + 1) // experts for expert in range(experts)]
         offs = torch.tensor(ends, dtype=torch.int32, device="cpu")
@@ -279,14 +306,14 @@ def dryrun(model: type[LanguageModel], rank: int) -> DryRun:
         recorder = Recorder(run)
         text: Any = NoText(settings.sequence_length)
         groups = ProcessGroups(training=world, control=world)
-        with recorder, without_values(parallel.expert):
+        with recorder:
             trainer = make_trainer(
                 model, torch.device("meta"), 0, settings, text, groups, mesh, recorder.waits
             )
             assert isinstance(trainer, MeshTrainer)
             trainer.execution = partial(Replay, recorder, defaultdict(Chunks))
-            count_exchanges(trainer.model, recorder, BalancedExchange)
-            _step(trainer, recorder)
+            with without_values(balance_exchanges(trainer.model, recorder)):
+                _step(trainer, recorder)
     run.sent = dict(recorder.sent)
     return run
 

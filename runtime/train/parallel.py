@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 
 from ..config import Config
-from ..exchange import Exchange
+from ..exchange import Exchange, NodeExchange
 from ..model import LanguageModel
 from ..stage import ModelShare, StageLoss, StagePlan, is_inside
 from ..weights import Stack
@@ -62,7 +62,9 @@ class RankMesh:
     """Where this rank is in the mesh, and its process groups.
 
     `column` are the ranks of its pipeline, `groups` those that hold a weight as it does, None where
-    that is this rank alone; `exchange` has the ranks over which the experts are spread.
+    that is this rank alone. `exchange` has the ranks over which the experts are spread; if these
+    are several nodes of several ranks, `across` those with its place in all nodes, and `inside`
+    those of its node.
     """
 
     pipeline: int
@@ -74,6 +76,8 @@ class RankMesh:
     column: ProcessGroup
     groups: Mapping[Holders, ProcessGroup | None]
     exchange: ProcessGroup
+    across: ProcessGroup | None = None
+    inside: ProcessGroup | None = None
 
     @property
     def expert(self) -> int:
@@ -98,6 +102,17 @@ class RankMesh:
         exchange = [new_training_group(range(first, first + experts)) for first in firsts][
             rank // experts
         ]
+        across = inside = None
+        size = parallel.gpus_per_node
+        if 1 < size < experts:
+            for first in firsts:
+                ends = first + experts
+                across_places = [
+                    new_training_group(range(first + i, ends, size)) for i in range(size)
+                ]
+                nodes = [new_training_group(range(n, n + size)) for n in range(first, ends, size)]
+                if first <= rank < ends:
+                    across, inside = across_places[rank % size], nodes[(rank - first) // size]
         sets = {frozenset(_holders(config, stage)) for stage in range(len(plans))}
         sets |= set(_module_holders(config, plans).values())
         groups: dict[Holders, ProcessGroup | None] = {}
@@ -110,8 +125,15 @@ class RankMesh:
                 groups[Holders(one)] = made
                 groups[Holders(one, expert=True)] = of_experts[rank % experts]
         return cls(
-            pipeline, data, data_ranks, experts, columns[data], world, column, groups, exchange
-        )
+            pipeline, data, data_ranks, experts, columns[data], world, column, groups, exchange,
+            across, inside,
+        )  # fmt: skip
+
+    def spread(self, count: int, waiting: Callable[[], AbstractContextManager[None]]) -> Any:
+        """An exchange for `count` experts."""
+        if self.across is not None and self.inside is not None:
+            return NodeExchange(self.across, self.inside, count, waiting)
+        return Exchange(self.exchange, count, waiting)
 
 
 def _holders(config: Config, stage: int) -> Iterable[int]:
@@ -185,7 +207,7 @@ def make_trainer(
         if spread is not None:
             (stack,) = (child for child in one.children() if isinstance(child, Stack))
             one.__class__ = spread
-            one.exchange = Exchange(mesh.exchange, stack.total, exchanging)
+            one.exchange = mesh.spread(stack.total, exchanging)
     holders = {
         name: Holders(
             next(one for module, one in modules.items() if is_inside(name, module)),

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..exchange import Exchange, Handle
+from ..exchange import Exchange, NodeExchange, Way
 from ..model import LanguageModel
 from .waits import Waits
 
@@ -96,15 +96,15 @@ class CountedExchange(Exchange):
 
     counter: Counter
 
-    def dispatch(self, *rows: Tensor) -> tuple[Tensor | Handle, ...]:
+    def dispatch(self, *rows: Tensor) -> tuple[Tensor | Way, ...]:
         self.counter.exchanging = "dispatch"
         return super().dispatch(*rows)
 
-    def dispatch_again(self, *given: Tensor | Handle) -> Tensor | tuple[Tensor, ...]:
+    def dispatch_again(self, *given: Tensor | Way) -> Tensor | tuple[Tensor, ...]:
         self.counter.exchanging = "dispatch"
         return super().dispatch_again(*given)
 
-    def combine(self, *given: Tensor | Handle) -> Tensor | tuple[Tensor, ...]:
+    def combine(self, *given: Tensor | Way) -> Tensor | tuple[Tensor, ...]:
         self.counter.exchanging = "combine"
         return super().combine(*given)
 
@@ -113,9 +113,15 @@ def count_exchanges(
     model: LanguageModel, counter: Counter, kind: type[CountedExchange] = CountedExchange
 ) -> None:
     """Lets the exchanges of a model say to a counter what they send."""
+
+    def counted(before: Exchange) -> CountedExchange:
+        made = kind(before.group, before.each * before.ranks, before.waiting)
+        made.counter = counter
+        return made
+
     for module in model.modules():
         before = getattr(module, "exchange", None)
-        if isinstance(before, Exchange):
-            made = kind(before.group, before.each * before.ranks, before.waiting)
-            made.counter = counter
-            setattr(module, "exchange", made)  # noqa: B010
+        if isinstance(before, NodeExchange):
+            before.across, before.inside = counted(before.across), counted(before.inside)
+        elif isinstance(before, Exchange):
+            setattr(module, "exchange", counted(before))  # noqa: B010

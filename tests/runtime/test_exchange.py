@@ -40,6 +40,8 @@ CASES = {
     "no tokens at all": Case(tuple(range(EXPERTS)), (0,) * WORLD),
 }
 SIZES = (2, 4)
+KINDS = (*SIZES, "nodes")
+"""Among 2 ranks, among 4, and among 2 nodes of 2."""
 
 
 def tokens_of(case: Case, rank: int) -> dict[str, Tensor]:
@@ -72,21 +74,27 @@ def computed(x: Tensor, weight: Tensor, experts: Tensor, d_y: Tensor | None, fir
     return d_x, torch.einsum("nke,ne->nk", each, d_y) * there
 
 
-def exchanged(one: exchange.Exchange, given: dict[str, Tensor]) -> dict[str, Tensor]:
+Kind = exchange.Exchange | exchange.NodeExchange
+
+
+def exchanged(one: Kind, given: dict[str, Tensor], first: int) -> dict[str, Tensor]:
     """A layer of experts, forward and backward, as generated code calls it."""
     x_8 = given["x"].to(torch.float8_e4m3fn)
     x, x_8, weight, experts, handle = one.dispatch(
         given["x"], x_8, given["weight"], given["experts"]
     )
     assert isinstance(x, Tensor) and isinstance(x_8, Tensor) and isinstance(weight, Tensor)
-    assert isinstance(experts, Tensor) and isinstance(handle, exchange.Handle)
+    assert isinstance(experts, Tensor) and not isinstance(handle, Tensor)
     assert torch.equal(x_8.double(), x), "rows of FP8 arrive as they were sent"
-    y = one.combine(computed(x, weight, experts, None, one.first), handle)
+    y = one.combine(computed(x, weight, experts, None, first), handle)
     d_y = one.dispatch_again(given["d_y"], handle)
     assert isinstance(y, Tensor) and isinstance(d_y, Tensor)
-    d_x, d_weight = one.combine(*computed(x, weight, experts, d_y, one.first), handle)
-    sent, arrived = torch.tensor(handle.sent), torch.tensor(handle.arrived)
-    return {"y": y, "d_x": d_x, "d_weight": d_weight, "sent": sent, "arrived": arrived}
+    d_x, d_weight = one.combine(*computed(x, weight, experts, d_y, first), handle)
+    found = {"y": y, "d_x": d_x, "d_weight": d_weight}
+    hops = (handle,) if isinstance(handle, exchange.Handle) else (handle.across, handle.inside)
+    for name in ("sent", "arrived"):
+        found[name] = torch.tensor([getattr(hop, name) for hop in hops])
+    return found
 
 
 def work(rank: int, folder: str) -> None:
@@ -94,7 +102,13 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     pairs = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
+    places = [dist.new_group([place, place + 2]) for place in range(2)]
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
+    kinds: dict[int | str, tuple[Kind, int]] = {}
+    for size, group in groups.items():
+        kinds[size] = exchange.Exchange(group, EXPERTS), rank % size * EXPERTS // size
+    of_nodes = exchange.NodeExchange(places[rank % 2], pairs[rank // 2], EXPERTS)
+    kinds["nodes"] = of_nodes, rank * EXPERTS // WORLD
     rows: list[int] = []
     plain = exchange.all_to_all_single
 
@@ -105,18 +119,16 @@ def work(rank: int, folder: str) -> None:
 
     exchange.all_to_all_single = counted
     found = {}
-    for size, group in groups.items():
-        assert group is not None
-        one = exchange.Exchange(group, EXPERTS)
+    for kind, (one, first) in kinds.items():
         for name, case in CASES.items():
             rows.clear()
-            results = exchanged(one, tokens_of(case, rank))
-            found[size, name] = {**results, "rows": torch.tensor(rows)}
+            results = exchanged(one, tokens_of(case, rank), first)
+            found[kind, name] = {**results, "rows": torch.tensor(rows)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-Found = list[dict[tuple[int, str], dict[str, Tensor]]]
+Found = list[dict[tuple[int | str, str], dict[str, Tensor]]]
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +140,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_compute_what_one_process_does(name: str, size: int, found: Found) -> None:
+def test_ranks_compute_what_one_process_does(name: str, kind: int | str, found: Found) -> None:
     """Forward and backward, to the last bit."""
     for rank in range(WORLD):
         given = {key: value.flatten(0, 1) for key, value in tokens_of(CASES[name], rank).items()}
@@ -138,7 +150,7 @@ def test_ranks_compute_what_one_process_does(name: str, size: int, found: Found)
         y = computed(x, weight, experts, None, 0)
         d_x, d_weight = computed(x, weight, experts, d_y, 0)
         for key, expected in (("y", y), ("d_x", d_x), ("d_weight", d_weight)):
-            got = found[rank][size, name][key]
+            got = found[rank][kind, name][key]
             assert got.shape == (1, len(x), expected.shape[-1])
             assert torch.equal(got[0], expected), f"{key} on rank {rank}"
 
@@ -156,12 +168,35 @@ def test_a_token_is_sent_once_to_each_rank_that_has_its_experts(
                 sent[rank, rank // size * size + to] += 1
     for rank in range(WORLD):
         results, first = found[rank][size, name], rank // size * size
-        assert torch.equal(results["sent"], sent[rank, first : first + size])
-        assert torch.equal(results["arrived"], sent[first : first + size, rank])
+        assert torch.equal(results["sent"][0], sent[rank, first : first + size])
+        assert torch.equal(results["arrived"][0], sent[first : first + size, rank])
         out = int(sent[rank].sum() - sent[rank, rank])
         back = int(sent[:, rank].sum() - sent[rank, rank])
         # x, x in FP8, weights and experts; y back; its gradient; back those of x and of weights.
-        assert results["rows"].tolist() == [out] * 4 + [back] + [out] + [back] * 2
+        assert results["rows"].tolist() == [out, back, out, back]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_token_is_sent_once_to_each_node_that_has_its_experts(name: str, found: Found) -> None:
+    """To the rank with the same place, and from there once to each rank of its experts."""
+    across = torch.zeros(WORLD, 2, dtype=torch.int64)
+    inside = torch.zeros(WORLD, 2, dtype=torch.int64)
+    for rank in range(WORLD):
+        for experts in tokens_of(CASES[name], rank)["experts"].flatten(0, 1).tolist():
+            ranks = {expert * WORLD // EXPERTS for expert in experts}
+            for node in {to // 2 for to in ranks}:
+                across[rank, node] += 1
+            for to in ranks:
+                inside[to // 2 * 2 + rank % 2, to % 2] += 1
+    for rank in range(WORLD):
+        results, node, place = found[rank]["nodes", name], rank // 2, rank % 2
+        assert torch.equal(results["sent"], torch.stack([across[rank], inside[rank]]))
+        arrived = [across[[place, place + 2], node], inside[[2 * node, 2 * node + 1], place]]
+        assert torch.equal(results["arrived"], torch.stack(arrived))
+        out, on = int(across[rank, 1 - node]), int(inside[rank, 1 - place])
+        home, back = int(across[(rank + 2) % 4, node]), int(inside[rank ^ 1, place])
+        assert results["rows"].tolist() == [out, on, back, home] * 2
 
 
 def test_the_cases_are_what_they_are_called() -> None:

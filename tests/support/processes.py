@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
@@ -33,6 +33,12 @@ for line in sys.stdin:
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
         package = importlib.import_module(name)
+        if told["call"]:
+            module, _, function = told["call"].partition(":")
+            found = getattr(importlib.import_module(module), function)(package)
+            sys.path.remove(folder)
+            print(json.dumps([0, found]), file=answers, flush=True)
+            continue
         command = importlib.import_module(name + ".runtime.train.command")
         status = command.main(package.Model, told["arguments"])
     sys.path.remove(folder)
@@ -60,6 +66,17 @@ class Processes:
 
     def train(self, package: Any, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A run to its end: status and messages of rank 0, and what went wrong on any."""
+        found = self._all(package, ranks, arguments)
+        status = max(one for one, _ in found)
+        return subprocess.CompletedProcess(arguments, status, stderr=found[0][1])
+
+    def call(self, package: Any, ranks: int, function: str) -> list[Any]:
+        """What `module:function` of the package gives in each rank."""
+        return [found for _, found in self._all(package, ranks, (), function)]
+
+    def _all(
+        self, package: Any, ranks: int, arguments: Sequence[str], call: str = ""
+    ) -> list[list[Any]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -67,6 +84,7 @@ class Processes:
             "package": package.__name__,
             "folder": str(Path(package.__file__).parents[1]),
             "arguments": arguments,
+            "call": call,
         }
         for rank, process in enumerate(self.processes[:ranks]):
             environment = {
@@ -77,12 +95,10 @@ class Processes:
             process.stdin.write(json.dumps({**told, "environment": environment}) + "\n")
             process.stdin.flush()
         try:
-            found = [json.loads(one.get(timeout=PATIENCE)) for one in self.answers[:ranks]]
+            return [json.loads(one.get(timeout=PATIENCE)) for one in self.answers[:ranks]]
         except (Empty, ValueError):
             self.end()
             raise AssertionError(f"a rank of {package.__name__} ended or waits") from None
-        status = max(one for one, _ in found)
-        return subprocess.CompletedProcess(arguments, status, stderr=found[0][1])
 
     def end(self) -> None:
         for process in self.processes:

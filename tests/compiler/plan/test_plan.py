@@ -116,12 +116,17 @@ def test_ranks_send_what_two_nodes_of_two_would() -> None:
     # 16 experts in 4 groups, one on each rank; 2 of them are on both nodes. fp32: 4 bytes.
     assert (exchange.nodes, exchange.dispatch, exchange.combine) == (2, 4 * 64, 4 * 64)
     sent = {one.purpose: one for one in plan.ranks[0].sent}
-    # 2 micro-batches, there and back, 4 layers with experts (2 of them MTP, one and two tokens
-    # shorter: counted as whole ones); a token of two meets the other node.
-    passes, layers, tokens = 2 * 2, 4, 16
-    assert sent["dispatch"].bytes_across == passes * layers * tokens * 256 * 2 // 2
-    assert sent["dispatch"].messages_across == passes * layers
-    assert sent["dispatch"].bytes_inside == passes * layers * tokens * 256 * 4 // 2
+    # 2 micro-batches, 4 layers with experts (2 of them MTP, one and two tokens shorter: counted as
+    # whole ones), in which ranks say how many tokens come; a token of two meets the other node.
+    # x goes with weights and numbers of 4 experts, then the gradient of y; y comes back, then the
+    # gradients of x and of weights.
+    calls, tokens = 2 * 4, 16
+    there, back = 256 + 4 * 4 + 4 * 2 + 256, 256 + 256 + 4 * 4
+    assert sent["dispatch"].bytes_across == calls * (tokens * there * 2 // 2 + 8)
+    assert sent["dispatch"].messages_across == 3 * calls
+    assert sent["dispatch"].bytes_inside == calls * (tokens * there * 4 // 2 + 8)
+    assert sent["combine"].bytes_across == calls * tokens * back * 2 // 2
+    assert sent["combine"].messages_across == 2 * calls
     assert "pipeline" not in sent
     dense = sum(one.on_rank for one in plan.placed if not one.held.routed and one.held.trainable)
     gradients = sent["gradients"].bytes_inside + sent["gradients"].bytes_across

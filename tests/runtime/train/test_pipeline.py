@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import backends.build
 import backends.torch.config
 from tests.support.places import TEXT
-from tests.support.processes import processes
+from tests.support.processes import Processes, processes
 from tests.support.trained import SETTINGS, built, lines, part, published
 
 BASE = {
@@ -58,16 +58,20 @@ Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def train() -> Iterator[Train]:
-    """`train(package, ranks, out)`: the same to its end, in processes that stay."""
-    with processes(4) as ranks:
+def ranks() -> Iterator[Processes]:
+    """Processes that stay."""
+    with processes(4) as found:
+        yield found
 
-        def run(
-            package: Any, count: int, out: Path, *more: str
-        ) -> subprocess.CompletedProcess[str]:
-            return ranks.train(package, count, *words(out), *more)
 
-        yield run
+@pytest.fixture(scope="module")
+def train(ranks: Processes) -> Train:
+    """`train(package, ranks, out)`: the same to its end."""
+
+    def run(package: Any, count: int, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        return ranks.train(package, count, *words(out), *more)
+
+    return run
 
 
 def tensors(out: Path, step: int = 3) -> dict[str, torch.Tensor]:
@@ -141,6 +145,43 @@ def test_ranks_train_what_one_process_does(
     assert (tmp_path / "run" / "profile").exists() == traced
     if traced:
         check_traces(tmp_path / "run" / "profile", pipeline, made)
+
+
+PAIR = "cluster: pair\nabout: Two nodes of one process\nnodes: 2\ngpus_per_node: 1\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "pipeline", "expert", "schedule", "policy"),
+    [
+        (2, 2, 1, "dualpipe", "fp32"),
+        (2, 1, 2, "1f1b", "fp8_blockwise"),
+        (4, 1, 4, "1f1b", "fp8_blockwise"),
+        (4, 2, 2, "dualpipe", "bf16"),
+    ],
+)
+def test_ranks_send_the_bytes_of_the_plan(
+    count: int, pipeline: int, expert: int, schedule: str, policy: str, tmp_path: Path,
+    ranks: Processes,
+) -> None:  # fmt: skip
+    """For each purpose, where tokens are dealt evenly to experts, as plans have it; between two
+    nodes, inside one, and both."""
+    layout = parallel(pipeline, schedule, expert=expert)
+    if count == 2:
+        (tmp_path / "pair.yaml").write_text(PAIR)
+        text = layout["parallel"].replace("cpu_2x2", str(tmp_path / "pair.yaml"))
+        layout = {"parallel": text}
+    name = f"tiny_sent_{pipeline}_{expert}"
+    changes = {"precision.policy": policy, "architecture.mtp": "{depth: 0}"}
+    made = package(tmp_path, name, **changes, **layout)
+    plan = json.loads(Path(made.__file__).with_name("plan.json").read_text())
+    for rank, found in enumerate(ranks.call(made, count, "tests.support.sent:sent")):
+        planned = {
+            one["purpose"]: one["inside"]["bytes"] + one["across"]["bytes"]
+            for one in plan["ranks"][rank * pipeline // count]["sent"]
+        }
+        assert found.pop("sums") > 0
+        assert found == planned, rank
 
 
 def check_traces(folder: Path, pipeline: int, made: Any) -> None:
