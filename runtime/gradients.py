@@ -249,12 +249,17 @@ def _attend_saving(
     """Of as many queries as keys, to the keys `seen`; to all that do not come later without."""
     if not _has_flash(q) or softcap is not None:
         lse = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
-        return F.attend(q, k, v, seen, scale, seen is None, softcap), lse
+        return _saved(F.attend(q, k, v, seen, scale, seen is None, softcap), q), lse
     padded = F.equally_wide(q, *_for_each_head(q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, seen is None, attn_mask=_bias(seen, q.dtype), scale=scale
     )
-    return out.transpose(1, 2)[..., : v.shape[-1]], lse.transpose(1, 2)
+    return _saved(out.transpose(1, 2)[..., : v.shape[-1]], q), lse.transpose(1, 2)
+
+
+def _saved(out: Tensor, q: Tensor) -> Tensor:
+    """Without what values were padded with to the width of queries, which a view would keep."""
+    return out.contiguous() if out.shape[-1] < q.shape[-1] else out
 
 
 def _attend_grad(

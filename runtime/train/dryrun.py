@@ -32,7 +32,7 @@ from ..exchange import Handle, NodeExchange
 from ..model import LanguageModel
 from ..stage import StageLoss
 from .parallel import MeshTrainer, RankMesh, make_trainer, stages_of
-from .pipeline import Chunk, Execution
+from .pipeline import Chunk, Chunked, Execution
 from .ranks import ProcessGroups
 from .settings import Settings, TrainError
 from .traffic import CountedExchange, Counter, Traffic, count_exchanges
@@ -236,12 +236,15 @@ class Replay(Execution):
         if known.executed < 2:
             with self._executed(known):
                 first = super().forward(chunk)
+            if Chunk("F", chunk.stage + 1, chunk.batch) in self.numbers:  # is sent, and gone
+                known.kept -= sum(t.nbytes for t in first.sent)
             known.made = self.recorder.template(first)
             return first
         self.recorder.now += known.kept
         self._send(known)
         loss: StageLoss = known.made
-        self.saved[place] = tuple(self.arrived.pop(chunk, ())), loss
+        like = [(t.shape, t.dtype) for t in loss.sent]
+        self.saved[place] = Chunked(self.arrived.pop(chunk, ()), (), like, None)
         self._leave(Chunk("F", chunk.stage + 1, chunk.batch), loss.sent)
         return loss
 

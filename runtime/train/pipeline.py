@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup, recv, send
 
 from ..config import Config
@@ -108,6 +109,25 @@ class Held:
     waits: Waits
 
 
+class Chunked(NamedTuple):
+    """What is kept of a stage's forward chunk until its gradients are computed.
+
+    Not the values of what was sent: `ends` are their nodes in autograd's graph.
+    """
+
+    received: Sequence[Tensor]
+    ends: Sequence[GradientEdge]
+    like: Sequence[tuple[torch.Size, torch.dtype]]
+    """Shapes and types of what was sent."""
+    total: Tensor | None
+
+    @classmethod
+    def of(cls, received: Sequence[Tensor], loss: StageLoss) -> Chunked:
+        ends = [get_gradient_edge(t) for t in loss.sent if t.requires_grad]
+        like = [(t.shape, t.dtype) for t in loss.sent]
+        return cls(received, ends, like, loss.total)
+
+
 class Execution:
     """One step: everything that is under way between the chunks of a rank."""
 
@@ -116,7 +136,7 @@ class Execution:
         self.numbers = {message[:3]: n for n, message in enumerate(row.messages)}
         self.arrived: dict[tuple[str, int, int], Sequence[Tensor]] = {}
         self.made: dict[int, Sequence[Tensor]] = {}
-        self.saved: dict[tuple[int, int], tuple[Sequence[Tensor], StageLoss]] = {}
+        self.saved: dict[tuple[int, int], Chunked] = {}
 
     def transfer(self, entry: tuple[str, int]) -> None:
         """Sends or receives one message."""
@@ -137,8 +157,9 @@ class Execution:
         if message.kind == "F":
             tokens = self.batches[message.batch]
             return self.held.stages[message.stage].received(len(tokens), tokens.shape[1] - 1)
-        _, loss = self.saved[message.stage, message.batch]
-        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in loss.sent]
+        like = self.saved[message.stage, message.batch].like
+        device = self.batches[message.batch].device
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like]
 
     def forward(self, chunk: Chunk) -> StageLoss:
         """Computes a stage on a micro-batch, and saves what its gradients need."""
@@ -148,20 +169,20 @@ class Execution:
         place = positions(inputs, self.held.config)
         with self.held.waits.computing(chunk):
             loss = stage.loss(inputs, tokens[:, 1:], received, place, self.tokens_seen)
-        self.saved[chunk.stage, chunk.batch] = received, loss
+        self.saved[chunk.stage, chunk.batch] = Chunked.of(received, loss)
         self._leave(Chunk("F", chunk.stage + 1, chunk.batch), [t.detach() for t in loss.sent])
         return loss
 
     def backward(self, chunk: Chunk, share: float) -> None:
         """Adds the gradients of a stage's terms, of which `share` counts, to those of weights."""
-        received, loss = self.saved.pop((chunk.stage, chunk.batch))
-        ends: list[Tensor] = list(loss.sent)
+        received, sent, _, total = self.saved.pop((chunk.stage, chunk.batch))
+        ends: list[Tensor | GradientEdge] = list(sent)
         gradients: list[Tensor | None] = list(self.arrived.pop(("B", *chunk[1:]), ()))
-        if loss.total is not None and loss.total.requires_grad:
-            ends.append(loss.total * share)
+        if total is not None and total.requires_grad:
+            ends.append(total * share)
             gradients.append(None)
         with self.held.waits.computing(chunk):
-            torch.autograd.backward(ends, gradients)
+            torch.autograd.backward(ends, gradients)  # type: ignore[arg-type]  # of both kinds
         found = [torch.zeros_like(t) if t.grad is None else t.grad for t in received]
         self._leave(Chunk("B", chunk.stage - 1, chunk.batch), found)
 

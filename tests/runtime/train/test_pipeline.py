@@ -504,3 +504,36 @@ def test_a_weight_on_two_stages_whose_gradients_are_not_added_is_noticed(
     assert train(made, 4, tmp_path / "run").returncode == 0
     with pytest.raises(AssertionError):
         check_same(tmp_path / "run", alone)
+
+
+FAULTS = {
+    "nothing": ("parallel.py", "", ""),
+    "a mirror is not summed": (
+        "parallel.py", "mesh.groups[one] for", "mesh.groups.get(Holders(frozenset())) for",
+    ),
+    "a replica counts twice": ("buckets.py", "in found[1:]", "in found"),
+    "experts count twice": ("parallel.py", "self.mesh.experts / batch", "4 / batch"),
+}  # fmt: skip
+"""Changes of a file of the package's `runtime/train`."""
+
+
+@pytest.mark.slow
+def test_wrong_sums_over_ranks_are_noticed(alone: Path, tmp_path: Path, train: Train) -> None:
+    """By the loss or the norm of gradients of the first step, on 2 pipeline x 2 expert ranks."""
+    layout = parallel(2, "dualpipe", expert=2)
+    made = package(tmp_path, "tiny_faults", **layout, **{"train.steps": "1"})
+    expected, noticed = lines(alone)[0], {}
+    for name, (file, right, wrong) in FAULTS.items():
+        place = Path(made.__file__).parent / "runtime" / "train" / file
+        text = place.read_text()
+        assert right in text
+        place.write_text(text.replace(right, wrong) if right else text)
+        out = tmp_path / name
+        assert train(made, 4, out).returncode == 0
+        place.write_text(text)
+        found = lines(out)[0]
+        noticed[name] = any(
+            found[key] != pytest.approx(expected[key], rel=1e-5)
+            for key in ("total", "gradient_norm")
+        )
+    assert noticed == {name: name != "nothing" for name in FAULTS}
