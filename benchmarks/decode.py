@@ -36,7 +36,7 @@ def main() -> None:
             continue
         runs: dict[str, Callable[[], object]] = {"dslc": ours}
         steps, parts = compiled_steps(match)
-        runs["dslc compiled"] = partial(paged, steps, parts, prompt)
+        runs["dslc C++"] = partial(paged, steps, parts, prompt)
         for peer in match.peers:
             if not peer.compiled:
                 runs[f"{peer.name} generate"] = partial(generate, peer.model, prompt)
@@ -45,7 +45,7 @@ def main() -> None:
         report(times, batch * NEW)
         if batch == 1:
             read, seconds = floor(match)
-            print(f"  one step of the compiled code {times['dslc compiled'] / NEW * 1e3:.2f} ms")
+            print(f"  one step of the compiled code {times["dslc C++"] / NEW * 1e3:.2f} ms")
             print(f"  reading its {read / 1e6:.1f} MB of weights {seconds * 1e3:.2f} ms")
 
 

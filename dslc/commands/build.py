@@ -93,7 +93,8 @@ def run(
         if format is Format.json:
             files = dict(result.files)
             found = {"folder": str(out), "files": files, "user_code": result.user_code}
-            found |= {"no_cpp": result.missing} if result.missing else {}
+            if result.missing:
+                found["no_cpp"] = result.missing
             print_json({"ok": True, "diagnostics": [], **found})
         else:
             print("\n".join(summary_lines(result)))
