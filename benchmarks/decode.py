@@ -45,8 +45,9 @@ def main() -> None:
         report(times, batch * NEW)
         if batch == 1:
             read, seconds = floor(match)
-            print(f"  one step of the compiled code {times["dslc C++"] / NEW * 1e3:.2f} ms")
-            print(f"  reading its {read / 1e6:.1f} MB of weights {seconds * 1e3:.2f} ms")
+            token = times["dslc C++"] / NEW
+            print(f"  a token by C++, with its share of the prompt: {token * 1e3:.2f} ms")
+            print(f"  reading {read / 1e6:.1f} MB, the weights of a token: {seconds * 1e3:.2f} ms")
 
 
 def compiled_steps(match: Match) -> tuple[Any, Any]:
