@@ -332,16 +332,17 @@ def _attend_capped(
 ) -> Tensor:
     """`attend`, which torch has no kernel for: all scores are in memory, in float32."""
     queries, keys, kv_heads = q.shape[1], k.shape[1], k.shape[2]
+    groups = q.shape[2] // kv_heads
     if causal:
         seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
     # Queries that share a head of keys, one behind the other: [batch, kv_heads, g * query, dim].
-    grouped = wide(q).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    grouped = wide(q).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     score = grouped @ wide(k).permute(0, 2, 3, 1) * scale
-    score = capped(score, softcap).unflatten(2, (-1, queries)).flatten(1, 2)
+    score = capped(score, softcap).unflatten(2, (groups, queries)).flatten(1, 2)
     if seen is not None:
         score = score.masked_fill(~seen, -math.inf)
-    share = score.softmax(-1).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    out: Tensor = (share @ wide(v).transpose(1, 2)).unflatten(2, (-1, queries))
+    share = score.softmax(-1).unflatten(1, (kv_heads, groups)).flatten(2, 3)
+    out: Tensor = (share @ wide(v).transpose(1, 2)).unflatten(2, (groups, queries))
     return out.flatten(1, 2).transpose(1, 2).to(q.dtype)
 
 

@@ -152,16 +152,21 @@ class Pages:
         parts = [pool[block].contiguous().view(torch.uint8) for pool in self._pools.values()]
         return torch.cat([part.flatten().cpu() for part in parts])
 
+    def check(self, data: Tensor) -> None:
+        """Raises ValueError for data of a block that has another size than those here."""
+        own = sum(pool[0].nbytes for pool in self._pools.values())
+        if data.numel() != own:
+            raise ValueError(
+                f"a block here has {own} bytes, one of {data.numel()} came: both engines need the "
+                "same model, page and drafts"
+            )
+
     @torch.inference_mode()  # as pools are made in
     def write(self, block: int, data: Tensor) -> None:
         """What `read` gave of a block of another cache, by the same modules. Raises ValueError for
         data of another size."""
+        self.check(data)
         sizes = [pool[block].nbytes for pool in self._pools.values()]
-        if data.numel() != sum(sizes):
-            raise ValueError(
-                f"a block here has {sum(sizes)} bytes, one of {data.numel()} came: both engines "
-                "need the same model, page and drafts"
-            )
         for pool, part in zip(self._pools.values(), data.split(sizes), strict=True):
             # A copy, for where a part begins may not be a multiple of its numbers' size.
             pool[block] = part.clone().view(pool.dtype).view(pool.shape[1:])

@@ -67,6 +67,8 @@ def stages_py(
         program = copy_program(role.joint)
         programs = {**compiled.programs, "train": program}
         emit = Emission(replace(compiled, programs=programs), dtype, params)
+        if program.root not in program.derivatives:
+            return None
         if not _same_units(compiled.programs["train"], program, emit):
             return None
         classes.append(_class(role, program, emit, experts))

@@ -52,14 +52,15 @@ def _folded(frame: Expressions, node: ast.Expr) -> ast.Expr:
                 "or",
             ):
                 return _decided(node, *sides)
+            folded = replace(node, left=sides[0], right=sides[1])
             if all(isinstance(side, ast.Number | ast.Boolean | ast.Text) for side in sides):
-                return _constant(frame, node)
-            return replace(node, left=sides[0], right=sides[1])
+                return _constant(frame, folded)
+            return folded
         case ast.Unary():
             part = _folded(frame, node.operand)
-            if isinstance(part, ast.Number | ast.Boolean):
-                return _constant(frame, node)
-            return replace(node, operand=part)
+            rest = replace(node, operand=part)
+            decided = isinstance(part, ast.Number | ast.Boolean)
+            return _constant(frame, rest) if decided else rest
         case ast.Conditional():
             return _folded(frame, node.then if frame.flag(node.condition) else node.otherwise)
         case ast.Call() if not {QUERY, KEY} & {*ast.names_in(node)}:

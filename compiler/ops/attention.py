@@ -103,9 +103,9 @@ def scores_of(op: Op) -> dict[str, Any]:
 
 def need_scores(site: Site) -> None:
     """Raises `TypeMismatch` for values of `SCORES` that no attention can have."""
-    if site.attrs.get("window", 1) < 1:  # type: ignore[operator]
+    if not 1 <= site.attrs.get("window", 1) < 2**31:  # type: ignore[operator]
         raise TypeMismatch(
-            f"attention needs a window of at least 1 token, got {site.number('window')}",
+            f"attention needs a window of 1 to 2**31 - 1 tokens, got {site.number('window')}",
             help="a window of 1 is the query's own token; leave it out to see all before it",
         )
     if not site.attrs.get("softcap", 1.0) > 0:  # type: ignore[operator]

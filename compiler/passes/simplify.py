@@ -52,7 +52,8 @@ def drop_unread(program: Program) -> None:
 
 
 def _drop_identities(graph: Graph) -> bool:
-    """x * 1 and x + 0, of a number or a tensor."""
+    """x * 1 and x + 0, of a number or a tensor; and n * 0 of two numbers, as the balance loss of a
+    model without experts, which would not be a sum over ranks as the other losses are."""
     zeros = {op.result for op in graph.walk() if op.kind == "constant" and op.attrs["value"] == 0}
     changed = False
     for ops in lists(graph):
@@ -74,6 +75,8 @@ def _same_as(op: Op, zeros: set[Value]) -> Value | None:
         for value, other in (op.operands, reversed(op.operands)):
             if other in zeros and value.type == op.result.type:
                 return value
+    if op.kind == "mul" and not any(value.type.dims for value in op.operands):
+        return next((value for value in op.operands if value in zeros), None)
     return None
 
 

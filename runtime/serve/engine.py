@@ -170,8 +170,11 @@ class Engine:
 
     def take_over(self, request: Request, pages: Sequence[Tensor]) -> bool:
         """Continues a request with an output by the pages of its other tokens, unless there is no
-        place for it now; without pages its tokens are computed again, when it is its turn."""
+        place for it now; without pages its tokens are computed again, when it is its turn. Raises
+        ValueError for pages of another engine."""
         if pages:
+            for data in pages:  # before it has a place
+                self.pages.check(data)
             page, computed = self.options.page, request.known - 1
             if not self.scheduler.admit(request):
                 return False

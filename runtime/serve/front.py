@@ -87,8 +87,12 @@ class Front:
         if self.group is None:
             found = [self.rank.step(messages[0], told[1])]
         else:
-            self.group.broadcast(told)
-            found = self.group.gather(self.rank.step(messages[0], told[1]))
+            try:
+                self.group.broadcast(told)
+                found = self.group.gather(self.rank.step(messages[0], told[1]))
+            except Exception as error:
+                self.group.fail(error)
+                raise
         self._stats = [stats for _, stats in found]
         events = [event for some, _ in found for event in some]
         for event in events:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +53,9 @@ class BlockOf:
 
 
 Message = Handoff | BlockOf
+
+ALIVE = 1.0
+"""Seconds without a message after which one says so: the group has a time limit for each."""
 
 
 class Transport(Protocol):
@@ -122,21 +125,25 @@ class Gloo:
         try:
             more = True
             while more:
-                message = self._messages.get()
+                try:
+                    message: Message | Literal["alive"] | None = self._messages.get(timeout=ALIVE)
+                except Empty:
+                    message = "alive"
                 dist.send_object_list([message], self._other, self._group)
                 more = message is not None
-        except RuntimeError as error:
+        except Exception as error:
             self._failure = error
 
     def _receive(self) -> None:
         try:
             more = True
             while more:
-                found: list[Message | None] = [None]
+                found: list[Message | Literal["alive"] | None] = [None]
                 dist.recv_object_list(found, self._other, self._group)
-                self._messages.put(found[0])
+                if found[0] != "alive":
+                    self._messages.put(found[0])
                 more = found[0] is not None
-        except RuntimeError as error:
+        except Exception as error:
             self._failure = error
 
     def _check(self) -> None:
@@ -219,14 +226,21 @@ class DecodeEngine:
             elif (found := self._arriving.get(message.id)) is not None:
                 found.pages[message.index] = message.data
         for id, one in list(self._arriving.items()):
-            if self._go_on(one):
-                del self._arriving[id]
+            try:
+                if not self._go_on(one):
+                    continue
+            except ValueError as error:  # the engines do not fit
+                events.append(Event(id, finish="error", message=str(error)))
+            del self._arriving[id]
         return [*events, *self.engine.step()]
 
     def _begin(self, told: Handoff) -> Event:
         if told.ended is not None:
             return told.ended
-        request = self.engine.check(told.id, told.prompt, told.sampling, told.salt)
+        try:
+            request = self.engine.check(told.id, told.prompt, told.sampling, told.salt)
+        except ValueError as error:
+            return Event(told.id, told.first, "error", str(error), told.cached)
         request.cached = told.cached
         request.drafts, request.tails = list(told.drafts), dict(told.tails)
         for token in told.first:

@@ -131,6 +131,7 @@ class Drafter:
         states = torch.cat([text.states for text in texts]).unsqueeze(0)
         given = torch.tensor([tokens], device=device)
         logits = draft(states, given, position + offset, self.pages)
+        before = sum(len(text.request.drafts) for text in drafting)
         for text, row in zip(drafting, logits, strict=True):
             self._choose(text, row)
         new = self.pages.states[0].split([len(text.states) for text in texts])
@@ -140,12 +141,15 @@ class Drafter:
             at = text.request.computed - depth - text.start
             if depth < len(self.modules) and 0 <= at < len(own):
                 text.request.tails[depth + 1] = own[at : at + 1].clone()
-        return len(drafting)
+        return sum(len(text.request.drafts) for text in drafting) - before
 
     def _choose(self, text: _Text, logits: Tensor) -> None:
-        """By the same chance as the token itself will be."""
+        """By the same chance as the token itself will be; none where nothing can be chosen."""
         request, matcher = text.request, text.matcher
         allowed = matcher.mask() if matcher is not None else None
+        if not logits.isfinite().all() or (allowed is not None and not allowed.any()):
+            text.drafting = False
+            return
         output = [*request.output, *request.drafts]
         id = choose(logits, request.sampling, request.prompt, output, allowed)
         request.drafts.append(id)

@@ -24,8 +24,8 @@ from ..routing import routed
 from ..weights import Stack, Tensors
 from .group import Group
 
-METHODS = re.compile(r"forward|decode|draft(_\d+)?")
-"""What generated code calls of a block, in the programs of a decoder."""
+METHODS = re.compile(r"forward|prefill|decode|draft(_\d+)?")
+"""What generated code calls of a block: the method of the first program with an equal graph."""
 
 
 @dataclass(frozen=True)

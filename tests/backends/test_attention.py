@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from backends.build import build
 from dsl.load import load
+from runtime import functional
 from tests.support.attention import Layer, logits
 from tests.support.models import published
 
@@ -21,6 +22,7 @@ MASKED = '''
 block Masked(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, seq, hidden_size]:
   """Blocks of 4 tokens, every third token of the window, and the first ones."""
   params hidden_size, num_attention_heads, head_dim, sinks, reach
+  params near = true  # what is known of a mask when the model is built is not in it
   let width = num_attention_heads * head_dim
   q = linear(x, to = num_attention_heads * head_dim, name = q_proj)
   k = linear(x, to = num_attention_heads * head_dim, name = k_proj)
@@ -30,7 +32,8 @@ block Masked(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch,
   k = rotate(unflatten(k, num_attention_heads, head_dim), cos, sin)
   k, v = cache(k, v)
   o = attention(q, k, v, position, scale = head_dim ** -0.5,
-    mask = q // 4 == k // 4 or k < sinks or q - k < reach and not (q - k) % 3 != 0)
+    mask = q // 4 == k // 4 or k < (sinks if near else q) + 0 or not (near or q < 5) or
+      q - k < reach and not (q - k) % 3 != 0)
   return linear(flatten(o, num_attention_heads, head_dim), to = hidden_size, name = o_proj)
 '''
 SPEC = """
@@ -208,3 +211,9 @@ def test_requests_to_a_server_give_the_same_bits_in_any_company(made: Made) -> N
         with torch.no_grad():
             scores = made.model(text).logits[0, len(prompt) - 1 : -1]
         assert scores.argmax(-1).tolist() == text[0, len(prompt) :].tolist()
+
+
+def test_no_tokens_have_no_capped_scores() -> None:
+    """As MTP modules of texts that are shorter than they look ahead."""
+    q, k = torch.zeros(1, 0, 4, 8), torch.zeros(1, 0, 2, 8)
+    assert functional.attention(q, k, k, 1.0, softcap=5.0).shape == q.shape

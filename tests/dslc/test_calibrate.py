@@ -13,7 +13,7 @@ from dsl.measured import calibration_of
 from runtime.train.measure import line
 from tests.support.command import Run
 from tests.support.places import TINY
-from tests.support.ranks import two_ranks
+from tests.support.two_ranks import two_ranks
 
 CLUSTER = "cluster: mine\nnodes: 1\ngpus_per_node: 2\n"
 SETS = [

@@ -4,6 +4,7 @@ than they may. Ranks run in lockstep in the interpreter (`tests/interpret/comm.p
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,21 @@ def check_same(of: Description, where: Layout, name: str = "train") -> World:
     return world
 
 
+DENSE = """
+model: dense
+blocks: [causal_lm, decoder, gqa, swiglu]
+params: {vocab_size: 64, hidden_size: 32}
+architecture:
+  layers:
+    - repeat: 4
+      attention: GQA(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+      feed_forward: SwiGLU(intermediate_size=48)
+sequence: {max_position_embeddings: 64}
+precision: {policy: fp32}
+train: {}
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward", "train"])
 @pytest.mark.parametrize("mesh", MESHES)
@@ -92,6 +108,14 @@ def test_biases_and_free_parameters_are_those_of_all_ranks() -> None:
     """Biases of experts, and gradients that are sums over dimensions that were broadcast."""
     of = load(SPECS / "examples" / "biased.yaml", sets=["architecture.layers.1.repeat=1"])
     check_same(of, layout(MESHES["2 replicas"], of))
+
+
+@pytest.mark.slow
+def test_models_without_experts_are_partitioned(tmp_path: Path) -> None:
+    """Their balance loss is a number, and no sum over ranks."""
+    (tmp_path / "dense.yaml").write_text(DENSE)
+    of = load(tmp_path / "dense.yaml")
+    check_same(of, layout(Mesh(2, 2, 1, 2), of))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_answers_of_an_engine_are_of_their_schemas_with_and_without_drafts(
         for i, schema in enumerate(schemas)
     ]  # fmt: skip
     answers = []
-    for speculate in (0, 1):
+    for speculate in (0, 2):
         options = serve["options"].Options(max_requests=8, speculate=speculate)
         engine = serve["engine"].Engine(model, options, grammars)
         found = engine.generate([([65, i + 1], one) for i, one in enumerate(asked)])
@@ -167,6 +168,11 @@ def test_answers_of_an_engine_are_of_their_schemas_with_and_without_drafts(
     assert answers[0] == answers[1]
     for ids, schema in zip(answers[0], schemas, strict=True):
         assert ids[-1] == 256 and fits(json.loads(bytes(ids[:-1])), schema)
+    # Modules whose scores are NaN draft nothing.
+    with torch.no_grad():
+        model.model.layers[3].hnorm.weight.fill_(math.nan)
+    found = serve["engine"].Engine(model, options, grammars).generate([([65, 1], asked[0])])
+    assert [token.id for token in found[0]] == answers[0][0]
     with pytest.raises(ValueError, match="propertyNames"):
         wrong = json_grammar({"type": "object", "propertyNames": {"pattern": "a"}})
         engine.add("x", [65], serve["request"].Sampling(max_tokens=9, grammar=wrong))

@@ -106,3 +106,27 @@ def test_a_block_of_another_size_is_refused(model: Model) -> None:
     prefill.step()
     with pytest.raises(ValueError, match="both engines need the same model, page and drafts"):
         decode.step()
+
+
+def test_engines_that_do_not_fit_end_requests_and_nothing_else(model: Model) -> None:
+    """One is too long for the other, all have pages of another size."""
+    transport = InProcess()
+    prefill = PrefillEngine(Engine(model, Options(page=8)), transport)
+    decode = DecodeEngine(Engine(model, Options(page=8, max_model_len=40)), transport, 5)
+    for i, length in enumerate((4, 60, 5)):
+        prefill.add(str(i), [7] * length, Sampling(max_tokens=3))
+    errors, ends = {}, {}
+    while prefill.busy or decode.busy:
+        if prefill.busy:
+            prefill.step()
+        for event in decode.step():
+            if event.finish is not None:
+                ends[event.id], errors[event.id] = event.finish, event.message
+    assert ends == {"0": "length", "1": "error", "2": "length"}
+    assert "max_tokens can be 0 at most" in errors["1"]
+    prefill = PrefillEngine(Engine(model, Options(page=8, speculate=1)), transport)
+    prefill.add("3", [5, 9], Sampling(max_tokens=3))
+    prefill.step()
+    *_, last = decode.step()
+    assert last.finish == "error" and "need the same model" in last.message
+    assert decode.engine.scheduler.blocks.held == 0 and not decode.busy
