@@ -149,6 +149,9 @@ TILE = 32
 FILLED = 4
 """Rows that a call may be filled up to, at most: what one row alone costs."""
 
+ALIGNED = 64
+"""Bytes that new tensors are aligned to."""
+
 _AGREEING: dict[tuple[object, ...], tuple[int, int]] = {}
 """From how many rows on to how many all calls agree, for a kind of product."""
 
@@ -173,12 +176,19 @@ def _in_parts(compute: Product, x: Tensor, weight: Tensor, fewest: int, most: in
         parts = (_in_parts(compute, part, weight, fewest, most) for part in x.split(most))
         return torch.cat(list(parts))
     if rows >= fewest:
-        return compute(x, weight)
+        return compute(_placed(x), weight)
     if rows == 1:  # any rows may fill it up: the same one is the cheapest
-        return compute(x.expand(fewest, *x.shape[1:]), weight)[:1]
+        return compute(x.expand(fewest, *x.shape[1:]).contiguous(), weight)[:1]
     filled = x.new_zeros(fewest, *x.shape[1:])
     filled[:rows] = x
     return compute(filled, weight)[:rows]
+
+
+def _placed(x: Tensor) -> Tensor:
+    """The rows where new ones would be: MKL's order of sums may depend on the address of a row."""
+    if x.data_ptr() % ALIGNED:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.contiguous()
 
 
 def _agreeing_sizes(compute: Product, like: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -188,7 +198,7 @@ def _agreeing_sizes(compute: Product, like: Tensor, weight: Tensor) -> tuple[int
     MKL, for one, has borders at 2, and between 3 and 16 by the shape. Every number is tried, once
     for each shape, with random numbers in place of the weight's; of the ranges that begin with few
     rows the longest is taken. One row at a time is always a range, and the only one where the place
-    in a call matters.
+    in a call matters, as it does for rows of odd lengths where vectors have 32 bytes.
     """
     generator = torch.Generator(like.device).manual_seed(0)
 
@@ -199,23 +209,30 @@ def _agreeing_sizes(compute: Product, like: Tensor, weight: Tensor) -> tuple[int
         torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
     )
     x = random(torch.empty(TILE, *like.shape[1:], dtype=like.dtype, device=like.device))
-    same = x[:1].expand(x.shape).contiguous()
-    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)  # at another address
-    found = [compute(x[:n], matrix) for n in range(1, TILE + 1)]
-    alike = [
-        all(torch.equal(row, found[n - 1][0]) for row in compute(same[:n], matrix))
-        and torch.equal(compute(shifted[:n], matrix), found[n - 1])
-        for n in range(1, TILE + 1)
-    ]
+
+    def in_calls(x: Tensor, n: int) -> Tensor:
+        """So many rows in each; fewer that are left are left out."""
+        starts = range(0, TILE // n * n, n)
+        return torch.cat([compute(_placed(x[i : i + n]), matrix) for i in starts])
+
+    found = [in_calls(x, n) for n in range(1, TILE + 1)]
+    # All rows once more, each at another place of its call.
+    moved = [in_calls(x.roll(1, 0), n)[1:] for n in range(1, TILE + 1)]
+    alike = [torch.equal(a[:-1], b) for a, b in zip(found, moved, strict=True)]
     ranges = [(1, 1)]
     for most in range(2, TILE + 1):
         fewest = most
-        whole = found[most - 1]
-        while fewest and alike[fewest - 1] and torch.equal(found[fewest - 1], whole[:fewest]):
+        while fewest and alike[fewest - 1] and _equal(found[fewest - 1], found[most - 1]):
             fewest -= 1
         if fewest < min(most, FILLED):
             ranges.append((fewest + 1, most))
     return max(ranges, key=lambda sizes: sizes[1])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """As far as both go."""
+    n = min(len(a), len(b))
+    return torch.equal(a[:n], b[:n])
 
 
 def grouped_mm_takes(*factors: Tensor) -> bool:

@@ -73,8 +73,8 @@ REPLACED = {
         "E511: graph @Block, %y = experts(%x, %route, %w): the name %n is taken by another value",
     ),
     "kind": (
-        "rms_norm(", "layer_norm(",
-        "E512: graph @Block, %n = layer_norm(%x, @norm.weight): there is no operator layer_norm",
+        "rms_norm(", "no_norm(",
+        "E512: graph @Block, %n = no_norm(%x, @norm.weight): there is no operator no_norm",
     ),
     "number of operands": (
         "rms_norm(%x,", "rms_norm(%x, %x,",

@@ -304,6 +304,9 @@ def test_experts_move_to_where_their_load_is_even(found: dict[str, dict[int, Any
 @pytest.mark.slow
 def test_a_rank_that_ends_or_hangs_is_named(found: dict[str, dict[int, Any]]) -> None:
     killed = found["killed"]
-    assert set(killed) == {0, 1, 3} and len({*killed.values()}) == 1
+    # Whoever looks when rank 0 has ended already hears no more than that.
+    gone = "rank 0 or its torchrun, where ranks meet, has ended or does not answer"
+    assert set(killed) == {0, 1, 3} and len({*killed.values()} - {gone}) == 1
+    assert killed[0] != gone
     assert f"rank {DIES} on {socket.gethostname()} does not answer" in killed[0]
     assert f"rank 1 on {socket.gethostname()} goes on computing" in found["hung"][2]
