@@ -171,7 +171,7 @@ def hides_nothing(source: str) -> None:
             assert node.id not in needed, node.id
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(st.text(max_size=60))
 def test_any_text_about_a_model(text: str) -> None:
     files = files_of(TINY, f"about={quoted(text)}")
