@@ -98,18 +98,8 @@ def test_a_prompt_is_not_computed_again(model: Model) -> None:
     assert event.cached == 32
 
 
-def test_a_block_of_another_size_is_refused(model: Model) -> None:
-    transport = InProcess()
-    prefill = PrefillEngine(Engine(model, Options(page=8)), transport)
-    decode = DecodeEngine(Engine(model, Options(page=16)), transport)
-    prefill.add("a", [1, 2, 3], Sampling(3))
-    prefill.step()
-    with pytest.raises(ValueError, match="both engines need the same model, page and drafts"):
-        decode.step()
-
-
 def test_engines_that_do_not_fit_end_requests_and_nothing_else(model: Model) -> None:
-    """One is too long for the other, all have pages of another size."""
+    """One is too long for the other, one has blocks of another size."""
     transport = InProcess()
     prefill = PrefillEngine(Engine(model, Options(page=8)), transport)
     decode = DecodeEngine(Engine(model, Options(page=8, max_model_len=40)), transport, 5)
