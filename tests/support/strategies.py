@@ -149,7 +149,7 @@ Move = Callable[[Maker], None]
 
 
 def _linear(m: Maker) -> None:
-    if x := m.floats(1):
+    if x := m.floats(2):
         to = m.draw(st.just(x.type.last) | dims)
         m.add("linear", x, symbols=(m.weight(Type("bf16", (to, x.type.last))),))
 
@@ -160,7 +160,7 @@ def _embedding(m: Maker) -> None:
 
 
 def _rms_norm(m: Maker) -> None:
-    if x := m.floats(1):
+    if x := m.floats(2):
         weight = m.weight(Type("bf16", (x.type.last,)))
         m.add("rms_norm", x, symbols=(weight,), eps=m.draw(above_one))
         m.add("layer_norm", x, symbols=(weight,), eps=2.0)
