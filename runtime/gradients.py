@@ -23,7 +23,12 @@ def linear_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
 
 def linear_weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     """`dy^T x` summed over all tokens: dy [..., out], x [..., in]: [out, in]."""
-    return matmul.product(dy.flatten(0, -2).t(), x.flatten(0, -2).t())
+    return matmul.product(_rows(dy).t(), _rows(x).t())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n], of which one dimension is one."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def grouped_linear_input_grad(dy: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +56,7 @@ def embedding_grad(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
 def rms_norm_grad(d: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Of x and of the weight: with r = 1 / sqrt(mean(x^2) + eps) and g = w d,
     dx = r (g - x r^2 mean(g x)), dw = sum(d x r)."""
-    rows, wide_d = F.wide(x).flatten(0, -2), F.wide(d).flatten(0, -2)
+    rows, wide_d = _rows(F.wide(x)), _rows(F.wide(d))
     r = F.inverse_rms(rows, eps)
     products = wide_d * rows
     dw = torch.mv(products.t(), r.squeeze(-1))
@@ -78,7 +83,7 @@ def layer_norm_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, of the weight and of the bias: with n the normed x, r = 1 / sqrt(var(x) + eps) and
     g = w d, dx = r (g - mean(g) - n mean(g n)), dw = sum(d n), db = sum(d)."""
-    rows, wide_d = F.wide(x).flatten(0, -2), F.wide(d).flatten(0, -2)
+    rows, wide_d = _rows(F.wide(x)), _rows(F.wide(d))
     r = torch.rsqrt(rows.var(-1, correction=0, keepdim=True) + eps)
     normed = (rows - rows.mean(-1, keepdim=True)) * r
     g = wide_d * weight

@@ -180,11 +180,7 @@ def need_float(kind: str, x: Type, operand: int = 0) -> None:
 
 def need_rank(kind: str, x: Type, least: int, operand: int = 0) -> None:
     if len(x.dims) < least:
-        raise TypeMismatch(
-            f"{kind} needs at least {least} dimensions, got {x.words}",
-            operand,
-            "its first dimension can be 1: `parameter(1, n, ..)`" if least == 2 and x.dims else "",
-        )
+        raise TypeMismatch(f"{kind} needs at least {least} dimensions, got {x.words}", operand)
 
 
 def find_dim(kind: str, x: Type, name: str) -> int:

@@ -77,7 +77,7 @@ class Linear(Operator):
     def infer(cls, site: Site) -> tuple[Type, ...]:
         x = site.types[0]
         need_float(cls.kind, x)
-        need_rank(cls.kind, x, 2)
+        need_rank(cls.kind, x, 1)
         return (x.with_last(out_dim(cls.kind, x, site.weights)),)
 
     @classmethod

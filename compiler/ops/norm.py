@@ -36,7 +36,7 @@ class RMSNorm(Operator):
         if not site.real("eps") > 0:
             raise TypeMismatch(f"rms_norm needs an eps above 0, got {site.real('eps'):g}")
         need_float(cls.kind, x)
-        need_rank(cls.kind, x, 2)
+        need_rank(cls.kind, x, 1)
         if weight.dims != (x.last,):
             raise TypeMismatch(f"rms_norm expects {weight.words}, got {x.last.words}", 0)
         return (x,)
@@ -73,7 +73,7 @@ class LayerNorm(Operator):
         if not site.real("eps") > 0:
             raise TypeMismatch(f"layer_norm needs an eps above 0, got {site.real('eps'):g}")
         need_float(cls.kind, x)
-        need_rank(cls.kind, x, 2)
+        need_rank(cls.kind, x, 1)
         for weight in site.weights:
             if weight.dims != (x.last,):
                 raise TypeMismatch(f"layer_norm expects {weight.words}, got {x.last.words}", 0)

@@ -111,3 +111,12 @@ def test_documents_attend_as_each_alone(tokens: int, dtype: torch.dtype, toleran
     for i, one in enumerate(found):
         expected = torch.cat([document[i] for document in alone], 1).view(one.shape)
         assert (one - expected).norm() <= tolerance * expected.norm()
+
+
+def test_rows_may_be_one_tensor_of_one_dimension() -> None:
+    """As a free parameter that a product or a norm reads."""
+    x, d, weight = torch.randn(8), torch.randn(8), torch.randn(8)
+    assert torch.equal(G.linear_weight_grad(d, x), torch.outer(d, x))
+    for grad in (G.rms_norm_grad, G.layer_norm_grad):
+        dx, *_ = grad(d, x, weight, 1e-5)
+        assert torch.equal(dx, grad(d[None], x[None], weight, 1e-5)[0][0])
