@@ -81,6 +81,10 @@ UntilOption = Annotated[
         show_default=False,
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N [a GPU if there is one].", show_default=False),
+]
 FormatOption = Annotated[
     Format, typer.Option("--format", help="Print text, or JSON on standard output.")
 ]

@@ -1,4 +1,4 @@
-"""The program that a command line names: of the whole model, or of a pipeline stage."""
+"""What a command line names: a program of the model or of a pipeline stage, or a plan."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from compiler.pipeline import Compiled, chosen, compile, rank_passes, run, shared_passes
 from compiler.plan.make import make_plan
+from compiler.plan.plan import Plan
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
@@ -37,3 +38,19 @@ def compiled_for(
     steps = list(run(name, compiled.lowered, passes, description))
     programs = {**compiled.programs, name: steps[-1].program}
     return replace(compiled, programs=programs, steps=(*compiled.steps, *steps)), name
+
+
+def with_plan(description: Description) -> tuple[Compiled, Plan]:
+    """All programs of a model, and how they are placed. Raises `DiagnosticError`, E532 without a
+    section `parallel`."""
+    compiled = compile(description)
+    plan = make_plan(description, compiled)
+    if plan is None:
+        raise DiagnosticError([no_section(description)])
+    return compiled, plan
+
+
+def no_section(description: Description) -> Diagnostic:
+    help = "add `parallel: {cluster: h800_2048, batch: .., sequence_length: ..}`, or with --set"
+    message = f"{description.spec.model} has no parallel layout"
+    return Diagnostic("E532", message, description.span(), "there is no `parallel` here", help=help)

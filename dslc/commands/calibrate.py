@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dslc.options import SetOption, SpecArgument, VariantOption
+from dslc.options import DeviceOption, SetOption, SpecArgument, VariantOption
 
 EXAMPLES = """\
 \b
@@ -39,10 +39,7 @@ def run(
     megabytes: Annotated[
         int, typer.Option(help="The largest message that is sent.", min=1, metavar="MB")
     ] = 1024,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.", metavar="D"),
-    ] = None,
+    device: DeviceOption = None,
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
@@ -50,24 +47,18 @@ def run(
 
     Products, attention, memory; with several ranks of torchrun, messages and collectives."""
     from backends import VERSION
-    from compiler.pipeline import compile
-    from compiler.plan.make import make_plan
     from compiler.plan.measurable import measurable
     from compiler.roles import roles
-    from dsl.diagnostic import DiagnosticError
     from dslc.calibration import calibration_text
     from dslc.commands.init import write_new
-    from dslc.commands.plan import no_section
     from dslc.report import reporting
     from dslc.specs import read
+    from dslc.stages import with_plan
     from dslc.trained import failing
 
     with reporting():
         description = read(spec, sets, variant)
-        compiled = compile(description)
-        plan = make_plan(description, compiled)
-        if plan is None:
-            raise DiagnosticError([no_section(description)])
+        compiled, plan = with_plan(description)
         figures = measurable(plan, list(roles(description, compiled.lowered, plan.layout)))
     with failing():
         from runtime.train.calibrate import calibrate

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dslc.options import SetOption, VariantOption
+from dslc.options import DeviceOption, SetOption, VariantOption
 
 if TYPE_CHECKING:
-    from compiler.plan.plan import Plan
     from runtime.train.doctor import RankReport
 
 EXAMPLES = """\
@@ -55,10 +54,7 @@ def run(
         int,
         typer.Option(help="Size of a message; four times as much is written.", min=1, metavar="MB"),
     ] = 64,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N; by default a GPU if there is one.", metavar="D"),
-    ] = None,
+    device: DeviceOption = None,
     sets: SetOption = None,
     variant: VariantOption = None,
 ) -> None:
@@ -66,10 +62,12 @@ def run(
 
     Versions, memory, the rate of a standard product, messages between pairs, writing to disk."""
     from dslc.report import reporting
+    from dslc.specs import read
+    from dslc.stages import with_plan
     from dslc.trained import failing
 
     with reporting():
-        plan = _plan(spec, sets, variant) if spec is not None else None
+        plan = with_plan(read(spec, sets, variant))[1] if spec is not None else None
     with failing():
         from runtime.train.device import select_device
         from runtime.train.doctor import Checks, examine, problems, require_folder
@@ -98,20 +96,6 @@ def run(
         sys.stdout.flush()
     # One line for each problem is enough: the other ranks end in silence.
     raise typer.Exit(1 if found else 0)
-
-
-def _plan(spec: str, sets: list[str] | None, variant: list[str] | None) -> Plan:
-    from compiler.pipeline import compile
-    from compiler.plan.make import make_plan
-    from dsl.diagnostic import DiagnosticError
-    from dslc.commands.plan import no_section
-    from dslc.specs import read
-
-    description = read(spec, sets, variant)
-    plan = make_plan(description, compile(description))
-    if plan is None:
-        raise DiagnosticError([no_section(description)])
-    return plan
 
 
 def as_text(reports: Sequence[RankReport]) -> str:

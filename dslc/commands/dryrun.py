@@ -54,9 +54,9 @@ def run(
     """
     from backends.build import build
     from dsl.diagnostic import DiagnosticError
-    from dslc.commands.plan import no_section
     from dslc.report import print_json, reporting
     from dslc.specs import read
+    from dslc.stages import no_section
     from dslc.trained import using
 
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,8 @@ import typer
 from dslc.commands.eval import AverageOption
 from dslc.commands.import_ import SpecOption
 from dslc.commands.serve import SourceArgument
-from dslc.options import Format, FormatOption
+from dslc.options import DeviceOption, Format, FormatOption
+from runtime.serve.options import MOST_DRAFTS
 
 EXAMPLES = """
 \b
@@ -63,16 +64,14 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     speculate: Annotated[
-        int, typer.Option(min=0, max=4, help="Tokens that MTP modules draft for each step.")
+        int,
+        typer.Option(min=0, max=MOST_DRAFTS, help="Tokens that MTP modules draft for each step."),
     ] = 0,
     chat_template: Annotated[
         Path | None,
         typer.Option(help="A chat template in Jinja [that of the folder].", show_default=False),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:N [a GPU if there is one].", show_default=False),
-    ] = None,
+    device: DeviceOption = None,
     format: FormatOption = Format.text,
     ema: AverageOption = False,
     spec: SpecOption = None,

@@ -48,13 +48,10 @@ def run(
 
     A file that exists is never overwritten."""
     from backends.launch import jobs
-    from compiler.pipeline import compile
-    from compiler.plan.make import make_plan
-    from dsl.diagnostic import DiagnosticError
     from dslc.commands.init import write_new
-    from dslc.commands.plan import no_section
     from dslc.report import reporting
     from dslc.specs import read, shown
+    from dslc.stages import with_plan
 
     if slurm == kubernetes:
         raise typer.BadParameter("give one of --slurm and --kubernetes")
@@ -62,9 +59,7 @@ def run(
         raise typer.BadParameter("--kubernetes needs --image, with Python and torch in it")
     with reporting():
         description = read(spec, sets, variant)
-        plan = make_plan(description, compile(description))
-        if plan is None:
-            raise DiagnosticError([no_section(description)])
+        _, plan = with_plan(description)
         model, source = description.spec.model, str(spec)
         if slurm:
             path = output or Path(f"{model}.slurm.sh")

@@ -12,7 +12,6 @@ from dslc.options import Format, FormatOption, SetOption, SpecArgument, VariantO
 
 if TYPE_CHECKING:
     from compiler.plan.plan import Plan, Planner
-    from dsl.diagnostic import Diagnostic
     from dsl.load import Description
 
 EXAMPLES = """
@@ -100,19 +99,16 @@ def plan_training(
     description: Description, measured: str | None, format: Format, *, why: bool
 ) -> None:
     """Prints the plan of a step. Raises `DiagnosticError`, also where it does not fit."""
-    from compiler.pipeline import compile
     from compiler.plan.explain import misfit
-    from compiler.plan.make import make_plan, planner_of
+    from compiler.plan.make import planner_of
     from compiler.plan.record import record
     from dsl.diagnostic import DiagnosticError
     from dslc import prediction
     from dslc.curves import read_metrics
     from dslc.report import print_json
+    from dslc.stages import with_plan
 
-    compiled = compile(description)
-    plan = make_plan(description, compiled)
-    if plan is None:
-        raise DiagnosticError([no_section(description)])
+    compiled, plan = with_plan(description)
     planner = planner_of(description, compiled)
     run = Path(measured) if measured is not None and prediction.is_run(measured) else None
     metrics = read_metrics(run) if run else None
@@ -148,6 +144,7 @@ def plan_serving(description: Description, name: str, load: Path | None, format:
     from dslc.balance import balances
     from dslc.report import print_json
     from dslc.serving import serving_text
+    from dslc.stages import no_section
 
     cluster, model = description.cluster, description.spec.model
     if cluster is None:
@@ -169,14 +166,6 @@ def plan_serving(description: Description, name: str, load: Path | None, format:
         print_json(told | ({"balance": [asdict(one) for one in found]} if found else {}))
     else:
         print(serving_text(served, model, cluster, traffic, found))
-
-
-def no_section(description: Description) -> Diagnostic:
-    from dsl.diagnostic import Diagnostic
-
-    help = "add `parallel: {cluster: h800_2048, batch: .., sequence_length: ..}`, or with --set"
-    message = f"{description.spec.model} has no parallel layout"
-    return Diagnostic("E532", message, description.span(), "there is no `parallel` here", help=help)
 
 
 def as_text(plan: Plan, description: Description, predicted: str = "") -> str:
