@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from . import functional as F
 from .config import Config
 from .cxx import NotCompiled, compiled, identity
 from .dispatch import wanted
-from .pages import Pages, Rows
+from .pages import Draft, Pages, Rows
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "op::bf16"}
 """What a dtype is called in C++."""
@@ -58,7 +58,6 @@ class Source:
 
 
 M = TypeVar("M")
-Draft = Callable[[Tensor, Tensor, Tensor, Pages], Tensor]
 
 
 def served(model: M) -> M | CompiledModel:
@@ -137,7 +136,7 @@ class CompiledModel:
 
     def drafter(self, module: int) -> Draft:
         """What the model's own `drafter` gives, with pages."""
-        program = self._programs[f"draft_{module + 1}" if module else "draft"]
+        program = self._programs[self.model.drafter(module).__name__]
 
         def draft(state: Tensor, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
             return program(tokens, position, cache, state)

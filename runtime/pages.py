@@ -25,6 +25,8 @@ FEW = 5
 
 
 PagedAttention = Callable[..., Tensor]
+Draft = Callable[[Tensor, Tensor, Tensor, "Pages"], Tensor]
+"""Logits [scored, vocab] by an MTP module, of states, the tokens after them, positions, cache."""
 
 
 @dataclass(frozen=True)

@@ -21,25 +21,29 @@ from compiler.ops.base import (
 from compiler.ops.pointwise import by_grad_operator
 
 
-class RMSNorm(Operator):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, cast at the end."""
-
-    kind = "rms_norm"
+class _Norm(Operator):
     cheap = True
     operands = ("x",)
-    symbols = ("weight",)
     attrs: ClassVar = {"eps": float}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        x, weight = site.types[0], site.weights[0]
+        x = site.types[0]
         if not site.real("eps") > 0:
-            raise TypeMismatch(f"rms_norm needs an eps above 0, got {site.real('eps'):g}")
+            raise TypeMismatch(f"{cls.kind} needs an eps above 0, got {site.real('eps'):g}")
         need_float(cls.kind, x)
         need_rank(cls.kind, x, 1)
-        if weight.dims != (x.last,):
-            raise TypeMismatch(f"rms_norm expects {weight.words}, got {x.last.words}", 0)
+        for weight in site.weights:
+            if weight.dims != (x.last,):
+                raise TypeMismatch(f"{cls.kind} expects {weight.words}, got {x.last.words}", 0)
         return (x,)
+
+
+class RMSNorm(_Norm):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, cast at the end."""
+
+    kind = "rms_norm"
+    symbols = ("weight",)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -55,29 +59,14 @@ class RMSNorm(Operator):
         return [dx]
 
 
-class LayerNorm(Operator):
+class LayerNorm(_Norm):
     """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimension, in float32.
 
     It is cast at the end. The bias may be left out (arXiv 1607.06450).
     """
 
     kind = "layer_norm"
-    cheap = True
-    operands = ("x",)
     symbols = ("weight", "bias?")
-    attrs: ClassVar = {"eps": float}
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        x = site.types[0]
-        if not site.real("eps") > 0:
-            raise TypeMismatch(f"layer_norm needs an eps above 0, got {site.real('eps'):g}")
-        need_float(cls.kind, x)
-        need_rank(cls.kind, x, 1)
-        for weight in site.weights:
-            if weight.dims != (x.last,):
-                raise TypeMismatch(f"layer_norm expects {weight.words}, got {x.last.words}", 0)
-        return (x,)
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:

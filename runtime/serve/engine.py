@@ -15,13 +15,13 @@ from torch import Tensor
 from .. import matmul
 from ..compiled import served
 from ..config import Config
-from ..pages import PagedAttention, Pages, make_rows
+from ..pages import Draft, PagedAttention, Pages, make_rows
 from .blocks import Blocks
 from .options import Options
 from .request import Event, FinishReason, Sampling, Token
 from .sampler import choose, told
 from .scheduler import Matcher, Planned, Request, Scheduler, in_order
-from .speculate import Draft, Drafter
+from .speculate import Drafter
 
 Show = Callable[[int, Token], None]
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from .. import matmul
 from ..config import Config
 from ..model import LanguageModel
-from ..pages import PagedAttention, Pages, make_rows
+from ..pages import Draft, PagedAttention, Pages, make_rows
 from .group import Group, RankFailure
-from .speculate import Draft
 from .spread import Layer
 
 DECODE = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..eplb import Placement, imbalance
+from ..files import replace_text
 from .group import Group
 from .spread import Balancing, Layer
 
@@ -87,10 +87,8 @@ def _average(before: Sequence[int], new: Sequence[int]) -> list[int]:
 
 def write_loads(path: Path, model: str, steps: int, loads: Mapping[str, Sequence[int]]) -> None:
     """What `dslc plan --serve TRAFFIC --load FILE` reads, whole or not at all. Raises OSError."""
-    beside = path.with_name(f".{path.name}.new")
     told = {"model": model, "steps": steps, "load": loads}
-    beside.write_text(json.dumps(told) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, json.dumps(told) + "\n")
 
 
 def read_loads(path: Path) -> dict[str, list[int]]:

@@ -147,9 +147,10 @@ class Scheduler:
             raise RuntimeError(f"no request of {len(self.waiting)} that wait can run")
         for i, (request, new) in enumerate(planned):
             drafts = min(len(request.drafts), left)
-            drafts = min(max(self.reserve(request, drafts), 0), drafts) if drafts else 0
-            planned[i] = (request, new + drafts)
-            left -= drafts
+            if drafts:
+                drafts = max(min(self.reserve(request, drafts), drafts), 0)
+                planned[i] = (request, new + drafts)
+                left -= drafts
         return planned
 
     def admit(self, request: Request) -> bool:

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pages import Pages, make_rows
+from ..pages import Draft, Pages, make_rows
 from .sampler import choose
 from .scheduler import Matcher, Planned, Request, Scheduler
-
-Draft = Callable[[Tensor, Tensor, Tensor, Pages], Tensor]
 
 TRIED = 64
 """First drafts after which a request's luck is judged."""
@@ -86,9 +84,11 @@ class Drafter:
             request.drafts = []
             if running(request) and not unlucky(request):
                 states = self.pages.states[0, row : row + request.computed - first]
-                matcher = request.matcher.copy() if request.matcher is not None else None
+                drafting, matcher = request.pending == 1, request.matcher
+                if matcher is not None:
+                    matcher = matcher.copy() if drafting else None
                 tails, request.tails = request.tails, {}
-                yield _Text(request, first, states, tails, request.pending == 1, matcher)
+                yield _Text(request, first, states, tails, drafting, matcher)
             row += new
 
     def _catch_up(self, text: _Text, depth: int) -> bool:
@@ -131,9 +131,7 @@ class Drafter:
         states = torch.cat([text.states for text in texts]).unsqueeze(0)
         given = torch.tensor([tokens], device=device)
         logits = draft(states, given, position + offset, self.pages)
-        before = sum(len(text.request.drafts) for text in drafting)
-        for text, row in zip(drafting, logits, strict=True):
-            self._choose(text, row)
+        drafts = sum(self._choose(*one) for one in zip(drafting, logits, strict=True))
         new = self.pages.states[0].split([len(text.states) for text in texts])
         for text, own in zip(texts, new, strict=True):
             text.states = own
@@ -141,15 +139,15 @@ class Drafter:
             at = text.request.computed - depth - text.start
             if depth < len(self.modules) and 0 <= at < len(own):
                 text.request.tails[depth + 1] = own[at : at + 1].clone()
-        return sum(len(text.request.drafts) for text in drafting) - before
+        return drafts
 
-    def _choose(self, text: _Text, logits: Tensor) -> None:
-        """By the same chance as the token itself will be; none where nothing can be chosen."""
+    def _choose(self, text: _Text, logits: Tensor) -> bool:
+        """By the same chance as the token itself will be; false where nothing can be chosen."""
         request, matcher = text.request, text.matcher
         allowed = matcher.mask() if matcher is not None else None
         if not logits.isfinite().all() or (allowed is not None and not allowed.any()):
             text.drafting = False
-            return
+            return False
         output = [*request.output, *request.drafts]
         id = choose(logits, request.sampling, request.prompt, output, allowed)
         request.drafts.append(id)
@@ -157,6 +155,7 @@ class Drafter:
             text.drafting = False
         elif matcher is not None:
             matcher.consume(id)
+        return True
 
 
 Running = Callable[[Request], bool]
