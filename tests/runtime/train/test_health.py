@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def test_tensorboard_reads_what_was_recorded_and_not_what_was_dropped(tmp_path: 
         metrics.step(step(n, [1, 3], mtp=n), 0.5)
     metrics.add({"step": 4, "held_out": {"loss": 1.5, "acceptance": (0.75, 0.5)}})
     metrics.close()
+    time.sleep(1)  # TensorBoard reads its files in the order of the seconds in their names
     metrics = Metrics(tmp_path, 2)  # goes on from an earlier checkpoint
     metrics.step(step(3, [1, 1], mtp=30), 0.5)
     metrics.add({"step": 3, "held_out": {"loss": 2.5, "acceptance": (0.25, 0.5)}})
