@@ -20,6 +20,12 @@ def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["sm_90", "gfx942"])
+def vendor(request: pytest.FixtureRequest) -> str:
+    """A GPU of each vendor, for files that differ between two of one in numbers of programs."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLoader:
     """`kernels("norm", spec, target, sets)`: the module that the build of a spec ships."""

@@ -16,8 +16,8 @@ V3: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "wei
 
 
 @pytest.fixture
-def adamw(kernels: KernelLoader, target: str) -> ModuleType:
-    return kernels("adamw", "deepseek_v3_tiny", target)
+def adamw(kernels: KernelLoader, vendor: str) -> ModuleType:
+    return kernels("adamw", "deepseek_v3_tiny", vendor)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

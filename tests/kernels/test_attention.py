@@ -223,7 +223,7 @@ def test_gradients_of_one_behind_another(kernels: KernelLoader, target: str, hea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_tiles_that_may_be_measured_keep_the_rules(target: str) -> None:
     description, gpu = load(ROOT / "specs/deepseek_v3.yaml"), TARGETS[target]
     programs = compile(description).programs

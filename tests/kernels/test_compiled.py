@@ -19,7 +19,7 @@ from backends.triton.launches import Row
 from backends.triton.target import TARGETS
 from dsl.load import load
 from tests.support.golden import Golden
-from tests.support.kernels import FILES, SPECS, KernelLoader, files_of, package_of
+from tests.support.kernels import COMPILED, FILES, KernelLoader, files_of, package_of
 from tests.support.places import ROOT
 
 
@@ -38,8 +38,7 @@ def compiled(request: pytest.FixtureRequest) -> Callable[[str, str], list[Row]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("spec", "target"), COMPILED)
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_keep_the_rules(
     name: str, spec: str, target: str, compiled: Callable[[str, str], list[Row]], golden: Golden

@@ -46,8 +46,8 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_loss_and_gradients_of_a_head(kernels: KernelLoader, target: str, tokens: int) -> None:
-    module = kernels("cross_entropy", "deepseek_v3_tiny", target, PLAIN)
+def test_loss_and_gradients_of_a_head(kernels: KernelLoader, vendor: str, tokens: int) -> None:
+    module = kernels("cross_entropy", "deepseek_v3_tiny", vendor, PLAIN)
     x, weight = random(1, tokens, 64).bfloat16(), (0.3 * random(512, 64, seed=1)).bfloat16()
     labels = labels_of(tokens, 512).view(1, tokens)
     found = module.linear_cross_entropy(x, labels, weight, gradients=True)

@@ -182,9 +182,7 @@ def _case(out: int, width: int) -> Case:
 @pytest.mark.parametrize(
     ("spec", "name", "tiles"),
     [
-        ("deepseek_v3", "fp8_linear", FP8),
         ("deepseek_v3", "fp8_grouped_linear", FP8),
-        ("deepseek_v2_lite", "linear", BF16),
         ("deepseek_v2_lite", "grouped_linear", BF16),
     ],
 )

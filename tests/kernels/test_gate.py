@@ -42,10 +42,8 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 @pytest.mark.parametrize("spec", GATES)
 @pytest.mark.parametrize("shape", [(0,), (1,), (2, 13)])
-def test_choice_and_weights(
-    kernels: KernelLoader, target: str, spec: str, shape: tuple[int, ...]
-) -> None:
-    gate = kernels("gate", spec, target)
+def test_choice_and_weights(kernels: KernelLoader, spec: str, shape: tuple[int, ...]) -> None:
+    gate = kernels("gate", spec)
     experts, settings = GATES[spec]
     x, bias = random(*shape, experts), bias_of(spec, experts)
     found = gate.gate_saving(x, bias, **settings)

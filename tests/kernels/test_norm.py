@@ -27,8 +27,8 @@ def near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("rows", "hidden"), SIZES)
-def test_rms_norm(kernels: KernelLoader, target: str, rows: int, hidden: int) -> None:
-    norm = kernels("norm", "deepseek_v3", target)
+def test_rms_norm(kernels: KernelLoader, vendor: str, rows: int, hidden: int) -> None:
+    norm = kernels("norm", "deepseek_v3", vendor)
     x, weight = rows_of(rows, hidden), rows_of(1, hidden, 1)[0]
     y = norm.rms_norm(x, weight, eps=1e-6)
     near(y, functional.rms_norm(x, weight, eps=1e-6))
@@ -36,8 +36,8 @@ def test_rms_norm(kernels: KernelLoader, target: str, rows: int, hidden: int) ->
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_add_rms_norm(kernels: KernelLoader, target: str, rows: int) -> None:
-    norm = kernels("norm", "deepseek_v3", target)
+def test_add_rms_norm(kernels: KernelLoader, vendor: str, rows: int) -> None:
+    norm = kernels("norm", "deepseek_v3", vendor)
     x, y, weight = rows_of(rows, 7168), rows_of(rows, 7168, 1), rows_of(1, 7168, 2)[0]
     total, normed = norm.add_rms_norm(x, y, weight, eps=1e-6)
     expected_total, expected = functional.add_rms_norm(x, y, weight, eps=1e-6)
@@ -47,9 +47,9 @@ def test_add_rms_norm(kernels: KernelLoader, target: str, rows: int) -> None:
 
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 @pytest.mark.parametrize(("rows", "hidden"), [(0, 512), (5, 512), (3, 1536)])
-def test_norm_cast(kernels: KernelLoader, target: str, rows: int, hidden: int, scale: str) -> None:
+def test_norm_cast(kernels: KernelLoader, vendor: str, rows: int, hidden: int, scale: str) -> None:
     """To the bit what the kernel without a cast gives, cast."""
-    norm = kernels("norm", "deepseek_v3", target)
+    norm = kernels("norm", "deepseek_v3", vendor)
     x, weight = rows_of(rows, hidden), rows_of(1, hidden, 1)[0]
     if rows:
         x[0] = 0
@@ -60,8 +60,8 @@ def test_norm_cast(kernels: KernelLoader, target: str, rows: int, hidden: int, s
 
 
 @pytest.mark.parametrize(("rows", "hidden"), [*SIZES, (2500, 512)])
-def test_gradients(kernels: KernelLoader, target: str, rows: int, hidden: int) -> None:
-    norm = kernels("norm", "deepseek_v3", target)
+def test_gradients(kernels: KernelLoader, vendor: str, rows: int, hidden: int) -> None:
+    norm = kernels("norm", "deepseek_v3", vendor)
     d, x, weight = rows_of(rows, hidden), rows_of(rows, hidden, 1), rows_of(1, hidden, 2)[0]
     dx, dw = norm.rms_norm_grad(d, x, weight, eps=1e-6)
     # In float64, since either sum may be the one that is further off.
@@ -74,8 +74,8 @@ def test_gradients(kernels: KernelLoader, target: str, rows: int, hidden: int) -
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_gradients_through_a_sum(kernels: KernelLoader, target: str, rows: int) -> None:
-    norm = kernels("norm", "deepseek_v3", target)
+def test_gradients_through_a_sum(kernels: KernelLoader, vendor: str, rows: int) -> None:
+    norm = kernels("norm", "deepseek_v3", vendor)
     d_total, d, x = (rows_of(rows, 7168, seed) for seed in range(3))
     weight = rows_of(1, 7168, 3)[0]
     dx, dw = norm.add_rms_norm_grad(d_total, d, x, weight, eps=1e-6)

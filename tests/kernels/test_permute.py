@@ -70,8 +70,8 @@ def test_permute_of_fp8_moves_rows_and_scales(kernels: KernelLoader, tokens: int
         assert one.dtype == expected.dtype and torch.equal(one.float(), expected.float())
 
 
-def test_permute_with_the_sizes_of_v3(kernels: KernelLoader, target: str) -> None:
-    permute = kernels("permute", "deepseek_v3", target)
+def test_permute_with_the_sizes_of_v3(kernels: KernelLoader) -> None:
+    permute = kernels("permute", "deepseek_v3")
     q, s = fp8.quantize(random(10, 7168))
     index = routes(10, 256, 8)
     found = permute.permute_quantized(q, s, index, 256)

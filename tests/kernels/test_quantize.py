@@ -76,13 +76,13 @@ def test_a_scale_that_is_not_rounded_as_a_division_is_found(
     [((0, 256), ()), ((1, 7168), ()), ((2, 3, 130), ()), ((40, 96), ()), ((5, 200), (40, 160))],
 )
 def test_rows(
-    kernels: KernelLoader, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
+    kernels: KernelLoader, vendor: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
 ) -> None:
     x = wild(*shape)
     wide = torch.full((*shape[:-1], shape[-1] + 16), torch.nan, dtype=torch.bfloat16)
     wide[..., : shape[-1]] = x
     x = wide[..., : shape[-1]]  # as `split` leaves it
-    quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
+    quantize = kernels("quantize", "deepseek_v3_tiny", vendor, FP8).quantize
     same(quantize(x, scale, parts), fp8.quantize(x, scale, parts))
 
 
@@ -93,9 +93,9 @@ ENDS = [None, (0, 0, 0), (130, 130, 131), (128, 255, 255), (0, 1, 129)]
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("size", [72, 130])
 def test_columns(
-    kernels: KernelLoader, target: str, size: int, ends: Sequence[int] | None, scale: str
+    kernels: KernelLoader, vendor: str, size: int, ends: Sequence[int] | None, scale: str
 ) -> None:
-    module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
+    module = kernels("quantize", "deepseek_v3_tiny", vendor, FP8)
     x = wild(ends[-1] if ends else 140, size)
     of = () if ends is None else (torch.tensor(ends, dtype=torch.int32),)
     same(module.quantize_columns(x, *of, scale=scale), fp8.quantize_columns(x, *of, scale=scale))
@@ -112,15 +112,15 @@ def test_columns(
     [((128, 256), ()), ((2, 5, 140), ()), ((150, 40), (20, 130)), ((2, 150, 40), (20, 130))],
 )
 def test_weights(
-    kernels: KernelLoader, target: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
+    kernels: KernelLoader, vendor: str, shape: tuple[int, ...], parts: tuple[int, ...], scale: str
 ) -> None:
     weight = wild(*shape)
-    module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
+    module = kernels("quantize", "deepseek_v3_tiny", vendor, FP8)
     found = module.quantize_weight(weight, scale, parts)
     same(found, fp8.quantize_weight(weight, scale, parts))
 
 
-def test_every_code(kernels: KernelLoader, target: str) -> None:
+def test_every_code(kernels: KernelLoader, vendor: str) -> None:
     """All numbers of E4M3, those between two of them, and their neighbours in float32."""
     codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
     numbers = codes[codes.isfinite()].sort().values
@@ -130,13 +130,13 @@ def test_every_code(kernels: KernelLoader, target: str) -> None:
     x = torch.nn.functional.pad(x.clamp(-448, 448), (0, -len(x) % 127))
     # With 448 in each run the scale is 1.
     runs = torch.nn.functional.pad(x.view(-1, 127), (0, 1), value=448.0).view(1, -1)
-    quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
+    quantize = kernels("quantize", "deepseek_v3_tiny", vendor, FP8).quantize
     for scale in SCALES:
         same(quantize(runs, scale), fp8.quantize(runs, scale))
 
 
 @pytest.mark.parametrize("least", [0, 80])
-def test_every_quotient_of_bfloat16(kernels: KernelLoader, target: str, least: int) -> None:
+def test_every_quotient_of_bfloat16(kernels: KernelLoader, vendor: str, least: int) -> None:
     """Each significand divided by the scale of each other one, down to numbers that become zero;
     for large numbers, and for those whose scale is that of 1e-4."""
     significand = torch.arange(128, 256).float()
@@ -146,7 +146,7 @@ def test_every_quotient_of_bfloat16(kernels: KernelLoader, target: str, least: i
     runs = torch.nn.functional.pad(numbers, (0, -len(numbers) % 127)).view(-1, 127)
     x = torch.cat([largest.view(-1, 1, 1).expand(-1, len(runs), 1), runs.expand(128, -1, -1)], -1)
     x = torch.cat([x, -x]).flatten(1).bfloat16()
-    quantize = kernels("quantize", "deepseek_v3_tiny", target, FP8).quantize
+    quantize = kernels("quantize", "deepseek_v3_tiny", vendor, FP8).quantize
     same(quantize(x), fp8.quantize(x))
 
 
@@ -164,9 +164,9 @@ def test_rows_that_lie_far_apart(kernels: KernelLoader) -> None:
 
 
 def test_every_number_is_written_and_always_the_same(
-    kernels: KernelLoader, target: str, monkeypatch: pytest.MonkeyPatch
+    kernels: KernelLoader, vendor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = kernels("quantize", "deepseek_v3_tiny", target, FP8)
+    module = kernels("quantize", "deepseek_v3_tiny", vendor, FP8)
     x, ends = wild(140, 72), torch.tensor([1, 1, 140], dtype=torch.int32)
 
     def results() -> list[Tensor]:

@@ -28,9 +28,9 @@ def table(shape: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sizes", HEADS)
 def test_queries(
-    kernels: KernelLoader, target: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
+    kernels: KernelLoader, vendor: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
 ) -> None:
-    rope = kernels("rope", "deepseek_v3", target)
+    rope = kernels("rope", "deepseek_v3", vendor)
     heads, own, turned, _ = sizes
     angles, x = table(shape, turned), numbers(*shape, heads, own + turned)
     assert torch.equal(rope.rotate_last(x, *angles), functional.rotate_last(x, *angles))
@@ -43,9 +43,9 @@ def test_queries(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sizes", HEADS)
 def test_keys(
-    kernels: KernelLoader, target: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
+    kernels: KernelLoader, vendor: str, shape: tuple[int, int], sizes: tuple[int, int, int, int]
 ) -> None:
-    rope = kernels("rope", "deepseek_v3", target)
+    rope = kernels("rope", "deepseek_v3", vendor)
     heads, own, turned, value = sizes
     angles, x, shared = table(shape, turned), numbers(*shape, heads, own), numbers(*shape, turned)
     found = rope.join_rotated(x, shared, *angles)

@@ -43,9 +43,9 @@ def near_fp8(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("rows", "size"), SIZES)
-def test_swiglu_and_its_gradient(kernels: KernelLoader, target: str, rows: int, size: int) -> None:
+def test_swiglu_and_its_gradient(kernels: KernelLoader, vendor: str, rows: int, size: int) -> None:
     d, gate, up = operands(rows, size)
-    swiglu = kernels("swiglu", "deepseek_v3_tiny", target)
+    swiglu = kernels("swiglu", "deepseek_v3_tiny", vendor)
     y = swiglu.swiglu(gate, up)
     near(y, functional.swiglu(gate, up))
     both = swiglu.swiglu_grad_joined(d, gate, up)
@@ -56,35 +56,35 @@ def test_swiglu_and_its_gradient(kernels: KernelLoader, target: str, rows: int, 
 
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 @pytest.mark.parametrize(("rows", "size"), SIZES)
-def test_swiglu_cast(kernels: KernelLoader, target: str, rows: int, size: int, scale: str) -> None:
+def test_swiglu_cast(kernels: KernelLoader, vendor: str, rows: int, size: int, scale: str) -> None:
     _, gate, up = operands(rows, size)
-    swiglu = kernels("swiglu", "deepseek_v3", target)
+    swiglu = kernels("swiglu", "deepseek_v3", vendor)
     found = swiglu.swiglu_quantize(gate, up, scale)
-    plain = kernels("swiglu", "deepseek_v3_tiny", target).swiglu(gate, up)
+    plain = kernels("swiglu", "deepseek_v3_tiny", vendor).swiglu(gate, up)
     for one, expected in zip(found, fp8.quantize(plain, scale), strict=True):
         assert torch.equal(one.float(), expected.float())
     near_fp8(found, fp8.swiglu_quantize(gate, up, scale))
 
 
 @pytest.mark.parametrize("ends", [None, (0, 0, 0), (130, 130, 131), (0, 1, 129)])
-def test_gradients_cast(kernels: KernelLoader, target: str, ends: Sequence[int] | None) -> None:
+def test_gradients_cast(kernels: KernelLoader, vendor: str, ends: Sequence[int] | None) -> None:
     """To the bit what the kernel without a cast gives, cast: in rows, and in tiles of tokens."""
     d, gate, up = operands(ends[-1] if ends else 140, 256)
     of = () if ends is None else (torch.tensor(ends, dtype=torch.int32),)
-    swiglu = kernels("swiglu", "deepseek_v3", target)
+    swiglu = kernels("swiglu", "deepseek_v3", vendor)
     found = swiglu.swiglu_grad_quantize(d, gate, up, *of, scale="fp32")
-    both = kernels("swiglu", "deepseek_v3_tiny", target).swiglu_grad_joined(d, gate, up)
+    both = kernels("swiglu", "deepseek_v3_tiny", vendor).swiglu_grad_joined(d, gate, up)
     for one, expected in zip(found, fp8.quantize_both(both, *of), strict=True):
         assert torch.equal(one.float(), expected.float())
     near_fp8(found, fp8.swiglu_grad_quantize(d, gate, up, *of))
 
 
 def test_large_numbers_saturate_nothing_and_hide_nothing(
-    kernels: KernelLoader, target: str
+    kernels: KernelLoader, vendor: str
 ) -> None:
     gate = torch.tensor([[-3e38, 3e38, torch.inf, -torch.inf, torch.nan, 0.0]]).bfloat16()
     up = torch.tensor([[1.0, 1e-30, 1.0, 1.0, 1.0, torch.nan]]).bfloat16()
-    found = kernels("swiglu", "deepseek_v3_tiny", target).swiglu(gate, up)
+    found = kernels("swiglu", "deepseek_v3_tiny", vendor).swiglu(gate, up)
     expected = functional.swiglu(gate, up)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())

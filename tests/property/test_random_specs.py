@@ -23,7 +23,7 @@ COUNTER = itertools.count()
 
 
 @pytest.mark.slow
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(specs())
 def test_a_random_spec_runs_or_is_refused(spec: dict[str, Any]) -> None:
     runs_or_is_refused(spec)

@@ -406,15 +406,17 @@ def test_functions_of_each_number_are_what_they_are_called(dtype: torch.dtype) -
         F.softplus: [max(n, 0) + math.log1p(math.exp(-abs(n))) for n in numbers],
         F.exp: list(map(math.exp, numbers)),
     }
-    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
     for function, values in expected.items():
         exact = torch.tensor(values, dtype=dtype)
         result = function(torch.tensor(numbers, dtype=dtype))
-        torch.testing.assert_close(result, exact, **close)
+        # gelu multiplies a number by a probability, whose error near 0 is that of numbers near 1.
+        scale = torch.tensor([max(abs(n), 1) for n in numbers], dtype=dtype)
+        most = 4 * torch.finfo(dtype).eps * (exact.abs() + scale)
+        assert ((result - exact).abs() <= most).all(), function.__name__
         with torch.inference_mode(), matmul.batch_invariant():
             alone = [function(torch.tensor([n], dtype=dtype)) for n in numbers]
             together = function(torch.tensor(numbers * 5, dtype=dtype))
-        torch.testing.assert_close(together[: len(numbers)], exact, **close)
+        assert ((together[: len(numbers)] - exact).abs() <= most).all(), function.__name__
         assert torch.equal(together, torch.cat(alone * 5)), function.__name__
 
 

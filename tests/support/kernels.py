@@ -19,8 +19,13 @@ from compiler.pipeline import compile
 from dsl.load import load as load_spec
 from tests.support.places import ROOT
 
-SPECS = ("deepseek_v3", "deepseek_v2_lite", "deepseek_v3_tiny")
-"""What kernels are compiled for."""
+COMPILED = [
+    *(("deepseek_v3", target) for target in TARGETS),
+    ("deepseek_v2_lite", "sm_90"),
+    ("deepseek_v3_tiny", "sm_90"),
+]
+"""What kernels are compiled for: V3 for every target, other sizes and BF16 for one.
+`dslc kernels SPEC --target T` checks any other pair by the same rules."""
 
 
 FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]

@@ -286,7 +286,7 @@ def test_json_holds_every_number() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     dense=st.integers(1, 4),
     moe=st.integers(1, 4),

@@ -50,7 +50,7 @@ FUNCTIONS = {function.kind for function in POINTWISE}
 def test_random_programs_are_valid_and_read_back_equal() -> None:
     seen: set[str] = set()
 
-    @settings(max_examples=200)
+    @settings(max_examples=100)
     @given(programs(), st.booleans())
     def one(program: Program, locs: bool) -> None:
         verify(program)
@@ -90,7 +90,7 @@ WORDS = sorted({*re.findall(r"[%@]?[\w.*+=]+", TINY), *'()<>{}[]|,:=@%-"\n'})
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_changed_text_is_read_or_explained(data: st.DataObject) -> None:
     """A few cuts and words of the graph in places where they do not belong."""

@@ -136,7 +136,7 @@ def test_stages_may_be_cut_anywhere_between_layers(cuts: tuple[int, int]) -> Non
 
 # Each example takes a second: what fails is small enough as it is.
 @pytest.mark.slow
-@settings(max_examples=12, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(st.data())
 def test_random_specs_on_random_meshes(data: st.DataObject) -> None:
     draw = data.draw
