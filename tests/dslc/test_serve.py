@@ -106,9 +106,65 @@ def test_a_folder_is_served_alike_by_both_commands(weights: Path) -> None:
         assert process.wait(20) == 1
 
 
+@contextmanager
+def two_ranks(folder: Path, *options: str) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
+    """The address of a server of two ranks, and their processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = ["deepseek_v3_tiny.serve", "--checkpoint", folder, "--device", "cpu", *options]
+    other = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=folder.parent, env={**os.environ, **common, "RANK": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        with started(folder.parent, *command, **common, RANK="0") as (url, process):
+            yield url, [process, other]
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        (["--drain", "1", "--rebalance", "2"], signal.SIGINT),
+        (["--prefill-ranks", "1"], signal.SIGTERM),
+    ],
+)
+def test_two_ranks_end_together_on_a_signal(
+    weights: Path, options: list[str], end: signal.Signals
+) -> None:
+    """Either way of dividing a model: a running answer ends, whole or cut, and so do all ranks."""
+    with two_ranks(weights, *options) as (url, processes):
+        text = answer(url, max_tokens=4, temperature=0)["choices"][0]["text"]
+        body = {"prompt": "a", "max_tokens": 240, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            metrics = httpx.get(f"{url}/metrics").text
+            for process in processes:
+                process.send_signal(end)
+            last = [line for line in lines if line][-2:]
+        assert last[1] == "data: [DONE]" and re.search(r'"finish_reason":"(length|abort)"', last[0])
+        assert [process.wait(20) for process in processes] == [0, 0]
+    load = re.search(
+        r'^dslc:expert_load_max_over_mean{layer="model.layers.1.mlp"} (.*)$', metrics, re.M
+    )
+    assert (load is None) == ("--prefill-ranks" in options) and (
+        load is None or float(load[1]) >= 1
+    )
+    assert text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--prefill-ranks", "1"], "--prefill-ranks 1 needs 2 ranks, of which the first answers"),
+        (["--weights", "int8"], "only compiled steps read them; build deepseek_v3_tiny with"),
+        (["--weights", "int4"], "weights can be fp8 or int8, not 'int4'"),
         (["--max-model-len", "100000"], "exceeds max_position_embeddings"),
         (["--chat-template", "absent.jinja"], "cannot read the chat template absent.jinja"),
         (["--tokenizer", "absent.json"], "cannot read the tokenizer absent.json"),
