@@ -158,6 +158,11 @@ def on_this_rank(
 
     Raises TrainError for options and ranks that do not go together.
     """
+    if settings.weights is not None:
+        try:
+            model(device="meta", weights=_form(settings.weights))
+        except ValueError as error:
+            raise TrainError(str(error)) from None
     single = partial(
         make_engine, model, settings.checkpoint, settings.device, options, vocabulary,
         settings.weights,
@@ -272,8 +277,7 @@ def make_engine(
     torch.set_num_threads(threads())
     try:
         place = select_device(device)
-        form = cast("Quantized | None", weights)  # the model says what others it cannot have
-        loaded: Any = model(device="meta", weights=form)  # its cache is of either kind
+        loaded: Any = model(device="meta", weights=_form(weights))  # its cache is of either kind
         loaded.load(folder)
         loaded = loaded.to(place)
         if options.cache_bytes is None:
@@ -282,6 +286,11 @@ def make_engine(
         return Engine(loaded, options, make_grammars(model, folder, vocabulary))
     except (TrainError, LoadError) as error:
         raise ValueError(str(error)) from None
+
+
+def _form(weights: str | None) -> Quantized | None:
+    """As a model takes it, which says what it cannot have."""
+    return cast("Quantized | None", weights)
 
 
 def make_grammars(model: type[LanguageModel], folder: Path, vocabulary: Vocabulary) -> Grammars:
