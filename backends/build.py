@@ -25,7 +25,7 @@ from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
 from compiler.lower.model import DTYPES
-from compiler.pipeline import Compiled, compile
+from compiler.pipeline import Compiled, compile, without_fp8
 from compiler.plan.greedy import schedule_of
 from compiler.plan.make import make_plan, step_counts
 from compiler.plan.plan import Plan
@@ -94,7 +94,7 @@ def build(
         from backends.cpp.emit import Unsupported
 
         try:
-            step = compiled_step(description, compiled)
+            step = compiled_step(description, compiled, skip, until)
         except Unsupported as error:
             missing = str(error)
     files = package(description, compiled, numbers, plan, target, tuning, step)
@@ -109,10 +109,20 @@ def build(
     return BuildResult(out, sizes, numbers, plan, seconds, changed, left, missing)
 
 
-def compiled_step(description: Description, compiled: Compiled) -> dict[str, str]:
-    """The folder `cpu/` of a build. Raises `Unsupported` for what there is no C++ for."""
+def compiled_step(
+    description: Description,
+    compiled: Compiled,
+    skip: Collection[str] = (),
+    until: str | None = None,
+) -> dict[str, str]:
+    """The folder `cpu/` of a build. Raises `Unsupported` for what there is no C++ for.
+
+    C++ reads FP8 weights as they are stored, and quantizes nothing else.
+    """
     from backends.cpp.package import cpu_package
 
+    if any(w.fp8 for graph in compiled.lowered.graphs.values() for w in graph.weights.values()):
+        compiled = without_fp8(compiled, description, skip, until)
     return cpu_package(
         compiled,
         about=description.spec.about,

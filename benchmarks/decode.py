@@ -4,7 +4,8 @@ Run it with `python benchmarks/decode.py` from the repository's root; `--help` l
 less. Ratios carry over to other machines, rates do not. Transformers decodes in three ways: by its
 own `generate`, by a bare loop around the model, and by that loop around the compiled model with a
 cache of fixed size, which keeps shapes equal from step to step. Of ours there are `generate`, and a
-loop around the step in C++ (`--target cpu`), beside the time that reading its weights takes.
+loop around the step in C++ (`--target cpu`), beside the time that reading its weights takes; with
+`--weights int8`, the same loop with weights in int8.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peer import Match, Peer, matches, options, profile, race, report
+from peer import Peer, matches, options, profile, race, report
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -24,7 +25,8 @@ PROMPT, NEW = 64, 64
 
 
 def main() -> None:
-    asked = options("Greedy decoding on the CPU: tokens a second against transformers.")
+    about = "Greedy decoding on the CPU: tokens a second against transformers."
+    asked = options(about, quantized=True)
     for match in matches(asked):
         batch = asked.batch
         print(f"{match.title}, {NEW} tokens after {PROMPT}, batch {batch}", flush=True)
@@ -35,8 +37,14 @@ def main() -> None:
             profile(ours)
             continue
         runs: dict[str, Callable[[], object]] = {"dslc": ours}
-        steps, parts = compiled_steps(match)
-        runs["dslc C++"] = partial(paged, steps, parts, prompt)
+        ours_by_name = {"dslc C++": match.ours}
+        for form in asked.weights:
+            held = type(match.ours)(device="meta", dtype=match.dtype, weights=form)
+            held.load(match.weights)
+            ours_by_name[f"dslc C++ {form}"] = held
+        for name, model in ours_by_name.items():
+            steps, parts = compiled_steps(model)
+            runs[name] = partial(paged, steps, parts, prompt)
         for peer in match.peers:
             if not peer.compiled:
                 runs[f"{peer.name} generate"] = partial(generate, peer.model, prompt)
@@ -44,17 +52,18 @@ def main() -> None:
         times = race(runs, asked)
         report(times, batch * NEW)
         if batch == 1:
-            read, seconds = floor(match)
-            token = times["dslc C++"] / NEW
-            print(f"  a token by C++, with its share of the prompt: {token * 1e3:.2f} ms")
-            print(f"  reading {read / 1e6:.1f} MB, the weights of a token: {seconds * 1e3:.2f} ms")
+            for name, model in ours_by_name.items():
+                read, seconds = floor(model)
+                token = times[name] / NEW
+                print(f"  a token by {name}, with its share of the prompt: {token * 1e3:.2f} ms")
+                print(f"  reading {read / 1e6:.1f} MB, its weights: {seconds * 1e3:.2f} ms")
 
 
-def compiled_steps(match: Match) -> tuple[Any, Any]:
-    """The compiled programs of the built package, and its module `pages`."""
-    runtime = f"{type(match.ours).__module__.partition('.')[0]}.runtime"
-    steps = importlib.import_module(f"{runtime}.compiled").served(match.ours)
-    if steps is match.ours:
+def compiled_steps(model: Any) -> tuple[Any, Any]:
+    """The compiled programs of a model, and the module `pages` of its package."""
+    runtime = f"{type(model).__module__.partition('.')[0]}.runtime"
+    steps = importlib.import_module(f"{runtime}.compiled").served(model)
+    if steps is model:
         raise SystemExit("the step was not compiled")
     return steps, importlib.import_module(f"{runtime}.pages")
 
@@ -76,13 +85,13 @@ def paged(steps: Any, pages: Any, prompt: Tensor, page: int = 64) -> Tensor:
     return text
 
 
-def floor(match: Match, turns: int = 50) -> tuple[float, float]:
+def floor(model: Any, turns: int = 50) -> tuple[float, float]:
     """Bytes of weights that one row reads, and the least seconds in which torch reads as many."""
-    params, numbers = match.ours.config.params, 0.0
-    for name, weight in match.ours.named_parameters():
+    params, read = model.config.params, 0.0
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
         share = params.num_experts_per_tok / params.n_routed_experts if weight.dim() == 3 else 1
-        numbers += 0 if "embed_tokens" in name else share * weight.numel()
-    size = int(numbers) * match.dtype.itemsize
+        read += 0 if "embed_tokens" in name else share * weight.nbytes
+    size = int(read)
     like, times = torch.zeros(size // 4), []
     for _ in range(turns):
         start = time.perf_counter()

@@ -59,13 +59,18 @@ class Match:
         return f"{self.size} {str(self.dtype).removeprefix('torch.')}"
 
 
-def options(about: str, vllm: bool = False) -> argparse.Namespace:
-    """What the command line asks for; without any flag, everything. `vllm` may take part."""
+def options(about: str, vllm: bool = False, quantized: bool = False) -> argparse.Namespace:
+    """What the command line asks for; without any flag, everything. `vllm` may take part, and
+    models of ours with quantized weights."""
     parser = argparse.ArgumentParser(description=about)
     sizes = SIZES | (FOR_VLLM if vllm else {})
     parser.add_argument("--size", nargs="+", choices=sizes, default=list(SIZES))
     if vllm:
         parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of a vLLM for CPUs")
+    if quantized:
+        parser.add_argument(
+            "--weights", nargs="+", choices=["int8"], default=[], help="quantized weights, too"
+        )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")

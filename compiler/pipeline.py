@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compiler.graph.core import Program, copy_program
 from compiler.graph.equal import changed_graphs, equal
@@ -120,6 +120,12 @@ def draft_name(depth: int) -> str:
     return f"draft_{depth + 1}" if depth else "draft"
 
 
+def program_passes(lowered: Program) -> dict[str, tuple[Pass, ...]]:
+    """The passes of every program of a model: those of `PIPELINES`, and one for each MTP module."""
+    drafts = {draft_name(i): draft_passes(i) for i in range(len(modules(lowered)))}
+    return {**PIPELINES, **drafts}
+
+
 def shared_passes(program: str) -> tuple[Pass, ...]:
     """The passes of a program that all ranks have in common; `rank_passes` follow."""
     passes = PIPELINES[program]
@@ -198,15 +204,28 @@ def compile(
     seconds = time.perf_counter() - start
     steps = [Step("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
-    for name in PIPELINES:
-        for step in run(name, lowered, chosen(PIPELINES[name], skip, until), description):
+    for name, passes in program_passes(lowered).items():
+        for step in run(name, lowered, chosen(passes, skip, until), description):
             steps.append(step)
             programs[name] = step.program
-    for depth in range(len(modules(lowered))):
-        name = draft_name(depth)
-        *_, step = run(name, lowered, chosen(draft_passes(depth), skip, until), description)
-        programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
+
+
+def without_fp8(
+    compiled: Compiled,
+    description: Description,
+    skip: Collection[str] = (),
+    until: str | None = None,
+) -> Compiled:
+    """The same, but that the served programs have no products in FP8: those of marked weights are
+    in the precision of their input."""
+    programs = dict(compiled.programs)
+    passes = program_passes(compiled.lowered)
+    for name in ("decode", *compiled.drafts):
+        wanted = chosen(passes[name], (*skip, PLACE_FP8.name), until)
+        *_, step = run(name, compiled.lowered, wanted, description)
+        programs[name] = step.program
+    return replace(compiled, programs=programs)
 
 
 def chosen(
@@ -258,7 +277,7 @@ def after(
     made = lower(description)
     if name == "lower":
         return made
-    passes = PIPELINES[program]
+    passes = program_passes(made)[program]
     last = max((i for i, one in enumerate(passes) if one.name == name), default=None)
     if last is None:
         raise KeyError(name)

@@ -32,18 +32,21 @@ def check(skip: Sequence[str] | None, until: str | None) -> None:
         raise DiagnosticError(problems)
 
 
+def pipelines() -> dict[str, tuple[Pass, ...]]:
+    """The passes of each program; those of the first MTP module are those of any."""
+    from compiler.pipeline import PIPELINES, draft_name, draft_passes
+
+    return {**PIPELINES, draft_name(0): draft_passes(0)}
+
+
 def passes() -> dict[str, Pass]:
     """Every pass by name, in the order in which they first run."""
-    from compiler.pipeline import PIPELINES
-
-    return {one.name: one for passes in PIPELINES.values() for one in passes}
+    return {one.name: one for passes in pipelines().values() for one in passes}
 
 
 def programs_of(name: str) -> list[str]:
     """The programs that run a pass."""
-    from compiler.pipeline import PIPELINES
-
-    return [p for p, passes in PIPELINES.items() if name in {one.name for one in passes}]
+    return [p for p, passes in pipelines().items() if name in {one.name for one in passes}]
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> Diagnostic:

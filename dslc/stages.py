@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from compiler.pipeline import Compiled, chosen, compile, rank_passes, run, shared_passes
+from compiler.pipeline import (
+    PIPELINES,
+    Compiled,
+    chosen,
+    compile,
+    rank_passes,
+    run,
+    shared_passes,
+)
 from compiler.plan.make import make_plan
 from compiler.plan.plan import Plan
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
+from dslc.passes import unknown
 
 
 def compiled_for(
@@ -25,6 +34,9 @@ def compiled_for(
     Raises `DiagnosticError`.
     """
     compiled = compile(description, skip=skip, until=until)
+    known = compiled.programs if stage is None else PIPELINES  # a server has no stages
+    if program not in known:
+        raise DiagnosticError([unknown("program", program, known)])
     if stage is None:
         return compiled, program
     plan = make_plan(description, compiled)

@@ -81,10 +81,11 @@ def using_run(run: Path, what: str = TRAIN) -> Iterator[Any]:
 
 @contextmanager
 def using_source(
-    source: Path, spec: str | None, what: str
+    source: Path, spec: str | None, what: str, *, cpu: bool = False
 ) -> Iterator[tuple[Any, Any, Path, bool]]:
     """The same, with the folder that holds the package, for a run or a folder of weights; whether
-    it is a run. For weights the package is built, from their config.json or `spec`."""
+    it is a run. For weights the package is built, from their config.json or `spec`; with `cpu`, it
+    has a compiled step."""
     from backends.build import build
     from backends.read import is_run
     from backends.weights import description_of
@@ -101,6 +102,6 @@ def using_source(
         parent = Path(folder)
         with reporting():
             found = description_of(source) if spec is None else read(spec, None, None)
-            build(found, parent / found.spec.model)
+            build(found, parent / found.spec.model, cpu=cpu)
         with using(parent, found.spec.model, what) as (command, model):
             yield command, model, parent, False

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .fp8 import E4M3
 from .module import CheckpointModule
 from .shards import BLOCK, INDEX, LoadError, Shards
 from .sources import Shape, Sources
@@ -77,7 +78,7 @@ def load(
             model.to_empty(device="cpu")
         for part in published(model):
             source = sources.of[part.name]
-            if part.scales is not None and source.scale is not None:
+            if source.scale is not None and part.dtype is E4M3:
                 part.take(shards.values(source.entry), shards.values(source.scale))
             else:
                 part.take(source.read(shards))
@@ -87,7 +88,7 @@ def load(
             total=len(shards.entries),
             read=len({part.name for part in published(model)}),
             dequantized=sum(
-                sources.of[part.name].scale is not None and part.scales is None
+                sources.of[part.name].scale is not None and part.dtype is not E4M3
                 for part in published(model)
             ),
             aliased=len(sources.of) - len(shapes),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +22,19 @@ from . import functional as F
 from .config import Config
 from .cxx import NotCompiled, compiled, identity
 from .dispatch import wanted
+from .fp8 import E4M3, RUN
 from .pages import Draft, Pages, Rows
+from .weights import SCALES, blocks_of
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "op::bf16"}
 """What a dtype is called in C++."""
+
+QUANTIZED: Mapping[str | None, Mapping[str, str]] = {
+    None: {},
+    "fp8": {"FP8_PRODUCT": "op::e4m3"},
+    "int8": {"PRODUCT": "int8_t", "FP8_PRODUCT": "int8_t"},
+}
+"""By the form of a model's quantized weights: which elements these have in C++."""
 
 HEADS = 4
 """Heads that a thread attends with at once: `ROWS` of `operators.h`."""
@@ -38,7 +48,9 @@ class Program:
     """What a compiled program binds, in its order, and the memory that it takes."""
 
     weights: tuple[str, ...]
-    """Stored tensors of the model."""
+    """Stored tensors of the model, which are read as they are."""
+    products: tuple[str, ...]
+    """Those of products, which may be quantized."""
     caches: tuple[tuple[str, str, tuple[int, ...]], ...]
     """Module, entry, and the shape of what is remembered of a token."""
     angles: tuple[Mapping[str, Any], ...]
@@ -64,21 +76,28 @@ def served(model: M) -> M | CompiledModel:
     """The compiled programs of a model; the model itself where there are none.
 
     `DSLC_KERNELS=torch` asks for the latter, and so does a class with a `decode` of its own; any
-    other reason is told in one line.
+    other reason is told in one line. Raises ValueError where the model cannot do without them.
     """
     source: Source | None = getattr(model, "compiled", None)
-    if source is None or wanted() == "torch":
-        return model
-    if not isinstance(model, nn.Module) or model.device != torch.device("cpu"):
-        return model
-    if _definer(model, "decode") is not _definer(model, "compiled"):
-        return model
     try:
+        if source is None or not _is_for_cpu(model):
+            raise NotCompiled
         return CompiledModel(model, source)
     except NotCompiled as reason:
-        name = source.path.parent.parent.name
-        print(f"{name}: torch computes its steps: {reason}", file=sys.stderr)
+        if getattr(model, "quantized", None) == "int8":
+            why = str(reason) or "torch was asked for, another device, or a `decode` of its own"
+            raise ValueError(f"weights='int8', but there is no compiled step: {why}") from None
+        if source is not None and str(reason):
+            name = source.path.parent.parent.name
+            print(f"{name}: torch computes its steps: {reason}", file=sys.stderr)
         return model
+
+
+def _is_for_cpu(model: object) -> bool:
+    """Whether compiled steps would compute what the model does, where it is."""
+    on_cpu = isinstance(model, nn.Module) and model.device == torch.device("cpu")
+    own = _definer(model, "decode") is not _definer(model, "compiled")
+    return wanted() != "torch" and on_cpu and not own
 
 
 def fingerprint(model: type) -> str:
@@ -97,7 +116,8 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("rows", "scored", "threads", "page", "vocab", "positions")),
         *((name, c_void_p) for name in ("tokens", "position", "slots", "lengths", "scored_rows")),
-        *((name, c_void_p) for name in ("blocks", "table", "weights", "pools", "angles")),
+        *((name, c_void_p) for name in ("blocks", "table", "weights", "products", "pools")),
+        ("angles", c_void_p),
         *((name, c_void_p) for name in ("state", "logits", "states", "broken")),
         ("workspace", c_void_p),
         ("workspace_size", c_int64),
@@ -122,8 +142,10 @@ class CompiledModel:
             raise NotCompiled("this rank holds a share of the model")
         self.config: Config = self.model.config
         self.device: torch.device = self.model.device
-        element = ELEMENTS[dtype]
-        library = compiled(source.path, {"WEIGHT": element, "ENTRY": element})
+        names = "WEIGHT", "PRODUCT", "FP8_PRODUCT", "ENTRY"
+        plain = dict.fromkeys(names, ELEMENTS[dtype])
+        elements = {**plain, **QUANTIZED[self.model.quantized]}
+        library = compiled(source.path, elements)
         self.positions = self.config.sequence.max_position_embeddings + 1
         self._programs = {
             name: _Bound(self, program, getattr(library, name))
@@ -153,6 +175,7 @@ class _Bound:
         self.function = function
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_int
         self._weights: list[Tensor] = []
+        self._blocks: dict[str, Tensor] = {}
         self._places: tuple[int, ...] = ()
         self._pages: Pages | None = None
         self._call = call = _Call()
@@ -161,7 +184,7 @@ class _Bound:
         call.positions = owner.positions
         place = torch.arange(owner.positions)
         self._angles = [x for table in program.angles for x in F.rope_table(place, **table)]
-        self._angle_places = _pointers(x.data_ptr() for x in self._angles)
+        self._angle_places = _pointers(self._angles)
         call.angles = ctypes.addressof(self._angle_places)
         self._bind_weights()
 
@@ -211,25 +234,47 @@ class _Bound:
 
     def _bind_weights(self) -> None:
         """Takes the weights where they lie. Raises `NotCompiled` for what C++ would misread."""
-        model = self.owner.model
-        self._weights = []
-        for name in self.program.weights:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            weight = getattr(module, leaf)
-            declared = getattr(module, "declarations", {}).get(leaf)
-            dtype = (declared.dtype if declared is not None else None) or model.dtype
-            if (
-                weight.dtype is not dtype
-                or not weight.is_contiguous()
-                or weight.device.type != "cpu"
-            ):
-                kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
-                raise NotCompiled(f"{name} is {kind}, or not contiguous")
-            self._weights.append(weight)
+        plain = [self._tensor(name) for name in self.program.weights]
+        numbers = [self._tensor(name) for name in self.program.products]
+        scales = [self._scales(name) for name in self.program.products]
+        self._weights = [*plain, *numbers, *(one for one in scales if one is not None)]
         self._places = tuple(map(Tensor.data_ptr, self._weights))
-        self._weight_places = _pointers(self._places)
+        blocks = map(self._blocks_of_rows, self.program.products)
+        products = (one for three in zip(numbers, scales, blocks, strict=True) for one in three)
+        self._weight_places, self._product_places = _pointers(plain), _pointers(products)
         self._call.weights = ctypes.addressof(self._weight_places)
+        self._call.products = ctypes.addressof(self._product_places)
+
+    def _scales(self, name: str) -> Tensor | None:
+        """Of quantized weights."""
+        path = name.rpartition(".")[0]
+        held = self.owner.model.get_submodule(path).quantized
+        return self._tensor(f"{path}.{SCALES}") if held else None
+
+    def _blocks_of_rows(self, name: str) -> Tensor | None:
+        """Of FP8 weights the block of scales of each row, int32 [out]."""
+        module = self.owner.model.get_submodule(name.rpartition(".")[0])
+        if module.weight.dtype is not E4M3:
+            return None
+        if name not in self._blocks:
+            parts = module.parts_of_rows or (module.weight.shape[-2],)
+            begins = accumulate((blocks_of(n, E4M3) for n in parts), initial=0)
+            rows = [first + torch.arange(n) // RUN for first, n in zip(begins, parts, strict=False)]
+            self._blocks[name] = torch.cat(rows).to(torch.int32)
+        return self._blocks[name]
+
+    def _tensor(self, name: str) -> Tensor:
+        """A stored tensor. Raises `NotCompiled` where it is not what C++ was told."""
+        path, _, leaf = name.rpartition(".")
+        model = self.owner.model
+        module = model.get_submodule(path)
+        tensor: Tensor = getattr(module, leaf)
+        declared = getattr(module, "declarations", {}).get(leaf)
+        dtype = (declared.dtype if declared is not None else None) or model.dtype
+        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+            raise NotCompiled(f"{name} is {kind}, or not contiguous")
+        return tensor
 
     def _bind_pools(self, cache: Pages) -> None:
         model = self.owner.model
@@ -238,12 +283,12 @@ class _Bound:
             for path, entry, shape in self.program.caches
         ]
         self._pages = cache
-        self._pool_places = _pointers(pool.data_ptr() for pool in pools)
+        self._pool_places = _pointers(pools)
         self._call.pools = ctypes.addressof(self._pool_places)
 
 
-def _pointers(places: Iterable[int]) -> ctypes.Array[c_void_p]:
-    found = tuple(places)
+def _pointers(tensors: Iterable[Tensor | None]) -> ctypes.Array[c_void_p]:
+    found = [None if one is None else one.data_ptr() for one in tensors]
     return (c_void_p * len(found))(*found)
 
 

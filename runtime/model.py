@@ -20,6 +20,9 @@ from .module import CheckpointModule
 from .stage import ModelShare, hold
 from .weights import Tensors, initialize
 
+Quantized = Literal["fp8", "int8"]
+"""Forms of the weights of products."""
+
 Draft = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 """Logits of the token after the last one, of states, the tokens after them, positions, cache."""
 
@@ -60,6 +63,8 @@ class LanguageModel(CheckpointModule, ABC):
     defaults to the precision policy of the spec. Weights follow from `seed` and their published
     names alone. `weights="fp8"` holds the weights of FP8 products in E4M3 with their scales and in
     no other form, for inference: they are read from published FP8 folders, and saved, as they are.
+    `weights="int8"` holds those of all products in int8 with a scale for each row, which only
+    compiled steps can read, those of a build for CPUs: such a model serves and does nothing else.
     With `share` it is what one of several ranks holds; other modules are `Absent`.
     """
 
@@ -78,7 +83,7 @@ class LanguageModel(CheckpointModule, ABC):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         seed: int = 0,
-        weights: Literal["fp8"] | None = None,
+        weights: Quantized | None = None,
         share: ModelShare | None = None,
     ) -> None:
         super().__init__()
@@ -94,8 +99,10 @@ class LanguageModel(CheckpointModule, ABC):
             if isinstance(module, Tensors):
                 module.quantize_weight = self.fp8.quantize_weight
         self.to(dtype=dtype or DTYPES[policy])
+        self.quantized = weights
+        """The form of quantized weights, if they have one."""
         if weights is not None:
-            self._hold_fp8()
+            self._quantize(weights)
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             initialize(self, seed)
@@ -114,29 +121,45 @@ class LanguageModel(CheckpointModule, ABC):
         """The model; of one that holds a share, all of it, without weights."""
         return self if self.share is None else type(self)(device="meta")
 
-    def _hold_fp8(self) -> None:
-        """Raises ValueError where no product of the model is in FP8."""
-        held = [
+    def _quantize(self, form: Quantized) -> None:
+        """Raises ValueError where nothing of the model is read in that form."""
+        if form == "fp8":
+            dtype, found, refused = fp8.E4M3, self._of_fp8_products(), ["loss"]
+            why = "cannot be trained: its weights have no other form"
+        elif form == "int8":
+            dtype, found = torch.int8, self._of_compiled_products()
+            refused = ["loss", "forward", "prefill", "decode"]
+            why = "can only be served: nothing but compiled steps reads int8"
+        else:
+            raise ValueError(f"weights can be fp8 or int8, not {form!r}")
+        for module in found:
+            module.quantize(dtype)
+        for method in refused:
+            setattr(self, method, _refusal(f"a model with weights={form!r} {why}"))
+
+    def _of_fp8_products(self) -> list[Tensors]:
+        found = [
             module
             for module in self.modules()
             if isinstance(module, Tensors) and "weight" in module.declarations
             if module.declarations["weight"].fp8
         ]
-        if not held:
+        if not found:
             raise ValueError(
                 f"weights='fp8': no product of {self.config.model} is in FP8; build it with "
                 "`precision.policy: fp8_blockwise`"
             )
-        for module in held:
-            module.hold_fp8()
+        return found
 
-        def loss(*inputs: Any, **named: Any) -> Loss:
+    def _of_compiled_products(self) -> list[Tensors]:
+        if self.compiled is None:
             raise ValueError(
-                "a model with weights='fp8' cannot be trained: its weights have no other form; "
-                "make one without `weights`"
+                f"weights='int8': only compiled steps read them; build {self.config.model} with "
+                "`--target cpu`"
             )
-
-        self.loss = loss  # type: ignore[method-assign]
+        names = {name for one in self.compiled.programs.values() for name in one.products}
+        paths = sorted(name.removesuffix(".weight") for name in names)
+        return [self.get_submodule(path) for path in paths]  # type: ignore[misc]
 
     @abstractmethod
     def build(self) -> None:
@@ -166,7 +189,12 @@ class LanguageModel(CheckpointModule, ABC):
         return checkpoint.load(self, folder)
 
     def save(self, folder: str | Path) -> None:
-        """Writes safetensors and config.json, as transformers reads them; see `checkpoint.save`."""
+        """Writes safetensors and config.json, as transformers reads them; see `checkpoint.save`.
+
+        Raises ValueError for weights in int8, which no folder holds.
+        """
+        if self.quantized == "int8":
+            raise ValueError("a model with weights='int8' cannot be saved: no folder holds int8")
         checkpoint.save(self, folder)
 
     @overload
@@ -182,3 +210,12 @@ class LanguageModel(CheckpointModule, ABC):
         """Continues prompts, int64 [batch, seq] or lists of token ids; see `generate.generate`."""
         decoder: Any = self  # its cache is of either kind
         return generate(decoder, tokens, max_new_tokens, **settings)
+
+
+def _refusal(why: str) -> Callable[..., Any]:
+    """In place of a method that needs weights in another form."""
+
+    def refuse(*inputs: Any, **named: Any) -> Any:
+        raise ValueError(f"{why}; make one without `weights`")
+
+    return refuse

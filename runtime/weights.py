@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import fp8
+from . import fp8, int8
 from .normal import fill_normal, tensor_key
 from .saved import Saved
 
@@ -115,7 +115,7 @@ class Tensors(Block):
         ways that autograd counts. What writes into its memory otherwise must call
         `torch.autograd.graph.increment_version`.
         """
-        if self.holds_fp8:
+        if self.quantized:
             return self.weight, getattr(self, SCALES)
         weight = self.weight
         version = None if weight.is_inference() else weight._version
@@ -127,18 +127,21 @@ class Tensors(Block):
         return self._copy.q, fp8.refuse_gradient(self._copy.s, weight)
 
     @property
-    def holds_fp8(self) -> bool:
-        """Whether `weight` itself is E4M3, with scales in `weight_scale_inv`, for inference."""
+    def quantized(self) -> bool:
+        """Whether `weight` itself is E4M3 or int8, with scales in `weight_scale_inv`, for
+        inference."""
         return SCALES in self._buffers
 
-    def hold_fp8(self) -> None:
-        """Lets E4M3 numbers and their scales take the place of `weight`, on the meta device."""
+    def quantize(self, dtype: torch.dtype) -> None:
+        """Lets quantized numbers and their scales take the place of `weight`, on the meta device:
+        E4M3 with a scale for each 128 x 128, int8 with one for each row."""
         declared, rows = self.declarations["weight"], self.parts_of_rows
         *experts, out, width = declared.shape
-        blocks = sum(-(-n // fp8.RUN) for n in rows or (out,)), -(-width // fp8.RUN)
+        runs = 1 if dtype is torch.int8 else -(-width // fp8.RUN)
+        blocks = sum(blocks_of(n, dtype) for n in rows or (out,))
         self.declarations |= {
-            "weight": replace(declared, dtype=fp8.E4M3, buffer=True),
-            SCALES: ones(*experts, *blocks, dtype=torch.float32, buffer=True),
+            "weight": replace(declared, dtype=dtype, buffer=True),
+            SCALES: ones(*experts, blocks, runs, dtype=torch.float32, buffer=True),
         }
         del self.weight
         for name in ("weight", SCALES):
@@ -147,7 +150,7 @@ class Tensors(Block):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """`weight` for what does not compute in FP8: as it is, or multiplied out and held."""
-        if not self.holds_fp8:
+        if not self.quantized:
             return self.weight  # type: ignore[no-any-return]
         q, s = self.fp8
         version = None if q.is_inference() else q._version
@@ -276,6 +279,12 @@ class Stack(nn.Module):
 SCALES = "weight_scale_inv"
 """What checkpoints call the scales of an FP8 `weight`, which they multiply all the same."""
 
+
+def blocks_of(rows: int, dtype: torch.dtype) -> int:
+    """Blocks of so many rows of a quantized weight, each with scales of its own."""
+    return rows if dtype is torch.int8 else -(-rows // fp8.RUN)
+
+
 Index = tuple[int | slice | EllipsisType, ...]
 
 
@@ -292,7 +301,7 @@ class Published:
     declaration: Declaration | None
     """None for tensors that were put into the module by other means than `Tensors`."""
     scales: Tensor | None = None
-    """Of a tensor that is held in FP8: a view of its scales, [blocks of rows, blocks]."""
+    """Of a tensor that is held quantized: a view of its scales, [blocks of rows, blocks]."""
 
     @property
     def tensor(self) -> Tensor:
@@ -305,9 +314,11 @@ class Published:
         return None if self.storage.grad is None else self.storage.grad[self.index]
 
     def take(self, values: Tensor, scales: Tensor | None = None) -> None:
-        """Writes values: numbers, which are quantized where FP8 is held, or E4M3 with `scales`."""
+        """Writes values: numbers, which are quantized where that is held, or E4M3 with `scales`."""
         if self.scales is not None:
-            if scales is None:
+            if scales is None and self.dtype is torch.int8:
+                values, scales = int8.quantize_rows(values)
+            elif scales is None:
                 assert self.declaration is not None
                 values, scales = fp8.quantize_weight(values, self.declaration.fp8)
             self.scales.copy_(scales)
@@ -348,14 +359,14 @@ def _published_parts(joined: Joined, prefix: str, index: Index) -> Iterator[Publ
     end = block = 0
     for name, rows in joined.rows.items():
         start, end = end, end + rows
-        first, block = block, block - (-rows // fp8.RUN)
+        first, block = block, block + blocks_of(rows, joined.weight.dtype)
         place = (*index, ..., slice(start, end), slice(None))
         held = getattr(joined, SCALES)[index][..., first:block, :] if _held(joined) else None
         yield Published(f"{prefix}{name}.weight", joined.weight, place, joined.parts[name], held)
 
 
 def _held(module: nn.Module) -> bool:
-    return isinstance(module, Tensors) and module.holds_fp8
+    return isinstance(module, Tensors) and module.quantized
 
 
 def _around(prefix: str) -> str:
@@ -410,7 +421,7 @@ def _stored(stack: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _views(joined: Joined) -> list[tuple[str, Tensor]]:
-    """Its parts by their names beside it, and their scales where it holds FP8."""
+    """Its parts by their names beside it, and their scales where it is quantized."""
     return [
         (f"{name}.{tensor}", view)
         for tensor, rows in _cuts(joined).items()
@@ -423,7 +434,8 @@ def _views(joined: Joined) -> list[tuple[str, Tensor]]:
 def _cuts(joined: Joined) -> dict[str, list[int]]:
     """How many rows of each of its tensors belong to each part."""
     rows = list(joined.rows.values())
-    blocks = {SCALES: [-(-n // fp8.RUN) for n in rows]} if joined.holds_fp8 else {}
+    dtype = joined.weight.dtype
+    blocks = {SCALES: [blocks_of(n, dtype) for n in rows]} if joined.quantized else {}
     return {"weight": rows, **blocks}
 
 

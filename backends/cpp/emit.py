@@ -27,8 +27,8 @@ typedef typeid typename union unsigned using virtual void volatile wchar_t while
 """
 RESERVED = frozenset(_KEYWORDS.split()) | {
     "s", "arena", "bound", "layer", "next", "run", "op", "std", "main", "call", "Weight", "Entry",
-    "Step", "Arena", "Bound", "Rows", "Heads", "Ints", "Matrix", "Matrices", "Vector", "Pool",
-    "Table", "linux", "unix",
+    "Product", "Fp8Product", "Step", "Arena", "Bound", "Rows", "Heads", "Ints", "Matrix",
+    "Matrices", "Vector", "Pool", "Table", "linux", "unix",
 }  # fmt: skip
 
 
@@ -56,6 +56,8 @@ class Bindings:
     """What a structure binds, in the order of its members; paths are relative to its module."""
 
     weights: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
+    """Weights that may be quantized."""
     caches: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     """Module, entry, and the shape of what is remembered of a token."""
     angles: tuple[tuple[tuple[str, Attr], ...], ...] = ()
@@ -65,13 +67,17 @@ class Bindings:
         """The same, seen from a module that has this one at `path`."""
         return Bindings(
             tuple(f"{path}.{name}" for name in self.weights),
+            tuple(f"{path}.{name}" for name in self.products),
             tuple((f"{path}.{m}" if m else path, e, shape) for m, e, shape in self.caches),
             self.angles,
         )
 
     def __add__(self, other: Bindings) -> Bindings:
         return Bindings(
-            self.weights + other.weights, self.caches + other.caches, self.angles + other.angles
+            self.weights + other.weights,
+            self.products + other.products,
+            self.caches + other.caches,
+            self.angles + other.angles,
         )
 
 
@@ -127,6 +133,7 @@ class Emitter:
 
     def __post_init__(self) -> None:
         self._base: dict[Value, Value] = {}
+        self.apart: set[Value] = set()  # heads with something else between them
         self._written: dict[Value, str] = {}
         self._given: set[Value] = set()  # results, which the caller has made room for
         self._names: dict[Value, str] = {}
@@ -274,27 +281,50 @@ class Emitter:
 
     # ---- members -----------------------------------------------------------------------------
 
-    def weight(self, op: Op, i: int = 0, rows: int = 0) -> str:
-        """The stored tensor of an operator's weights, `rows` rows where several are stored as one.
-
-        Those of all experts are `Matrices`.
-        """
-        symbol = op.symbols[i]
-        weight = self.graph.weights[symbol]
-        stored = stored_name(symbol, self.joined).replace(".*.", ".")
+    def weight(self, op: Op, i: int = 0) -> str:
+        """The stored tensor of an operator's weights, which is read as it is."""
+        weight = self.graph.weights[op.symbols[i]]
+        if weight.stack > 1:
+            raise Unsupported(f"{op.kind} of experts in {weight.type.dtype}{place(op)}")
         sizes = [size(d) for d in weight.type.dims]
-        if rows:
-            sizes[0] = rows
+        of = ("vector", "matrix")[len(sizes) - 1]
+        stored = stored_name(op.symbols[i], self.joined)
+        return self._stored(stored, f"op::{of.capitalize()}", of, sizes, weight.type.dtype)
+
+    def product(self, op: Op, rows: int = 0) -> str:
+        """The stored tensor that an operator multiplies with: `rows` rows where several are stored
+        as one; of all experts, `Matrices`. It may be quantized, unless something else reads it, or
+        experts are chosen by it."""
+        symbol = op.symbols[0]
+        weight = self.graph.weights[symbol]
+        if weight.type.dtype != self.own or self._is_exact(op):
+            return self.weight(op)
+        sizes = [size(d) for d in weight.type.dims]
+        sizes[0] = rows or sizes[0]
+        element = "Fp8Product" if weight.fp8 else "Product"
+        stored = stored_name(symbol, self.joined).replace(".*.", ".")
         if weight.stack > 1:
             sizes.insert(0, weight.stack)
-        element = self.element(weight.type.dtype)
-        of = ("vector", "matrix", "matrices")[len(sizes) - 1]
-        numbers = ", ".join(map(str, sizes))
+            return self._stored(stored, "op::Matrices", "products_of", sizes, element)
+        return self._stored(stored, "op::Matrix", "product", sizes, element)
+
+    def _is_exact(self, op: Op) -> bool:
+        """Whether a product needs the weight itself: it is that of an embedding, or of a gate."""
+        walked = list(self.graph.walk())
+        embedded = any(o.kind == "embedding" and o.symbols == op.symbols for o in walked)
+        return embedded or any(o.kind == "gate" and op.result in o.operands for o in walked)
+
+    def _stored(self, stored: str, type: str, bind: str, sizes: Sequence[int], element: str) -> str:
+        """The member for a stored tensor, made by a method of `Bound`."""
+        if element not in ("Product", "Fp8Product"):
+            element, bindings = self.element(element), Bindings(weights=(stored,))
+        else:
+            bindings = Bindings(products=(stored,))
         name = identifier(stored.removesuffix(".weight").replace(".", "_"))
-        made = f"bound.{of}<{element}>({numbers})"
+        made = f"bound.{bind}<{element}>({', '.join(map(str, sizes))})"
         if name not in self.members:
-            self._bind(Member(f"op::{of.capitalize()}<{element}>", name, made))
-            self.bindings += Bindings(weights=(stored,))
+            self._bind(Member(f"{type}<{element}>", name, made))
+            self.bindings += bindings
         elif self.members[name].made != made:
             raise Unsupported(f"a part of the weight {stored}")
         return f"this->{name}"
@@ -330,6 +360,14 @@ class Emitter:
     def made(self, value: Value) -> bool:
         """Whether a value has memory of its own, with nothing between its rows and heads."""
         return self.base(value) is value and value not in self.graph.args
+
+    def joined_heads(self, value: Value) -> str:
+        """A value as rows, in which heads lie one behind the other."""
+        if kind(value.type) == "Rows":
+            return self.name(value)
+        if value in self.apart:
+            raise Unsupported(f"heads of {value.type} that are part of another value")
+        return f"op::flatten({self.name(value)})"
 
     def _bind(self, member: Member) -> None:
         if member.name in self.members:

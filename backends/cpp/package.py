@@ -72,6 +72,7 @@ def cpu_package(
                     "angles": [dict(table) for table in structure.bindings.angles],
                     "caches": structure.bindings.caches,
                     "weights": structure.bindings.weights,
+                    "products": structure.bindings.products,
                 }
                 for name, (structure, hidden) in programs.items()
             },

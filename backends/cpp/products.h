@@ -14,41 +14,60 @@ namespace op {
 // Loops over what is in registers are written out, or it would be in memory.
 #define UNROLL _Pragma("GCC unroll 32")
 
-// Adds x_r w_c to the sums of R rows x and C rows w, of `n` numbers each that `get` reads.
-template <int R, int C, class T, class Get>
-inline void dots_at(vec (&sums)[R][C], const float *const (&x)[R], const T *w, int64_t apart,
-                    Get get) {
+// Numbers of a row of weights from a column on: those of int8 are yet to be multiplied by `factor`.
+template <class T> inline vec numbers(const Matrix<T> &w, int row, int column) {
+  return load(w.row(row) + column);
+}
+inline vec numbers(const Matrix<e4m3> &w, int row, int column) {
+  return load(w.row(row) + column) * w.scales(row)[column / RUN];
+}
+// The first `n` of them, and zeros.
+template <class T> inline vec some_numbers(const Matrix<T> &w, int row, int column, int n) {
+  return load_some(w.row(row) + column, n);
+}
+inline vec some_numbers(const Matrix<e4m3> &w, int row, int column, int n) {
+  return load_some(w.row(row) + column, n) * w.scales(row)[column / RUN];
+}
+template <class T> inline float factor(const Matrix<T> &w, int row) {
+  return std::is_same_v<T, int8_t> ? *w.scales(row) : 1.0f;
+}
+
+// Adds x_r w_c to the sums of R rows x and C rows w, whose numbers `x` and `w` read.
+template <int R, int C, class X, class W> inline void dots_at(vec (&sums)[R][C], X x, W w) {
   // The fewer are held while the others pass, one at a time.
   if constexpr (R <= C) {
     vec held_x[R];
-    UNROLL for (int r = 0; r < R; r++) held_x[r] = held(get(x[r]));
+    UNROLL for (int r = 0; r < R; r++) held_x[r] = held(x(r));
     UNROLL for (int c = 0; c < C; c++) {
-      const vec passing = held(get(w + c * apart));
+      const vec passing = held(w(c));
       UNROLL for (int r = 0; r < R; r++) sums[r][c] = fma(held_x[r], passing, sums[r][c]);
     }
   } else {
     vec held_w[C];
-    UNROLL for (int c = 0; c < C; c++) held_w[c] = held(get(w + c * apart));
+    UNROLL for (int c = 0; c < C; c++) held_w[c] = held(w(c));
     UNROLL for (int r = 0; r < R; r++) {
-      const vec passing = held(get(x[r]));
+      const vec passing = held(x(r));
       UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(passing, held_w[c], sums[r][c]);
     }
   }
 }
 
-// The same for k numbers. Of weights that come from memory, those `ahead` are asked for, if any:
+// The same for all columns. Of weights that come from memory, those `ahead` are asked for, if any:
 // rows are too short for the CPU to find out by itself what comes next.
 template <int R, int C, class T>
-inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const T *w, int64_t apart, int k,
+inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const Matrix<T> &w,
                  int64_t ahead = 0) {
   constexpr int LINE = 64 / sizeof(T);
   int i = 0;
-  for (; i + LANES <= k; i += LANES) {
+  for (; i + LANES <= w.in; i += LANES) {
     if (ahead && i % LINE == 0)
-      UNROLL for (int c = 0; c < C; c++) __builtin_prefetch(w + c * apart + i + ahead);
-    dots_at(sums, x, w, apart, [&](auto *row) { return load(row + i); });
+      UNROLL for (int c = 0; c < C; c++) __builtin_prefetch(w.row(c) + i + ahead);
+    dots_at(sums, [&](int r) { return load(x[r] + i); },
+            [&](int c) { return numbers(w, c, i); });
   }
-  if (i < k) dots_at(sums, x, w, apart, [&](auto *row) { return load_some(row + i, k - i); });
+  if (const int left = w.in - i)
+    dots_at(sums, [&](int r) { return load_some(x[r] + i, left); },
+            [&](int c) { return some_numbers(w, c, i, left); });
 }
 
 template <int R, int C> inline void clear(vec (&sums)[R][C]) {
@@ -74,7 +93,7 @@ constexpr int BLOCK = 24;  // rows of weights that stay in the cache while all r
 // y_r[c] = x_r w_c for columns `first` to `last`, R rows. `x` and `y` give the rows; `fresh` says
 // that the weights come from memory.
 template <int R, class T, class X, class Y>
-inline void product_tile(int row, int k, const T *w, int first, int last, bool fresh, X x, Y y) {
+inline void product_tile(int row, const Matrix<T> &w, int first, int last, bool fresh, X x, Y y) {
   const float *in[R];
   float *out[R];
   UNROLL for (int r = 0; r < R; r++) in[r] = x(row + r), out[r] = y(row + r);
@@ -85,10 +104,11 @@ inline void product_tile(int row, int k, const T *w, int first, int last, bool f
     vec sums[R][N];
     float joined[R][N];
     clear(sums);
-    dots<R, N>(sums, in, w + int64_t(c) * k, k, k, fresh ? int64_t(C) * k : 0);
+    const Matrix<T> part = w.from(c);
+    dots<R, N>(sums, in, part, fresh ? int64_t(C) * w.in : 0);
     join(sums, joined);
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int i = 0; i < N; i++) out[r][c + i] = joined[r][i];
+    UNROLL for (int i = 0; i < N; i++)
+      UNROLL for (int r = 0; r < R; r++) out[r][c + i] = joined[r][i] * factor(part, i);
   };
   for (; c + C <= last; c += C) columns(std::integral_constant<int, C>());
   for (; c < last; c++) columns(std::integral_constant<int, 1>());
@@ -96,22 +116,22 @@ inline void product_tile(int row, int k, const T *w, int first, int last, bool f
 
 // The same of rows `begin` to `end`.
 template <class T, class X, class Y>
-inline void product(int begin, int end, int k, const T *w, int first, int last, X x, Y y) {
+inline void product(int begin, int end, const Matrix<T> &w, int first, int last, X x, Y y) {
   for (int block = first; block < last; block += BLOCK) {
     const int stop = std::min(block + BLOCK, last);
     int row = begin;
     for (; row + ROWS <= end; row += ROWS)
-      product_tile<ROWS>(row, k, w, block, stop, row == begin, x, y);
-    if (end - row == 3) product_tile<3>(row, k, w, block, stop, row == begin, x, y);
-    if (end - row == 2) product_tile<2>(row, k, w, block, stop, row == begin, x, y);
-    if (end - row == 1) product_tile<1>(row, k, w, block, stop, row == begin, x, y);
+      product_tile<ROWS>(row, w, block, stop, row == begin, x, y);
+    if (end - row == 3) product_tile<3>(row, w, block, stop, row == begin, x, y);
+    if (end - row == 2) product_tile<2>(row, w, block, stop, row == begin, x, y);
+    if (end - row == 1) product_tile<1>(row, w, block, stop, row == begin, x, y);
   }
 }
 
 // y = x W^T. Each thread computes some columns.
 template <class T> APART void linear(const Step &s, Rows x, Matrix<T> w, Rows y) {
   const auto [first, last] = s.share(w.out, 8);
-  product(0, x.count, w.in, w.data, first, last, [&](int r) { return x.row(r); },
+  product(0, x.count, w, first, last, [&](int r) { return x.row(r); },
           [&](int r) { return y.row(r); });
 }
 
@@ -121,8 +141,8 @@ APART void grouped_linear(const Step &s, Rows x, Ints ends, Matrices<T> w, Rows 
   const auto [first, last] = s.share(w.out, 8);
   for (int e = 0, begin = 0; e < w.experts; begin = ends.data[e++])
     if (begin < ends.data[e])
-      product(begin, ends.data[e], w.in, w.data + int64_t(e) * w.out * w.in, first, last,
-              [&](int r) { return x.row(r); }, [&](int r) { return y.row(r); });
+      product(begin, ends.data[e], w.of(e), first, last, [&](int r) { return x.row(r); },
+              [&](int r) { return y.row(r); });
 }
 
 // Each head's rows of the weight times x: y[r, h, c] = x[r, h] w[h, start + c].
@@ -131,51 +151,51 @@ template <class T> APART void head_linear(const Step &s, Heads x, Matrix<T> w, i
   const auto [first, last] = s.share(x.heads * tiles);
   for (int item = first; item < last; item++) {
     const int head = item / tiles, begin = item % tiles * ROWS;
-    product(begin, std::min(begin + ROWS, x.count), w.in,
-            w.data + (int64_t(head) * each + start) * w.in, 0, y.width,
+    product(begin, std::min(begin + ROWS, x.count), w.from(head * each + start), 0, y.width,
             [&](int r) { return x.at(r, head); }, [&](int r) { return y.at(r, head); });
   }
 }
 
-// Adds f_r[j] w_j[c] over j to the sums of R rows and V vectors of columns.
+// Adds f_r[j] w_j[c] over the first `n` rows to the sums of R rows and V vectors of columns.
 template <int R, int V, class T>
-inline void weighted(vec (&sums)[R][V], const float *const (&f)[R], const T *w, int64_t apart,
+inline void weighted(vec (&sums)[R][V], const float *const (&f)[R], const Matrix<T> &w, int c,
                      int n) {
   for (int j = 0; j < n; j++) {
     vec wide_w[V];
-    UNROLL for (int v = 0; v < V; v++) wide_w[v] = held(load(w + j * apart + v * LANES));
+    UNROLL for (int v = 0; v < V; v++) wide_w[v] = held(numbers(w, j, c + v * LANES));
     UNROLL for (int r = 0; r < R; r++) {
-      const vec factor = held(all(f[r][j]));
-      UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(factor, wide_w[v], sums[r][v]);
+      const vec by = held(all(f[r][j] * factor(w, j)));
+      UNROLL for (int v = 0; v < V; v++) sums[r][v] = fma(by, wide_w[v], sums[r][v]);
     }
   }
 }
 
 template <int R, class T>
-inline void weighted_some(vec (&sums)[R][1], const float *const (&f)[R], const T *w, int64_t apart,
+inline void weighted_some(vec (&sums)[R][1], const float *const (&f)[R], const Matrix<T> &w, int c,
                           int n, int width) {
   for (int j = 0; j < n; j++) {
-    const vec wide_w = load_some(w + j * apart, width);
-    UNROLL for (int r = 0; r < R; r++) sums[r][0] = fma(all(f[r][j]), wide_w, sums[r][0]);
+    const vec wide_w = some_numbers(w, j, c, width);
+    UNROLL for (int r = 0; r < R; r++)
+      sums[r][0] = fma(all(f[r][j] * factor(w, j)), wide_w, sums[r][0]);
   }
 }
 
-// Runs of rows: `each(run, first, n)` is called for parts of a list of rows that lie together.
-// y_r = sum_j f_r[j] w_j over the rows of all runs, from the first to the last.
-template <int R, class Runs, class Y>
-inline void weighted_sum(const float *const (&f)[R], const Runs &runs, int width, Y y) {
+// y_r = sum_j f_r[j] w_j over the rows of all parts, from the first to the last: `parts` calls its
+// argument with a matrix, the number of its first row among all, and how many rows there are.
+template <int R, class Parts, class Y>
+inline void weighted_sum(const float *const (&f)[R], const Parts &parts, int width, Y y) {
   constexpr int V = 12 / R;
   int c = 0;
   const auto columns = [&](auto vectors, int left) {
     constexpr int N = decltype(vectors)::value;
     vec sums[R][N];
     clear(sums);
-    runs([&](auto *w, int64_t apart, int first, int n) {
+    parts([&](const auto &w, int first, int n) {
       const float *part[R];
       UNROLL for (int r = 0; r < R; r++) part[r] = f[r] + first;
       if constexpr (N == 1)
-        if (left < LANES) return weighted_some<R>(sums, part, w + c, apart, n, left);
-      weighted<R, N>(sums, part, w + c, apart, n);
+        if (left < LANES) return weighted_some<R>(sums, part, w, c, n, left);
+      weighted<R, N>(sums, part, w, c, n);
     });
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int v = 0; v < N; v++)
@@ -194,13 +214,13 @@ APART void head_linear_t(const Step &s, Heads x, Matrix<T> w, int start, Heads y
   const auto [first, last] = s.share(x.heads * tiles);
   for (int item = first; item < last; item++) {
     const int head = item / tiles, begin = item % tiles * ROWS;
-    const T *part = w.data + (int64_t(head) * each + start) * w.in;
-    const auto runs = [&](auto add) { add(part, w.in, 0, x.width); };
+    const Matrix<T> part = w.from(head * each + start);
+    const auto parts = [&](auto add) { add(part, 0, x.width); };
     const auto tile = [&](auto rows, int row) {
       constexpr int R = decltype(rows)::value;
       const float *f[R];
       for (int r = 0; r < R; r++) f[r] = x.at(row + r, head);
-      weighted_sum<R>(f, runs, y.width, [&](int r) { return y.at(row + r, head); });
+      weighted_sum<R>(f, parts, y.width, [&](int r) { return y.at(row + r, head); });
     };
     if (begin + ROWS <= x.count) tile(std::integral_constant<int, ROWS>(), begin);
     else

@@ -26,8 +26,15 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+
 struct bf16 {
   uint16_t bits;
+};
+
+// A sign, four bits of exponent, three of mantissa. No number of a weight is a NaN.
+struct e4m3 {
+  int8_t bits;
 };
 
 inline float wide(float x) { return x; }
@@ -55,6 +62,17 @@ inline vec load(const bf16 *x) {
   halves bits;
   std::memcpy(&bits, x, sizeof bits);
   return (vec)(__builtin_convertvector(bits, words) << 16);
+}
+inline vec load(const int8_t *x) {
+  bytes bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return __builtin_convertvector(__builtin_convertvector(bits, ints), vec);
+}
+// Where a float has its sign, and the last bits of its exponent: 2^120 times too small.
+inline vec load(const e4m3 *x) {
+  bytes bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return (vec)((__builtin_convertvector(bits, ints) << 20) & int32_t(0x87f00000)) * 0x1p120f;
 }
 inline void store(float *out, vec x) { std::memcpy(out, &x, sizeof x); }
 

@@ -17,7 +17,7 @@ template <class T> void embedding(const Step &s, Matrix<T> w, Rows y) {
 // w x / sqrt(mean(x^2) + eps)
 template <class T> inline void norm(const float *x, Vector<T> w, float eps, float *y) {
   vec sums[1][1] = {{vec{}}};
-  dots<1, 1>(sums, {x}, x, 0, w.n);
+  dots<1, 1>(sums, {x}, Matrix<float>{x, 1, w.n, w.n});
   const float factor = 1.0f / std::sqrt(sum(sums[0][0]) / float(w.n) + eps);
   for (int i = 0; i < w.n; i++) y[i] = x[i] * factor * wide(w.data[i]);
 }

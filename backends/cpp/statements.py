@@ -39,13 +39,13 @@ def _embedding(e: Emitter, op: Op) -> None:
 
 def _linear(e: Emitter, op: Op) -> None:
     x, y = op.operands[0], op.result
-    matrix = e.weight(op, rows=size(y.type.last))
+    matrix = e.product(op, size(y.type.last))
     e.put(f"linear(s, {e.rows(op)}, {matrix}, {e.make(y)})", [x], [y], by="columns")
 
 
 def _grouped_linear(e: Emitter, op: Op) -> None:
     x, offs = op.operands
-    matrices = e.weight(op, rows=size(op.result.type.last))
+    matrices = e.product(op, size(op.result.type.last))
     call = f"grouped_linear(s, {e.name(x)}, {e.name(offs)}, {matrices}, {e.make(op.result)})"
     e.put(call, [x, offs], op.results, by="columns")
 
@@ -53,7 +53,7 @@ def _grouped_linear(e: Emitter, op: Op) -> None:
 def _head_linear(e: Emitter, op: Op) -> None:
     x, y = op.operands[0], op.result
     function = "head_linear_t" if op.attrs["transposed"] else "head_linear"
-    given = [e.name(x), e.weight(op), str(op.number("start")), e.make(y)]
+    given = [e.name(x), e.product(op), str(op.number("start")), e.make(y)]
     e.put(f"{function}(s, {', '.join(given)})", [x], [y], by="heads")
 
 
@@ -103,16 +103,19 @@ def _cache_append(e: Emitter, op: Op) -> None:
         dims = tuple(size(d) for d in x.type.dims[2:])
         name = f"{identifier(entry)}_pool"
         e.cache(Member("op::Pool<Entry>", name, f"bound.pool<Entry>({prod(dims)})"), entry, dims)
-        rows = f"op::flatten({e.name(x)})" if kind(x.type) == "Heads" else e.name(x)
+        rows = e.joined_heads(x)
         e.call(y, f"this->{name}")
         e.put(f"cache_append(s, {rows}, this->{name})", [x], [y])
 
 
-def _latent_attention(e: Emitter, op: Op) -> None:
+def _attention(e: Emitter, op: Op) -> None:
     if op.operands[-1].type.dims[1].name != "context":
         raise Unsupported(f"{op.kind} without a cache{place(op)}")
-    given = [*map(e.name, op.operands), real(op.attrs["scale"]), e.make(op.result)]
-    e.put(f"latent_attention(s, {', '.join(given)})", op.operands, op.results, by="heads")
+    window = str(op.attrs.get("window", 0))
+    scores = [real(op.attrs["scale"]), window, real(op.attrs.get("softcap", 0))]
+    how = f"{{{', '.join(scores)}}}"
+    given = [*map(e.name, op.operands), how, e.make(op.result)]
+    e.put(f"{op.kind}(s, {', '.join(given)})", op.operands, op.results, by="heads")
 
 
 def _gate(e: Emitter, op: Op) -> None:
@@ -164,6 +167,7 @@ def _split(e: Emitter, op: Op) -> None:
     for part in op.results:
         width = size(part.type.last)
         e.view(part, x, f"{e.name(x)}.columns({start}, {width})")
+        e.apart.add(part)
         start += width
 
 
@@ -200,6 +204,8 @@ def _cast(e: Emitter, op: Op) -> None:
     if {x.type.dtype, y.type.dtype} - {"f32", "bf16"}:
         raise Unsupported(f"cast to {y.type.dtype}{place(op)}")
     e.view(y, x, e.name(x))
+    if x in e.apart:
+        e.apart.add(y)
 
 
 def _last_entry(e: Emitter, op: Op) -> None:
@@ -283,7 +289,8 @@ _STATEMENTS: Mapping[str, tuple[Emit, str]] = {
     ),
     "rotate": (_rotate, ""),
     "cache_append": (_cache_append, "entries"),
-    "latent_attention": (_latent_attention, "scale"),
+    "attention": (_attention, "scale window softcap"),
+    "latent_attention": (_attention, "scale window softcap"),
     "gate": (_gate, "scoring k n_group topk_group group_score normalize scale"),
     "permute": (_permute, "count"),
     "unpermute": (_unpermute, ""),

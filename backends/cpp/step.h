@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 namespace op {
@@ -45,15 +46,42 @@ struct Ints {
   int32_t *row(int i) const { return data + int64_t(i) * n; }
 };
 
+constexpr int RUN = 128;  // numbers of a row of FP8 weights that share a scale
+
+// `out` rows of `in` numbers, `apart` from one another. Quantized numbers are multiplied by scales:
+// those of int8 by one for each row; those of FP8 by one for each run of a block of rows, and
+// `block` says to which block a row belongs.
 template <class T> struct Matrix {
   const T *data;
   int out, in;
+  int64_t apart;
+  const float *scale = nullptr;
+  const int32_t *block = nullptr;
+
+  const T *row(int r) const { return data + r * apart; }
+  // The scales of a row.
+  const float *scales(int r) const {
+    return block ? scale + int64_t(block[r]) * ((in + RUN - 1) / RUN) : scale + r;
+  }
+  // What begins with a row.
+  Matrix from(int64_t r) const {
+    return {data + r * apart, int(out - r), in, apart, scale && !block ? scale + r : scale,
+            block ? block + r : nullptr};
+  }
 };
 
-// One matrix for each expert, one behind the other.
+// One matrix for each expert, one behind the other, and so are their scales.
 template <class T> struct Matrices {
   const T *data;
   int experts, out, in;
+  const float *scale = nullptr;
+  const int32_t *block = nullptr;
+
+  Matrix<T> of(int expert) const {
+    const int64_t blocks = block ? int64_t(block[out - 1] + 1) * ((in + RUN - 1) / RUN) : out;
+    return {data + int64_t(expert) * out * in, out, in, in,
+            scale ? scale + expert * blocks : nullptr, block};
+  }
 };
 
 template <class T> struct Vector {
@@ -82,6 +110,7 @@ struct Call {
   const int64_t *blocks;   // tables of blocks, one behind the other
   const int64_t *table;    // where in `blocks` that of each row begins
   void *const *weights;    // in the order of the package's list
+  void *const *products;   // likewise: numbers, their scales, the block of each row
   void *const *pools;      // likewise
   const float *const *angles;  // cosines of each rope table, then its sines, for all positions
   const float *state;      // [rows, hidden] that a draft starts from
@@ -252,11 +281,20 @@ class Arena {
 class Bound {
  public:
   explicit Bound(const Call &call)
-      : weights(call.weights), pools(call.pools), angles(call.angles) {}
+      : weights(call.weights), products(call.products), pools(call.pools), angles(call.angles) {}
 
-  template <class T> Matrix<T> matrix(int out, int in) { return {(const T *)*weights++, out, in}; }
-  template <class T> Matrices<T> matrices(int experts, int out, int in) {
-    return {(const T *)*weights++, experts, out, in};
+  template <class T> Matrix<T> matrix(int out, int in) {
+    return {(const T *)*weights++, out, in, in};
+  }
+  // Of products, whose weights may be quantized.
+  template <class T> Matrix<T> product(int out, int in) {
+    void *const *const given = std::exchange(products, products + 3);
+    return {(const T *)given[0], out, in, in, (const float *)given[1], (const int32_t *)given[2]};
+  }
+  template <class T> Matrices<T> products_of(int experts, int out, int in) {
+    void *const *const given = std::exchange(products, products + 3);
+    return {(const T *)given[0], experts, out, in, (const float *)given[1],
+            (const int32_t *)given[2]};
   }
   template <class T> Vector<T> vector(int n) { return {(const T *)*weights++, n}; }
   template <class T> Pool<T> pool(int width) { return {(T *)*pools++, width}; }
@@ -274,6 +312,7 @@ class Bound {
 
  private:
   void *const *weights;
+  void *const *products;
   void *const *pools;
   const float *const *angles;
 };

@@ -136,7 +136,7 @@ class _Page:
     versions: dict[tuple[object, ...], Version] = field(default_factory=dict)
 
     def steps(self, program: str, compiled: Compiled) -> Iterator[Shown]:
-        one_token = program.startswith("decode")
+        one_token = program.startswith(("decode", "draft"))
         sizes = {"batch": 1, "seq": 1 if one_token else TOKENS, "context": TOKENS}
         # The step before the first one is the first one.
         steps = compiled.steps_of(program)

@@ -71,6 +71,14 @@ def run(
         Path | None,
         typer.Option(help="A chat template in Jinja [that of the folder].", show_default=False),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Hold weights of products quantized: fp8 or int8 [as they are].",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     format: FormatOption = Format.text,
     ema: AverageOption = False,
@@ -87,9 +95,11 @@ def run(
         prompts = _prompts(prompt, file, chat, system)
     fields = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     printer = _Printer(prompts, format)
-    with using_source(source, spec, GENERATE) as (command, model, _, trained):
+    compiled = weights is not None
+    with using_source(source, spec, GENERATE, cpu=compiled) as (command, model, _, trained):
+        stops = tuple(stop or ())
         asked = command.Asked(
-            prompts, tokens, fields, seed, tuple(stop or ()), device, speculate, chat_template
+            prompts, tokens, fields, seed, stops, device, speculate, chat_template, weights
         )
         if trained:
             choices = command.generate_run(model, source, asked, ema, printer.show)

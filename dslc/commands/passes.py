@@ -54,10 +54,9 @@ def run(
 
 def listed() -> Iterator[list[str]]:
     """The passes of each program, then each pass with its purpose and promises."""
-    from compiler.pipeline import PIPELINES
-    from dslc.passes import passes
+    from dslc.passes import passes, pipelines
 
-    yield [f"{p}: lower, {', '.join(one.name for one in all)}" for p, all in PIPELINES.items()]
+    yield [f"{p}: lower, {', '.join(one.name for one in all)}" for p, all in pipelines().items()]
     for name in passes():
         yield about(name)
 

@@ -20,6 +20,7 @@ Examples:
   dslc import DeepSeek-V2-Lite --to lite && dslc serve lite
   dslc serve lite --port 8080 --cache-memory 4096 --max-requests 16
   dslc serve lite --host 0.0.0.0 --api-key "$KEY"     not only for this machine
+  dslc serve lite --device cpu --weights int8         a quarter of the memory of float32
 
 \b
 Then:
@@ -59,7 +60,8 @@ def run(
     with reporting():
         by = "`pip install 'dslc[torch,serve]'`"
         require("serving", "torch", "safetensors", "fastapi", "uvicorn", "prometheus_client", by=by)
-    with using_source(source, spec, SERVE) as (command, model, parent, trained):
+    quantized = given["weights"] is not None
+    with using_source(source, spec, SERVE, cpu=quantized) as (command, model, parent, trained):
         # The process of the engine imports the package, too.
         sys.path.insert(0, str(parent.resolve()))
         if trained:

@@ -13,16 +13,22 @@ from .text import Vocabulary
 
 
 def usage(choices: Iterable[Choice], per_prompt: int) -> dict[str, Any]:
-    """Tokens of prompts, each counted once for its `per_prompt` choices, and of answers."""
+    """Tokens of prompts, each counted once for its `per_prompt` choices, and of answers; of these
+    the drafts, by whether they were right."""
     listed = list(choices)
     prompts = listed[::per_prompt]
     read = sum(len(one.prompt) for one in prompts)
     written = sum(one.completion_tokens for one in listed)
+    accepted = sum(one.accepted_tokens for one in listed)
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
         "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(one.drafted_tokens for one in listed) - accepted,
+        },
     }
 
 

@@ -42,6 +42,9 @@ class Choice:
     finish: FinishReason | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Drafts that are tokens of the answer."""
     text: list[str] = field(default_factory=list)
     tokens: list[Shown] = field(default_factory=list)
     _length: int = 0
@@ -53,6 +56,7 @@ class Choice:
         """Tokens after a stop string are not counted; an end token has no text."""
         self.cached_tokens = event.cached or self.cached_tokens
         text, shown, finish = "", list[Shown](), event.finish
+        before = self.completion_tokens
         for token in event.tokens:
             self.completion_tokens += 1
             last = token is event.tokens[-1] and finish == "stop"
@@ -64,6 +68,10 @@ class Choice:
             if self.stops.found is not None:
                 finish = "stop"
                 break
+        if event.drafts:
+            self.drafted_tokens += event.drafts
+            counted = self.completion_tokens - before
+            self.accepted_tokens += min(len(event.tokens) - 1, counted)
         if finish is not None and self.stops.found is None:
             text += self._show(self._detokenizer.end()) + self.stops.end()
             finish = "stop" if self.stops.found is not None else finish

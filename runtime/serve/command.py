@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .. import compiled, config
-from ..model import LanguageModel
+from ..model import LanguageModel, Quantized
 from ..shards import LoadError
 from ..train.command import open_run, weights_in
 from ..train.device import select_device
@@ -24,6 +24,7 @@ from ..train.memory import memory_of
 from ..train.options import parse
 from ..train.settings import TrainError
 from ..train.tokenizer import Learned, Tokenizer, of_folder
+from .divided import Divided, compute_prompts, make_divided
 from .engine import Engine
 from .front import Front
 from .grammar import Grammars
@@ -100,14 +101,9 @@ def serve(
         tokenizer = Learned(settings.tokenizer)
     vocabulary = vocabulary_of(tokenizer or of_folder(folder))
     options = engine_options(settings)
-    ranks = ranks_of(model, settings, options, vocabulary)
-    if ranks is not None and is_follower():
-        return _follow(ranks)
-    make: Callable[[], Engine | Front] = (
-        partial(make_engine, model, folder, settings.device, options, vocabulary)
-        if ranks is None
-        else partial(_make_front, ranks)
-    )
+    make, follow = on_this_rank(model, settings, options, vocabulary)
+    if follow is not None and is_follower():
+        return _follow(follow)
     try:
         template = template_of(folder, vocabulary, settings.chat_template)
         served = ServedModel(
@@ -115,7 +111,7 @@ def serve(
             vocabulary,
             None if template is None else Chat(template, vocabulary),
             end_tokens(model, folder),
-            fingerprint(model, folder, options),
+            fingerprint(model, folder, options, settings.weights),
         )
         service = Service(
             served,
@@ -155,6 +151,32 @@ def _print_ready(name: str, longest: int, host: str, port: int) -> None:
     print(f"serving {name} at http://{shown}:{port}/ (max_model_len {longest})", flush=True)
 
 
+def on_this_rank(
+    model: type[LanguageModel], settings: Settings, options: Options, vocabulary: Vocabulary
+) -> tuple[Callable[[], Engine | Front | Divided], Callable[[], None] | None]:
+    """How the process of the engine makes it, and what other ranks do, if there are any.
+
+    Raises TrainError for options and ranks that do not go together.
+    """
+    if settings.weights is not None:
+        try:
+            model(device="meta", weights=_form(settings.weights))
+        except ValueError as error:
+            raise TrainError(str(error)) from None
+    single = partial(
+        make_engine, model, settings.checkpoint, settings.device, options, vocabulary,
+        settings.weights,
+    )  # fmt: skip
+    if settings.prefill_ranks:
+        check_prefill_ranks(settings)
+        patience = settings.patience
+        return partial(make_divided, patience, single), partial(compute_prompts, patience, single)
+    ranks = ranks_of(model, settings, options, vocabulary)
+    if ranks is None:
+        return single, None
+    return partial(_make_front, ranks), partial(run_follower, ranks)
+
+
 def ranks_of(
     model: type[LanguageModel], settings: Settings, options: Options, vocabulary: Vocabulary
 ) -> Served | None:
@@ -163,6 +185,8 @@ def ranks_of(
     Raises TrainError for options that are for several ranks.
     """
     redundant, every = settings.redundant_experts, settings.rebalance
+    if settings.weights is not None and (world_size() > 1 or settings.record_load is not None):
+        raise TrainError("--weights is for one process that records no loads of experts")
     if world_size() == 1:
         if redundant or every or settings.expert_load is not None:
             raise TrainError(
@@ -184,9 +208,23 @@ def ranks_of(
     )
 
 
-def _follow(ranks: Served) -> int:
+def check_prefill_ranks(settings: Settings) -> None:
+    """Raises TrainError where ranks cannot be divided so."""
+    ranks, size = settings.prefill_ranks, world_size()
+    if size != ranks + 1:
+        raise TrainError(
+            f"--prefill-ranks {ranks} needs {ranks + 1} ranks, of which the first answers, not "
+            f"{size}: start them with torchrun --nproc-per-node {ranks + 1} -m .."
+        )
+    if settings.redundant_experts or settings.rebalance or settings.expert_load is not None:
+        raise TrainError("--prefill-ranks is for ranks with all experts each, which have no places")
+    if settings.record_load is not None:
+        raise TrainError("--record-load is not for --prefill-ranks, which count no loads")
+
+
+def _follow(run: Callable[[], None]) -> int:
     try:
-        run_follower(ranks)
+        run()
     except (ValueError, LoadError) as error:
         raise TrainError(str(error)) from None
     return 0
@@ -233,19 +271,26 @@ def make_engine(
     device: str | None,
     options: Options,
     vocabulary: Vocabulary,
+    weights: str | None = None,
 ) -> Engine:
     """In the process of the engine. Raises ValueError for weights and options that do not fit."""
     torch.set_num_threads(threads())
     try:
         place = select_device(device)
-        loaded: Any = model(device="meta")  # its cache is of either kind
+        loaded: Any = model(device="meta", weights=_form(weights))  # its cache is of either kind
         loaded.load(folder)
         loaded = loaded.to(place)
         if options.cache_bytes is None:
-            options = dataclasses.replace(options, cache_bytes=free_memory(place))
+            free = free_memory(place) // local_ranks()
+            options = dataclasses.replace(options, cache_bytes=free)
         return Engine(loaded, options, make_grammars(model, folder, vocabulary))
     except (TrainError, LoadError) as error:
         raise ValueError(str(error)) from None
+
+
+def _form(weights: str | None) -> Quantized | None:
+    """As a model takes it, which says what it cannot have."""
+    return cast("Quantized | None", weights)
 
 
 def make_grammars(model: type[LanguageModel], folder: Path, vocabulary: Vocabulary) -> Grammars:
@@ -278,13 +323,15 @@ def end_tokens(model: type[LanguageModel], folder: Path) -> frozenset[int]:
     return frozenset(config.end_tokens(model.config))
 
 
-def fingerprint(model: type[LanguageModel], folder: Path, options: Options) -> str:
+def fingerprint(
+    model: type[LanguageModel], folder: Path, options: Options, weights: str | None = None
+) -> str:
     """A hash of the build, the weights and what else the bits of an answer depend on.
 
     Of each file of weights it takes the size, and 64 KiB of the beginning and the end.
     """
     digest = hashlib.sha256()
-    for part in _facts(model, folder, options):
+    for part in (*_facts(model, folder, options), repr(weights).encode()):
         digest.update(hashlib.sha256(part).digest())
     return f"fp_{digest.hexdigest()[:20]}"
 

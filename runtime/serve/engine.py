@@ -313,10 +313,10 @@ class Engine:
             request.output.append(id)
             self._counts["generated_tokens"] += 1
             if id in sampling.end_tokens and len(request.output) > sampling.min_tokens:
-                return self._end(request, tuple(tokens), "stop", cached=cached)
+                return self._end(request, tuple(tokens), "stop", "", cached, len(scored) - 1)
             if len(request.output) == sampling.max_tokens:
-                return self._end(request, tuple(tokens), "length", cached=cached)
-        return Event(request.id, tuple(tokens), cached=cached)
+                return self._end(request, tuple(tokens), "length", "", cached, len(scored) - 1)
+        return Event(request.id, tuple(tokens), cached=cached, drafts=len(scored) - 1)
 
     def _choose(self, request: Request, logits: Tensor) -> int:
         allowed = request.matcher.mask() if request.matcher is not None else None
@@ -333,10 +333,11 @@ class Engine:
         finish: FinishReason,
         message: str = "",
         cached: int = 0,
+        drafts: int = 0,
     ) -> Event:
         del self._requests[request.id]
         self.scheduler.remove(request)
-        return Event(request.id, tokens, finish, message, cached)
+        return Event(request.id, tokens, finish, message, cached, drafts)
 
     def _modules(self) -> list[tuple[Draft, int]]:
         """The MTP modules that draft, and their offsets of positions."""

@@ -10,7 +10,7 @@ from .group import Group
 from .lockstep import Lockstep
 from .rebalance import Rebalance
 from .request import Event, Sampling
-from .worker import Stats
+from .worker import EXPERT_LOAD, Stats
 
 Message = tuple[Any, ...]
 """`add` or `abort`, and what the method of the engine takes."""
@@ -101,10 +101,11 @@ class Front:
         return events
 
     def stats(self) -> Stats:
-        """Sums over all ranks, and the mean use of their caches."""
+        """Sums over all ranks, the mean use of caches, and how even the loads of experts are."""
         sums = {name: sum(one[name] for one in self._stats) for name in self._stats[0]}
         sums[USAGE] /= self._ranks
-        return sums
+        loads = self.rank.rebalance.imbalances()
+        return sums | {EXPERT_LOAD + name: value for name, value in loads.items()}
 
     def close(self) -> None:
         if self.group is not None:

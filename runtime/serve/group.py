@@ -126,6 +126,15 @@ class Group:
         if not isinstance(error, RankFailure):
             self._life.tell(f"rank {self.rank} on {socket.gethostname()} failed: {error}")
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tells the others of a failure within it."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
     def close(self) -> None:
         self._life.close()
         dist.destroy_process_group()

@@ -11,16 +11,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .engine import Engine
-from .request import Event, Sampling, Token
+from .request import Event, Sampling
 from .scheduler import Request
 
 
@@ -32,15 +32,13 @@ class Handoff:
     prompt: tuple[int, ...]
     sampling: Sampling
     salt: bytes
-    first: tuple[Token, ...]
-    """The tokens that the prefill engine chose: one, or two where it had drafted."""
-    blocks: int
-    cached: int
+    event: Event
+    """What the prefill engine says of it: its first token, or more where it had drafted, and its
+    end if it has ended with them."""
+    blocks: int = 0
     drafts: tuple[int, ...] = ()
     tails: Mapping[int, Tensor] = field(default_factory=dict)
     """What MTP modules need to go on; see `Request`."""
-    ended: Event | None = None
-    """Of a request that has ended with its first token: all that is to be said of it."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +52,40 @@ class BlockOf:
 
 Message = Handoff | BlockOf
 
+
+@dataclass(frozen=True)
+class Ask:
+    """A request whose prompt another rank shall compute."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    salt: bytes
+
+
+@dataclass(frozen=True)
+class Abort:
+    """That nobody wants such a request any more."""
+
+    id: str
+
+
 ALIVE = 1.0
 """Seconds without a message after which one says so: the group has a time limit for each."""
 
 
-class Transport(Protocol):
-    """From one prefill engine to one decode engine. Messages may be lost, but for handoffs."""
+class Sink(Protocol):
+    """Where a prefill engine sends to. Messages may be lost, but for handoffs."""
 
     def send(self, message: Message) -> None:
         """Returns at once."""
 
+
+class Source(Protocol):
+    """Where a decode engine receives from."""
+
     def receive(self) -> list[Message]:
         """What has arrived since the last time."""
-
-    def close(self) -> None:
-        """Nothing more is sent."""
 
 
 class InProcess:
@@ -85,36 +102,46 @@ class InProcess:
         self._messages.clear()
         return found
 
-    def close(self) -> None:
-        pass
+
+M = TypeVar("M", Message, Ask | Abort)
 
 
-class Gloo:
+class Gloo(Generic[M]):
     """Between two ranks of a group: one sends, the other receives, each in a thread of its own."""
+
+    closed = False
+    """Of the receiver: whether the other has closed, and all that it sent was received."""
 
     def __init__(self, group: dist.ProcessGroup, other: int, sends: bool) -> None:
         """`other` is the rank of the other engine among all."""
         self._group, self._other = group, other
-        self._messages: SimpleQueue[Message | None] = SimpleQueue()
+        self._messages: SimpleQueue[M | None] = SimpleQueue()
         self._failure: Exception | None = None
         self._thread = Thread(target=self._send if sends else self._receive, daemon=True)
         self._thread.start()
 
-    def send(self, message: Message) -> None:
+    @property
+    def failed(self) -> bool:
+        """Whether the other rank has ended before it closed, or hangs."""
+        return self._failure is not None
+
+    def send(self, message: M) -> None:
         """Raises RuntimeError where the other rank has ended."""
         self._check()
         self._messages.put(message)
 
-    def receive(self) -> list[Message]:
+    def receive(self) -> list[M]:
         """Raises RuntimeError where the other rank has ended before it closed."""
         self._check()
-        found: list[Message] = []
+        found: list[M] = []
         while True:
             try:
                 message = self._messages.get_nowait()
             except Empty:
                 return found
-            if message is not None:
+            if message is None:
+                self.closed = True
+            else:
                 found.append(message)
 
     def close(self) -> None:
@@ -126,7 +153,7 @@ class Gloo:
             more = True
             while more:
                 try:
-                    message: Message | Literal["alive"] | None = self._messages.get(timeout=ALIVE)
+                    message: M | Literal["alive"] | None = self._messages.get(timeout=ALIVE)
                 except Empty:
                     message = "alive"
                 dist.send_object_list([message], self._other, self._group)
@@ -138,11 +165,12 @@ class Gloo:
         try:
             more = True
             while more:
-                found: list[Message | Literal["alive"] | None] = [None]
+                found: list[M | Literal["alive"] | None] = [None]
                 dist.recv_object_list(found, self._other, self._group)
-                if found[0] != "alive":
-                    self._messages.put(found[0])
-                more = found[0] is not None
+                (message,) = found
+                if message != "alive":
+                    self._messages.put(message)
+                more = message is not None
         except Exception as error:
             self._failure = error
 
@@ -154,7 +182,7 @@ class Gloo:
 class PrefillEngine:
     """Computes prompts. A request leaves it with its first token."""
 
-    def __init__(self, engine: Engine, transport: Transport) -> None:
+    def __init__(self, engine: Engine, transport: Sink) -> None:
         self.engine, self.transport = engine, transport
         self._asked: dict[str, tuple[tuple[int, ...], Sampling, bytes]] = {}
 
@@ -162,6 +190,14 @@ class PrefillEngine:
         """Raises ValueError as `Engine.add`."""
         self.engine.add(id, prompt, sampling, salt)
         self._asked[id] = tuple(prompt), sampling, salt
+
+    def ask(self, asked: Ask) -> None:
+        """The same for another rank, which is answered that the request cannot run."""
+        try:
+            self.add(asked.id, asked.prompt, asked.sampling, asked.salt)
+        except ValueError as error:
+            event = Event(asked.id, finish="error", message=str(error))
+            self.transport.send(Handoff(asked.id, asked.prompt, asked.sampling, asked.salt, event))
 
     def abort(self, id: str) -> None:
         self.engine.abort(id)
@@ -175,14 +211,13 @@ class PrefillEngine:
         for event in self.engine.step():
             if event.finish is not None:
                 prompt, sampling, salt = self._asked.pop(event.id)
-                given = event.id, prompt, sampling, salt, event.tokens
-                self.transport.send(Handoff(*given, 0, event.cached, ended=event))
+                self.transport.send(Handoff(event.id, prompt, sampling, salt, event))
                 continue
             del self._asked[event.id]
             request, pages = self.engine.hand_over(event.id)
-            given = event.id, request.prompt, request.sampling, request.salt, event.tokens
+            given = event.id, request.prompt, request.sampling, request.salt, event
             drafts, tails = tuple(request.drafts), request.tails
-            self.transport.send(Handoff(*given, len(pages), event.cached, drafts, tails))
+            self.transport.send(Handoff(*given, len(pages), drafts, tails))
             for index, data in enumerate(pages):
                 self.transport.send(BlockOf(event.id, index, data))
 
@@ -201,25 +236,32 @@ class DecodeEngine:
     """Goes on with requests when all their blocks are there, or `seconds` after their first token,
     with what it computes itself."""
 
-    def __init__(self, engine: Engine, transport: Transport, seconds: float = 1.0) -> None:
+    def __init__(self, engine: Engine, transport: Source, seconds: float = 1.0) -> None:
         self.engine, self.transport, self.seconds = engine, transport, seconds
         self.recomputed = 0
         """Requests of which a block was lost."""
         self._arriving: dict[str, _Arriving] = {}
+        self._ended: list[Event] = []
+
+    @property
+    def arriving(self) -> int:
+        """Requests of which some blocks may be missing."""
+        return len(self._arriving)
 
     def abort(self, id: str) -> None:
-        """As `Engine.abort`, but that a request which is arriving ends without an event."""
-        self._arriving.pop(id, None)
+        """As `Engine.abort`."""
+        if self._arriving.pop(id, None) is not None:
+            self._ended.append(Event(id, finish="abort"))
         self.engine.abort(id)
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything, or something may arrive."""
-        return bool(self._arriving) or self.engine.busy
+        return bool(self._arriving or self._ended) or self.engine.busy
 
     def step(self) -> list[Event]:
         """At most two events for each request: its first tokens, and what a step brought."""
-        events = []
+        events, self._ended = self._ended, []
         for message in self.transport.receive():
             if isinstance(message, Handoff):
                 events.append(self._begin(message))
@@ -235,20 +277,20 @@ class DecodeEngine:
         return [*events, *self.engine.step()]
 
     def _begin(self, told: Handoff) -> Event:
-        if told.ended is not None:
-            return told.ended
+        if told.event.finish is not None:
+            return told.event
         try:
             request = self.engine.check(told.id, told.prompt, told.sampling, told.salt)
         except ValueError as error:
-            return Event(told.id, told.first, "error", str(error), told.cached)
-        request.cached = told.cached
+            return replace(told.event, finish="error", message=str(error))
+        request.cached = told.event.cached
         request.drafts, request.tails = list(told.drafts), dict(told.tails)
-        for token in told.first:
+        for token in told.event.tokens:
             request.output.append(token.id)
             if request.matcher is not None:
                 request.matcher.consume(token.id)
         self._arriving[told.id] = _Arriving(request, told.blocks, time.monotonic() + self.seconds)
-        return Event(told.id, told.first, cached=told.cached)
+        return told.event
 
     def _go_on(self, one: _Arriving) -> bool:
         if len(one.pages) == one.wanted:

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from .options import MOST_DRAFTS
-from .worker import Stats
+from .worker import EXPERT_LOAD, Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GAUGES = {
@@ -75,6 +75,15 @@ class Metrics(Collector):
             if (count := self._stats.get(f"accepted_drafts_{place}")) is not None:
                 places.add_metric([str(place - 1)], count)
         yield places
+        loads = GaugeMetricFamily(
+            "dslc:expert_load_max_over_mean",
+            "Tokens of the rank whose experts have most, over the mean of all ranks, by layer.",
+            labels=["layer"],
+        )
+        for key, value in self._stats.items():
+            if key.startswith(EXPERT_LOAD):
+                loads.add_metric([key.removeprefix(EXPERT_LOAD)], value)
+        yield loads
 
     def render(self, stats: Stats) -> bytes:
         """The text of /metrics."""

@@ -41,6 +41,8 @@ class Asked:
     device: str | None = None
     speculate: int = 0
     chat_template: Path | None = None
+    weights: str | None = None
+    """The form of quantized weights, if they shall have one."""
 
 
 def generate_run(
@@ -79,7 +81,7 @@ def generate(
             max_requests=min(len(choices), AT_ONCE),
             speculate=asked.speculate,
         )
-        engine = make_engine(model, folder, asked.device, options, vocabulary)
+        engine = make_engine(model, folder, asked.device, options, vocabulary, asked.weights)
         for choice in choices:
             engine.add(choice.id, choice.prompt, choice.sampling)
     except (ChatError, ValueError) as error:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,8 @@ def make_rank(served: Served) -> RankEngine:
     weights that do not fit, RankFailure where another rank has failed."""
     torch.set_num_threads(served.threads)
     group = Group.of_torchrun(served.parallel.patience)
-    try:
+    with group.telling() if group is not None else nullcontext():
         return _make(served, group)
-    except BaseException as error:
-        if group is not None:
-            group.fail(error)
-        raise
 
 
 def _make(served: Served, group: Group | None) -> RankEngine:
@@ -107,21 +104,20 @@ def make_front(served: Served) -> Front:
 
 
 def run_follower(served: Served) -> None:
-    """Another rank: returns when rank 0 ends; where a rank fails, the process ends with status 1.
-
-    A signal to all processes is for the server, which lets requests end first.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Another rank: returns when rank 0 ends; where one fails, the process ends with status 1."""
     try:
         rank = make_rank(served)
-        try:
-            follow(rank)
-        except Exception as error:
-            assert rank.group is not None
-            rank.group.fail(error)
-            raise
         assert rank.group is not None
+        leave_signals_to_server()
+        with rank.group.telling():
+            follow(rank)
         rank.group.close()
     except RankFailure as error:
         end_now(error)
+
+
+def leave_signals_to_server() -> None:
+    """A signal to all ranks is for the server, which lets requests end first. Before ranks are
+    ready it ends each of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

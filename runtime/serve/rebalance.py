@@ -18,6 +18,8 @@ WORTH = Fraction(21, 20)
 """By so much the busiest rank must be less busy, or weights are not moved for it."""
 PARTS = 1024
 """Of a token, in which loads are averaged: whole numbers, so that all ranks compute the same."""
+SELDOM = 1000
+"""Steps after which loads are taken where experts are not placed by them."""
 PAST = 8
 """The newest loads are one part of so many of the average."""
 
@@ -41,9 +43,16 @@ class Rebalance:
 
     def due(self, idle: bool) -> bool:
         """On rank 0, before a step: whether all take their loads after it."""
-        wanted = self.balancing.every or (1000 if self.balancing.record else 0)
         counted = any(int(layer.load.sum()) for layer in self.layers)
-        return bool(wanted) and (self._since + 1 >= wanted or (idle and counted))
+        return self._since + 1 >= (self.balancing.every or SELDOM) or (idle and counted)
+
+    def imbalances(self) -> dict[str, float]:
+        """By layer the load of the busiest rank over the mean of all, as far as loads are known."""
+        return {
+            layer.name: float(imbalance(self.loads[layer.name], layer.placement))
+            for layer in self.layers
+            if layer.name in self.loads
+        }
 
     def step(self, take_loads: bool) -> None:
         """After a step of all ranks."""

@@ -102,3 +102,5 @@ class Event:
     """Of an error."""
     cached: int = 0
     """Tokens of the prompt that were found in the prefix cache; with the first event."""
+    drafts: int = 0
+    """Tokens that were drafted for this step: all of `tokens` but the last one were right."""

@@ -17,6 +17,10 @@ class Settings:
     checkpoint: Annotated[
         Path, Option("The weights: a folder of safetensors, with its tokenizer.", "DIR")
     ]
+    weights: Annotated[
+        str | None,
+        Option("Hold weights of products quantized: fp8 or int8 [as they are].", "FORM"),
+    ] = None
     host: Annotated[
         str, Option("The address to listen at; 0.0.0.0 is every one [127.0.0.1].", "ADDRESS")
     ] = "127.0.0.1"
@@ -51,6 +55,9 @@ class Settings:
     ] = False
     speculate: Annotated[
         int, Option("Tokens that MTP modules draft for each step, 0 to 4 [0].", "N", 0, MOST_DRAFTS)
+    ] = 0
+    prefill_ranks: Annotated[
+        int, Option("Ranks that compute prompts for the first one, which answers [0].", "N", 0)
     ] = 0
     redundant_experts: Annotated[
         int, Option("Copies of experts in every layer, on several ranks [0].", "N", 0)

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 from .request import Event, Sampling
 
 Stats = dict[str, float]
+EXPERT_LOAD = "expert_load "
+"""Before the name of a block with experts: load of the busiest rank over the mean of all."""
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ V3 = shipped()["deepseek_v3"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", PIPELINES)
+@pytest.mark.parametrize("program", [*PIPELINES, "draft_2"])
 def test_text_parses_back(dslc: Run, program: str) -> None:
     out = dslc("graph", TINY, "--program", program).out
     parsed = parse_program(Source("out.graph", out))
@@ -100,6 +100,7 @@ def test_the_nearest_block_and_program_are_offered(dslc: Run) -> None:
     assert "the model has no block 'MLAA'" in outcome.err
     assert "did you mean `MLA`?" in outcome.err
     assert "did you mean `decode`?" in dslc("graph", TINY, "--program", "decod").err
+    assert "no program 'draft_3'" in dslc("graph", TINY, "--program", "draft_3").err
 
 
 def test_help_names_every_program(dslc: Run) -> None:

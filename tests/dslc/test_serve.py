@@ -109,6 +109,9 @@ def test_a_folder_is_served_alike_by_both_commands(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--prefill-ranks", "1"], "--prefill-ranks 1 needs 2 ranks, of which the first answers"),
+        (["--weights", "int8"], "only compiled steps read them; build deepseek_v3_tiny with"),
+        (["--weights", "int4"], "weights can be fp8 or int8, not 'int4'"),
         (["--max-model-len", "100000"], "exceeds max_position_embeddings"),
         (["--chat-template", "absent.jinja"], "cannot read the chat template absent.jinja"),
         (["--tokenizer", "absent.json"], "cannot read the tokenizer absent.json"),
@@ -185,8 +188,9 @@ def test_the_fingerprint_is_that_of_weights_and_sizes(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
-def test_two_ranks_serve_until_one_is_killed(weights: Path, tmp_path: Path) -> None:
-    """As torchrun starts them. Loads are written when nothing is left to do."""
+def test_two_ranks_serve_until_a_signal(weights: Path, tmp_path: Path) -> None:
+    """As torchrun starts them. Loads are written when nothing is left to do. A signal to all, such
+    as Ctrl-C, lets running answers end; then all ranks do, with status 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -208,12 +212,22 @@ def test_two_ranks_serve_until_one_is_killed(weights: Path, tmp_path: Path) -> N
             layers = read_load(loads, 16)
             used = [sum(load) > 0 for load in layers.values()]
             assert used == [True, True, False, False], "of two layers and two MTP modules"
-            other.kill()
-            start = time.monotonic()
-            body = {"prompt": "a", "max_tokens": 200}
-            response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-            assert response.status_code == 503 and "rank 1 on" in response.text, response.text
-            assert process.wait(20) == 1 and time.monotonic() - start < 20
+            metrics = httpx.get(f"{url}/metrics").text
+            name = r'^dslc:expert_load_max_over_mean{layer="model\.layers\.(\d)\.mlp"} (.*)$'
+            found = dict(re.findall(name, metrics, re.M))
+            assert {*found} >= {"1", "2"} and all(1 <= float(one) <= 2 for one in found.values())
+            body = {"prompt": "a", "max_tokens": 60, "stream": True, "ignore_eos": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+                lines = (line for line in stream.iter_lines() if line)
+                next(lines)
+                for one in (process, other):
+                    one.send_signal(signal.SIGINT)
+                *_, last, done = lines
+            assert (
+                json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+            )
+            assert done == "data: [DONE]"
+            assert [one.wait(20) for one in (process, other)] == [0, 0]
     finally:
         other.kill()
         other.communicate()

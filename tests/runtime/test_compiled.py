@@ -17,7 +17,8 @@ from torch import Tensor
 from runtime import compiled, cxx, dispatch
 from runtime.matmul import batch_invariant
 from runtime.pages import Pages, make_rows
-from tests.support.compiled import COMPILER, needs_compiler, package, source
+from tests.support.compiled import COMPILER, needs_compiler, package, part, source
+from tests.support.models import published
 from tests.support.places import ROOT
 from tests.support.tiny import Model
 
@@ -41,8 +42,10 @@ def text() -> list[int]:
     return torch.randint(96, (TEXT,), generator=torch.manual_seed(3)).tolist()
 
 
-def decoded(steps: Steps, chunks: list[int], others: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and states of a text in chunks, and logits of drafts; beside rows of other texts."""
+def decoded(steps: Steps, chunks: list[int], others: int = 0) -> tuple[Tensor, ...]:
+    """Logits and states of a text in chunks, and logits of drafts if there are MTP modules; beside
+    rows of other texts."""
+    model = steps.model if isinstance(steps, compiled.CompiledModel) else steps
     pages, tokens = Pages(2 + TEXT // PAGE + others, PAGE), text()
     blocks = list(range(1, 2 + TEXT // PAGE))
     found: list[tuple[Tensor, ...]] = []
@@ -57,14 +60,13 @@ def decoded(steps: Steps, chunks: list[int], others: int = 0) -> tuple[Tensor, T
             given = torch.tensor([[*range(others), *tokens[start : start + new]]])
             logits = steps.decode(given, position, pages)
             assert not pages.broken.any()
-            states = pages.states
-            pages.begin(rows)
-            first = steps.drafter(0)(states, given, position + 1, pages)
-            second = steps.drafter(1)(pages.states, given, position + 2, pages)
-            found.append((logits, states[0, others:], torch.cat([first, second], 1)))
+            found.append((logits, pages.states[0, others:]))
+            for i, offset in enumerate(model.draft_offsets):
+                pages.begin(rows)
+                drafts = steps.drafter(i)(pages.states, given, position + offset, pages)
+                found[-1] = (*found[-1], drafts)
             start += new
-    logits, states, drafts = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return logits, states, drafts
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 @pytest.mark.slow
@@ -75,9 +77,7 @@ def test_a_step_gives_what_torch_gives_and_the_same_bits_in_any_company(tiny: Mo
     assert isinstance(steps, compiled.CompiledModel)
     expected = decoded(model, [20, 1, 1, 5, 33])
     found = decoded(steps, [20, 1, 1, 5, 33])
-    for ours, reference in zip(found, expected, strict=True):
-        # Other orders of sums: float32 has 24 bits, 2.4e-7 of the largest state is one of them.
-        assert (ours - reference).abs().max() <= 2e-6 * reference.abs().max()
+    assert close(found, expected)
     assert torch.equal(found[0].argmax(-1), expected[0].argmax(-1))
     for chunks, others, threads in (
         ([60], 0, 1), ([1] * 60, 0, 1), ([3] * 20, 5, 1), ([7] * 8 + [4], 2, 3), ([2] * 30, 1, 2),
@@ -135,19 +135,101 @@ def test_bfloat16_weights_are_widened(tmp_path_factory: pytest.TempPathFactory) 
         assert torch.equal(ours, same)
 
 
+def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Up to other orders of sums: float32 has 24 bits, 2.4e-7 of the largest state is one."""
+    pairs = zip(found, expected, strict=True)
+    return all((a - b).abs().max() <= 2e-6 * b.abs().max() for a, b in pairs)
+
+
+def dequantized(held: Any, built: ModuleType, like: Any) -> Any:
+    """`like`, a float32 model, of the numbers that the quantized weights of another stand for."""
+    fp8 = part(built, "fp8")
+    values = {one.name: one for one in part(built, "weights").published(held)}
+    for one in published(like):
+        held_one, numbers = values[one.name], values[one.name].tensor.float()
+        if held_one.dtype == torch.float8_e4m3fn:
+            numbers = fp8.dequantize_weight(held_one.tensor, held_one.scales)
+        elif held_one.scales is not None:
+            numbers = numbers * held_one.scales
+        one.take(numbers)
+    return like
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_fp8_weights_are_widened(
+    tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Against the float32 model of the same numbers; blocks begin anew in joined weights."""
+    built = package(tmp_path_factory, "compiled_fp8", "precision.policy=fp8_blockwise")
+    held = built.Model(seed=1, dtype=torch.float32, weights="fp8")
+    assert held.model.layers[0].mlp.down_proj.weight.dtype is torch.float8_e4m3fn
+    steps = compiled.served(held)
+    assert isinstance(steps, compiled.CompiledModel)
+    found = decoded(steps, [20, 1, 1, 5, 33])
+    exact = dequantized(held, built, tiny.Model())
+    assert close(found, decoded(exact, [20, 1, 1, 5, 33]))
+    assert not close(found, decoded(tiny.Model(seed=1), [20, 1, 1, 5, 33]))
+    for chunks, others in (([60], 0), ([1] * 60, 0), ([3] * 20, 5), ([7] * 8 + [4], 2)):
+        for ours, same in zip(decoded(steps, chunks, others), found, strict=True):
+            assert torch.equal(ours, same)
+
+
+def test_what_int8_is_not_for(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.Model(device="meta", weights="int8")
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    for call in (model, model.prefill, model.loss):
+        with pytest.raises(ValueError, match="can only be served: nothing but compiled steps"):
+            call(tokens, tokens, tokens)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        model.save(tmp_path / "int8")
+    with pytest.raises(ValueError, match="weights can be fp8 or int8, not 'int4'"):
+        tiny.Model(device="meta", weights="int4")
+
+
+KEYS = (
+    "blocks=[causal_lm, decoder, gqa, capped_gqa, swiglu]",
+    "params={vocab_size: 96, hidden_size: 40, num_attention_heads: 10, num_key_value_heads: 2, "
+    "head_dim: 12, intermediate_size: 24, softcap: 5, tie_word_embeddings: true}",
+    "architecture={layers: [{repeat: 1, attention: CappedGQA(window=9), feed_forward: SwiGLU}, "
+    "{repeat: 2, attention: GQA, feed_forward: SwiGLU}]}",
+    "train={initializer_range: 0.2}",
+)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_heads_attend_to_keys_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """To those of a window, too, by capped scores; the head is the embedding, which int8 is not
+    for."""
+    built = package(tmp_path_factory, "compiled_keys", *KEYS)
+    held = built.Model(seed=1, weights="int8")
+    assert held.model.embed_tokens.weight.dtype is torch.float32
+    steps = compiled.served(held)
+    assert isinstance(steps, compiled.CompiledModel)
+    found = decoded(steps, [20, 1, 1, 5, 33])
+    assert close(found, decoded(dequantized(held, built, built.Model()), [20, 1, 1, 5, 33]))
+    for chunks, others in (([60], 0), ([1] * 60, 2), ([7] * 8 + [4], 5)):
+        for ours, same in zip(decoded(steps, chunks, others), found, strict=True):
+            assert torch.equal(ours, same)
+
+
 SANITIZED = """
 import torch
-from tests.runtime.test_compiled import decoded
+from tests.runtime.test_compiled import close, decoded, dequantized
 from runtime import compiled, cxx
 import compiled_tiny
 
 # Checks of what is not optimized take half the time to compile.
 CHECKS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0"
 cxx.FLAGS = (*cxx.FLAGS, *CHECKS)
-steps = compiled.served(compiled_tiny.Model(seed=1))
+held = compiled_tiny.Model(seed=1, weights="int8")
+steps = compiled.served(held)
 assert isinstance(steps, compiled.CompiledModel)
 torch.set_num_threads(3)
-decoded(steps, [20, 1, 2, 5, 32], others=3)
+found = decoded(steps, [20, 1, 2, 5, 32], others=3)
+exact = dequantized(held, compiled_tiny, compiled_tiny.Model())
+assert close(found, decoded(exact, [20, 1, 2, 5, 32]))
 print("clean")
 """
 
@@ -156,6 +238,7 @@ print("clean")
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer is loaded as Linux does it")
 def test_sanitizers_find_nothing(tiny: ModuleType) -> None:
+    """With weights in int8, whose logits are those of the float32 model of the same numbers."""
     asked = [str(COMPILER), "-print-file-name=libasan.so"]
     library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(library):
@@ -224,6 +307,21 @@ def test_what_cannot_be_compiled_is_told(model: Model, capsys: Any) -> None:
     first, second = capsys.readouterr().err.splitlines()
     assert first == "a_model: compiling its step for this CPU, once"
     assert second.startswith("a_model: torch computes its steps: ") and "not this" in second
+
+
+def test_int8_is_served_by_compiled_steps_or_not_at_all(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model.quantized = "int8"
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    with pytest.raises(ValueError, match=r"int8.*there is no compiler no_such_compiler \(CXX\)"):
+        compiled.served(model)
+    monkeypatch.setenv("DSLC_KERNELS", "torch")
+    dispatch.wanted.cache_clear()
+    with pytest.raises(ValueError, match=r"int8.*torch was asked for"):
+        compiled.served(model)
+    assert capsys.readouterr().err == ""
+    dispatch.wanted.cache_clear()
 
 
 def test_torch_can_be_asked_for(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -147,36 +147,51 @@ def hung(rank: Any) -> str:
     return "it went on"
 
 
-def handed(number: int, folder: Path) -> tuple[dict[str, list[Any]], int]:
-    """One rank computes prompts, the other answers; one block of 20 is lost on the way."""
-    handoff = module("serve.handoff")
+def lossy(wires: Any) -> Any:
+    """One block of 20 is lost on the way."""
+    rng, send, lost = random.Random(0), wires.prompts.send, module("serve.handoff").BlockOf
+    wires.prompts.send = lambda one: (
+        None if isinstance(one, lost) and rng.random() < 0.05 else send(one)
+    )
+    return wires
+
+
+def aborted(served: Any) -> Any:
+    """How requests end that are aborted at once and after the first token, and who is left."""
+    ends = {}
+    for id in ("at once", "later"):
+        served.add(id, [5] * 20, module("serve.request").Sampling(60))
+    served.abort("at once")
+    while served.busy:
+        for event in served.step():
+            ends[event.id] = event.finish
+            if event.id == "later" and event.finish is None:
+                served.abort("later")
+    stats = served.stats()
+    return ends, stats["running"], stats["waiting"]
+
+
+def handed(group: Any, folder: Path) -> tuple[dict[str, list[Any]], int, Any]:
+    """One rank computes prompts, the other answers."""
+    handoff, divided = module("serve.handoff"), module("serve.divided")
     engine = module("serve.engine").Engine(importlib.import_module(NAME).load(folder), options(2))
-    group = torch.distributed.new_group(backend="gloo")
-    wire = handoff.Gloo(group, 1 - number, sends=number == 1)
+    (wires,) = divided.connect(group)
     found: dict[str, list[Any]] = {}
-    if number == 1:
-        rng, send = random.Random(0), wire.send
-
-        def lossy(message: Any) -> None:
-            if not isinstance(message, handoff.BlockOf) or rng.random() >= 0.05:
-                send(message)
-
-        wire.send = lossy
-        prefill = handoff.PrefillEngine(engine, wire)
-        for i, request in enumerate(asked()):
-            prefill.add(str(i), *request)
-        while prefill.busy:
-            prefill.step()
-        wire.close()
-        return found, 0
-    decode, ends = handoff.DecodeEngine(engine, wire), 0
-    while ends < REQUESTS:
-        for event in decode.step():
+    if group.rank == 1:
+        prefill = handoff.PrefillEngine(engine, lossy(wires).prompts)
+        divided.follow_asks(prefill, wires)
+        return found, 0, ()
+    served = divided.Divided(engine, [wires], lambda: None)
+    for i, request in enumerate(asked()):
+        served.add(str(i), *request)
+    assert served.stats()["waiting"] == REQUESTS
+    while served.busy:
+        for event in served.step():
             found.setdefault(event.id, []).extend(event.tokens)
-            ends += event.finish is not None
-        time.sleep(0 if decode.engine.busy else 0.01)
-    wire.close()
-    return found, decode.recomputed
+    assert served.stats()["prompt_tokens"] == sum(len(prompt) for prompt, _ in asked())
+    ends = aborted(served)
+    served.close()
+    return found, served.decode.recomputed, ends
 
 
 def work(rank: int, parent: Path, ports: list[int], results: Any) -> None:
@@ -194,7 +209,7 @@ def work(rank: int, parent: Path, ports: list[int], results: Any) -> None:
         results.put(("two", rank, serve(two)))
         two.group.close()
     else:
-        results.put(("handed", rank, handed(number, folder)))
+        results.put(("handed", rank, handed(two.group, folder)))
         results.put(("hung", rank, hung(two)))
         torch.distributed.destroy_process_group()
     four = make(
@@ -282,8 +297,9 @@ def test_two_and_four_ranks_give_the_bits_of_one_process(
 def test_prompts_and_answers_on_two_ranks_give_the_bits_of_one(
     found: dict[str, dict[int, Any]], expected: dict[str, list[Any]]
 ) -> None:
-    answers, recomputed = found["handed"][2]
+    answers, recomputed, aborted = found["handed"][2]
     assert answers == expected and recomputed > 0
+    assert aborted == ({"at once": "abort", "later": "abort"}, 0, 0)
 
 
 @pytest.mark.slow
