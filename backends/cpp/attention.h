@@ -47,7 +47,7 @@ inline void attend(const Step &s, int row, const Scores &how, Add add, const Mat
   float *score[H];
   const int apart = (int(s.call.lengths[row]) + LANES - 1) / LANES * LANES;
   for (int h = 0; h < H; h++) score[h] = s.scratch() + int64_t(h) * apart;
-  constexpr int C = TILE<H>;
+  constexpr int C = H == 1 ? 8 : REGISTERS == 32 ? 4 : 3;  // a page has 16 keys
   const int keys = seen(s, row, how, [&](int first, int n, int64_t slot) {
     int key = 0;
     const auto scores = [&](auto some) {
@@ -94,7 +94,7 @@ APART void attend_latent(const Step &s, int row, int head, Heads q, Heads q_rope
   for (int h = 0; h < H; h++)
     latent[h] = q.at(row, head + h), turned[h] = q_rope.at(row, head + h);
   const Matrix<T> latents = slots(c_kv, 0, c_kv.width), ropes = slots(k_rope, 0, k_rope.width);
-  const auto add = [&](auto &sums, int64_t slot) {
+  const auto add = [&](auto &sums, int64_t slot) INLINED {
     dots(sums, latent, latents.from(slot));
     dots(sums, turned, ropes.from(slot));
   };
@@ -108,7 +108,7 @@ APART void attend_keys(const Step &s, int row, int head, int group, Heads q, Poo
   const float *query[H];
   for (int h = 0; h < H; h++) query[h] = q.at(row, head + h);
   const Matrix<T> keys = slots(k, group * q.width, q.width);
-  const auto add = [&](auto &sums, int64_t slot) { dots(sums, query, keys.from(slot)); };
+  const auto add = [&](auto &sums, int64_t slot) INLINED { dots(sums, query, keys.from(slot)); };
   attend<H>(s, row, how, add, slots(v, group * y.width, y.width),
             [&](int h) { return y.at(row, head + h); });
 }
@@ -116,7 +116,7 @@ APART void attend_keys(const Step &s, int row, int head, int group, Heads q, Poo
 // The heads of all rows in tiles, of which threads take some: `each` of them share keys.
 template <class Tile> inline void tiles_of_heads(const Step &s, Heads q, int each, Tile tile) {
   const int tiles = (each + ROWS - 1) / ROWS, groups = q.heads / each;
-  const auto [first, last] = s.share(q.count * groups * tiles);
+  const auto [first, last] = s.share_keys(q.count, groups * tiles);
   for (int item = first; item < last; item++) {
     const int row = item / tiles / groups, group = item / tiles % groups;
     const int begin = group * each, head = begin + item % tiles * ROWS;

@@ -11,6 +11,10 @@ namespace op {
 // Operators are compiled once, not into every block that calls them.
 #define APART __attribute__((noinline))
 
+// What takes sums in registers is compiled into its caller, or they would be in memory.
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
+
 // Loops over what is in registers are written out, or it would be in memory.
 #define UNROLL _Pragma("GCC unroll 32")
 
@@ -33,7 +37,7 @@ template <class T> inline float factor(const Matrix<T> &w, int row) {
 }
 
 // Adds x_r w_c to the sums of R rows x and C rows w, whose numbers `x` and `w` read.
-template <int R, int C, class X, class W> inline void dots_at(vec (&sums)[R][C], X x, W w) {
+template <int R, int C, class X, class W> INLINE void dots_at(vec (&sums)[R][C], X x, W w) {
   // The fewer are held while the others pass, one at a time.
   if constexpr (R <= C) {
     vec held_x[R];
@@ -55,7 +59,7 @@ template <int R, int C, class X, class W> inline void dots_at(vec (&sums)[R][C],
 // The same for all columns. Of weights that come from memory, those `ahead` are asked for, if any:
 // rows are too short for the CPU to find out by itself what comes next.
 template <int R, int C, class T>
-inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const Matrix<T> &w,
+INLINE void dots(vec (&sums)[R][C], const float *const (&x)[R], const Matrix<T> &w,
                  int64_t ahead = 0) {
   constexpr int LINE = 64 / sizeof(T);
   int i = 0;
@@ -70,12 +74,12 @@ inline void dots(vec (&sums)[R][C], const float *const (&x)[R], const Matrix<T> 
             [&](int c) { return some_numbers(w, c, i, left); });
 }
 
-template <int R, int C> inline void clear(vec (&sums)[R][C]) {
+template <int R, int C> INLINE void clear(vec (&sums)[R][C]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = vec{};
 }
 
 // The sum of the lanes of each.
-template <int R, int C> inline void join(const vec (&sums)[R][C], float (&out)[R][C]) {
+template <int R, int C> INLINE void join(const vec (&sums)[R][C], float (&out)[R][C]) {
   UNROLL for (int i = 0; i < R * C; i += 4) {
     const auto at = [&](int j) { return j < R * C ? sums[j / C][j % C] : vec{}; };
     const quad four = sums_of(at(i), at(i + 1), at(i + 2), at(i + 3));
@@ -86,9 +90,9 @@ template <int R, int C> inline void join(const vec (&sums)[R][C], float (&out)[R
 
 // So many rows of weights are multiplied with each so many rows at once that all sums stay in
 // registers.
-template <int R> constexpr int TILE = R == 1 ? 8 : R == 2 ? 6 : 3;
+template <int R> constexpr int TILE = R == 1 ? 8 : REGISTERS / 16 * (R == 2 ? 6 : 3);
 constexpr int ROWS = 4;
-constexpr int BLOCK = 24;  // rows of weights that stay in the cache while all rows pass
+constexpr int BLOCK = 48;  // rows of weights that stay in the cache while all rows pass
 
 // y_r[c] = x_r w_c for columns `first` to `last`, R rows. `x` and `y` give the rows; `fresh` says
 // that the weights come from memory.
@@ -111,7 +115,8 @@ inline void product_tile(int row, const Matrix<T> &w, int first, int last, bool 
       UNROLL for (int r = 0; r < R; r++) out[r][c + i] = joined[r][i] * factor(part, i);
   };
   for (; c + C <= last; c += C) columns(std::integral_constant<int, C>());
-  for (; c < last; c++) columns(std::integral_constant<int, 1>());
+  for (; c + 2 <= last; c += 2) columns(std::integral_constant<int, 2>());
+  if (c < last) columns(std::integral_constant<int, 1>());
 }
 
 // The same of rows `begin` to `end`.
@@ -158,7 +163,7 @@ template <class T> APART void head_linear(const Step &s, Heads x, Matrix<T> w, i
 
 // Adds f_r[j] w_j[c] over the first `n` rows to the sums of R rows and V vectors of columns.
 template <int R, int V, class T>
-inline void weighted(vec (&sums)[R][V], const float *const (&f)[R], const Matrix<T> &w, int c,
+INLINE void weighted(vec (&sums)[R][V], const float *const (&f)[R], const Matrix<T> &w, int c,
                      int n) {
   for (int j = 0; j < n; j++) {
     vec wide_w[V];
@@ -171,7 +176,7 @@ inline void weighted(vec (&sums)[R][V], const float *const (&f)[R], const Matrix
 }
 
 template <int R, class T>
-inline void weighted_some(vec (&sums)[R][1], const float *const (&f)[R], const Matrix<T> &w, int c,
+INLINE void weighted_some(vec (&sums)[R][1], const float *const (&f)[R], const Matrix<T> &w, int c,
                           int n, int width) {
   for (int j = 0; j < n; j++) {
     const vec wide_w = some_numbers(w, j, c, width);
@@ -184,7 +189,7 @@ inline void weighted_some(vec (&sums)[R][1], const float *const (&f)[R], const M
 // argument with a matrix, the number of its first row among all, and how many rows there are.
 template <int R, class Parts, class Y>
 inline void weighted_sum(const float *const (&f)[R], const Parts &parts, int width, Y y) {
-  constexpr int V = 12 / R;
+  constexpr int V = (REGISTERS == 32 ? 16 : 12) / R;
   int c = 0;
   const auto columns = [&](auto vectors, int left) {
     constexpr int N = decltype(vectors)::value;

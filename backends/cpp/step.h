@@ -187,6 +187,20 @@ class Step {
     return {std::min(first, count), std::min(last, count)};
   }
 
+  // The same of `each` items of every row, where threads have equally many keys of the rows.
+  Share share_keys(int count, int each) const {
+    int64_t total = 0;
+    for (int row = 0; row < count; row++) total += call.lengths[row] * each;
+    const auto item = [&](int part) {
+      int64_t before = total * part / threads;
+      int row = 0;
+      for (; row < count && before >= call.lengths[row] * each; row++)
+        before -= call.lengths[row] * each;
+      return row < count ? row * each + int(before / call.lengths[row]) : count * each;
+    };
+    return {item(thread), item(thread + 1)};
+  }
+
   float *scratch() const { return call.scratch + thread * call.scratch_size; }
 
  private:
