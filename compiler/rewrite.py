@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Graph, Op, Program, Value, lists, walk
+from compiler.graph.core import Attr, Graph, Op, Program, Value, list_of, lists, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Place:
     op: Op
     builder: Builder
     producers: dict[Value, Op]
-    uses: dict[Value, int]
+    uses: dict[Value, list[Op]]
     matched: list[Op] = field(default_factory=list)
 
     def producer(self, value: Value, kind: str) -> Op | None:
@@ -38,6 +38,11 @@ class Place:
             return None
         self.matched.append(op)
         return op
+
+    def only_reader(self, value: Value, kind: str) -> Op | None:
+        """The operator that alone reads `value`, if it is of this kind."""
+        readers = self.uses.get(value, [])
+        return readers[0] if [op.kind for op in readers] == [kind] else None
 
     def read_earlier(self, made: Op) -> bool:
         """Whether results of `made` are read in front of this place, or in another list than it.
@@ -55,7 +60,7 @@ class Place:
         """Takes another operator out, whose results are those of what was added."""
         for old, new in zip(op.results, instead, strict=True):
             self.builder.graph.replace_uses(old, new)
-        next(ops for ops in lists(self.builder.graph) if op in ops).remove(op)
+        list_of(self.builder.graph, op).remove(op)
 
     def add(
         self,
@@ -98,8 +103,7 @@ def _try(graph: Graph, program: Program, ops: list[Op], op: Op, rule: Rule) -> M
     builder.ops = []
     # If the rule applies these are gone, so that their names serve what takes their place.
     builder.names -= {v.name for o in walk([op]) for v in [*o.results, *_arguments(o)]}
-    producers = {v: o for o in graph.walk() for v in o.results}
-    result = rule(Place(op, builder, producers, graph.uses()))
+    result = rule(Place(op, builder, graph.producers(), graph.uses()))
     if isinstance(result, Miss):
         return result
     at = ops.index(op)

@@ -15,7 +15,6 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
 from compiler.graph.types import BYTES, Dim
 from compiler.ops import OPS
-from compiler.ops.moe import Experts
 
 Sizes = Mapping[str, int]
 
@@ -190,7 +189,7 @@ class Modules:
         experts = _Many(range(site.number("count")), op.operands[1].type.last.size or 0)
         return replace(
             place,
-            sizes=Experts.inner_sizes(site, place.sizes),
+            sizes=OPS[op.kind].inner_sizes(site, place.sizes),
             around=Work.ROUTED_EXPERTS,
             many=(*place.many, experts),
         )
@@ -226,7 +225,7 @@ class Modules:
                 content.tensors[name] = tensor
 
     def _call(self, graph: Graph, op: Op, place: _Place, content: _Content) -> None:
-        callee = self._program.graphs[op.text("callee")]
+        callee = self._program.graphs[op.callee]
         sizes = sizes_inside(callee, op, place.sizes)
         around = self._shares.around_callees(graph, place.around)
         key = (callee.name, tuple(sorted(sizes.items())), around)

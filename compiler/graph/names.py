@@ -87,7 +87,7 @@ def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool
                 continue
             if n.op is None and len(n.parts) == len(parts):
                 return True
-            if n.op is not None and found(parts[len(n.parts) :], n.op.text("callee")):
+            if n.op is not None and found(parts[len(n.parts) :], n.op.callee):
                 return True
         return False
 
@@ -96,7 +96,7 @@ def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool
 
 def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[Name]:
     for op in ops:
-        if op.kind == "call":
+        if op.callee:
             scope = op.text("scope")
             yield Name(parts_of(scope, layers) if scope else (), op)
         inside = layers

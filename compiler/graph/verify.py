@@ -248,7 +248,7 @@ class _Check:
                 self._saved(op, scope)
 
     def _call(self, op: Op, scope: _Scope) -> None:
-        callee, under = op.text("callee"), op.text("scope")
+        callee, under = op.callee, op.text("scope")
         if callee not in self.program.graphs:
             raise Broken("E516", f"there is no graph @{callee}")
         if under:  # none: a part of the same module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, cast
 
@@ -95,6 +95,7 @@ class Operator:
     # of its further results.
     saving: ClassVar[tuple[str, ...]] = ()
     hoist: ClassVar[bool] = False  # depends on little: worth computing once, for all who call
+    calls: ClassVar[bool] = False  # runs another graph, or a region once for each layer
     # Facts that passes go by. `view`: the results lie in the memory of the first operand.
     view: ClassVar[bool] = False
     # Reads and writes memory once: recomputed rather than saved, where that frees bytes.
@@ -136,9 +137,19 @@ class Operator:
         raise NotImplementedError
 
     @classmethod
+    def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
+        """The operand that is the result of `op`, where its numbers or `zeros` change nothing."""
+        return None
+
+    @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
         """Run-time dimensions that this operator brings into being, and their sizes."""
         return {}
+
+    @classmethod
+    def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """Run-time sizes inside of its region."""
+        return sizes
 
 
 def module_of(weight: str) -> str:

@@ -45,7 +45,7 @@ def modules(program: Program) -> list[Module]:
     The head's are those that a decoder has at hand (`Pages.last`).
     """
     main = program.main
-    made = {value: op for op in main.ops for value in op.results}
+    made, uses = main.producers(), main.uses()
     args = {value.name: value for value in main.args}
     outputs = list(zip(main.result_names, main.results, strict=True))
     scores = [value for name, value in outputs if name == "logits"]
@@ -54,7 +54,7 @@ def modules(program: Program) -> list[Module]:
 
     def cut(value: Value | None, count: int, *kinds: str) -> Op | None:
         """The first operator that takes so many tokens away from a value."""
-        ops = (op for op in main.ops if op.kind in kinds and op.operands == [value])
+        ops = (op for op in uses.get(value, ()) if op.kind in kinds) if value else ()
         return next((op for op in ops if op.attrs == {"dim": "seq", "count": count}), None)
 
     for depth, (before, logits) in enumerate(zip([*scores, *later], later, strict=False), 1):
@@ -73,9 +73,9 @@ def modules(program: Program) -> list[Module]:
 
 def _equal_results(program: Program, made: Op | None, value: Value) -> list[Value]:
     """Those results of a call that are the same value inside as one of them, this included."""
-    if made is None or made.kind != "call":
+    if made is None or not made.callee:
         return [value]
-    results = program.graphs[made.text("callee")].results
+    results = program.graphs[made.callee].results
     inner = results[made.results.index(value)]
     return [own for own, one in zip(made.results, results, strict=True) if one is inner]
 

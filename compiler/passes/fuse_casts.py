@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compiler.graph.core import Attr, Program, Value, lists
+from compiler.graph.core import Attr, Program, Value, list_of
 from compiler.ops.quantize import RUN
 from compiler.passes.base import Pass
 from compiler.passes.simplify import drop_unread
@@ -38,7 +38,7 @@ def _made_and_cast(at: Place) -> Sequence[Value] | Miss:
     made = at.producer(x, "rms_norm") or at.producer(x, "swiglu")
     if made is None:
         return Miss("what is cast is no norm and no SwiGLU", at.op)
-    if at.uses[x] > 1:
+    if len(at.uses[x]) > 1:
         return Miss("what is cast is read besides", at.op)
     if at.op.attrs["parts"]:
         return Miss("runs begin anew in parts", at.op)
@@ -50,9 +50,9 @@ def _made_and_cast(at: Place) -> Sequence[Value] | Miss:
 
 def _both(at: Place) -> Sequence[Value] | Miss:
     (x,) = at.op.operands
-    ops = next(ops for ops in lists(at.builder.graph) if at.op in ops)
+    ops = list_of(at.builder.graph, at.op)
     behind = ops[ops.index(at.op) + 1 :]
-    columns = next((o for o in behind if o.kind == "quantize_columns" and o.operands[0] is x), None)
+    columns = next((o for o in at.uses[x] if o.kind == "quantize_columns" and o in behind), None)
     if columns is None:
         return Miss("what is cast is not cast in runs of tokens next", at.op)
     if columns.attrs["scale"] != at.op.attrs["scale"]:
@@ -73,7 +73,7 @@ def _gradients_cast(at: Place) -> Sequence[Value] | Miss:
     made = at.producer(x, "swiglu_grad_joined")
     if made is None:
         return Miss("what is cast is no gradient of gate and up", at.op)
-    if at.uses[x] > 1:
+    if len(at.uses[x]) > 1:
         return Miss("what is cast is read besides", at.op)
     if (made.operands[1].type.last.size or 0) % RUN:
         return Miss("a run is of gate and of up", at.op)

@@ -34,7 +34,7 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
         return Miss(f"the scores are made by no {' or '.join(SCORINGS)}", at.op)
     names = [v.name for v in at.op.results]
     attrs = {"scoring": made.kind, **at.op.attrs}
-    if at.uses[affinity] == 1:
+    if len(at.uses[affinity]) == 1:
         return at.add("gate", made.operands, at.op.symbols, names=names, like=None, **attrs)
     if at.read_earlier(made):
         return Miss("the scores are read before experts are chosen by them", made)

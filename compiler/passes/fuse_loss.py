@@ -31,7 +31,7 @@ def _fuse(at: Place) -> Sequence[Value] | Miss:
     head = at.producer(logits, "linear")
     if head is None:
         return Miss("the scores are not made by a linear", at.op)
-    if at.uses[logits] > 1:
+    if len(at.uses[logits]) > 1:
         return Miss("others read the scores, too", head)
     if at.builder.graph.weights[head.symbols[0]].fp8:
         return Miss("the head is in FP8", head)

@@ -29,7 +29,7 @@ FUSE_POINTWISE = Pass(
 def _swiglu(at: Place) -> Sequence[Value] | Miss:
     for gate, up in (at.op.operands, reversed(at.op.operands)):
         silu = at.producer(gate, "silu")
-        if silu is not None and at.uses[gate] == 1 and gate.type == up.type:
+        if silu is not None and len(at.uses[gate]) == 1 and gate.type == up.type:
             return at.add("swiglu", [silu.operands[0], up], names=[at.op.result.name])
     return Miss("no factor is a silu that nothing else reads", at.op)
 

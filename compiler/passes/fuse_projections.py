@@ -75,10 +75,7 @@ class _Joinable:
     alone: set[str]
 
     def __post_init__(self) -> None:
-        self.readers: dict[Value, list[tuple[Op, int]]] = {}
-        for op in self.graph.walk():
-            for i, value in enumerate(op.operands):
-                self.readers.setdefault(value, []).append((op, i))
+        self.uses = self.graph.uses()
 
     def __call__(self, op: Op) -> bool:
         symbol, *more = op.symbols
@@ -105,9 +102,9 @@ class _Joinable:
             if value in seen:
                 continue
             seen.add(value)
-            for reader, i in self.readers.get(value, ()):
+            for reader in self.uses.get(value, ()):
                 if reader.regions or not OPS[reader.kind].pure:
-                    ends.add((reader, i))
+                    ends.update((reader, i) for i, v in enumerate(reader.operands) if v is value)
                 else:
                     todo += reader.results
         return frozenset(ends)

@@ -51,7 +51,7 @@ class _Sharder:
         self.layout, self.mesh = layout, layout.mesh
         self.builder = Builder(graph, program.graphs)
         self.nodes: int = group_attrs(self.mesh, ("expert",))["nodes"]
-        self.producers = {v: op for op in graph.walk() for v in op.results}
+        self.producers = graph.producers()
 
     def run(self) -> None:
         for value in self.graph.args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight, lists
+from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
 from compiler.ops import OPS
 from compiler.ops.base import dims_attr, module_of
 from compiler.ops.quantize import parts_attr
@@ -81,10 +81,7 @@ class _Products:
 
     def weight_grad(self, at: Place) -> Sequence[Value] | Miss:
         """dW = dy^T x: both in runs of tokens; x from what the forward product was made of."""
-        symbols = next(
-            (o.symbols for o in at.builder.graph.walk() if at.op.result in o.operands), ()
-        )
-        weights = _weights(at, symbols)
+        weights = [w for o in at.uses.get(at.op.result, [])[:1] for w in _weights(at, o.symbols)]
         if not weights or not weights[0].fp8:
             return _stays(at)
         dy, x, *offs = at.op.operands
@@ -122,7 +119,7 @@ class _Products:
         forward = self.program.saver_of(backward.name)
         assert forward is not None
         x = forward.saved[saved.results.index(value)]
-        return _source({v: op for op in forward.walk() for v in op.results}, x)
+        return _source(forward.producers(), x)
 
 
 def _weights(at: Place, symbols: Sequence[str]) -> list[Weight]:
@@ -189,9 +186,9 @@ def _save_quantized(program: Program) -> None:
         backward = program.backward_of(forward.name)
         if backward is None:
             continue
-        read = backward.ops[0].results
+        read, uses = backward.ops[0].results, backward.uses()
         for value in list(read):
-            readers = [op for op in backward.walk() if value in op.operands]
+            readers = uses.get(value, [])
             if [op.kind for op in readers] == ["quantize"]:
                 at, (cast,) = read.index(value), readers
                 before, x, behind = forward.saved[:at], forward.saved[at], forward.saved[at + 1 :]
@@ -218,7 +215,7 @@ def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[V
 def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
     """quantize(permute(x)) is permute(quantize(x)): each token is quantized once, not k times."""
     rows, offs, sort_indices = at.op.results
-    cast = _only_cast(at, rows)
+    cast = at.only_reader(rows, "quantize")
     if cast is None:
         return Miss("tokens are not only read in FP8", at.op)
     x, topk_indices = at.op.operands
@@ -227,14 +224,14 @@ def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
         names=[v.name for v in (*cast.results, offs, sort_indices)],
         count=dims_attr(*offs.type.dims),
     )  # fmt: skip
-    _drop_cast(at, cast, moved[:2])
+    at.retire(cast, moved[:2])
     return [moved[0], *moved[2:]]
 
 
 def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
     """Tokens travel to the ranks of their experts in FP8, with their scales as further rows."""
     *rows, topk_indices = at.op.operands
-    casts = [_only_cast(at, value) for value in at.op.results[: len(rows)]]
+    casts = [at.only_reader(value, "quantize") for value in at.op.results[: len(rows)]]
     if not any(casts):
         return Miss("tokens are not only read in FP8", at.op)
     sent: list[Value] = []
@@ -249,15 +246,9 @@ def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
     for cast in casts:
         results.append(left[0])
         if cast:
-            _drop_cast(at, cast, left[:2])
+            at.retire(cast, left[:2])
         left = left[2 if cast else 1 :]
     return [*results, *left]
-
-
-def _only_cast(at: Place, value: Value) -> Op | None:
-    """The `quantize` that alone reads a value."""
-    readers = [op for op in at.builder.graph.walk() if value in op.operands]
-    return readers[0] if [op.kind for op in readers] == ["quantize"] else None
 
 
 def _cast_of(at: Place, x: Value, cast: Op) -> list[Value]:
@@ -265,11 +256,3 @@ def _cast_of(at: Place, x: Value, cast: Op) -> list[Value]:
     at.builder.names -= {v.name for v in cast.results}
     scale = cast.attrs["scale"]
     return at.add("quantize", [x], names=_names(x), like=cast, scale=scale, parts=())
-
-
-def _drop_cast(at: Place, cast: Op, instead: Sequence[Value]) -> None:
-    for old, new in zip(cast.results, instead, strict=True):
-        at.builder.graph.replace_uses(old, new)
-    for ops in lists(at.builder.graph):
-        if cast in ops:
-            ops.remove(cast)

@@ -31,7 +31,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
             changed |= _drop_results(graph, program)
             changed |= _drop_args(graph, program)
     for graph in program.graphs.values():
-        _drop_weights(graph)
+        graph.drop_unused_weights()
     return ()
 
 
@@ -58,26 +58,12 @@ def _drop_identities(graph: Graph) -> bool:
     changed = False
     for ops in lists(graph):
         for op in list(ops):
-            same = _same_as(op, zeros)
+            same = OPS[op.kind].unchanged(op, zeros)
             if same is not None:
                 graph.replace_uses(op.result, same)
                 ops.remove(op)
                 changed = True
     return changed
-
-
-def _same_as(op: Op, zeros: set[Value]) -> Value | None:
-    if op.kind == "scale" and op.attrs["by"] == 1:
-        return op.operands[0]
-    if op.kind == "shift" and op.attrs["by"] == 0 and not op.attrs["negated"]:
-        return op.operands[0]
-    if op.kind == "add":
-        for value, other in (op.operands, reversed(op.operands)):
-            if other in zeros and value.type == op.result.type:
-                return value
-    if op.kind == "mul" and not any(value.type.dims for value in op.operands):
-        return next((value for value in op.operands if value in zeros), None)
-    return None
 
 
 def share_equal(graph: Graph) -> bool:
@@ -123,8 +109,8 @@ def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:
 
 
 def _removable(op: Op, pure: Mapping[str, bool]) -> bool:
-    if op.kind == "call":
-        return pure[op.text("callee")]
+    if op.callee:
+        return pure[op.callee]
     if op.kind == "repeat":
         return all(_removable(o, pure) for o in op.regions[0].ops[:-1])
     return OPS[op.kind].pure
@@ -138,7 +124,7 @@ def _purity(program: Program) -> dict[str, bool]:
     return pure
 
 
-def _drop_stacked(op: Op, uses: dict[Value, int]) -> bool:
+def _drop_stacked(op: Op, uses: Mapping[Value, list[Op]]) -> bool:
     """Results of a repeat beyond the carried ones that nobody reads."""
     if op.kind != "repeat":
         return False
@@ -152,18 +138,9 @@ def _drop_stacked(op: Op, uses: dict[Value, int]) -> bool:
     return True
 
 
-def _calls_of(graph: Graph, program: Program) -> list[tuple[Graph, Op]]:
-    return [
-        (caller, op)
-        for caller in program.graphs.values()
-        for op in caller.walk()
-        if op.kind == "call" and op.attrs["callee"] == graph.name
-    ]
-
-
 def _drop_results(graph: Graph, program: Program) -> bool:
     """Results of a graph that no caller reads."""
-    calls = _calls_of(graph, program)
+    calls = list(program.calls_of(graph.name))
     used: set[int] = set()
     for caller, op in calls:
         uses = caller.uses()
@@ -190,7 +167,7 @@ def _drop_args(graph: Graph, program: Program) -> bool:
     if _is_tied(graph, program) or len(keep) == len(graph.args):
         return False
     graph.args = [graph.args[i] for i in keep]
-    for _, op in _calls_of(graph, program):
+    for _, op in program.calls_of(graph.name):
         op.operands = [op.operands[i] for i in keep]
     return True
 
@@ -207,8 +184,3 @@ def _drop_graphs(program: Program) -> None:
     for root in program.roots:
         reach(root)
     program.graphs = {n: g for n, g in program.graphs.items() if n in reached}
-
-
-def _drop_weights(graph: Graph) -> None:
-    used = {s for op in graph.walk() for s in op.symbols}
-    graph.weights = {n: w for n, w in graph.weights.items() if n in used}

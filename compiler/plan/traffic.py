@@ -72,8 +72,8 @@ def _exchanges(
 ) -> Iterator[Exchange]:
     routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
     for op in ops:
-        if op.kind == "call":
-            callee = program.graphs[op.text("callee")]
+        if op.callee:
+            callee = program.graphs[op.callee]
             yield from _exchanges(program, callee, list(callee.walk()), layout)
         elif op.kind == "experts":
             route = op.operands[1]

@@ -59,9 +59,9 @@ def _used(
     for op in ops:
         for symbol in op.symbols:
             yield _held(graph, symbol, op, prefix, count)
-        if op.kind == "call":
+        if op.callee:
             scope = f"{prefix}{_written(op.text('scope'), around)}."
-            callee = program.graphs[op.text("callee")]
+            callee = program.graphs[op.callee]
             yield from _used(program, callee, callee.ops, scope, count, ())
         elif op.kind == "repeat":
             stars = (*around, f"{{{op.layers[0]}..{op.layers[-1]}}}")
