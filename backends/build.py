@@ -24,7 +24,7 @@ from backends.torch.stages import stages_py
 from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
-from compiler.lower.model import DTYPES
+from compiler.lower.state import DTYPES
 from compiler.pipeline import Compiled, compile
 from compiler.plan.greedy import schedule_of
 from compiler.plan.make import make_plan, step_counts
