@@ -157,7 +157,7 @@ def package(
             version=VERSION,
         ),
         "model.py": model_py(compiled, about=about, cpu=bool(step), **emitted),
-        "config.py": config_py(description, plan, **facts),
+        "config.py": config_py(description, compiled.lowered, plan, **facts),
         **(step or {}),
     }
     for name in ("train", "serve"):

@@ -7,23 +7,30 @@ from typing import Any
 from backends.render import render
 from backends.torch.layout import Call, lay_out
 from backends.torch.records import docstring
+from compiler.graph.core import Program
 from compiler.parallel.layout import placement
 from compiler.plan.make import step_counts
 from compiler.plan.plan import Plan
 from compiler.plan.ramp import longest
-from dsl.hf import hf_config
+from compiler.published import kept_modules, published
+from dsl.hf import KEPT, hf_config
 from dsl.load import Description
 from dsl.schema import BlockUse, Parallel, Phase, Schedule, Train, constant
 
 
-def config_py(description: Description, plan: Plan | None, *, version: str, spec: str) -> str:
+def config_py(
+    description: Description, lowered: Program, plan: Plan | None, *, version: str, spec: str
+) -> str:
     """Text of `config.py`: the frozen spec, and what `save` writes as config.json."""
+    hf = hf_config(description)
+    kept = kept_modules(published(lowered)) if description.spec.precision.overrides else []
+    hf |= {KEPT: kept} if kept else {}
     return render(
         "torch/config.py.jinja",
         version=version,
         spec=docstring(spec),
         config=lay_out("", literal(_numbers(description, plan)), suffix=""),
-        hf_config=lay_out("HF_CONFIG = ", literal(hf_config(description))),
+        hf_config=lay_out("HF_CONFIG = ", literal(hf)),
     )
 
 

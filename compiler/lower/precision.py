@@ -51,9 +51,16 @@ def set_precision(description: Description, program: Program) -> Iterator[Diagno
     _mark(program, products, precision.scale_format)
 
 
-def published_in_fp8(program: Program) -> set[Weight]:
-    """The weights that an FP8 checkpoint holds as E4M3, whatever the precision of the program."""
-    return _Uses(program).in_fp8()
+def published_in_fp8(program: Program) -> tuple[set[Weight], set[Weight]]:
+    """The weights that an FP8 checkpoint holds as E4M3, and those that it keeps besides.
+
+    A model with FP8 products has the weights of these in FP8, another one those that DeepSeek-V3
+    publishes so. Kept are those of the latter that are not among the former.
+    """
+    usual = _Uses(program).in_fp8()
+    graphs = program.graphs.values()
+    marked = {(graph.name, name) for graph in graphs for name, w in graph.weights.items() if w.fp8}
+    return marked or usual, usual - marked if marked else set()
 
 
 def _problem(
@@ -165,9 +172,9 @@ class _Uses:
             return
         seen.add((graph.name, around))
         for op, inside in _with_experts(graph.ops):
-            if op.kind == "call":
+            if op.callee:
                 self.words |= set(op.text("scope").split("."))
-                callee = self._program.graphs[op.text("callee")]
+                callee = self._program.graphs[op.callee]
                 self._visit_works(callee, self._shares.around_callees(graph, around), seen)
             elif op.kind == "linear":
                 (symbol,) = op.symbols
@@ -180,8 +187,8 @@ class _Uses:
             return
         seen.add((graph.name, pattern))
         for op, stars in _with_layers(graph.ops):
-            if op.kind == "call":
-                callee = self._program.graphs[op.text("callee")]
+            if op.callee:
+                callee = self._program.graphs[op.callee]
                 for after in pattern.after(op.text("scope"), stars):
                     self._visit_names(callee, after, fits, seen)
             elif op.kind == "linear":
