@@ -127,11 +127,6 @@ class Layout:
         stages = len(self.placement[0])
         return min(stages - first, self.micro_batches // len(self.placement))
 
-    def experts_of(self, expert: int, count: int) -> range:
-        """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""
-        each = count // self.mesh.expert
-        return range(expert * each, (expert + 1) * each)
-
     def owner(self, routed: int, count: int) -> int:
         """The `expert` coordinate of the ranks that hold routed expert `routed` of `count`."""
         return routed // (count // self.mesh.expert)

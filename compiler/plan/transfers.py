@@ -69,16 +69,3 @@ def _row(
 
 def _transfer(message: Message, number: int, rank: int) -> Entry:
     return Send(number) if message.sender == rank else Receive(number)
-
-
-def open_receives(given: Schedule, rank: int) -> int:
-    """How many messages a rank holds at most that it received, and whose readers are not done."""
-    most = now = 0
-    arriving = {one.key for one in given.messages if one.receiver == rank}
-    for entry in given.rows[rank]:
-        if isinstance(entry, Receive):
-            now += 1
-            most = max(most, now)
-        elif isinstance(entry, tuple):
-            now -= sum(chunk.reads in arriving for chunk in entry)
-    return most

@@ -14,7 +14,7 @@ from compiler.plan.make import make_plan, planner_of, step_counts
 from compiler.plan.ramp import MOST, Sizes, micro_batches, rounds, uneven
 from compiler.plan.schedule import SCHEDULES, schedule
 from compiler.plan.search import neighbours
-from compiler.plan.simulate import Costs, simulate, under_way
+from compiler.plan.simulate import Costs, simulate
 from compiler.plan.transfers import with_transfers
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
@@ -23,6 +23,7 @@ from dslc.specs import shipped
 from runtime.config import Config
 from runtime.train.pipeline import rounds as rounds_of_runtime
 from tests.support.golden import Golden
+from tests.support.schedules import under_way
 
 
 def v3(batch: str) -> Description:

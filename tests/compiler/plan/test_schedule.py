@@ -24,9 +24,10 @@ from compiler.plan.schedule import (
     schedule_from_json,
     word,
 )
-from compiler.plan.simulate import Costs, simulate, under_way
-from compiler.plan.transfers import open_receives, with_transfers
+from compiler.plan.simulate import Costs, simulate
+from compiler.plan.transfers import with_transfers
 from tests.support.golden import Golden
+from tests.support.schedules import open_receives, under_way
 
 COSTS = [Costs(), Costs(1, 1, 0.5), Costs(2, 3, 1), Costs(1.13, 1.99, 0.48)]
 
