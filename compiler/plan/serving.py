@@ -17,6 +17,7 @@ from compiler.analysis.summary import TRAINING_PASSES, Summary, summary
 from compiler.analysis.work import Work, total
 from compiler.graph.core import Program
 from compiler.graph.types import BYTES
+from compiler.parallel.layout import router_of
 from compiler.plan.traffic import expert_bytes
 from dsl.schema import Cluster
 from dsl.schema.traffic import Traffic, Unit
@@ -253,12 +254,12 @@ def routed_experts(absorbed: Program) -> Experts:
 
 def _of(program: Program, name: str, runs: int) -> Iterator[Experts]:
     graph = program.graphs[name]
-    routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
+    producers = graph.producers()
     for op in graph.walk():
         if op.kind != "experts":
             continue
         route = op.operands[1]
-        router, k = routes.get(route), route.type.last.size or 0
+        router, k = router_of(producers, route), route.type.last.size or 0
         dispatch, combine = expert_bytes(graph, op)
         yield Experts(
             runs,

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
-from compiler.parallel.layout import Layout, Unit
+from compiler.parallel.layout import Layout, Unit, router_of
 from compiler.plan.memory import GRADIENT_BYTES
 from compiler.plan.placement import Placed, buckets
 from compiler.plan.saved import FP8_BYTES, TILE
@@ -70,7 +70,7 @@ def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[Exchange, .
 def _exchanges(
     program: Program, graph: Graph, ops: Sequence[Op], layout: Layout
 ) -> Iterator[Exchange]:
-    routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
+    producers = graph.producers()
     for op in ops:
         if op.callee:
             callee = program.graphs[op.callee]
@@ -78,7 +78,7 @@ def _exchanges(
         elif op.kind == "experts":
             route = op.operands[1]
             experts, k = op.number("count"), route.type.last.size or 0
-            nodes = _nodes(routes.get(route), experts, k, layout)
+            nodes = layout.nodes_of_token(router_of(producers, route), k, experts)
             weights = k * BYTES[op.operands[2].type.dtype]
             size = expert_bytes(graph, op)
             yield Exchange(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
@@ -97,17 +97,6 @@ def token_bytes(tokens: Type, *, fp8: bool) -> int:
     if not fp8 or tokens.dtype != "bf16":
         return hidden * BYTES[tokens.dtype]
     return hidden + (FP8_BYTES[0] - TILE) * -(-hidden // TILE)
-
-
-def _nodes(router: Op | None, experts: int, k: int, layout: Layout) -> int:
-    """The most nodes that one token is sent to (report, section 2.1.2, node-limited routing)."""
-    spanned = len({layout.mesh.node(rank) for rank in layout.mesh.group(0, ("expert",))})
-    limit = min(k, spanned)
-    if router is None:
-        return limit
-    groups, kept = router.number("n_group"), router.number("topk_group")
-    widest = max(len(layout.nodes_of_group(g, groups, experts)) for g in range(groups))
-    return min(limit, kept * widest)
 
 
 def sent(
