@@ -256,7 +256,7 @@ def install(files: Mapping[str, bytes], out: Path) -> bool:
 
 
 def _replace(place: Path, files: Mapping[str, bytes]) -> None:
-    """Leaves the old folder or the new one, whatever happens, and nothing besides."""
+    """Leaves the old folder or the new one in any case, and nothing else."""
     beside = place.with_name(f".{place.name}.{os.getpid()}.new")
     old = place.with_name(f".{place.name}.{os.getpid()}.old")
     try:

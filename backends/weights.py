@@ -29,7 +29,7 @@ from dsl.source import Source
 if TYPE_CHECKING:
     from runtime.audit import Table
     from runtime.convert import Progress as Progress
-    from runtime.recode import Form, Wanted
+    from runtime.recode import Format, TensorSpec
     from runtime.shards import Problem
 
 CONFIG = "config.json"
@@ -240,9 +240,9 @@ def convert(
     that cannot be used (E611), OSError.
     """
     from runtime.convert import ConversionError, TargetError, convert
-    from runtime.recode import Form
+    from runtime.recode import Format
 
-    form = Form(fp8, checkpoint.scale, checkpoint.seed, first_values)
+    form = Format(fp8, checkpoint.scale, checkpoint.seed, first_values)
     wanted = list(_wanted(checkpoint.tensors))
     kept = kept_modules(checkpoint.tensors)
     files = {CONFIG: _json(_config(checkpoint.config, form, kept))}
@@ -306,18 +306,18 @@ def _absent_mtp(missing: Sequence[str], checkpoint: Checkpoint) -> dict[int, set
     return absent if {*missing} == set().union(*absent.values()) else {}
 
 
-def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:
+def _wanted(tensors: tuple[Published, ...]) -> Iterator[TensorSpec]:
     """In BF16, but for what a model in BF16 has in float32, too."""
-    from runtime.recode import Wanted
+    from runtime.recode import TensorSpec
 
     mixed = any(one.dtype == "bf16" for one in tensors)
     for one in tensors:
         wide = not one.trainable or (mixed and one.dtype == "f32")
         dtype = "F32" if wide else "BF16"
-        yield Wanted(one.name, one.shape, dtype, one.fp8, one.value, one.std, one.copy_of)
+        yield TensorSpec(one.name, one.shape, dtype, one.fp8, one.value, one.std, one.copy_of)
 
 
-def _config(config: Mapping[str, Any], form: Form, modules: list[str]) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], form: Format, modules: list[str]) -> dict[str, Any]:
     """The same model, stored in another way, with `modules` in BF16; without code."""
     dropped = ("quantization_config", SCALES, KEPT, "auto_map", "dtype", "torch_dtype")
     kept = {key: value for key, value in config.items() if key not in dropped}

@@ -142,7 +142,7 @@ def before_cut(program: str, lowered: Program, description: Description) -> Prog
 
 
 @dataclass(frozen=True)
-class Step:
+class PassResult:
     """A program after one pass; `name` is that of the pass, or `lower`.
 
     `delta` says how many operators of each kind there are more than before, each block counted
@@ -173,14 +173,14 @@ class Compiled:
 
     lowered: Program
     programs: Mapping[str, Program]
-    steps: tuple[Step, ...]
+    steps: tuple[PassResult, ...]
 
     @property
     def drafts(self) -> list[str]:
         """The programs of MTP modules that can draft, in order."""
         return [name for name in self.programs if name not in PIPELINES]
 
-    def steps_of(self, program: str) -> list[Step]:
+    def steps_of(self, program: str) -> list[PassResult]:
         """How a program came to be: `lower`, then each of its passes."""
         return [s for s in self.steps if s.name == "lower" or s.program_name == program]
 
@@ -196,7 +196,7 @@ def compile(
     lowered = lower(description)
     verify(lowered)
     seconds = time.perf_counter() - start
-    steps = [Step("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
+    steps = [PassResult("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
     for name in PIPELINES:
         for step in run(name, lowered, chosen(PIPELINES[name], skip, until), description):
@@ -224,7 +224,7 @@ def chosen(
 
 def run(
     name: str, lowered: Program, passes: Sequence[Pass], description: Description
-) -> Iterator[Step]:
+) -> Iterator[PassResult]:
     """The program after each pass."""
     program = lowered
     for one in passes:
@@ -236,7 +236,7 @@ def run(
         seconds = time.perf_counter() - start
         delta = _delta(program, after)
         changed = bool(graphs) or not equal(program, after)
-        yield Step(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
+        yield PassResult(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
         program = after
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shards import BLOCK, DTYPES, FP8, Entry, Problem, Shards, dequantize
+from .shards import BLOCK, DTYPES, FP8, Problem, Shards, TensorEntry, dequantize
 
 Shape = tuple[int, ...]
 CONSTANT = ".rotary_emb.inv_freq"
@@ -19,8 +19,8 @@ SCALE = "_scale_inv"
 class Source:
     """Where a tensor's values come from: an entry, with its scales if it is FP8."""
 
-    entry: Entry
-    scale: Entry | None
+    entry: TensorEntry
+    scale: TensorEntry | None
 
     def read(self, shards: Shards) -> Tensor:
         value = shards.values(self.entry)
@@ -90,7 +90,7 @@ class Sources:
         self.problems.append(Problem(text, name))
 
 
-def _fault(entry: Entry, scale: Entry | None, shape: Shape) -> str | None:
+def _fault(entry: TensorEntry, scale: TensorEntry | None, shape: Shape) -> str | None:
     """Why an entry cannot be a weight of this shape, if so."""
     if entry.shape != shape:
         return f"of shape {list(entry.shape)}, the model has {list(shape)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backends.render import render
-from backends.torch.layout import Call, lay_out
+from backends.torch.layout import CallText, lay_out
 from backends.torch.records import docstring
 from compiler.graph.core import Program
 from compiler.parallel.layout import placement
@@ -107,18 +107,20 @@ def _use(use: BlockUse) -> dict[str, Any]:
     return {"block": use.name, "arguments": {n: v.value for n, v in use.arguments.items()}}
 
 
-def literal(value: Any) -> Call | str:
+def literal(value: Any) -> CallText | str:
     """A value as Python text that evaluates to it; strings can never be anything but strings."""
     if isinstance(value, Schedule):
         phases = tuple(("", _phase(p)) for p in value.root)
-        return Call("Schedule((", phases, ",))" if len(phases) == 1 else "))")
+        return CallText("Schedule((", phases, ",))" if len(phases) == 1 else "))")
     if isinstance(value, dict):
-        return Call("{", tuple((f"{_quoted(str(k))}: ", literal(v)) for k, v in value.items()), "}")
+        return CallText(
+            "{", tuple((f"{_quoted(str(k))}: ", literal(v)) for k, v in value.items()), "}"
+        )
     if isinstance(value, tuple):
         items = tuple(("", literal(v)) for v in value)
-        return Call("(", items, ",)" if len(items) == 1 else ")")
+        return CallText("(", items, ",)" if len(items) == 1 else ")")
     if isinstance(value, list):
-        return Call("[", tuple(("", literal(v)) for v in value), "]")
+        return CallText("[", tuple(("", literal(v)) for v in value), "]")
     if isinstance(value, str):
         return _quoted(value)
     assert value is None or isinstance(value, bool | int | float), type(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from backends.torch.declare import stored_name
-from backends.torch.emit import Callee, Emit, Emitter, Segment, call_f, call_fp8, index_of
+from backends.torch.emit import Callee, Emit, Emitter, Subgraph, call_f, call_fp8, index_of
 from backends.torch.names import identifier
 from backends.torch.records import numbers_text
 from backends.torch.sizes import literal
@@ -30,7 +30,7 @@ def _parameter(e: Emitter, op: Op) -> None:
 
 def _linear(e: Emitter, op: Op) -> None:
     weight = e.weight(op.symbols[0])
-    # A gate is computed in float32 whatever the element type of its weight.
+    # A gate is computed in float32 regardless of the element type of its weight.
     if op.operands[0].type.dtype != e.graph.weights[op.symbols[0]].type.dtype:
         weight = f"{weight}.float()"
     e.assign(op, f"F.linear({e.operand(op, 0)}, {weight})")
@@ -246,7 +246,7 @@ def _targets(e: Emitter, op: Op, callee: Callee) -> str:
     return f"{targets} = " if targets else ""
 
 
-def _call_segment(e: Emitter, op: Op, segment: Segment, arguments: Sequence[str]) -> None:
+def _call_segment(e: Emitter, op: Op, segment: Subgraph, arguments: Sequence[str]) -> None:
     name = e.context.callees[op.text("callee")].method
     methods = [f"self.{name}", f"self.{name}_backward"]
     weights = f"[{', '.join(f'self.{w}' for w in segment.weights)}]"

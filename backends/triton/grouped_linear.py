@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from backends.render import render
 from backends.triton.fp8_grouped_linear import slots_of_token
 from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Case, KernelFile, TensorArgument, deduplicate, nbytes
 from backends.triton.target import Target
 from backends.triton.tiles import BF16, BF16_OUTER, Gemm, by_columns, tuning_key
 
@@ -70,8 +70,11 @@ def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case
 
 def _case(instance: OpInstance, slots: int) -> Case:
     experts, out, width = _sizes(instance)
-    ends, w = Tensor((experts,), "int32", "ends", slots), Tensor((experts, out, width))
-    x, y = Tensor((slots, width)), Tensor((slots, out))
+    ends, w = (
+        TensorArgument((experts,), "int32", "ends", slots),
+        TensorArgument((experts, out, width)),
+    )
+    x, y = TensorArgument((slots, width)), TensorArgument((slots, out))
     arguments, columns = {
         "grouped_linear": ((x, ends, w), out),
         "grouped_linear_input_grad": ((y, ends, w), width),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Case, KernelFile, TensorArgument, deduplicate, nbytes
 from backends.triton.target import Target
 from backends.triton.tiles import BF16, Gemm, by_columns, tuning_key
 
@@ -61,7 +61,11 @@ def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case
 
 def _case(instance: OpInstance, rows: int) -> Case:
     out, width = _sizes(instance)
-    x, w, y = Tensor((rows, width)), Tensor((out, width)), Tensor((rows, out))
+    x, w, y = (
+        TensorArgument((rows, width)),
+        TensorArgument((out, width)),
+        TensorArgument((rows, out)),
+    )
     arguments, made, high = {
         "linear": ((x, w), y, rows),
         "linear_input_grad": ((y, w), x, rows),

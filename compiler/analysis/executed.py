@@ -10,7 +10,7 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, sizes_inside
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
-from compiler.ops.base import Moved, Site
+from compiler.ops.base import CommBytes, Site
 
 # What only names, frames or moves values between graphs.
 _FREE = ("saved", "save", "return", "yield", "constant", "fp8_weight")
@@ -28,7 +28,7 @@ class Executed:
     site: Site
     flops: int
     bytes: int
-    moved: Moved
+    moved: CommBytes
     times: int
     backward: bool
 

@@ -125,7 +125,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheType:
     """What a decoder remembers: entries of `type` along `context`, for one block."""
 
     type: Type
@@ -139,7 +139,7 @@ class Graph:
     args: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
-    caches: dict[str, Cache] = field(default_factory=dict)
+    caches: dict[str, CacheType] = field(default_factory=dict)
     # Those beyond what the block declares were collected from blocks inside.
     result_names: tuple[str, ...] = ()
     about: str = ""
@@ -324,7 +324,7 @@ def walk(ops: Sequence[Op]) -> Iterator[Op]:
             yield from walk(region.ops)
 
 
-def lists(graph: Graph) -> Iterator[list[Op]]:
+def op_lists(graph: Graph) -> Iterator[list[Op]]:
     """Every list of operators of a graph, innermost first, so that one may shrink them."""
 
     def inside(ops: list[Op]) -> Iterator[list[Op]]:
@@ -338,7 +338,7 @@ def lists(graph: Graph) -> Iterator[list[Op]]:
 
 def list_of(graph: Graph, op: Op) -> list[Op]:
     """The list of operators that holds an operator of a graph."""
-    return next(ops for ops in lists(graph) if op in ops)
+    return next(ops for ops in op_lists(graph) if op in ops)
 
 
 def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from compiler.graph.core import REPEATS, Graph, Op
 
 Range = tuple[int, int]  # first and last
-Part = str | Range
+NamePart = str | Range
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 class Name:
     """A weight (`op` is None), or everything under the scope of a call, as its graph names it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[NamePart, ...]
     op: Op | None = None
 
     @property
@@ -44,11 +44,11 @@ def names_of(graph: Graph) -> list[Name]:
     return weights + list(_scopes(graph.ops, ()))
 
 
-def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[Part, ...]:
+def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[NamePart, ...]:
     """A dotted name in parts, each `*` replaced by the next range of `stars` while there is one."""
     left = iter(stars)
 
-    def part(text: str) -> Part:
+    def part(text: str) -> NamePart:
         if text == "*":
             return next(left, text)
         return (int(text), int(text)) if _NUMBER.fullmatch(text) else text
@@ -81,7 +81,7 @@ def clashes(names: Sequence[Name]) -> Iterator[tuple[Name, Name]]:
 def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool:
     """Whether a full name is that of a weight, given what each graph names and no clashes."""
 
-    def found(parts: tuple[Part, ...], graph: str) -> bool:
+    def found(parts: tuple[NamePart, ...], graph: str) -> bool:
         for n in names[graph]:
             if len(n.parts) > len(parts) or not _meet(n, Name(parts)):
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from compiler.graph.core import REPEATS, Graph, Op, Program, Region, Value
-from compiler.graph.layout import Box, Layout, arrange
+from compiler.graph.layout import Box, Drawing, arrange
 from compiler.graph.types import Type
 from dsl.source import Source, Span
 
@@ -88,7 +88,7 @@ class _Diagram:
     nodes: Sequence[_Node]
     boxes: Sequence[Box]
     values: Sequence[Value]  # of each arrow
-    layout: Layout
+    layout: Drawing
 
 
 def to_svg(program: Program) -> str:

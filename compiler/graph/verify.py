@@ -36,7 +36,7 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
     """Raises `DiagnosticError` (E51x) with every operator that breaks an invariant.
 
     `changed` names the graphs that are not as they were when the program was verified before: only
-    those, and those that call them, are checked anew, beside what holds of all graphs together.
+    those, and those that call them, are checked again, and what holds of all graphs together.
     """
     problems: list[Diagnostic] = []
     names: dict[str, Sequence[Name]] = {}

@@ -35,14 +35,14 @@ class BlockRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class BlockRun:
     """`count` equal blocks in a row."""
 
     ref: BlockRef
     count: int
 
 
-SlotValue = BlockRef | tuple[Group, ...]
+SlotValue = BlockRef | tuple[BlockRun, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ HELP = f"as in `mask = {QUERY} - {KEY} < 128 or {KEY} < 4`"
 
 
 def lower_mask(frame: Scope, node: ast.Expr) -> str | None:
-    """The text of a mask; None where it holds whatever the positions are."""
+    """The text of a mask; None where it holds for all positions."""
     try:
         found = _folded(frame, node)
         if isinstance(found, ast.Boolean) and found.value:

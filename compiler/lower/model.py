@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from compiler.graph.core import Program
-from compiler.lower.bind import BlockRef, Bound, Const, Group, SlotValue
+from compiler.lower.bind import BlockRef, BlockRun, Bound, Const, SlotValue
 from compiler.lower.contract import ARGUMENTS, argument_problems, output_problems
 from compiler.lower.frame import start
 from compiler.lower.graph_names import graph_names
@@ -54,14 +54,14 @@ def _outermost(low: Lowering) -> Bound | None:
     description = low.description
     architecture, at = description.spec.architecture, description.span
     layers = tuple(
-        Group(_use(description, g.block, g.slots, at("architecture", "layers", i)), g.repeat)
+        BlockRun(_use(description, g.block, g.slots, at("architecture", "layers", i)), g.repeat)
         for i, g in enumerate(architecture.layers)
     )
     slots: dict[str, SlotValue] = {"layers": layers, "mtp": ()}
     mtp = architecture.mtp
     if mtp.depth:
         ref = _use(description, mtp.block, mtp.slots, at("architecture", "mtp"))
-        slots["mtp"] = (Group(ref, mtp.depth),)
+        slots["mtp"] = (BlockRun(ref, mtp.depth),)
     ref = _use(description, architecture.block, {}, at("architecture", "block"))
     mask = Const(description.spec.train.document_mask, at("train", "document_mask"))
     asked = any(p.name.value == "document_mask" for p in ref.block.params)
@@ -91,7 +91,7 @@ def _lower_outermost(low: Lowering, bound: Bound) -> None:
             "E238",
             "the outermost block of a model has outputs and returns nothing",
             frame.returns.span,
-            "nobody takes this",
+            "is not used",
             help="write `output logits = ..`",
         )
     if not low.problems:

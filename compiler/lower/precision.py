@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 
 from compiler.analysis.work import Shares, Work
 from compiler.graph.core import Graph, Op, Program, Value
-from compiler.graph.names import Part, Range, parts_of
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.graph.names import NamePart, Range, parts_of
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl import yaml
 from dsl.diagnostic import Diagnostic
 from dsl.load import Description
@@ -91,8 +91,8 @@ def _mark(program: Program, products: Mapping[Weight, str], scale_format: str) -
         rewrite(program, "linear", _widened(products))
 
 
-def _widened(products: Mapping[Weight, str]) -> Callable[[Place], Sequence[Value] | Miss]:
-    def rule(at: Place) -> Sequence[Value] | Miss:
+def _widened(products: Mapping[Weight, str]) -> Callable[[Rewriter], Sequence[Value] | Miss]:
+    def rule(at: Rewriter) -> Sequence[Value] | Miss:
         (x,), (symbol,) = at.op.operands, at.op.symbols
         wanted = products.get((at.builder.graph.name, symbol)) == "fp32"
         if not wanted or x.type.dtype == "f32":
@@ -108,7 +108,7 @@ def _widened(products: Mapping[Weight, str]) -> Callable[[Place], Sequence[Value
 class _Pattern:
     """A name as an override gives it: parts between dots, in each of which `*` stands for anything.
 
-    It fits whatever holds these parts in a row, so that `o_proj` is the weight of that module and
+    It fits all names that hold these parts in a row: `o_proj` is the weight of that module, and
     `layers.61` all in that layer. `at` are the parts that the name read so far may have reached.
     """
 
@@ -119,7 +119,7 @@ class _Pattern:
     def fits(self) -> bool:
         return len(self.parts) in self.at
 
-    def then(self, part: Part) -> list[_Pattern]:
+    def then(self, part: NamePart) -> list[_Pattern]:
         """After one more part of a name; two where only some layers or experts of a range fit."""
         reached = sorted(i for i in self.at if i < len(self.parts))
         outcomes: dict[frozenset[int], None] = {}

@@ -23,7 +23,7 @@ _DIM_NAME = re.compile(r"[A-Za-z_0-9]+([*+][A-Za-z_0-9]+)*")
 
 
 class Poison:
-    """Stands for what could not be made; whatever follows from it is not reported again."""
+    """Stands for what could not be made; what follows from it is not reported again."""
 
 
 POISON = Poison()
@@ -280,7 +280,7 @@ class Scope:
             self.low.not_a_size(node.span.text, size, place, ast.names_in(node), self.bound)
             raise Stop
         text = re.sub(r"\s+", "", node.span.text)
-        # 1 is broadcast, whatever it counts.
+        # 1 is broadcast in any dimension.
         if not _DIM_NAME.fullmatch(text) or (text.isdigit() and text != "1"):
             self.error(
                 "E230",

@@ -13,11 +13,11 @@ Signature = tuple[tuple[Type, ...], tuple[Type, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class CommBytes:
     """Bytes that one rank sends to other ranks of its node, and to other nodes."""
 
-    inside: int = 0
-    across: int = 0
+    intra_node: int = 0
+    inter_node: int = 0
 
 
 class TypeMismatch(Exception):
@@ -88,7 +88,7 @@ class Operator:
     # the operator is linear there: nowhere, in the `first` operand, in any `one` of them, in `all`
     # of them at once. `own`: `infer` says how the results are placed.
     sums: ClassVar[Literal["nowhere", "first", "one", "all", "own"]] = "nowhere"
-    pure: ClassVar[bool] = True  # may be dropped when nobody reads its results
+    pure: ClassVar[bool] = True  # may be dropped when none of its results is read
     # Whether its results change with its real operands so that they have a derivative.
     differentiable: ClassVar[bool] = True
     # The operator that computes the same and also what the derivative needs besides, and the names
@@ -123,9 +123,9 @@ class Operator:
         return 0
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         """What a rank sends; at most, where that depends on the routing."""
-        return Moved()
+        return CommBytes()
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:

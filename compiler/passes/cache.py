@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder, infer
-from compiler.graph.core import Cache, Graph, Op, Program, Value
+from compiler.graph.core import CacheType, Graph, Op, Program, Value
 from compiler.graph.types import Dim, Type
 from compiler.ops import OPS, TypeMismatch
 from compiler.ops.attention import scores_of
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
@@ -50,17 +50,17 @@ INSERT_CACHE = Pass(
 )
 
 
-def _of_one_document(at: Place) -> Sequence[Value]:
+def _of_one_document(at: Rewriter) -> Sequence[Value]:
     """A decoder continues one document."""
     op = at.op
     operands = [*op.operands[:3], *op.operands[4:]]
     return at.add("attention", operands, names=[op.result.name], **scores_of(op))
 
 
-def _append(at: Place) -> Sequence[Value]:
+def _append(at: Rewriter) -> Sequence[Value]:
     op, caches = at.op, at.builder.graph.caches
     for name, value in zip(op.texts("entries"), op.operands, strict=True):
-        caches[name] = Cache(value.type)
+        caches[name] = CacheType(value.type)
     names, entries = [v.name for v in op.results], op.attrs["entries"]
     return at.add("cache_append", op.operands, names=names, entries=entries)
 
@@ -144,7 +144,7 @@ def _only_last(program: Program) -> None:
     main = program.main
     (logits,) = main.results
     made = _head(main, logits)
-    # Before the head where it comes last; else behind whatever makes the scores.
+    # Before the head where it comes last; else after the operator that makes the scores.
     head = main.ops[made].kind == "linear"
     reader = main.ops[made if head else -1]
     (x,) = reader.operands

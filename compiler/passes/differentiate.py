@@ -391,7 +391,7 @@ def _arguments_requiring_grad(program: Program, results: RequiresGrad) -> Requir
 
 
 def _drop_dead(graph: Graph) -> None:
-    """Derivatives that nobody asked for, of operators that give several at once."""
+    """Derivatives that are not needed, of operators that give several at once."""
     uses = graph.uses()
     for op in reversed(list(graph.ops)):
         if OPS[op.kind].pure and not op.regions and not any(uses.get(v) for v in op.results):

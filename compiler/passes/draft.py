@@ -20,7 +20,7 @@ from dsl.load import Description
 
 
 @dataclass(frozen=True)
-class Module:
+class DraftModule:
     """Where the outermost block hands over to an MTP module."""
 
     state: Op
@@ -39,7 +39,7 @@ class Module:
         return count if self.position.kind == "drop_first" else 0
 
 
-def modules(program: Program) -> list[Module]:
+def modules(program: Program) -> list[DraftModule]:
     """The MTP modules in order, up to the first that reads other states than the head before it.
 
     The head's are those that a decoder has at hand (`Pages.last`).
@@ -50,7 +50,7 @@ def modules(program: Program) -> list[Module]:
     outputs = list(zip(main.result_names, main.results, strict=True))
     scores = [value for name, value in outputs if name == "logits"]
     later = [value for name, value in outputs if name == "mtp_logits"]
-    found: list[Module] = []
+    found: list[DraftModule] = []
 
     def cut(value: Value | None, count: int, *kinds: str) -> Op | None:
         """The first operator that takes so many tokens away from a value."""
@@ -67,7 +67,7 @@ def modules(program: Program) -> list[Module]:
         position = cut(args.get("position"), depth, "drop_first", "drop_last")
         if state is None or tokens is None or position is None:
             break
-        found.append(Module(state, tokens, position, logits))
+        found.append(DraftModule(state, tokens, position, logits))
     return found
 
 

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from compiler.graph.core import Program, Value
 from compiler.ops.base import dims_attr
 from compiler.passes.base import Pass
-from compiler.passes.simplify import drop_unread
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.passes.simplify import dead_code_elimination
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     misses = rewrite(program, "concat", _joined)
-    drop_unread(program)
+    dead_code_elimination(program)
     return misses
 
 
@@ -36,7 +36,7 @@ FUSE_LAYOUT = Pass(
 )
 
 
-def _joined(at: Place) -> Sequence[Value] | Miss:
+def _joined(at: Rewriter) -> Sequence[Value] | Miss:
     """The first rule that applies, or that no rule does."""
     for rule in (_rotate_last, _join_rotated, _join_rotated_grad, _swiglu_grad):
         at.matched.clear()
@@ -46,7 +46,7 @@ def _joined(at: Place) -> Sequence[Value] | Miss:
     return Miss("what is joined was neither rotated nor the gradient of gate and up", at.op)
 
 
-def _rotate_last(at: Place) -> Sequence[Value] | None:
+def _rotate_last(at: Rewriter) -> Sequence[Value] | None:
     *before, last = at.op.operands
     rotate = at.producer(last, "rotate")
     if rotate is None or len(at.uses[last]) > 1:
@@ -59,7 +59,7 @@ def _rotate_last(at: Place) -> Sequence[Value] | None:
     return at.add("rotate_last", operands, names=names, into=at.op.attrs["into"])
 
 
-def _join_rotated(at: Place) -> Sequence[Value] | None:
+def _join_rotated(at: Rewriter) -> Sequence[Value] | None:
     *before, last = at.op.operands
     broadcast = at.producer(last, "broadcast")
     if broadcast is None or len(at.uses[last]) > 1 or len(before) != 1:
@@ -74,7 +74,7 @@ def _join_rotated(at: Place) -> Sequence[Value] | None:
     )
 
 
-def _join_rotated_grad(at: Place) -> Sequence[Value] | None:
+def _join_rotated_grad(at: Rewriter) -> Sequence[Value] | None:
     if len(at.op.operands) != 2:
         return None
     own, d_v = at.op.operands
@@ -98,11 +98,11 @@ def _join_rotated_grad(at: Place) -> Sequence[Value] | None:
         names=[at.op.result.name, rotate.result.name],
         into=at.op.attrs["into"], shared=dims_attr(rotate.result.type.last),
     )  # fmt: skip
-    at.retire(rotate, [shared])
+    at.erase(rotate, [shared])
     return [both]
 
 
-def _swiglu_grad(at: Place) -> Sequence[Value] | None:
+def _swiglu_grad(at: Rewriter) -> Sequence[Value] | None:
     grad = at.producer(at.op.operands[0], "swiglu_grad")
     if grad is None or at.op.operands != grad.results:
         return None

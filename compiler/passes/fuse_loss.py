@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from compiler.graph.core import Program, Value
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -26,7 +26,7 @@ FUSE_LOSS = Pass(
 )
 
 
-def _fuse(at: Place) -> Sequence[Value] | Miss:
+def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
     logits, labels = at.op.operands
     head = at.producer(logits, "linear")
     if head is None:

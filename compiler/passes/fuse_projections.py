@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Graph, Op, Program, Value, copy_program, lists
+from compiler.graph.core import Graph, Op, Program, Value, copy_program, op_lists
 from compiler.ops import OPS
 from compiler.ops.base import dims_attr
 from compiler.passes.absorb import ABSORB
@@ -38,7 +38,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
         alone |= {s for s, n in _uses(graph).items() if n > 1}
         alone |= set(program.aliases.values()) if graph is program.main else set()
         joinable = _Joinable(graph, alone)
-        for ops in lists(graph):
+        for ops in op_lists(graph):
             groups: dict[object, list[Op]] = {}
             for op in ops:
                 if op.kind == "linear" and joinable(op):

@@ -13,7 +13,7 @@ from compiler.graph.build import Builder
 from compiler.graph.core import Graph, Op, Program, Value, list_of
 from compiler.ops import OPS
 from compiler.passes.base import Pass
-from compiler.passes.simplify import share_equal
+from compiler.passes.simplify import common_subexpression_elimination
 from compiler.rewrite import Miss
 from dsl.load import Description
 
@@ -22,7 +22,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
     # Callees stand before callers: what arrives in a caller goes on from there.
     for graph in program.graphs.values():
         _leave_regions(graph.ops)
-        share_equal(graph)
+        common_subexpression_elimination(graph)
         if graph is not program.main:
             _move_to_callers(graph, program)
     return ()

@@ -18,8 +18,8 @@ from compiler.ops.base import dims_attr, module_of
 from compiler.ops.quantize import parts_attr
 from compiler.passes.base import Pass
 from compiler.passes.differentiate import save
-from compiler.passes.simplify import share_equal
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.passes.simplify import common_subexpression_elimination
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -59,7 +59,7 @@ class _Products:
     def __init__(self, program: Program) -> None:
         self.program = program
 
-    def forward(self, at: Place) -> Sequence[Value] | Miss:
+    def forward(self, at: Rewriter) -> Sequence[Value] | Miss:
         """y = x W^T: x in runs of a row, W in blocks."""
         weights = _weights(at, at.op.symbols)
         if not weights[0].fp8:
@@ -69,7 +69,7 @@ class _Products:
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
         return _fp8(at, [q, s, *offs, *_fp8_weight(at, offs)], parts=_parts(weights))
 
-    def input_grad(self, at: Place) -> Sequence[Value] | Miss:
+    def input_grad(self, at: Rewriter) -> Sequence[Value] | Miss:
         """dx = dy W: dy in runs of a row, the weights as the forward product has them."""
         weights = _weights(at, at.op.symbols)
         if not weights[0].fp8:
@@ -79,7 +79,7 @@ class _Products:
         q, s = at.add("quantize", [dy], names=_names(dy), scale=scale, parts=parts)
         return _fp8(at, [q, s, *offs, *_fp8_weight(at, offs)], parts=parts)
 
-    def weight_grad(self, at: Place) -> Sequence[Value] | Miss:
+    def weight_grad(self, at: Rewriter) -> Sequence[Value] | Miss:
         """dW = dy^T x: both in runs of tokens; x from what the forward product was made of."""
         weights = [w for o in at.uses.get(at.op.result, [])[:1] for w in _weights(at, o.symbols)]
         if not weights or not weights[0].fp8:
@@ -90,7 +90,7 @@ class _Products:
 
     def columns(
         self,
-        at: Place,
+        at: Rewriter,
         x: Value,
         offs: Sequence[Value],
         weights: Sequence[Weight],
@@ -105,7 +105,7 @@ class _Products:
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
         return at.add("requantize", [q, s, *offs], names=names, scale=scale)
 
-    def scale_of(self, at: Place, x: Value, weight: Weight) -> str:
+    def scale_of(self, at: Rewriter, x: Value, weight: Weight) -> str:
         """Powers of two for what is tiled again, and for what travels: report, section 3.3.3."""
         if weight.fp8 != "recipe":
             return weight.fp8
@@ -122,11 +122,11 @@ class _Products:
         return _source(forward.producers(), x)
 
 
-def _weights(at: Place, symbols: Sequence[str]) -> list[Weight]:
+def _weights(at: Rewriter, symbols: Sequence[str]) -> list[Weight]:
     return [at.builder.graph.weights[name] for name in symbols]
 
 
-def _stays(at: Place) -> Miss:
+def _stays(at: Rewriter) -> Miss:
     return Miss("the precision of its weight is that of its input", at.op)
 
 
@@ -138,7 +138,7 @@ def _names(x: Value) -> tuple[str, str]:
     return f"{x.name}_q", f"{x.name}_s"
 
 
-def _fp8_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
+def _fp8_weight(at: Rewriter, offs: Sequence[Value]) -> list[Value]:
     """The FP8 copy of the weights of a product, named by their module."""
     symbols = at.op.symbols
     name = module_of(symbols[0])
@@ -149,7 +149,7 @@ def _fp8_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
     )  # fmt: skip
 
 
-def _fp8(at: Place, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
+def _fp8(at: Rewriter, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
     """The same product in FP8."""
     attrs["dtype"] = at.op.result.type.dtype
     names, kind = [at.op.result.name], f"fp8_{at.op.kind}"
@@ -165,7 +165,7 @@ def _source(producers: dict[Value, Op], x: Value) -> tuple[Op, Value] | None:
     return (op, x) if op is not None else None
 
 
-def _is_dispatched(at: Place, dy: Value) -> bool:
+def _is_dispatched(at: Rewriter, dy: Value) -> bool:
     """Whether a gradient came to the experts in FP8, in runs of a row."""
     source = _source(at.producers, dy)
     return source is not None and source[0].kind == "unpermute_grad"
@@ -177,7 +177,7 @@ def _is_dispatched(at: Place, dy: Value) -> bool:
 def _share(program: Program) -> None:
     """Equal casts are made once, by the first of them."""
     for graph in program.graphs.values():
-        share_equal(graph)
+        common_subexpression_elimination(graph)
 
 
 def _save_quantized(program: Program) -> None:
@@ -212,7 +212,7 @@ def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[V
     return made
 
 
-def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
+def _permute_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     """quantize(permute(x)) is permute(quantize(x)): each token is quantized once, not k times."""
     rows, offs, sort_indices = at.op.results
     cast = at.only_reader(rows, "quantize")
@@ -224,11 +224,11 @@ def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
         names=[v.name for v in (*cast.results, offs, sort_indices)],
         count=dims_attr(*offs.type.dims),
     )  # fmt: skip
-    at.retire(cast, moved[:2])
+    at.erase(cast, moved[:2])
     return [moved[0], *moved[2:]]
 
 
-def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
+def _dispatch_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     """Tokens travel to the ranks of their experts in FP8, with their scales as further rows."""
     *rows, topk_indices = at.op.operands
     casts = [at.only_reader(value, "quantize") for value in at.op.results[: len(rows)]]
@@ -246,12 +246,12 @@ def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
     for cast in casts:
         results.append(left[0])
         if cast:
-            at.retire(cast, left[:2])
+            at.erase(cast, left[:2])
         left = left[2 if cast else 1 :]
     return [*results, *left]
 
 
-def _cast_of(at: Place, x: Value, cast: Op) -> list[Value]:
+def _cast_of(at: Rewriter, x: Value, cast: Op) -> list[Value]:
     """The cast on what its value is made of; its own names are free."""
     at.builder.names -= {v.name for v in cast.results}
     scale = cast.attrs["scale"]

@@ -19,7 +19,7 @@ class Durations(Protocol):
 
 
 @dataclass(frozen=True)
-class Costs:
+class ChunkCosts:
     """Times of a chunk: forward, gradients of inputs, gradients of weights; in any unit.
 
     `pair` is that of a forward and a backward chunk that are overlapped; None: no less than both.

@@ -21,7 +21,7 @@ PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExpertTraffic:
     """The experts of one block: what a token costs on its way to them and back.
 
     `dispatch` and `combine` are bytes for a token and destination node, `weights` and `choices`
@@ -60,7 +60,7 @@ class Sent:
     bytes_across: int
 
 
-def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[Exchange, ...]:
+def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[ExpertTraffic, ...]:
     """The routed experts inside a unit, in order."""
     main = program.main
     ops = list(walk([main.ops[i] for i in unit.ops]))
@@ -69,7 +69,7 @@ def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[Exchange, .
 
 def _exchanges(
     program: Program, graph: Graph, ops: Sequence[Op], layout: Layout
-) -> Iterator[Exchange]:
+) -> Iterator[ExpertTraffic]:
     producers = graph.producers()
     for op in ops:
         if op.callee:
@@ -81,7 +81,7 @@ def _exchanges(
             nodes = layout.nodes_of_token(router_of(producers, route), k, experts)
             weights = k * BYTES[op.operands[2].type.dtype]
             size = expert_bytes(graph, op)
-            yield Exchange(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
+            yield ExpertTraffic(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
 
 
 def expert_bytes(graph: Graph, op: Op) -> tuple[int, int]:
@@ -102,7 +102,7 @@ def token_bytes(tokens: Type, *, fp8: bool) -> int:
 def sent(
     layout: Layout,
     placed: Sequence[Placed],
-    around: Mapping[range, tuple[Exchange, ...]],
+    around: Mapping[range, tuple[ExpertTraffic, ...]],
     boundary: int,
     tokens: int,
     pipeline: int,
@@ -123,7 +123,7 @@ def sent(
 
 
 def _experts(
-    layout: Layout, around: Mapping[range, tuple[Exchange, ...]], tokens: int, pipeline: int
+    layout: Layout, around: Mapping[range, tuple[ExpertTraffic, ...]], tokens: int, pipeline: int
 ) -> Iterator[Sent]:
     """Dispatch and combine, each forward and once more backward, with evenly spread routes.
 

@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
-from compiler.plan.simulate import Costs, simulate
+from compiler.plan.simulate import ChunkCosts, simulate
 
 
-def with_transfers(given: Schedule, costs: Costs | None = None) -> Schedule:
+def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule:
     """The schedule with all that its ranks send and receive, in the order that `costs` give.
 
     Raises ValueError where ranks wait for one another even if no message takes time.
     """
-    ends = [[end for _, end in times] for times in simulate(given, costs or Costs()).ranks]
+    ends = [[end for _, end in times] for times in simulate(given, costs or ChunkCosts()).ranks]
     made = sorted(_made(given, ends), key=lambda one: (one.end, one.message.sender, one.chunk))
     own: list[list[int]] = [[] for _ in given.rows]
     for number, one in enumerate(made):

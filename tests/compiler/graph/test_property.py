@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compiler.graph.core import Program
 from compiler.graph.equal import equal, first_difference
-from compiler.graph.names import Name, Part, clashes, parts_of
+from compiler.graph.names import Name, NamePart, clashes, parts_of
 from compiler.graph.parse import parse_program
 from compiler.graph.text import print_program
 from compiler.graph.verify import verify
@@ -105,7 +105,7 @@ def test_a_changed_text_is_read_or_explained(data: st.DataObject) -> None:
         assert equal(program, parse_program(Source("again.graph", print_program(program))))
 
 
-parts: st.SearchStrategy[Part] = st.sampled_from("ab") | st.tuples(
+parts: st.SearchStrategy[NamePart] = st.sampled_from("ab") | st.tuples(
     st.integers(0, 3), st.integers(0, 3)
 ).map(lambda pair: (min(pair), max(pair)))
 names = st.builds(Name, st.lists(parts, min_size=1, max_size=4).map(tuple))
