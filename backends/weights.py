@@ -28,8 +28,8 @@ from dsl.source import Source
 
 if TYPE_CHECKING:
     from runtime.audit import Table
-    from runtime.convert import Progress as Progress
-    from runtime.recode import Format, TensorSpec
+    from runtime.convert import ConversionProgress as ConversionProgress
+    from runtime.recode import StorageFormat, TensorSpec
     from runtime.shards import Problem
 
 CONFIG = "config.json"
@@ -231,7 +231,7 @@ def convert(
     fp8: bool,
     first_values: bool,
     max_file: int,
-    report: Callable[[Progress], None],
+    report: Callable[[ConversionProgress], None],
 ) -> Table:
     """Writes a checkpoint to `target` in BF16, or with the weights of FP8 checkpoints in FP8.
 
@@ -240,9 +240,9 @@ def convert(
     that cannot be used (E611), OSError.
     """
     from runtime.convert import ConversionError, TargetError, convert
-    from runtime.recode import Format
+    from runtime.recode import StorageFormat
 
-    form = Format(fp8, checkpoint.scale, checkpoint.seed, first_values)
+    form = StorageFormat(fp8, checkpoint.scale, checkpoint.seed, first_values)
     wanted = list(_wanted(checkpoint.tensors))
     kept = kept_modules(checkpoint.tensors)
     files = {CONFIG: _json(_config(checkpoint.config, form, kept))}
@@ -317,7 +317,7 @@ def _wanted(tensors: tuple[Published, ...]) -> Iterator[TensorSpec]:
         yield TensorSpec(one.name, one.shape, dtype, one.fp8, one.value, one.std, one.copy_of)
 
 
-def _config(config: Mapping[str, Any], form: Format, modules: list[str]) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], form: StorageFormat, modules: list[str]) -> dict[str, Any]:
     """The same model, stored in another way, with `modules` in BF16; without code."""
     dropped = ("quantization_config", SCALES, KEPT, "auto_map", "dtype", "torch_dtype")
     kept = {key: value for key, value in config.items() if key not in dropped}

@@ -37,6 +37,12 @@ from compiler.passes.split_backward import SPLIT_BACKWARD
 from compiler.rewrite import Miss
 from dsl.load import Description
 
+# Fewer operators, each of which does more.
+FUSE = (HOIST, FUSE_EXPERTS, FUSE_GATE, FUSE_POINTWISE)
+# FP8 casts follow all other operators of a program, and join them.
+CAST = (SIMPLIFY, PLACE_FP8, FUSE_LAYOUT, FUSE_CASTS)
+GRADIENTS = (SIMPLIFY, OUTLINE, DIFFERENTIATE, RECOMPUTE)
+
 # `fuse_projections` comes first in all of them, so that all programs join the same weights.
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # Scores of every position, from whole sequences.
@@ -45,14 +51,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         select_outputs("logits", "mtp_logits"),
         DROP_CACHE,
         SIMPLIFY,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *FUSE,
+        *CAST,
     ),
     # What training minimises, and the load of the experts.
     "train": (
@@ -60,19 +60,10 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         select_outputs("total", "main", "mtp", "balance", "load"),
         DROP_CACHE,
         SIMPLIFY,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
+        *FUSE,
         FUSE_LOSS,
-        SIMPLIFY,
-        OUTLINE,
-        DIFFERENTIATE,
-        RECOMPUTE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *GRADIENTS,
+        *CAST,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (
@@ -80,14 +71,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         select_outputs("logits"),
         SIMPLIFY,
         INSERT_CACHE,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *FUSE,
+        *CAST,
     ),
     # The same for one token at a time, in the latent space.
     "decode": (
@@ -96,14 +81,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         INSERT_CACHE,
         ABSORB,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *FUSE,
+        *CAST,
     ),
 }
 

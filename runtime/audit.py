@@ -16,7 +16,7 @@ from typing import Any
 
 from .recode import ConvertedTensor, StoredTensor, TensorSpec
 from .shards import DTYPES, Problem
-from .sources import Source
+from .sources import TensorSource
 
 AUDIT = "audit.json"
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
-def row(wanted: TensorSpec, source: Source, made: ConvertedTensor, file: str) -> Row:
+def row(wanted: TensorSpec, source: TensorSource, made: ConvertedTensor, file: str) -> Row:
     """What is said of one tensor, written to `file`."""
     files = [e.file.name for e in (source.entry, source.scale) if e is not None]
     said: Row = {"name": wanted.name, "how": made.how}

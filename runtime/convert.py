@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 from .audit import AUDIT, Row, Table, known_hashes, lines, row
 from .files import sync
-from .recode import Format, TensorSpec, recode
+from .recode import StorageFormat, TensorSpec, recode
 from .shards import DTYPES, INDEX, Problem, Shards
-from .sources import Source, Sources
+from .sources import Sources, TensorSource
 
 RECORDS, ASKED = "records", "conversion.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -47,7 +47,7 @@ class TargetError(ConversionError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class ConversionProgress:
     """How far a conversion is, in files to write and in bytes of weights to read."""
 
     shard: int
@@ -89,13 +89,13 @@ def convert(
     folder: Path,
     target: Path,
     wanted: Sequence[TensorSpec],
-    form: Format,
+    form: StorageFormat,
     files: Mapping[str, str],
     *,
     prefix: str = "",
     beside: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[ConversionProgress], None] = lambda _: None,
 ) -> Table:
     """Writes the `wanted` tensors of a folder to `target`, as `form` asks; gives the audit.
 
@@ -144,7 +144,9 @@ def convert(
     return table
 
 
-def lay_out(wanted: Sequence[TensorSpec], form: Format, max_shard_bytes: int) -> list[OutputFile]:
+def lay_out(
+    wanted: Sequence[TensorSpec], form: StorageFormat, max_shard_bytes: int
+) -> list[OutputFile]:
     """The files to write: tensors in order, in files of at most so many bytes of weights.
 
     A larger tensor has a file to itself. Scales are in the file of their weight.
@@ -164,7 +166,7 @@ def lay_out(wanted: Sequence[TensorSpec], form: Format, max_shard_bytes: int) ->
     return [_shard(name, group, form) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, wanted: Sequence[TensorSpec], form: Format) -> OutputFile:
+def _shard(file: str, wanted: Sequence[TensorSpec], form: StorageFormat) -> OutputFile:
     parts = [part for one in wanted for part in form.parts(one)]
     # Widest types first, so that each part begins at a multiple of its element's size.
     parts.sort(key=lambda part: -DTYPES[part[1]].itemsize)
@@ -189,10 +191,10 @@ class _Work:
         shards: Shards,
         sources: Sources,
         known: Mapping[str, str],
-        form: Format,
+        form: StorageFormat,
         partial: Path,
         layout: Sequence[OutputFile],
-        report: Callable[[Progress], None],
+        report: Callable[[ConversionProgress], None],
     ) -> None:
         self.shards, self.sources, self.known, self.form = shards, sources, known, form
         self.partial, self.layout, self.report = partial, layout, report
@@ -224,7 +226,7 @@ class _Work:
         for shard in self.layout:
             yield from json.loads(self._record(shard).read_text(encoding="utf-8"))
 
-    def _source(self, wanted: TensorSpec) -> Source:
+    def _source(self, wanted: TensorSpec) -> TensorSource:
         """Copies are equal to their originals, and may be absent."""
         return self.sources.of[wanted.copy_of or wanted.name]
 
@@ -233,7 +235,7 @@ class _Work:
         return source.entry.bytes + (source.scale.bytes if source.scale else 0)
 
     def _tell(self, number: int) -> None:
-        self.report(Progress(number, len(self.layout), self.done, self.total, self.kept))
+        self.report(ConversionProgress(number, len(self.layout), self.done, self.total, self.kept))
 
     def _record(self, shard: OutputFile) -> Path:
         return self.partial / RECORDS / f"{shard.file}.json"
@@ -299,7 +301,7 @@ class _Work:
                 yield Problem(f"has other bytes than {AUDIT} beside it says", part["name"])
 
 
-def _asked(shards: Shards, layout: Sequence[OutputFile], form: Format) -> str:
+def _asked(shards: Shards, layout: Sequence[OutputFile], form: StorageFormat) -> str:
     """What a conversion reads and writes: only the same one may go on with its files."""
     files = sorted({entry.file for entry in shards.entries.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -341,7 +343,7 @@ def _take_up(partial: Path, asked: str, first: bool) -> None:
     _write(path, [json.dumps({"asked": asked, "first": first})])
 
 
-def _write_audit(partial: Path, rows: Iterator[Row], folder: Path, form: Format) -> Table:
+def _write_audit(partial: Path, rows: Iterator[Row], folder: Path, form: StorageFormat) -> Table:
     """Row by row, as there may be a hundred thousand."""
     about = json.dumps({"from": folder.resolve().name, "fp8": form.fp8, "scales": form.scale})
     table = Table()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .fp8 import quantize_weight
 from .shards import BLOCK, DTYPES, FP8, Shards, TensorEntry, dequantize, tensor_in
-from .sources import Source
+from .sources import TensorSource
 from .weights import first_values
 
 SCALE = "_scale_inv"
@@ -65,7 +65,7 @@ class ConvertedTensor:
 
 
 @dataclass(frozen=True)
-class Format:
+class StorageFormat:
     """How weights are to be stored: those of FP8 checkpoints as FP8, or all as they are wanted.
 
     `scale` is `fp32`, or `ue8m0` for powers of two. With `seed`, weights that still are what this
@@ -85,7 +85,9 @@ class Format:
         return [(wanted.name, FP8, wanted.shape), (wanted.name + SCALE, "F32", blocks)]
 
 
-def recode(shards: Shards, source: Source, wanted: TensorSpec, form: Format) -> ConvertedTensor:
+def recode(
+    shards: Shards, source: TensorSource, wanted: TensorSpec, form: StorageFormat
+) -> ConvertedTensor:
     """Reads a tensor and stores it as `form` asks, a few rows at a time.
 
     What is quantized is rounded to `wanted.dtype` first, as weights are while a model computes:

@@ -16,7 +16,7 @@ SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where a tensor's values come from: an entry, with its scales if it is FP8."""
 
     entry: TensorEntry
@@ -40,7 +40,7 @@ class Sources:
         """`copies`: copy -> original, of which only the originals are among `shapes`."""
         self.shards = shards
         self.problems = list(shards.problems)
-        self.of: dict[str, Source] = {}
+        self.of: dict[str, TensorSource] = {}
         self._left = dict(shards.entries)
         for name, shape in shapes.items():
             self._take(name, shape)
@@ -64,7 +64,7 @@ class Sources:
         if fault:
             self._refuse(fault, name)
         else:
-            self.of[name] = Source(entry, scale)
+            self.of[name] = TensorSource(entry, scale)
 
     def _compare(self, copy: str, original: str) -> None:
         """Refuses a copy that is not equal to its original."""

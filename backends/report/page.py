@@ -101,25 +101,25 @@ class ModuleRow:
 
 
 @dataclass(frozen=True)
-class _Many:
+class _Equal:
     """How many of a module there are, how many a token meets, and how often they run."""
 
     count: int = 1
     active: int = 1
     passes: int = 1
 
-    def of(self, part: Submodule) -> _Many:
-        return _Many(self.count * part.count, self.active * part.active, self.passes * part.passes)
+    def of(self, part: Submodule) -> _Equal:
+        return _Equal(self.count * part.count, self.active * part.active, self.passes * part.passes)
 
 
 def _modules(numbers: Summary) -> Iterator[ModuleRow]:
     """The model, then each module of multi-token prediction."""
     length = numbers.sequence_length
-    yield _line(numbers.model, numbers.name, _Many(), length)
-    yield from _inside(numbers.mtp, _Many(), length)
+    yield _line(numbers.model, numbers.name, _Equal(), length)
+    yield from _inside(numbers.mtp, _Equal(), length)
 
 
-def _line(module: Module, name: str, many: _Many, length: int) -> ModuleRow:
+def _line(module: Module, name: str, many: _Equal, length: int) -> ModuleRow:
     return ModuleRow(
         name,
         module.block + (f" \u00d7 {many.count:,}" if many.count > 1 else ""),
@@ -131,7 +131,7 @@ def _line(module: Module, name: str, many: _Many, length: int) -> ModuleRow:
     )
 
 
-def _inside(module: Module, many: _Many, length: int) -> Iterator[ModuleRow]:
+def _inside(module: Module, many: _Equal, length: int) -> Iterator[ModuleRow]:
     for t in module.tensors:
         shape = ", ".join(f"{d.name}={d.size}" for d in t.dims)
         parameters, activated = many.count * t.parameters, many.active * t.activated

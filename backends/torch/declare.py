@@ -109,7 +109,7 @@ def tree(graph: Graph, joined: Mapping[str, str]) -> Node:
             path = op.text("scope").split(".")
             if "*" in path:
                 continue
-            callee = op.text("callee")
+            callee = op.callee
             if path[-1].isdigit():
                 _place(root.at(*path[:-1]), int(path[-1]), callee)
             else:
@@ -137,7 +137,7 @@ def _layers(root: Node, repeat: Op) -> None:
     for op in repeat.regions[0].ops:
         if op.kind == "call":
             path = op.text("scope").split(".")
-            _place(root.at(*path[:-1]), start, op.text("callee"), count)
+            _place(root.at(*path[:-1]), start, op.callee, count)
 
 
 def _place(node: Node, index: int, callee: str, count: int = 1) -> None:

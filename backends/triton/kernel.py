@@ -14,7 +14,7 @@ Init = Literal[
 
 
 @dataclass(frozen=True)
-class TensorArgument:
+class Arg:
     """An argument of a case: shape, element type as torch names it, and what stands in it.
 
     `init` tells a GPU run what to put there (`scale` is near 1, `affinity` between 0 and 1);
@@ -94,7 +94,7 @@ SIZES = {
 """Bytes of an element."""
 
 
-def nbytes(*tensors: TensorArgument) -> int:
+def nbytes(*tensors: Arg) -> int:
     """Bytes of tensors, each counted once."""
     total = 0
     for tensor in tensors:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import DECODE_ROWS, OpInstance, OpInstances, attentions, spans
-from backends.triton.kernel import Case, KernelFile, TensorArgument, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 PAGE = 64
@@ -64,15 +64,15 @@ class LatentShape:
         self, function: str, sizes: tuple[int, int, int], instances: Sequence[OpInstance]
     ) -> Case:
         batch, queries, keys = sizes
-        q = TensorArgument((batch, queries, self.heads, self.latent))
-        q_rope = TensorArgument((batch, queries, self.heads, self.rope))
-        c_kv, k_rope = (TensorArgument((batch, keys, n)) for n in (self.latent, self.rope))
-        taken: tuple[TensorArgument, ...] = (q, q_rope, c_kv, k_rope)
+        q = Arg((batch, queries, self.heads, self.latent))
+        q_rope = Arg((batch, queries, self.heads, self.rope))
+        c_kv, k_rope = (Arg((batch, keys, n)) for n in (self.latent, self.rope))
+        taken: tuple[Arg, ...] = (q, q_rope, c_kv, k_rope)
         if function == "paged_latent_attention":
             pages = -(-keys // PAGE)
-            table = TensorArgument((batch, pages), "int32", "pages", batch * pages)
-            lengths = TensorArgument((batch,), "int32", "lengths", keys)
-            stored = (TensorArgument((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
+            table = Arg((batch, pages), "int32", "pages", batch * pages)
+            lengths = Arg((batch,), "int32", "lengths", keys)
+            stored = (Arg((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
             taken = (q, q_rope, *stored, table, lengths)
         scale = instances[0].op.real("scale")
         dim = 2 * self.latent + self.rope

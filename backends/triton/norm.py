@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, TensorArgument, deduplicate, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
 from backends.triton.target import Target
 from compiler.ops.quantize import runs
 
@@ -75,16 +75,16 @@ def _rows(hidden: int, norms: Sequence[OpInstance], target: Target) -> RowTiles:
 def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     """Forward for any number of tokens; gradients are taken in training alone."""
     hidden, kind = instance.size(0), instance.kind
-    weight = TensorArgument((hidden,), init="ones")
+    weight = Arg((hidden,), init="ones")
     operands = len(instance.op.operands)
     cases = []
     for rows in instances.rows if kind in FORWARD else (instances.train_rows,):
-        x = TensorArgument((rows, hidden))
+        x = Arg((rows, hidden))
         results = [x, weight] if kind in BACKWARD else [x] * len(instance.op.results)
         scale = instance.op.attrs.get("scale")
         if scale:
-            s = TensorArgument((rows, runs(hidden)), "float32")
-            results = [TensorArgument((rows, hidden), "float8_e4m3fn"), s]
+            s = Arg((rows, runs(hidden)), "float32")
+            results = [Arg((rows, hidden), "float8_e4m3fn"), s]
         cases.append(
             Case(
                 name=" ".join([f"{kind} n{hidden}", *([str(scale)] if scale else []), f"m{rows}"]),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, TensorArgument, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
@@ -40,7 +40,7 @@ GROUP_SIZE = 128
 TORCH = {"bf16": "bfloat16", "f32": "float32", "f8e4m3": "float8_e4m3fn", "i64": "int64"}
 """What torch calls element types."""
 
-Tensors = tuple[TensorArgument, ...]
+Tensors = tuple[Arg, ...]
 
 
 @dataclass(frozen=True)
@@ -126,24 +126,18 @@ class PermuteSizes:
     def _tensors(self, kind: str, tokens: int) -> tuple[Tensors, Tensors, tuple[int, ...]]:
         """What a function takes and gives, and the number that it takes besides."""
         slots = tokens * self.k
-        x, y = (
-            TensorArgument((tokens, self.hidden), self.dtype),
-            TensorArgument((slots, self.hidden), self.dtype),
-        )
-        route = TensorArgument((tokens, self.k), "int64", "index", self.experts)
-        weight, order = (
-            TensorArgument((tokens, self.k), "float32"),
-            TensorArgument((slots,), "int64", "order"),
-        )
-        ends = TensorArgument((self.experts,), "int32")
+        x, y = Arg((tokens, self.hidden), self.dtype), Arg((slots, self.hidden), self.dtype)
+        route = Arg((tokens, self.k), "int64", "index", self.experts)
+        weight, order = Arg((tokens, self.k), "float32"), Arg((slots,), "int64", "order")
+        ends = Arg((self.experts,), "int32")
         runs = -(-self.hidden // GROUP_SIZE)
-        s, rows_s = (TensorArgument((n, runs), "float32", "scale") for n in (tokens, slots))
-        route_like = TensorArgument((tokens, self.k), "int64", "index", 1)
+        s, rows_s = (Arg((n, runs), "float32", "scale") for n in (tokens, slots))
+        route_like = Arg((tokens, self.k), "int64", "index", 1)
         return {
             "permute": ((x, route), (y, ends, order), (self.experts,)),
             "permute_quantized": ((x, s, route), (y, rows_s, ends, order), (self.experts,)),
             "unpermute": ((y, order, weight), (x,), ()),
             "permute_grad": ((y, order, route_like), (x,), ()),
             "unpermute_grad": ((x, y, order, weight), (y, weight), ()),
-            "expert_load": ((route,), (TensorArgument((self.experts,), "int64"),), (self.experts,)),
+            "expert_load": ((route,), (Arg((self.experts,), "int64"),), (self.experts,)),
         }[kind]
