@@ -24,7 +24,7 @@ from backends.torch.stages import stages_py
 from backends.values import values
 from compiler.analysis import Summary, summary
 from compiler.graph.text import print_program
-from compiler.lower.model import DTYPES
+from compiler.lower.state import DTYPES
 from compiler.pipeline import Compiled, compile, without_fp8
 from compiler.plan.greedy import schedule_of
 from compiler.plan.make import make_plan, step_counts
@@ -167,7 +167,7 @@ def package(
             version=VERSION,
         ),
         "model.py": model_py(compiled, about=about, cpu=bool(step), **emitted),
-        "config.py": config_py(description, plan, **facts),
+        "config.py": config_py(description, compiled.lowered, plan, **facts),
         **(step or {}),
     }
     for name in ("train", "serve"):
@@ -266,7 +266,7 @@ def install(files: Mapping[str, bytes], out: Path) -> bool:
 
 
 def _replace(place: Path, files: Mapping[str, bytes]) -> None:
-    """Leaves the old folder or the new one, whatever happens, and nothing besides."""
+    """Leaves the old folder or the new one in any case, and nothing else."""
     beside = place.with_name(f".{place.name}.{os.getpid()}.new")
     old = place.with_name(f".{place.name}.{os.getpid()}.old")
     try:

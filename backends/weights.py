@@ -10,26 +10,26 @@ import ast
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.read import read_build, read_run
 from compiler.graph.core import Program
-from compiler.lower.model import lower
-from compiler.published import Published, published
+from compiler.lower import lower
+from compiler.published import Published, kept_modules, published
 from dsl.diagnostic import Diagnostic, DiagnosticError
-from dsl.hf import hf_config, language_model, read_config, spec_from_hf
+from dsl.hf import KEPT, hf_config, language_model, read_config, spec_from_hf
 from dsl.load import Description, load
 from dsl.read import read_source
 from dsl.source import Source
 
 if TYPE_CHECKING:
     from runtime.audit import Table
-    from runtime.convert import Progress as Progress
-    from runtime.recode import Form, Wanted
+    from runtime.convert import ConversionProgress as ConversionProgress
+    from runtime.recode import StorageFormat, TensorSpec
     from runtime.shards import Problem
 
 CONFIG = "config.json"
@@ -87,7 +87,7 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
         if config.get(DEPTH) and not description.spec.architecture.mtp.depth:
             config[DEPTH] = 0
             notes.append(f"{folder} declares MTP modules and holds no tensor of them: left out")
-    tensors, (names, _) = _tensors(lower(description)), _names(folder)
+    tensors, (names, _) = _tensors(lower(description), _kept(config)), _names(folder)
     prefix = _prefix(names, tensors)
     others = sum(not name.startswith(prefix) for name in names)
     if others:
@@ -189,12 +189,30 @@ def _hf_config(source: Source) -> dict[str, Any]:
     raise DiagnosticError([Diagnostic("E604", f"{source.name} gives no HF_CONFIG", help=help)])
 
 
-def _tensors(lowered: Program) -> tuple[Published, ...]:
-    """Those of a model whose config.json or build a stranger may have written."""
+def _kept(config: Mapping[str, Any]) -> Set[str]:
+    """The modules that FP8 files of a config.json keep in BF16."""
+    return {*(_quantization(config).get(KEPT) or config.get(KEPT) or ())}
+
+
+def _is_kept(name: str, modules: Set[str]) -> bool:
+    """Whether a weight is that of a module: by its name, a part of it, or one around it."""
+    parts = name.split(".")
+    ends = range(1, len(parts))
+    return bool(modules) and any(".".join(parts[i:j]) in modules for j in ends for i in range(j))
+
+
+def _tensors(lowered: Program, kept: Set[str] = frozenset()) -> tuple[Published, ...]:
+    """Those of a model whose config.json or build a stranger may have written.
+
+    What its FP8 files would hold in FP8 is not so where it belongs to a module `kept`.
+    """
     found = tuple(islice(published(lowered), MOST + 1))
     if len(found) > MOST:
         raise DiagnosticError([Diagnostic("E610", f"the model has more than {MOST:,} weights")])
-    return found
+    return tuple(
+        replace(one, fp8=False, kept=True) if one.fp8 and _is_kept(one.name, kept) else one
+        for one in found
+    )
 
 
 def _files(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
@@ -213,7 +231,7 @@ def convert(
     fp8: bool,
     first_values: bool,
     max_file: int,
-    report: Callable[[Progress], None],
+    report: Callable[[ConversionProgress], None],
 ) -> Table:
     """Writes a checkpoint to `target` in BF16, or with the weights of FP8 checkpoints in FP8.
 
@@ -222,11 +240,12 @@ def convert(
     that cannot be used (E611), OSError.
     """
     from runtime.convert import ConversionError, TargetError, convert
-    from runtime.recode import Form
+    from runtime.recode import StorageFormat
 
-    form = Form(fp8, checkpoint.scale, checkpoint.seed, first_values)
+    form = StorageFormat(fp8, checkpoint.scale, checkpoint.seed, first_values)
     wanted = list(_wanted(checkpoint.tensors))
-    files = {CONFIG: _json(_config(checkpoint.config, form))}
+    kept = kept_modules(checkpoint.tensors)
+    files = {CONFIG: _json(_config(checkpoint.config, form, kept))}
     try:
         return convert(
             checkpoint.folder,
@@ -287,24 +306,25 @@ def _absent_mtp(missing: Sequence[str], checkpoint: Checkpoint) -> dict[int, set
     return absent if {*missing} == set().union(*absent.values()) else {}
 
 
-def _wanted(tensors: tuple[Published, ...]) -> Iterator[Wanted]:
+def _wanted(tensors: tuple[Published, ...]) -> Iterator[TensorSpec]:
     """In BF16, but for what a model in BF16 has in float32, too."""
-    from runtime.recode import Wanted
+    from runtime.recode import TensorSpec
 
     mixed = any(one.dtype == "bf16" for one in tensors)
     for one in tensors:
         wide = not one.trainable or (mixed and one.dtype == "f32")
         dtype = "F32" if wide else "BF16"
-        yield Wanted(one.name, one.shape, dtype, one.fp8, one.value, one.std, one.copy_of)
+        yield TensorSpec(one.name, one.shape, dtype, one.fp8, one.value, one.std, one.copy_of)
 
 
-def _config(config: Mapping[str, Any], form: Form) -> dict[str, Any]:
-    """The same model, stored in another way; without code that is not copied."""
-    dropped = ("quantization_config", SCALES, "auto_map", "dtype", "torch_dtype")
+def _config(config: Mapping[str, Any], form: StorageFormat, modules: list[str]) -> dict[str, Any]:
+    """The same model, stored in another way, with `modules` in BF16; without code."""
+    dropped = ("quantization_config", SCALES, KEPT, "auto_map", "dtype", "torch_dtype")
     kept = {key: value for key, value in config.items() if key not in dropped}
     kept["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
-    powers = {SCALES: "ue8m0"} if form.scale == "ue8m0" else {}
-    return kept | ({"quantization_config": FP8 | powers} if form.fp8 else powers)
+    more: dict[str, Any] = {SCALES: "ue8m0"} if form.scale == "ue8m0" else {}
+    more |= {KEPT: modules} if modules else {}
+    return kept | ({"quantization_config": FP8 | more} if form.fp8 else more)
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,6 +37,12 @@ from compiler.passes.split_backward import SPLIT_BACKWARD
 from compiler.rewrite import Miss
 from dsl.load import Description
 
+# Fewer operators, each of which does more.
+FUSE = (HOIST, FUSE_EXPERTS, FUSE_GATE, FUSE_POINTWISE)
+# FP8 casts follow all other operators of a program, and join them.
+CAST = (SIMPLIFY, PLACE_FP8, FUSE_LAYOUT, FUSE_CASTS)
+GRADIENTS = (SIMPLIFY, OUTLINE, DIFFERENTIATE, RECOMPUTE)
+
 # `fuse_projections` comes first in all of them, so that all programs join the same weights.
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # Scores of every position, from whole sequences.
@@ -45,14 +51,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         select_outputs("logits", "mtp_logits"),
         DROP_CACHE,
         SIMPLIFY,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *FUSE,
+        *CAST,
     ),
     # What training minimises, and the load of the experts.
     "train": (
@@ -60,19 +60,10 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         select_outputs("total", "main", "mtp", "balance", "load"),
         DROP_CACHE,
         SIMPLIFY,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
+        *FUSE,
         FUSE_LOSS,
-        SIMPLIFY,
-        OUTLINE,
-        DIFFERENTIATE,
-        RECOMPUTE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *GRADIENTS,
+        *CAST,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (
@@ -80,14 +71,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         select_outputs("logits"),
         SIMPLIFY,
         INSERT_CACHE,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *FUSE,
+        *CAST,
     ),
     # The same for one token at a time, in the latent space.
     "decode": (
@@ -96,14 +81,8 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         SIMPLIFY,
         INSERT_CACHE,
         ABSORB,
-        HOIST,
-        FUSE_EXPERTS,
-        FUSE_GATE,
-        FUSE_POINTWISE,
-        SIMPLIFY,
-        PLACE_FP8,
-        FUSE_LAYOUT,
-        FUSE_CASTS,
+        *FUSE,
+        *CAST,
     ),
 }
 
@@ -148,7 +127,7 @@ def before_cut(program: str, lowered: Program, description: Description) -> Prog
 
 
 @dataclass(frozen=True)
-class Step:
+class PassResult:
     """A program after one pass; `name` is that of the pass, or `lower`.
 
     `delta` says how many operators of each kind there are more than before, each block counted
@@ -179,14 +158,14 @@ class Compiled:
 
     lowered: Program
     programs: Mapping[str, Program]
-    steps: tuple[Step, ...]
+    steps: tuple[PassResult, ...]
 
     @property
     def drafts(self) -> list[str]:
         """The programs of MTP modules that can draft, in order."""
         return [name for name in self.programs if name not in PIPELINES]
 
-    def steps_of(self, program: str) -> list[Step]:
+    def steps_of(self, program: str) -> list[PassResult]:
         """How a program came to be: `lower`, then each of its passes."""
         return [s for s in self.steps if s.name == "lower" or s.program_name == program]
 
@@ -202,7 +181,7 @@ def compile(
     lowered = lower(description)
     verify(lowered)
     seconds = time.perf_counter() - start
-    steps = [Step("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
+    steps = [PassResult("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
     for name, passes in program_passes(lowered).items():
         for step in run(name, lowered, chosen(passes, skip, until), description):
@@ -243,7 +222,7 @@ def chosen(
 
 def run(
     name: str, lowered: Program, passes: Sequence[Pass], description: Description
-) -> Iterator[Step]:
+) -> Iterator[PassResult]:
     """The program after each pass."""
     program = lowered
     for one in passes:
@@ -255,7 +234,7 @@ def run(
         seconds = time.perf_counter() - start
         delta = _delta(program, after)
         changed = bool(graphs) or not equal(program, after)
-        yield Step(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
+        yield PassResult(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
         program = after
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from compiler.graph.core import Graph, Op, Program
@@ -14,8 +14,9 @@ class Published:
     """A tensor under its published name. It begins as N(value, std^2).
 
     `trainable`: a gradient reaches it.
-    `fp8`: FP8 checkpoints hold it as E4M3 with scales. `copy_of` names the tensor that this one
-    repeats: a checkpoint may hold it, a model does not.
+    `fp8`: FP8 checkpoints hold it as E4M3 with scales. `kept`: those of DeepSeek-V3 do, and those
+    of this model do not. `copy_of` names the tensor that this one repeats: a checkpoint may hold
+    it, a model does not.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Published:
     trainable: bool
     fp8: bool
     copy_of: str = ""
+    kept: bool = False
 
 
 def published(program: Program) -> Iterator[Published]:
@@ -39,10 +41,32 @@ def published(program: Program) -> Iterator[Published]:
         yield replace(originals[original], name=copy, copy_of=original)
 
 
+def kept_modules(tensors: Iterable[Published]) -> list[str]:
+    """The modules of weights that are `kept`: `modules_to_not_convert` of a quantization config.
+
+    All experts of a layer are one module, unless some of their weights are in FP8.
+    """
+    tensors = list(tensors)
+    partly = {_experts(one.name) for one in tensors if one.fp8}
+    found: dict[str, None] = {}
+    for one in tensors:
+        experts = _experts(one.name)
+        if one.kept:
+            whole = experts and experts not in partly
+            found[experts if whole else one.name.removesuffix(".weight")] = None
+    return list(found)
+
+
+def _experts(name: str) -> str:
+    """The module of all experts of which a weight is one's; empty for other weights."""
+    block, experts, _ = name.partition(".experts.")
+    return f"{block}.experts" if experts else ""
+
+
 class _Walk:
     def __init__(self, program: Program) -> None:
         self._graphs = program.graphs
-        self._fp8 = published_in_fp8(program)
+        self._fp8, self._kept = published_in_fp8(program)
         self._seen: set[tuple[str, str]] = set()
 
     def tensors(
@@ -52,9 +76,9 @@ class _Walk:
         for op in ops:
             for symbol in op.symbols:
                 yield from self._weights(graph, prefix, symbol)
-            if op.kind == "call":
+            if op.callee:
                 scope = _written(op.text("scope"), layers)
-                callee = self._graphs[op.text("callee")]
+                callee = self._graphs[op.callee]
                 below = f"{prefix}{scope}." if scope else prefix
                 yield from self.tensors(callee, below, callee.ops, ())
                 continue
@@ -85,7 +109,9 @@ class _Walk:
         fp8 = (graph.name, symbol) in self._fp8
         first = {"ones": 1.0, "zeros": 0.0}.get(weight.init, weight.value)
         std = weight.std if weight.init == "normal" else 0.0
-        return Published(name, shape, weight.type.dtype, first, std, weight.trainable, fp8)
+        kept = (graph.name, symbol) in self._kept
+        dtype, trainable = weight.type.dtype, weight.trainable
+        return Published(name, shape, dtype, first, std, trainable, fp8, kept=kept)
 
 
 def _layers(op: Op) -> Iterator[tuple[int, ...]]:

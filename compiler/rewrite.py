@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Graph, Op, Program, Value, lists, walk
+from compiler.graph.core import Attr, Graph, Op, Program, Value, list_of, op_lists, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class Miss:
 
 
 @dataclass
-class Place:
+class Rewriter:
     """The neighbourhood of one operator, and the operators that shall take its place."""
 
     op: Op
     builder: Builder
     producers: dict[Value, Op]
-    uses: dict[Value, int]
+    uses: dict[Value, list[Op]]
     matched: list[Op] = field(default_factory=list)
 
     def producer(self, value: Value, kind: str) -> Op | None:
@@ -39,7 +39,12 @@ class Place:
         self.matched.append(op)
         return op
 
-    def read_earlier(self, made: Op) -> bool:
+    def only_reader(self, value: Value, kind: str) -> Op | None:
+        """The operator that alone reads `value`, if it is of this kind."""
+        readers = self.uses.get(value, [])
+        return readers[0] if [op.kind for op in readers] == [kind] else None
+
+    def has_use_before(self, made: Op) -> bool:
         """Whether results of `made` are read in front of this place, or in another list than it.
 
         If so, what takes the place of both cannot stand here.
@@ -51,11 +56,11 @@ class Place:
                 return True
         return self.op not in graph.ops or made not in graph.ops
 
-    def retire(self, op: Op, instead: Sequence[Value]) -> None:
+    def erase(self, op: Op, instead: Sequence[Value]) -> None:
         """Takes another operator out, whose results are those of what was added."""
         for old, new in zip(op.results, instead, strict=True):
             self.builder.graph.replace_uses(old, new)
-        next(ops for ops in lists(self.builder.graph) if op in ops).remove(op)
+        list_of(self.builder.graph, op).remove(op)
 
     def add(
         self,
@@ -78,14 +83,14 @@ class Place:
         )
 
 
-Rule = Callable[[Place], Sequence[Value] | Miss]
+Rule = Callable[[Rewriter], Sequence[Value] | Miss]
 
 
 def rewrite(program: Program, kind: str, rule: Rule) -> list[Miss]:
     """Tries `rule` on every operator of `kind`, once. Returns where it did not apply, and why."""
     misses: list[Miss] = []
     for graph in program.graphs.values():
-        for ops in lists(graph):
+        for ops in op_lists(graph):
             for op in [o for o in ops if o.kind == kind]:
                 miss = _try(graph, program, ops, op, rule)
                 if miss is not None:
@@ -98,8 +103,7 @@ def _try(graph: Graph, program: Program, ops: list[Op], op: Op, rule: Rule) -> M
     builder.ops = []
     # If the rule applies these are gone, so that their names serve what takes their place.
     builder.names -= {v.name for o in walk([op]) for v in [*o.results, *_arguments(o)]}
-    producers = {v: o for o in graph.walk() for v in o.results}
-    result = rule(Place(op, builder, producers, graph.uses()))
+    result = rule(Rewriter(op, builder, graph.producers(), graph.uses()))
     if isinstance(result, Miss):
         return result
     at = ops.index(op)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from compiler.graph.core import Program, copy_program
+from compiler.graph.core import REPEATS, Program, copy_program
 from compiler.graph.text import print_program
 from compiler.graph.verify import verify
 from compiler.parallel.layout import Layout, Stage
@@ -52,7 +52,7 @@ class Role:
         first, program = self.stages[0], copy_program(self.joint)
         for graph in program.graphs.values():
             for op in graph.walk():
-                if op.kind in ("repeat", "repeat_backward"):
+                if op.kind in REPEATS:
                     op.attrs["start"] = op.number("start") + stage.layers[0] - first.layers[0]
         return program
 

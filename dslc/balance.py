@@ -22,7 +22,7 @@ class Evenness:
 
 
 @dataclass(frozen=True)
-class Balance:
+class LoadBalance:
     """Of one number of redundant experts in every layer."""
 
     redundant: int
@@ -33,7 +33,7 @@ class Balance:
 
 def balances(
     loads: Iterable[Sequence[int]], traffic: Traffic, gpus_per_node: int, groups: int
-) -> list[Balance]:
+) -> list[LoadBalance]:
     """Expected for the placement by each layer's own load, for 0, 32 and 64 redundant experts."""
     layers = list(loads)
     counts = sorted({*COUNTS, traffic.decode.redundant, traffic.prefill.redundant})
@@ -47,4 +47,6 @@ def balances(
         ]
         return Evenness(float(sum(found) / len(found)), float(max(found)))
 
-    return [Balance(n, evenness(traffic.decode, n), evenness(traffic.prefill, n)) for n in counts]
+    return [
+        LoadBalance(n, evenness(traffic.decode, n), evenness(traffic.prefill, n)) for n in counts
+    ]

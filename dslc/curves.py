@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.report.curves import Chart, Heat, Line
+from backends.report.curves import Chart, Curve, Heat
 from dsl.diagnostic import Diagnostic, DiagnosticError
 
 Record = dict[str, Any]
@@ -40,7 +40,7 @@ def charts(runs: Mapping[str, Sequence[Record]]) -> Iterator[Chart]:
     steps = {name: [r for r in records if "main" in r] for name, records in runs.items()}
     tests = {name: list(_tests(records)) for name, records in runs.items()}
     held_out = _lines(tests, _at("held_out", "loss"), " held out", dots=True)
-    smooth: Iterator[Line] = (_smoothed(line) for line in _lines(steps, _at("main")))
+    smooth: Iterator[Curve] = (_smoothed(line) for line in _lines(steps, _at("main")))
     yield Chart("Loss", "nats per token", (*smooth, *held_out), log=True)
     depths = range(max((len(r["mtp"]) for one in steps.values() for r in one), default=0))
     mtp = [_lines(steps, _at("mtp", k), f" depth {k + 1}") for k in depths]
@@ -109,7 +109,7 @@ def _lines(
     value: Callable[[Record], float],
     suffix: str = "",
     dots: bool = False,
-) -> Iterator[Line]:
+) -> Iterator[Curve]:
     for number, (name, found) in enumerate(records.items()):
         points = []
         for record in found:
@@ -118,7 +118,7 @@ def _lines(
             except (LookupError, TypeError):  # a run without this
                 continue
         if points:
-            yield Line(f"{name}{suffix}", number, tuple(points), dots)
+            yield Curve(f"{name}{suffix}", number, tuple(points), dots)
 
 
 def _at(*path: str | int) -> Callable[[Record], float]:
@@ -137,20 +137,20 @@ def _over_layers(choose: Callable[[Sequence[float]], float]) -> Callable[[Record
     return lambda record: choose([use["max_vio"] for use in record["experts"].values()])
 
 
-def _flat(lines: Sequence[Iterator[Line]]) -> list[Line]:
+def _flat(lines: Sequence[Iterator[Curve]]) -> list[Curve]:
     return [line for part in lines for line in part]
 
 
-def _smoothed(line: Line) -> Line:
+def _smoothed(line: Curve) -> Curve:
     """An exponential average, each point being one of those before it."""
     mean, points = line.points[0][1], []
     for tokens, value in line.points:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value
         points.append((tokens, mean))
-    return Line(line.name, line.run, tuple(points), line.dots)
+    return Curve(line.name, line.run, tuple(points), line.dots)
 
 
-def _max_vio(steps: Mapping[str, Sequence[Record]]) -> Iterator[Line]:
+def _max_vio(steps: Mapping[str, Sequence[Record]]) -> Iterator[Curve]:
     layers = _layers(steps)
     if len(layers) * len(steps) <= FEW_LINES:
         for layer in layers:

@@ -8,7 +8,7 @@ from typing import Any
 
 from compiler.analysis import Summary, summary, total
 from compiler.analysis.saved import saved_bytes_per_token
-from compiler.graph.compare import Line, Mark, compare
+from compiler.graph.compare import DiffLine, Mark, compare
 from compiler.graph.core import Program
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Resolved
@@ -60,7 +60,7 @@ class ChangedBlock:
 
     name: str
     mark: Mark
-    lines: Mapping[tuple[str, ...], Sequence[Line]]
+    lines: Mapping[tuple[str, ...], Sequence[DiffLine]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _planned(plan: Mapping[str, Any] | None) -> dict[str, int]:
 def _blocks(a: Side, b: Side) -> Iterator[ChangedBlock]:
     """Blocks that differ, callers first; a change in several programs is listed once."""
     marks: dict[str, set[Mark]] = {}
-    changes: dict[str, dict[tuple[str, ...], tuple[Line, list[str]]]] = {}
+    changes: dict[str, dict[tuple[str, ...], tuple[DiffLine, list[str]]]] = {}
     for program, before, after in _pairs(a, b):
         for block in reversed(compare(before, after)):
             if block.mark is not Mark.SAME:
@@ -188,7 +188,7 @@ def _blocks(a: Side, b: Side) -> Iterator[ChangedBlock]:
                         key = (line.mark.value, line.text, line.was)
                         lines.setdefault(key, (line, []))[1].append(program)
     for name, found in changes.items():
-        by_programs: dict[tuple[str, ...], list[Line]] = {}
+        by_programs: dict[tuple[str, ...], list[DiffLine]] = {}
         for line, programs in found.values():
             # The same line may be there twice in one program.
             by_programs.setdefault(tuple(dict.fromkeys(programs)), []).append(line)

@@ -55,7 +55,7 @@ class Timed:
     error: str = ""
 
 
-class Server:
+class ServerClient:
     """One with the API of OpenAI, and of vLLM what that lacks: `ignore_eos`, `/tokenize`."""
 
     def __init__(self, url: str, key: str | None) -> None:
@@ -139,7 +139,9 @@ def prompts(load: Load, text: Sequence[int] | None) -> list[list[int]]:
     return found
 
 
-def measure(server: Server, load: Load, text: Sequence[int] | None) -> tuple[list[Timed], float]:
+def measure(
+    server: ServerClient, load: Load, text: Sequence[int] | None
+) -> tuple[list[Timed], float]:
     """Makes all requests; what each took, in order, and seconds until the last had ended."""
     draw = random.Random(load.seed + 1)
     at, bodies = 0.0, []
@@ -163,7 +165,7 @@ def measure(server: Server, load: Load, text: Sequence[int] | None) -> tuple[lis
         return list(pool.map(run, bodies)), time.monotonic() - started
 
 
-def _timed(server: Server, body: Mapping[str, Any], begun: float) -> Timed:
+def _timed(server: ServerClient, body: Mapping[str, Any], begun: float) -> Timed:
     found = Timed()
     last = begun
     try:

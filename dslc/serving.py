@@ -6,15 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compiler.plan.serving import Served
+    from compiler.plan.serving import ServingPlan
     from dsl.schema import Cluster, Traffic
-    from dslc.balance import Balance
+    from dslc.balance import LoadBalance
 
 Row = tuple[str, ...]
 
 
 def serving_text(
-    served: Served, model: str, cluster: Cluster, traffic: Traffic, found: Sequence[Balance]
+    served: ServingPlan,
+    model: str,
+    cluster: Cluster,
+    traffic: Traffic,
+    found: Sequence[LoadBalance],
 ) -> str:
     from compiler.plan.serving import CONVENTIONS
     from dslc.commands.show import table, wrapped
@@ -31,7 +35,7 @@ def serving_text(
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _heads(served: Served, model: str, cluster: Cluster, traffic: Traffic) -> Iterator[Row]:
+def _heads(served: ServingPlan, model: str, cluster: Cluster, traffic: Traffic) -> Iterator[Row]:
     yield ("model", model)
     yield ("cluster", f"{cluster.cluster}, nodes of {cluster.gpus_per_node} GPUs")
     yield ("traffic", f"{traffic.traffic}: {traffic.about}".rstrip(": "))
@@ -39,7 +43,7 @@ def _heads(served: Served, model: str, cluster: Cluster, traffic: Traffic) -> It
         yield (f"{name} unit", f"{unit.expert} GPUs, {unit.redundant} redundant experts a layer")
 
 
-def _decoding(served: Served) -> Iterator[Row]:
+def _decoding(served: ServingPlan) -> Iterator[Row]:
     steps = served.steps
     yield (
         f"a step of decoding, {served.decode_bytes / 1e9:.1f} GB of weights",
@@ -55,7 +59,7 @@ def _decoding(served: Served) -> Iterator[Row]:
     yield ("bound, in turn: tokens/s and node", *(f"{step.in_turn:,.0f}" for step in steps))
 
 
-def _prompts(served: Served) -> Iterator[Row]:
+def _prompts(served: ServingPlan) -> Iterator[Row]:
     prompt = served.prompt
     yield (f"a computed token of a prompt, {served.prefill_bytes / 1e9:.1f} GB of weights", "us")
     yield ("products", f"{prompt.products * 1e6:.1f}")
@@ -65,7 +69,7 @@ def _prompts(served: Served) -> Iterator[Row]:
     yield ("bound, overlapped: tokens/s and node", f"{prompt.overlapped:,.0f}")
 
 
-def _nodes(served: Served, traffic: Traffic) -> Iterator[Row]:
+def _nodes(served: ServingPlan, traffic: Traffic) -> Iterator[Row]:
     read, written = traffic.measured.prefill, traffic.measured.decode
     yield ("a day", "nodes", "at tokens/s and node")
     yield ("prompts", f"{served.prefill_nodes:,.1f}", _rate(read, "bound, overlapped"))
@@ -73,7 +77,7 @@ def _nodes(served: Served, traffic: Traffic) -> Iterator[Row]:
     yield ("together", f"{served.prefill_nodes + served.decode_nodes:,.1f}", "")
 
 
-def _balance(found: Sequence[Balance]) -> Iterator[Row]:
+def _balance(found: Sequence[LoadBalance]) -> Iterator[Row]:
     """Of the recorded loads, for each number of redundant experts."""
     yield (
         "tokens of the busiest GPU over the mean",
@@ -85,7 +89,7 @@ def _balance(found: Sequence[Balance]) -> Iterator[Row]:
         yield (f"{name} unit, worst layer", *(f"{one.worst:.2f}" if one else "" for one in units))
 
 
-def _besides(served: Served) -> Iterator[Row]:
+def _besides(served: ServingPlan) -> Iterator[Row]:
     decode, prefill = (f"{size / 1e9:.1f}" for size in served.mtp_bytes)
     yield ("MTP modules", f"{decode} GB of weights of a decoding GPU, {prefill} of a prefill GPU")
     yield ("cache", f"{served.cache_transfer * 1e3:.1f} ms for that of a request to another unit")

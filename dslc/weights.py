@@ -15,7 +15,7 @@ from dslc.installed import require
 from dslc.options import Format
 
 if TYPE_CHECKING:
-    from backends.weights import Checkpoint, Progress
+    from backends.weights import Checkpoint, ConversionProgress
 
 SECONDS = 10.0
 """Seconds between lines of progress where a line cannot be rewritten."""
@@ -95,7 +95,7 @@ class ProgressPrinter:
     printed: float = field(default_factory=time.monotonic)
     terminal: bool = field(default_factory=sys.stderr.isatty)
 
-    def __call__(self, now: Progress) -> None:
+    def __call__(self, now: ConversionProgress) -> None:
         at = time.monotonic()
         ended = now.bytes == now.total
         if at - self.printed < (0.1 if self.terminal else SECONDS) and not (
@@ -117,7 +117,7 @@ class ProgressPrinter:
             print(file=sys.stderr)
 
 
-def progress_line(now: Progress, seconds: float) -> str:
+def progress_line(now: ConversionProgress, seconds: float) -> str:
     """Files, bytes, and, once known, the rate and the remaining time."""
     line = (
         f"file {now.shard} of {now.shards}, {now.bytes / 1e9:.2f} of {now.total / 1e9:.2f} GB"

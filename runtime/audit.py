@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .recode import Part, Recoded, Wanted
+from .recode import ConvertedTensor, StoredTensor, TensorSpec
 from .shards import DTYPES, Problem
-from .sources import Source
+from .sources import TensorSource
 
 AUDIT = "audit.json"
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
-def row(wanted: Wanted, source: Source, made: Recoded, file: str) -> Row:
+def row(wanted: TensorSpec, source: TensorSource, made: ConvertedTensor, file: str) -> Row:
     """What is said of one tensor, written to `file`."""
     files = [e.file.name for e in (source.entry, source.scale) if e is not None]
     said: Row = {"name": wanted.name, "how": made.how}
@@ -35,7 +35,7 @@ def row(wanted: Wanted, source: Source, made: Recoded, file: str) -> Row:
     return said
 
 
-def _about(part: Part, file: str) -> Row:
+def _about(part: StoredTensor, file: str) -> Row:
     shape = list(part.shape)
     hash = part.sha256
     return {"name": part.name, "file": file, "dtype": part.dtype, "shape": shape, "sha256": hash}
@@ -64,7 +64,7 @@ def known_hashes(folder: Path) -> tuple[dict[str, str], list[Problem]]:
 
 
 @dataclass
-class Group:
+class NameRange:
     """Tensors whose names differ only in numbers, and that were converted alike."""
 
     count: int = 0
@@ -90,7 +90,7 @@ class Table:
     """Rows of an audit, those alike as one."""
 
     def __init__(self) -> None:
-        self.groups: dict[Key, Group] = {}
+        self.groups: dict[Key, NameRange] = {}
 
     def add(self, one: Row) -> None:
         how = f"copy of {one['copy_of']}" if "copy_of" in one else one["how"]
@@ -101,7 +101,7 @@ class Table:
             " + ".join(part["dtype"] for part in one["written"]),
             how,
         )
-        self.groups.setdefault(key, Group()).add(one)
+        self.groups.setdefault(key, NameRange()).add(one)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Name, number of tensors, shape of each, read as, written as, how, bytes written."""

@@ -22,6 +22,7 @@ from .sources import Shape, Sources
 from .weights import published
 
 MAX_SHARD_BYTES = 5_000_000_000
+KEPT = "modules_to_not_convert"
 OWN_FILES = re.compile(r"(config|audit)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -182,7 +183,9 @@ def _write(model: CheckpointModule, folder: Path, max_shard_bytes: int) -> None:
     config = {**model.hf_config, key: dtype}
     held = next((p.declaration for p in published(model) if p.scales is not None), None)
     if held is not None:
-        config["quantization_config"] = quantization_config(held.fp8)
+        # Beside weights in BF16 it is a key of its own.
+        kept = {name: config.pop(name) for name in (KEPT,) if name in config}
+        config["quantization_config"] = quantization_config(held.fp8) | kept
     _write_json(folder / "config.json", config)
 
 

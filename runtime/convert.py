@@ -2,7 +2,7 @@
 
 A conversion works in `TARGET.partial` and renames it at the end, so that TARGET is complete or
 absent. Killed and begun again, it keeps every file that has the bytes it was written with. One
-tensor is in memory at a time, whatever the size of the files. `audit.json` says of each tensor
+tensor is in memory at a time, regardless of the size of the files. `audit.json` says of each tensor
 what was read and what was written.
 """
 
@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 from .audit import AUDIT, Row, Table, known_hashes, lines, row
 from .files import sync
-from .recode import Form, Wanted, recode
+from .recode import StorageFormat, TensorSpec, recode
 from .shards import DTYPES, INDEX, Problem, Shards
-from .sources import Source, Sources
+from .sources import Sources, TensorSource
 
 RECORDS, ASKED = "records", "conversion.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -47,7 +47,7 @@ class TargetError(ConversionError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class ConversionProgress:
     """How far a conversion is, in files to write and in bytes of weights to read."""
 
     shard: int
@@ -59,7 +59,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where a part lies in the file that is written."""
 
     dtype: str
@@ -72,13 +72,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Shard:
+class OutputFile:
     """A file that is written: its header, and where each part goes."""
 
     file: str
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[TensorSpec, ...]
     header: bytes
-    places: Mapping[str, Place]
+    places: Mapping[str, Extent]
 
     @property
     def size(self) -> int:
@@ -88,14 +88,14 @@ class Shard:
 def convert(
     folder: Path,
     target: Path,
-    wanted: Sequence[Wanted],
-    form: Form,
+    wanted: Sequence[TensorSpec],
+    form: StorageFormat,
     files: Mapping[str, str],
     *,
     prefix: str = "",
     beside: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    report: Callable[[Progress], None] = lambda _: None,
+    report: Callable[[ConversionProgress], None] = lambda _: None,
 ) -> Table:
     """Writes the `wanted` tensors of a folder to `target`, as `form` asks; gives the audit.
 
@@ -144,15 +144,17 @@ def convert(
     return table
 
 
-def lay_out(wanted: Sequence[Wanted], form: Form, max_shard_bytes: int) -> list[Shard]:
+def lay_out(
+    wanted: Sequence[TensorSpec], form: StorageFormat, max_shard_bytes: int
+) -> list[OutputFile]:
     """The files to write: tensors in order, in files of at most so many bytes of weights.
 
     A larger tensor has a file to itself. Scales are in the file of their weight.
     """
-    groups: list[list[Wanted]] = [[]]
+    groups: list[list[TensorSpec]] = [[]]
     room = max_shard_bytes
     for one in wanted:
-        size = sum(Place(dtype, shape, 0).size for _, dtype, shape in form.parts(one))
+        size = sum(Extent(dtype, shape, 0).size for _, dtype, shape in form.parts(one))
         if groups[-1] and size > room:
             groups.append([])
             room = max_shard_bytes
@@ -164,21 +166,21 @@ def lay_out(wanted: Sequence[Wanted], form: Form, max_shard_bytes: int) -> list[
     return [_shard(name, group, form) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, wanted: Sequence[Wanted], form: Form) -> Shard:
+def _shard(file: str, wanted: Sequence[TensorSpec], form: StorageFormat) -> OutputFile:
     parts = [part for one in wanted for part in form.parts(one)]
     # Widest types first, so that each part begins at a multiple of its element's size.
     parts.sort(key=lambda part: -DTYPES[part[1]].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape in parts:
-        end = at + Place(dtype, shape, 0).size
+        end = at + Extent(dtype, shape, 0).size
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data = len(text).to_bytes(8, "little") + text
-    places = {n: Place(d, s, len(data) + header[n]["data_offsets"][0]) for n, d, s in parts}
-    return Shard(file, tuple(wanted), data, places)
+    places = {n: Extent(d, s, len(data) + header[n]["data_offsets"][0]) for n, d, s in parts}
+    return OutputFile(file, tuple(wanted), data, places)
 
 
 class _Work:
@@ -189,10 +191,10 @@ class _Work:
         shards: Shards,
         sources: Sources,
         known: Mapping[str, str],
-        form: Form,
+        form: StorageFormat,
         partial: Path,
-        layout: Sequence[Shard],
-        report: Callable[[Progress], None],
+        layout: Sequence[OutputFile],
+        report: Callable[[ConversionProgress], None],
     ) -> None:
         self.shards, self.sources, self.known, self.form = shards, sources, known, form
         self.partial, self.layout, self.report = partial, layout, report
@@ -224,21 +226,21 @@ class _Work:
         for shard in self.layout:
             yield from json.loads(self._record(shard).read_text(encoding="utf-8"))
 
-    def _source(self, wanted: Wanted) -> Source:
+    def _source(self, wanted: TensorSpec) -> TensorSource:
         """Copies are equal to their originals, and may be absent."""
         return self.sources.of[wanted.copy_of or wanted.name]
 
-    def _size(self, wanted: Wanted) -> int:
+    def _size(self, wanted: TensorSpec) -> int:
         source = self._source(wanted)
         return source.entry.bytes + (source.scale.bytes if source.scale else 0)
 
     def _tell(self, number: int) -> None:
-        self.report(Progress(number, len(self.layout), self.done, self.total, self.kept))
+        self.report(ConversionProgress(number, len(self.layout), self.done, self.total, self.kept))
 
-    def _record(self, shard: Shard) -> Path:
+    def _record(self, shard: OutputFile) -> Path:
         return self.partial / RECORDS / f"{shard.file}.json"
 
-    def _is_written(self, shard: Shard) -> bool:
+    def _is_written(self, shard: OutputFile) -> bool:
         """Whether a file is there with the bytes that its record says were written."""
         try:
             rows = json.loads(self._record(shard).read_text(encoding="utf-8"))
@@ -254,13 +256,13 @@ class _Work:
         except (OSError, ValueError):
             return False
 
-    def _require_room(self, todo: Sequence[Shard]) -> None:
+    def _require_room(self, todo: Sequence[OutputFile]) -> None:
         need, free = sum(shard.size for shard in todo), shutil.disk_usage(self.partial).free
         if need > free:
             text = f"{need / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free"
             raise OSError(28, text, str(self.partial))
 
-    def _shard(self, number: int, shard: Shard) -> list[Problem]:
+    def _shard(self, number: int, shard: OutputFile) -> list[Problem]:
         """Writes a file and its record; with problems, neither is there."""
         fresh = self.partial / f"{shard.file}.part"
         rows: list[Row] = []
@@ -291,7 +293,7 @@ class _Work:
         _write(self._record(shard), lines(rows))
         return []
 
-    def _problems(self, wanted: Wanted, fault: str | None, said: Row) -> Iterator[Problem]:
+    def _problems(self, wanted: TensorSpec, fault: str | None, said: Row) -> Iterator[Problem]:
         if fault and not wanted.copy_of:
             yield Problem(fault, wanted.name)
         for part in said["read"]:
@@ -299,7 +301,7 @@ class _Work:
                 yield Problem(f"has other bytes than {AUDIT} beside it says", part["name"])
 
 
-def _asked(shards: Shards, layout: Sequence[Shard], form: Form) -> str:
+def _asked(shards: Shards, layout: Sequence[OutputFile], form: StorageFormat) -> str:
     """What a conversion reads and writes: only the same one may go on with its files."""
     files = sorted({entry.file for entry in shards.entries.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -336,12 +338,12 @@ def _take_up(partial: Path, asked: str, first: bool) -> None:
             begun = {}
     allowed = ({"asked": asked, "first": False}, {"asked": asked, "first": first})
     if begun not in allowed:
-        text = "was left by another conversion, or its source has changed: remove it to begin anew"
+        text = "was left by another conversion, or its source has changed: remove it to start again"
         raise TargetError(partial, text)
     _write(path, [json.dumps({"asked": asked, "first": first})])
 
 
-def _write_audit(partial: Path, rows: Iterator[Row], folder: Path, form: Form) -> Table:
+def _write_audit(partial: Path, rows: Iterator[Row], folder: Path, form: StorageFormat) -> Table:
     """Row by row, as there may be a hundred thousand."""
     about = json.dumps({"from": folder.resolve().name, "fp8": form.fp8, "scales": form.scale})
     table = Table()
@@ -355,7 +357,7 @@ def _write_audit(partial: Path, rows: Iterator[Row], folder: Path, form: Form) -
     return table
 
 
-def _write_index(partial: Path, layout: Sequence[Shard]) -> None:
+def _write_index(partial: Path, layout: Sequence[OutputFile]) -> None:
     placed = {name: shard.file for shard in layout for name in shard.places}
     size = sum(place.size for shard in layout for place in shard.places.values())
     index = {"metadata": {"total_size": size}, "weight_map": placed}
@@ -372,7 +374,7 @@ def _write(path: Path, texts: Iterable[str]) -> None:
     fresh.replace(path)
 
 
-def _hash_of(file: BinaryIO, place: Place) -> str:
+def _hash_of(file: BinaryIO, place: Extent) -> str:
     digest = hashlib.sha256()
     file.seek(place.start)
     left = place.size

@@ -90,7 +90,7 @@ def _folders(source: Path) -> list[Path]:
 
 
 def _compile(command: list[str], source: Path, folders: list[Path], name: str) -> Path:
-    """Compiles into the first folder that can be written to; nobody ever sees half a file."""
+    """Compiles into the first folder that can be written to; half a file is never seen."""
     print(f"{source.parent.parent.name}: compiling its step for this CPU, once", file=sys.stderr)
     reason = ""
     for folder in folders:

@@ -33,6 +33,10 @@ RUN = 128
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 LEAST_AMAX = 1e-4
+WIDE = 2.0**8
+"""By how much E4M3 numbers are divided where they are widened."""
+LITTLE = 2**13
+"""Numbers that are converted one by one as fast as all at once."""
 FEW = 16
 """Rows of a product whose time is that of calls, not of arithmetic."""
 
@@ -177,6 +181,8 @@ def grouped_linear(
     parts: Sequence[int] = (),
 ) -> Tensor:
     """`linear` for the slots of each expert: q [slots, in], wq [experts, out, in]."""
+    if 0 < len(q) <= FEW:
+        return _row_by_row(q, s, offs, wq, ws, parts).to(dtype)
     product = partial(linear, dtype=dtype, parts=parts)
     return _of_each_expert(product, q, s, offs, wq, ws)
 
@@ -273,31 +279,48 @@ def _product(
     if len(a) <= FEW and not parts and a.shape[1] % RUN == 0:
         # The same numbers in fewer calls, which take most of the time of few rows.
         cut = wide_a.unflatten(1, (-1, RUN)).transpose(0, 1), wide_b.unflatten(0, (-1, RUN))
-        terms = torch.bmm(*cut).float().mul_(a_scale.T.unsqueeze(2)).mul_(b_scale.unsqueeze(1))
-        for term in terms:
+        dots = torch.bmm(*cut).mul_(WIDE**2).float()
+        for term in dots.mul_(a_scale.T.unsqueeze(2)).mul_(b_scale.unsqueeze(1)):
             total += term
         return total
     start = 0
     for i, length in enumerate(_lengths(a.shape[1], parts)):
         run = slice(start, start + length)
-        dot = (wide_a[:, run] @ wide_b[run]).float()
+        dot = (wide_a[:, run] @ wide_b[run]).mul_(WIDE**2).float()
         total += dot * a_scale[:, i, None] * b_scale[i]
         start += length
     return total
 
 
+def _row_by_row(
+    q: Tensor, s: Tensor, offs: Tensor, wq: Tensor, ws: Tensor, parts: Sequence[int]
+) -> Tensor:
+    """What decoding asks for: few rows, each with the weight of its expert, in few calls."""
+    place = torch.arange(len(q), dtype=offs.dtype, device=q.device)
+    expert = torch.searchsorted(offs, place, right=True)
+    weights = wq.view(torch.uint8).index_select(0, expert).view(E4M3)
+    x, w = _wide(q).unsqueeze(1), _wide(weights).mT
+    scales = _spread(ws[expert], wq.shape[1], parts, 1).mT
+    total = torch.zeros(len(q), wq.shape[1], device=q.device)
+    for i in range(s.shape[1]):
+        run = slice(i * RUN, (i + 1) * RUN)
+        dot = torch.bmm(x[..., run], w[:, run]).squeeze(1).mul_(WIDE**2).float()
+        total += dot.mul_(s[:, i, None]).mul_(scales[:, i])
+    return total
+
+
 def _wide(q: Tensor) -> Tensor:
-    """E4M3 numbers in float64, several times as fast as torch converts them one by one.
+    """E4M3 numbers in float64, divided by `WIDE`: many times as fast as torch converts them.
 
     The bits of an E4M3 number, moved by 7, are those of a float16 number 2^8 times as small; the
-    NaN alone is another.
+    NaN alone is another. Torch converts float16 by way of float32 faster than at once.
     """
-    byte = q.view(torch.uint8)
-    magnitude = byte & 0x7F
-    if not q.numel() or magnitude.amax() == 0x7F:
-        return q.float().double()
-    bits = magnitude.to(torch.int16) << 7 | (byte & 0x80).to(torch.int16) << 8
-    return bits.view(torch.float16).double().mul_(2.0**8)
+    if q.numel() < LITTLE or (q.view(torch.uint8) & 0x7F).amax().item() == 0x7F:
+        return q.float().double().div_(WIDE)
+    bits = q.view(torch.int8).to(torch.int16)
+    bits <<= 7
+    bits &= ~0x4000  # where the sign was copied to
+    return bits.view(torch.float16).float().double()
 
 
 def _lengths(size: int, parts: Sequence[int]) -> list[int]:
@@ -307,6 +330,8 @@ def _lengths(size: int, parts: Sequence[int]) -> list[int]:
 
 def _spread(s: Tensor, size: int, parts: Sequence[int], dim: int) -> Tensor:
     """The scale of each number along a dimension, from those of its runs."""
+    if not parts:
+        return s.repeat_interleave(RUN, dim=dim).narrow(dim, 0, size)
     lengths = torch.tensor(_lengths(size, parts), device=s.device)
     return s.repeat_interleave(lengths, dim=dim, output_size=size)
 

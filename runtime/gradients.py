@@ -192,7 +192,7 @@ def attention_saving(
     """`attention`, and the float32 logarithm of each query's sum of exponentials.
 
     The latter is [batch, query, heads]. Where torch's kernel does not give it (other devices than
-    the CPU, no tokens, capped scores), it is zeros that nobody reads: `attention_grad` does
+    the CPU, no tokens, capped scores), it is zeros that are not read: `attention_grad` does
     without.
     """
     seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .fp8 import quantize_weight
-from .shards import BLOCK, DTYPES, FP8, Entry, Shards, dequantize, tensor_in
-from .sources import Source
+from .shards import BLOCK, DTYPES, FP8, Shards, TensorEntry, dequantize, tensor_in
+from .sources import TensorSource
 from .weights import first_values
 
 SCALE = "_scale_inv"
@@ -21,7 +21,7 @@ ROWS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TensorSpec:
     """A tensor that a checkpoint is to hold, and what its values began as: N(value, std^2).
 
     `dtype` is what it is stored as if not in FP8, by its safetensors name; `fp8` says that FP8
@@ -38,7 +38,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredTensor:
     """Bytes of a tensor, as one file has them."""
 
     name: str
@@ -52,20 +52,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Recoded:
-    """A tensor that was read and made anew: a weight, and its scales if they have some.
+class ConvertedTensor:
+    """A tensor that was read and converted: a weight, and its scales if they have some.
 
     `how`: copied, cast, dequantized or quantized. `fault` says what is wrong with its values.
     """
 
     how: str
-    read: tuple[Part, ...]
-    made: tuple[Part, ...]
+    read: tuple[StoredTensor, ...]
+    made: tuple[StoredTensor, ...]
     fault: str | None
 
 
 @dataclass(frozen=True)
-class Form:
+class StorageFormat:
     """How weights are to be stored: those of FP8 checkpoints as FP8, or all as they are wanted.
 
     `scale` is `fp32`, or `ue8m0` for powers of two. With `seed`, weights that still are what this
@@ -77,7 +77,7 @@ class Form:
     seed: int | None = None
     first: bool = False
 
-    def parts(self, wanted: Wanted) -> list[tuple[str, str, tuple[int, ...]]]:
+    def parts(self, wanted: TensorSpec) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, type and shape of what is stored for a tensor."""
         if not (self.fp8 and wanted.fp8):
             return [(wanted.name, wanted.dtype, wanted.shape)]
@@ -85,7 +85,9 @@ class Form:
         return [(wanted.name, FP8, wanted.shape), (wanted.name + SCALE, "F32", blocks)]
 
 
-def recode(shards: Shards, source: Source, wanted: Wanted, form: Form) -> Recoded:
+def recode(
+    shards: Shards, source: TensorSource, wanted: TensorSpec, form: StorageFormat
+) -> ConvertedTensor:
     """Reads a tensor and stores it as `form` asks, a few rows at a time.
 
     What is quantized is rounded to `wanted.dtype` first, as weights are while a model computes:
@@ -110,37 +112,37 @@ def recode(shards: Shards, source: Source, wanted: Wanted, form: Form) -> Recode
             for to, value in zip(out, new, strict=True):
                 to.copy_(value)
     fault = fault or (None if form.first else _at_first(read, wanted, form.seed))
-    return Recoded(how, tuple(read), tuple(made), fault)
+    return ConvertedTensor(how, tuple(read), tuple(made), fault)
 
 
-def _how(read: Sequence[Part], asked: Sequence[tuple[str, str, tuple[int, ...]]]) -> str:
+def _how(read: Sequence[StoredTensor], asked: Sequence[tuple[str, str, tuple[int, ...]]]) -> str:
     if len(read) == len(asked) and read[0].dtype == asked[0][1]:
         return "copied"
     return "quantized" if len(asked) == 2 else "dequantized" if len(read) == 2 else "cast"
 
 
-def _read(shards: Shards, entry: Entry) -> Part:
-    return Part(entry.name, entry.dtype, entry.shape, shards.bytes(entry))
+def _read(shards: Shards, entry: TensorEntry) -> StoredTensor:
+    return StoredTensor(entry.name, entry.dtype, entry.shape, shards.bytes(entry))
 
 
-def _as(old: Part, name: str, dtype: str, shape: tuple[int, ...]) -> Part:
+def _as(old: StoredTensor, name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
     """`old` under another name; only scales may be of another type."""
     if dtype == old.dtype:
-        return Part(name, dtype, shape, old.data)
+        return StoredTensor(name, dtype, shape, old.data)
     new = _empty(name, dtype, shape)
     _tensor(new).copy_(_tensor(old))
     return new
 
 
-def _empty(name: str, dtype: str, shape: tuple[int, ...]) -> Part:
-    return Part(name, dtype, shape, bytearray(math.prod(shape) * DTYPES[dtype].itemsize))
+def _empty(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(name, dtype, shape, bytearray(math.prod(shape) * DTYPES[dtype].itemsize))
 
 
-def _tensor(part: Part) -> Tensor:
+def _tensor(part: StoredTensor) -> Tensor:
     return tensor_in(part.data, part.dtype, part.shape)
 
 
-def _runs(parts: list[Part]) -> Iterator[list[Tensor]]:
+def _runs(parts: list[StoredTensor]) -> Iterator[list[Tensor]]:
     """Views of the same rows of a weight and of its scales; a vector is one run."""
     weight, *scales = (_tensor(part) for part in parts)
     if weight.dim() != 2:
@@ -157,7 +159,7 @@ def _finite(x: Tensor) -> bool:
     return bool(least.isfinite() and most.isfinite())
 
 
-def _at_first(read: list[Part], wanted: Wanted, seed: int | None) -> str | None:
+def _at_first(read: list[StoredTensor], wanted: TensorSpec, seed: int | None) -> str | None:
     """Whether a tensor still is what it began as; of random values only the seed can tell."""
     if len(read) != 1 or (wanted.std and seed is None):
         return None

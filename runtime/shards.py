@@ -60,7 +60,7 @@ class LoadError(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor as a header describes it."""
 
     name: str
@@ -88,7 +88,7 @@ class Shards(ExitStack):
         super().__init__()
         self.folder = folder
         self.problems: list[Problem] = []
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self._open: dict[Path, BufferedReader] = {}
         placed = self._read_index()
         self._unread = False
@@ -112,11 +112,11 @@ class Shards(ExitStack):
             return file is not None and self.folder / file not in self._open
         return self._unread
 
-    def values(self, entry: Entry) -> Tensor:
+    def values(self, entry: TensorEntry) -> Tensor:
         """The tensor as stored, on the CPU."""
         return tensor_in(self.bytes(entry), entry.dtype, entry.shape)
 
-    def bytes(self, entry: Entry, start: int = 0, count: int | None = None) -> bytearray:
+    def bytes(self, entry: TensorEntry, start: int = 0, count: int | None = None) -> bytearray:
         """The bytes that it is stored as: all, or at most `count` of them from `start` on.
 
         Raises OSError if the file has shrunk.
@@ -129,7 +129,7 @@ class Shards(ExitStack):
             raise OSError(f"{entry.file} was changed while it was read")
         return data
 
-    def same_bytes(self, a: Entry, b: Entry) -> bool:
+    def same_bytes(self, a: TensorEntry, b: TensorEntry) -> bool:
         """Whether two tensors of one type and shape are stored as the same bytes."""
         starts = range(0, a.bytes, CHUNK)
         return all(self.bytes(a, s, CHUNK) == self.bytes(b, s, CHUNK) for s in starts)
@@ -189,7 +189,7 @@ class Shards(ExitStack):
                 self._add(f"in two files, {self.entries[name].file.name} and {file.name}", name)
             begin, _ = about["data_offsets"]
             shape, dtype = tuple(about["shape"]), str(about["dtype"])
-            self.entries[name] = Entry(name, file, shape, dtype, data + begin)
+            self.entries[name] = TensorEntry(name, file, shape, dtype, data + begin)
 
 
 def _under(prefix: str, named: Mapping[str, T]) -> dict[str, T]:

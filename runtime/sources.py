@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shards import BLOCK, DTYPES, FP8, Entry, Problem, Shards, dequantize
+from .shards import BLOCK, DTYPES, FP8, Problem, Shards, TensorEntry, dequantize
 
 Shape = tuple[int, ...]
 CONSTANT = ".rotary_emb.inv_freq"
@@ -16,11 +16,11 @@ SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where a tensor's values come from: an entry, with its scales if it is FP8."""
 
-    entry: Entry
-    scale: Entry | None
+    entry: TensorEntry
+    scale: TensorEntry | None
 
     def read(self, shards: Shards) -> Tensor:
         value = shards.values(self.entry)
@@ -40,7 +40,7 @@ class Sources:
         """`copies`: copy -> original, of which only the originals are among `shapes`."""
         self.shards = shards
         self.problems = list(shards.problems)
-        self.of: dict[str, Source] = {}
+        self.of: dict[str, TensorSource] = {}
         self._left = dict(shards.entries)
         for name, shape in shapes.items():
             self._take(name, shape)
@@ -64,7 +64,7 @@ class Sources:
         if fault:
             self._refuse(fault, name)
         else:
-            self.of[name] = Source(entry, scale)
+            self.of[name] = TensorSource(entry, scale)
 
     def _compare(self, copy: str, original: str) -> None:
         """Refuses a copy that is not equal to its original."""
@@ -90,7 +90,7 @@ class Sources:
         self.problems.append(Problem(text, name))
 
 
-def _fault(entry: Entry, scale: Entry | None, shape: Shape) -> str | None:
+def _fault(entry: TensorEntry, scale: TensorEntry | None, shape: Shape) -> str | None:
     """Why an entry cannot be a weight of this shape, if so."""
     if entry.shape != shape:
         return f"of shape {list(entry.shape)}, the model has {list(shape)}"

@@ -161,7 +161,7 @@ class Tensors(Block):
 
     @property
     def parts_of_rows(self) -> tuple[int, ...]:
-        """Sizes of the rows in which blocks of scales begin anew; none if that changes nothing."""
+        """Sizes of the rows in which blocks of scales restart; none if that changes nothing."""
         return ()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -378,7 +378,7 @@ def _around(prefix: str) -> str:
 def initialize(module: nn.Module, seed: int) -> None:
     """Gives every declared tensor its first values.
 
-    Values follow from `seed`, the published name and the index of the element, whatever the
+    Values follow from `seed`, the published name and the index of the element, regardless of the
     device, the storage and the order. On the meta device nothing happens.
     """
     for entry in published(module):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.support.layers import LIBRARIES, MAY_IMPORT, imports, ruled, sources
+from tests.support.layers import LIBRARIES, MAY_IMPORT, dependencies, imports, ruled, sources
 from tests.support.places import ROOT
 
 # Building V3 must start and end before importing any of these would have.
@@ -54,6 +55,14 @@ def test_only_generation_imports_the_engine_and_no_library_of_a_server() -> None
     }
     served = {"fastapi", "jinja2", "llguidance", "prometheus_client", "starlette", "tokenizers"}
     assert not served & loaded_by("import runtime.generate, runtime.train.prepare")
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    """A file can be read with those that it imports alone."""
+    found = dependencies()
+    assert "compiler.lower.state" in found["compiler.lower.frame"]
+    assert "runtime.serve.engine" in found["runtime.generate"]
+    TopologicalSorter(found).prepare()  # raises `CycleError` with the circle
 
 
 def test_no_file_is_a_drawer_for_leftovers() -> None:

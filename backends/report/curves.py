@@ -21,7 +21,7 @@ WEAKEST, STRONGEST = "#1f5fa8", "#c2571a"
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """Points (tokens, value) of the run with the number `run`, which decides on the colour."""
 
     name: str
@@ -36,7 +36,7 @@ class Line:
 class Chart:
     title: str
     unit: str
-    lines: tuple[Line, ...]
+    lines: tuple[Curve, ...]
     log: bool = False
     """Equal ratios are equally far apart: a loss falls fast at first, and slowly for long."""
 
@@ -51,7 +51,7 @@ class Heat:
 
 
 @dataclass(frozen=True)
-class Mark:
+class AxisLabel:
     """A label on an axis, and where it stands."""
 
     place: float
@@ -139,8 +139,10 @@ def draw(chart: Chart) -> dict[str, object]:
         "title": chart.title,
         "unit": chart.unit,
         "lines": lines,
-        "across": [Mark(place(x, low)[0], format_count(x)) for x in ticks(0, right)],
-        "up": [Mark(place(0, y)[1], f"{y:.4g}") for y in (log_ticks if log else ticks)(low, high)],
+        "across": [AxisLabel(place(x, low)[0], format_count(x)) for x in ticks(0, right)],
+        "up": [
+            AxisLabel(place(0, y)[1], f"{y:.4g}") for y in (log_ticks if log else ticks)(low, high)
+        ],
     }
 
 

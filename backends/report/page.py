@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from backends.report.html import environment
 from backends.report.plan import plan_page
 from backends.values import values
-from compiler.analysis import CONVENTIONS, Module, Part, Summary, Tally, Work, total, training_flops
+from compiler.analysis import (
+    CONVENTIONS,
+    Module,
+    Submodule,
+    Summary,
+    Tally,
+    Work,
+    total,
+    training_flops,
+)
 from compiler.graph.core import Graph
 from compiler.graph.svg import STYLE, picture, short_name
 from compiler.graph.text import print_op
@@ -79,7 +88,7 @@ def _shares(numbers: Summary) -> Iterator[Share]:
 
 
 @dataclass(frozen=True)
-class Line:
+class ModuleRow:
     """A module or a weight of the tree, with the numbers of all the equal ones it stands for."""
 
     name: str
@@ -88,30 +97,30 @@ class Line:
     activated: int
     flops: int = 0
     cache_bytes: int = 0
-    inside: tuple[Line, ...] = ()
+    inside: tuple[ModuleRow, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Many:
+class _Equal:
     """How many of a module there are, how many a token meets, and how often they run."""
 
     count: int = 1
     active: int = 1
     passes: int = 1
 
-    def of(self, part: Part) -> _Many:
-        return _Many(self.count * part.count, self.active * part.active, self.passes * part.passes)
+    def of(self, part: Submodule) -> _Equal:
+        return _Equal(self.count * part.count, self.active * part.active, self.passes * part.passes)
 
 
-def _modules(numbers: Summary) -> Iterator[Line]:
+def _modules(numbers: Summary) -> Iterator[ModuleRow]:
     """The model, then each module of multi-token prediction."""
     length = numbers.sequence_length
-    yield _line(numbers.model, numbers.name, _Many(), length)
-    yield from _inside(numbers.mtp, _Many(), length)
+    yield _line(numbers.model, numbers.name, _Equal(), length)
+    yield from _inside(numbers.mtp, _Equal(), length)
 
 
-def _line(module: Module, name: str, many: _Many, length: int) -> Line:
-    return Line(
+def _line(module: Module, name: str, many: _Equal, length: int) -> ModuleRow:
+    return ModuleRow(
         name,
         module.block + (f" \u00d7 {many.count:,}" if many.count > 1 else ""),
         many.count * module.parameters,
@@ -122,11 +131,11 @@ def _line(module: Module, name: str, many: _Many, length: int) -> Line:
     )
 
 
-def _inside(module: Module, many: _Many, length: int) -> Iterator[Line]:
+def _inside(module: Module, many: _Equal, length: int) -> Iterator[ModuleRow]:
     for t in module.tensors:
         shape = ", ".join(f"{d.name}={d.size}" for d in t.dims)
         parameters, activated = many.count * t.parameters, many.active * t.activated
-        yield Line(t.name, f"{t.dtype}[{shape}]", parameters, activated)
+        yield ModuleRow(t.name, f"{t.dtype}[{shape}]", parameters, activated)
     for part in module.parts:
         yield _line(part.module, part.name, many.of(part), length)
 

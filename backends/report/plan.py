@@ -13,7 +13,7 @@ LARGEST = 8  # tensors of the fullest rank
 
 
 @dataclass(frozen=True)
-class Part:
+class BarPart:
     """Memory of one kind, and its part of the whole width of a bar, in percent."""
 
     kind: Kind
@@ -28,7 +28,7 @@ class RankLine:
     rank: Rank
     stages: str
     layers: str
-    parts: tuple[Part, ...]
+    parts: tuple[BarPart, ...]
     bytes_inside: int
     bytes_across: int
 
@@ -73,7 +73,7 @@ def _ranks(plan: Plan) -> Iterator[RankLine]:
             ", ".join(map(str, stages)),
             ", ".join(plan.layout.stages[stage].words for stage in stages),
             tuple(
-                Part(kind, rank.memory.of(kind), 100 * rank.memory.of(kind) / width)
+                BarPart(kind, rank.memory.of(kind), 100 * rank.memory.of(kind) / width)
                 for kind in Kind
             ),
             sum(one.bytes_inside for one in rank.sent),

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from backends.report.html import environment
 from compiler.analysis.costs import Cost, Costs
-from compiler.graph.compare import Comparison, Line, Mark, compare
+from compiler.graph.compare import Comparison, DiffLine, Mark, compare
 from compiler.graph.core import Op, Program
 from compiler.graph.svg import short_name
 from compiler.graph.text import print_attributes, print_op
-from compiler.pipeline import Compiled, Step
+from compiler.pipeline import Compiled, PassResult
 from dsl.load import Description
 from dsl.source import Source, Span
 
@@ -27,7 +27,7 @@ SCRIPT, STYLE = "steps.js", "steps.css"
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLink:
     """Where a line of a block was written; `anchor` leads to the listing of that source."""
 
     text: str
@@ -35,7 +35,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Row:
+class GraphRow:
     """One line of a block with its numbers; `inside` are those of its regions.
 
     `left`, `kind` and `right` together are the statement without types. `was` is as in
@@ -51,8 +51,8 @@ class Row:
     bytes: int = 0
     flops: int = 0
     callee: str = ""
-    places: tuple[Place, ...] = ()
-    inside: tuple[Row, ...] = ()
+    places: tuple[SourceLink, ...] = ()
+    inside: tuple[GraphRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Version:
     anchor: str
     name: str
     about: str
-    signature: Row
-    declarations: tuple[Row, ...]
-    rows: tuple[Row, ...]
+    signature: GraphRow
+    declarations: tuple[GraphRow, ...]
+    rows: tuple[GraphRow, ...]
     flops: int
     first: bool  # of its name: what a link without a step leads to
 
@@ -81,7 +81,7 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPass:
     """One step of a program."""
 
     anchor: str
@@ -135,14 +135,14 @@ class _Page:
     description: Description
     versions: dict[tuple[object, ...], Version] = field(default_factory=dict)
 
-    def steps(self, program: str, compiled: Compiled) -> Iterator[Shown]:
+    def steps(self, program: str, compiled: Compiled) -> Iterator[ShownPass]:
         one_token = program.startswith(("decode", "draft"))
         sizes = {"batch": 1, "seq": 1 if one_token else TOKENS, "context": TOKENS}
         # The step before the first one is the first one.
         steps = compiled.steps_of(program)
         current: dict[str, str] = {}
         for i, (before, step) in enumerate(zip([steps[0], *steps], steps, strict=False)):
-            yield Shown(
+            yield ShownPass(
                 anchor=f"{program}-{i}",
                 name=step.name,
                 purpose=step.purpose,
@@ -153,7 +153,11 @@ class _Page:
             )
 
     def _chips(
-        self, before: Step, step: Step, sizes: Mapping[str, int], current: dict[str, str]
+        self,
+        before: PassResult,
+        step: PassResult,
+        sizes: Mapping[str, int],
+        current: dict[str, str],
     ) -> Iterator[Chip]:
         """The blocks after a step, callers first; `current` knows the last version of each."""
         costs = Costs(step.program)
@@ -186,13 +190,13 @@ class _Page:
             )
         return self.versions[key].anchor
 
-    def _rows(self, lines: Sequence[Line], costs: Mapping[Op, Cost]) -> tuple[Row, ...]:
+    def _rows(self, lines: Sequence[DiffLine], costs: Mapping[Op, Cost]) -> tuple[GraphRow, ...]:
         """Lines to nested rows: those inside a region go into the row that holds it."""
-        inside: dict[str, list[Line]] = {}
+        inside: dict[str, list[DiffLine]] = {}
         for line in lines:
             inside.setdefault(line.inside, []).append(line)
 
-        def rows(key: str) -> tuple[Row, ...]:
+        def rows(key: str) -> tuple[GraphRow, ...]:
             return tuple(
                 self._row(line, costs, rows(line.key))
                 for line in inside.get(key, ())
@@ -201,13 +205,15 @@ class _Page:
 
         return rows("")
 
-    def _row(self, line: Line, costs: Mapping[Op, Cost], inside: tuple[Row, ...]) -> Row:
+    def _row(
+        self, line: DiffLine, costs: Mapping[Op, Cost], inside: tuple[GraphRow, ...]
+    ) -> GraphRow:
         op = line.op
         if op is None:
-            return Row(line.mark, line.text, was=line.was, inside=inside)
+            return GraphRow(line.mark, line.text, was=line.was, inside=inside)
         left, _, right = print_op(op).partition(f"{op.kind}(")
         cost = costs.get(op, Cost(0, 0))
-        return Row(
+        return GraphRow(
             mark=line.mark,
             left=left,
             kind=op.kind,
@@ -221,9 +227,9 @@ class _Page:
             inside=inside,
         )
 
-    def _place(self, span: Span) -> Place:
+    def _place(self, span: Span) -> SourceLink:
         name = short_name(span.source).rsplit("/", 1)[-1]
-        return Place(f"{name}:{span.line}", f"s{self._number(span.source)}-{span.line}")
+        return SourceLink(f"{name}:{span.line}", f"s{self._number(span.source)}-{span.line}")
 
     def _number(self, source: Source) -> int:
         return next((i for i, s in enumerate(self.description.sources) if s is source), 0)

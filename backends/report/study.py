@@ -10,7 +10,7 @@ from backends.report.html import environment
 
 
 @dataclass(frozen=True)
-class Row:
+class ConfigurationRow:
     """One configuration, in the words of the table; `verdict` compares it with the baseline."""
 
     name: str
@@ -40,7 +40,7 @@ def render_study(
     title: str,
     about: str,
     facts: Sequence[tuple[str, str]],
-    rows: Sequence[Row],
+    rows: Sequence[ConfigurationRow],
     charts: Sequence[Chart],
     changes: Sequence[Change],
     notes: Sequence[str],

@@ -5,25 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from backends.render import render
-from backends.torch.layout import Call, lay_out
+from backends.torch.layout import CallText, lay_out
 from backends.torch.records import docstring
+from compiler.graph.core import Program
 from compiler.parallel.layout import placement
 from compiler.plan.make import step_counts
 from compiler.plan.plan import Plan
 from compiler.plan.ramp import longest
-from dsl.hf import hf_config
+from compiler.published import kept_modules, published
+from dsl.hf import KEPT, hf_config
 from dsl.load import Description
 from dsl.schema import BlockUse, Parallel, Phase, Schedule, Train, constant
 
 
-def config_py(description: Description, plan: Plan | None, *, version: str, spec: str) -> str:
+def config_py(
+    description: Description, lowered: Program, plan: Plan | None, *, version: str, spec: str
+) -> str:
     """Text of `config.py`: the frozen spec, and what `save` writes as config.json."""
+    hf = hf_config(description)
+    kept = kept_modules(published(lowered)) if description.spec.precision.overrides else []
+    hf |= {KEPT: kept} if kept else {}
     return render(
         "torch/config.py.jinja",
         version=version,
         spec=docstring(spec),
         config=lay_out("", literal(_numbers(description, plan)), suffix=""),
-        hf_config=lay_out("HF_CONFIG = ", literal(hf_config(description))),
+        hf_config=lay_out("HF_CONFIG = ", literal(hf)),
     )
 
 
@@ -100,18 +107,20 @@ def _use(use: BlockUse) -> dict[str, Any]:
     return {"block": use.name, "arguments": {n: v.value for n, v in use.arguments.items()}}
 
 
-def literal(value: Any) -> Call | str:
+def literal(value: Any) -> CallText | str:
     """A value as Python text that evaluates to it; strings can never be anything but strings."""
     if isinstance(value, Schedule):
         phases = tuple(("", _phase(p)) for p in value.root)
-        return Call("Schedule((", phases, ",))" if len(phases) == 1 else "))")
+        return CallText("Schedule((", phases, ",))" if len(phases) == 1 else "))")
     if isinstance(value, dict):
-        return Call("{", tuple((f"{_quoted(str(k))}: ", literal(v)) for k, v in value.items()), "}")
+        return CallText(
+            "{", tuple((f"{_quoted(str(k))}: ", literal(v)) for k, v in value.items()), "}"
+        )
     if isinstance(value, tuple):
         items = tuple(("", literal(v)) for v in value)
-        return Call("(", items, ",)" if len(items) == 1 else ")")
+        return CallText("(", items, ",)" if len(items) == 1 else ")")
     if isinstance(value, list):
-        return Call("[", tuple(("", literal(v)) for v in value), "]")
+        return CallText("[", tuple(("", literal(v)) for v in value), "]")
     if isinstance(value, str):
         return _quoted(value)
     assert value is None or isinstance(value, bool | int | float), type(value)

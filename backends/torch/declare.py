@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backends.torch.layout import Call, lay_out
+from backends.torch.layout import CallText, lay_out
 from backends.torch.sizes import Sizes
 from compiler.graph.core import Graph, Op, Weight, walk
 from compiler.lower.names import TAKEN
 from compiler.ops import OPS
-from compiler.ops.control import Call as CallOp
+from compiler.ops.control import Call
 
 TORCH_DTYPES = {"f32": "torch.float32", "i32": "torch.int32", "i64": "torch.int64"}
 
@@ -89,7 +89,7 @@ def _same(words: Sequence[Sequence[str]]) -> int:
 
 def _names_in(graph: Graph, within: str) -> set[str]:
     """What the group of names `within` holds: weights and blocks, or groups of them."""
-    scopes = [op.text("scope") for op in graph.walk() if op.kind == CallOp.kind]
+    scopes = [op.text("scope") for op in graph.walk() if op.kind == Call.kind]
     inside = (n.removeprefix(within) for n in [*graph.weights, *scopes] if n.startswith(within))
     return {name.split(".")[0] for name in inside}
 
@@ -105,11 +105,11 @@ def tree(graph: Graph, joined: Mapping[str, str]) -> Node:
             _place_weight(root, graph.weights[symbol], symbol, joined.get(symbol))
         if op.kind == "repeat":
             _layers(root, op)
-        elif op.kind == CallOp.kind:
+        elif op.kind == Call.kind:
             path = op.text("scope").split(".")
             if "*" in path:
                 continue
-            callee = op.text("callee")
+            callee = op.callee
             if path[-1].isdigit():
                 _place(root.at(*path[:-1]), int(path[-1]), callee)
             else:
@@ -137,7 +137,7 @@ def _layers(root: Node, repeat: Op) -> None:
     for op in repeat.regions[0].ops:
         if op.kind == "call":
             path = op.text("scope").split(".")
-            _place(root.at(*path[:-1]), start, op.text("callee"), count)
+            _place(root.at(*path[:-1]), start, op.callee, count)
 
 
 def _place(node: Node, index: int, callee: str, count: int = 1) -> None:
@@ -166,7 +166,7 @@ class Declarations:
             lines += lay_out(f"self.{name} = ", self._expression(node))
         return lines
 
-    def _expression(self, node: Node) -> Call | str:
+    def _expression(self, node: Node) -> CallText | str:
         if node.weight is not None:
             return self._weight(node.weight)
         if node.block:
@@ -175,15 +175,15 @@ class Declarations:
             return self._list(node)
         items = [(f"{name}=", self._expression(child)) for name, child in node.children.items()]
         if node.stack:
-            return Call("Stack(", (("", self._stack(node)), *items))
-        return Call("Joined(" if node.joined else "Tensors(", tuple(items))
+            return CallText("Stack(", (("", self._stack(node)), *items))
+        return CallText("Joined(" if node.joined else "Tensors(", tuple(items))
 
-    def _list(self, node: Node) -> Call | str:
+    def _list(self, node: Node) -> CallText | str:
         items = [
             ("", made if count == 1 else f"*({made} for _ in range({count}))")
             for made, count in ((self.made[block], n) for block, n in node.layers)
         ]
-        return Call("nn.ModuleList([", tuple(items), "])")
+        return CallText("nn.ModuleList([", tuple(items), "])")
 
     def _stack(self, node: Node) -> str:
         """How many experts there are, by the name that the dimension has in the equations."""

@@ -30,7 +30,7 @@ class Callee:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Subgraph:
     """What autograd is told of a part of the outermost block: its weights and `Gradients`."""
 
     weights: tuple[str, ...]
@@ -52,7 +52,7 @@ class Context:
     joined: Mapping[str, str]
     sizes: Sizes
     bound: Mapping[str, str] = field(default_factory=dict)
-    segments: Mapping[str, Segment] | None = None
+    segments: Mapping[str, Subgraph] | None = None
     first_layer: str = ""
 
 

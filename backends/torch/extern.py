@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends.render import render
-from backends.torch.layout import Call, lay_out
+from backends.torch.layout import CallText, lay_out
 from backends.torch.records import docstring
 from backends.torch.sizes import literal
 from compiler.graph.core import Op, Program
@@ -40,7 +40,7 @@ def _assignment(name: str, op: Op) -> list[str]:
     items = op.items("numbers")
     pairs = zip(items[::2], items[1::2], strict=True)
     numbers = ", ".join(f"{literal(key)}: {value!r}" for key, value in pairs)
-    given: list[tuple[str, Call | str]] = [
+    given: list[tuple[str, CallText | str]] = [
         ("", op.text("function")),
         ("takes=", _texts(op.texts("takes"))),
         ("gives=", _texts(op.texts("gives"))),
@@ -48,9 +48,9 @@ def _assignment(name: str, op: Op) -> list[str]:
     ]
     if op.text("gradient"):
         given.append(("gradient=", op.text("gradient")))
-    return lay_out(f"{name} = ", Call("Extern(", tuple(given)))
+    return lay_out(f"{name} = ", CallText("Extern(", tuple(given)))
 
 
-def _texts(texts: tuple[str, ...]) -> Call:
+def _texts(texts: tuple[str, ...]) -> CallText:
     items = tuple(("", literal(text)) for text in texts)
-    return Call("(", items, ",)" if len(items) == 1 else ")")
+    return CallText("(", items, ",)" if len(items) == 1 else ")")

@@ -9,22 +9,22 @@ WIDTH = 92
 
 
 @dataclass(frozen=True)
-class Call:
+class CallText:
     """`head(items)`; an item is a text or a call, with or without a keyword."""
 
     head: str
-    items: tuple[tuple[str, Call | str], ...]
+    items: tuple[tuple[str, CallText | str], ...]
     close: str = ")"
 
     def flat(self) -> str:
         return self.head + ", ".join(k + flat(v) for k, v in self.items) + self.close
 
 
-def flat(node: Call | str) -> str:
+def flat(node: CallText | str) -> str:
     return node if isinstance(node, str) else node.flat()
 
 
-def lay_out(prefix: str, node: Call | str, indent: int = 0, suffix: str = "") -> list[str]:
+def lay_out(prefix: str, node: CallText | str, indent: int = 0, suffix: str = "") -> list[str]:
     """Lines of `prefix node suffix`: one if it fits, else all items on one, or one for each."""
     space = " " * indent
     line = f"{space}{prefix}{flat(node)}{suffix}"
@@ -39,7 +39,7 @@ def lay_out(prefix: str, node: Call | str, indent: int = 0, suffix: str = "") ->
     return [*lines, f"{space}{node.close}{suffix}"]
 
 
-def parse_call(text: str) -> Call | str:
+def parse_call(text: str) -> CallText | str:
     """`f(a, b=g(c))` as a tree of calls at its last opening level; other text as it is."""
     if not text.endswith(")") or "(" not in text:
         return text
@@ -47,7 +47,7 @@ def parse_call(text: str) -> Call | str:
     if _closing(text, start) != len(text) - 1:
         return text
     items = tuple(_keyword(part) for part in split_arguments(text[start + 1 : -1]))
-    return Call(text[: start + 1], items)
+    return CallText(text[: start + 1], items)
 
 
 def _keyword(part: str) -> tuple[str, str]:

@@ -10,12 +10,12 @@ from dataclasses import replace
 from backends.render import render
 from backends.torch.classes import Class, class_names, joined
 from backends.torch.declare import Declarations, joined_names, stored_name
-from backends.torch.emit import Context, Emitter, Segment, TrainingEmitter, constants
-from backends.torch.layout import Call, lay_out
+from backends.torch.emit import Context, Emitter, Subgraph, TrainingEmitter, constants
+from backends.torch.layout import CallText, lay_out
 from backends.torch.methods import Methods
 from backends.torch.prefix import common_prefix
 from backends.torch.records import (
-    Block,
+    ClassRecord,
     Method,
     Root,
     docstring,
@@ -124,10 +124,10 @@ class Emission:
             segments,
         )
 
-    def _segment(self, name: str) -> Segment:
+    def _segment(self, name: str) -> Subgraph:
         joined = self.joined[self.compiled.lowered.root]
         weights = dict.fromkeys(stored_name(w, joined) for w in self.train.graphs[name].weights)
-        return Segment(tuple(weights), self._gradients(name))
+        return Subgraph(tuple(weights), self._gradients(name))
 
     def _gradients(self, name: str) -> str:
         """The text of the `Gradients` of a graph."""
@@ -135,18 +135,18 @@ class Emission:
         results, arguments = derivative.results, derivative.arguments
         return f"Gradients({numbers_text(results)}, {numbers_text(arguments)})"
 
-    def block(self, one: Class) -> Block:
+    def block(self, one: Class) -> ClassRecord:
         return self._block(self.names[one.graph], one.graph, one.parameters)
 
-    def _code(self, name: str, parameters: Iterable[str]) -> Block:
+    def _code(self, name: str, parameters: Iterable[str]) -> ClassRecord:
         return self._block("", name, tuple(parameters))
 
-    def _block(self, name: str, graph: str, parameters: Sequence[str]) -> Block:
+    def _block(self, name: str, graph: str, parameters: Sequence[str]) -> ClassRecord:
         """The class of a graph, which takes the sizes of some dimensions as arguments."""
         unit, lowered = graph in self.units, self.blocks[graph]
         programs = self.compiled.programs.values()
         shown = next((p.graphs[graph] for p in programs if graph in p.graphs), lowered)
-        return Block(
+        return ClassRecord(
             name=name,
             base="Unit" if unit else "Block",
             gradients=self._gradients(graph) if unit else "",
@@ -243,7 +243,7 @@ class Emission:
             if name and name not in done:
                 done.add(name)
                 given = ((f"{a}=", self.sizes.number(a, v)) for a, v in op.attrs.items())
-                call = Call("partial(", (("", f"F.{op.kind}"), *given))
+                call = CallText("partial(", (("", f"F.{op.kind}"), *given))
                 lines += lay_out(f"{name} = ", call)
         return lines
 
@@ -254,7 +254,7 @@ class Emission:
         )
         return Root(
             about=docstring(lowered.main.about),
-            aliases=lay_out("", Call("{", aliases, "}")),
+            aliases=lay_out("", CallText("{", aliases, "}")),
             declarations=self._declarations(lowered.main, self.sizes),
             forward=self._forward(),
             loss=self._loss(),
@@ -302,7 +302,7 @@ class Emission:
             ("balance=", names["balance"][0]),
             ("load=", tuple_text(names.get("load", []))),
         )
-        return [*lines, *lay_out("return ", Call("Loss(", fields))]
+        return [*lines, *lay_out("return ", CallText("Loss(", fields))]
 
     def _logits(self, program: str) -> list[str]:
         _, lines, names = self._body(program)

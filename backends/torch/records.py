@@ -44,7 +44,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Block:
+class ClassRecord:
     """A generated class; `parameters` are the arguments of its constructor."""
 
     name: str

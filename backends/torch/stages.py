@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from backends.render import render
 from backends.torch.declare import TORCH_DTYPES, stored_name
 from backends.torch.emit import Emitter
-from backends.torch.layout import Call, lay_out
+from backends.torch.layout import CallText, lay_out
 from backends.torch.model import Emission, defaults
 from backends.torch.records import Method, docstring, tuple_text
 from compiler.graph.core import Graph, Program, Value, copy_program
@@ -59,7 +59,7 @@ def stages_py(
     Raises `DiagnosticError` (E519) where the model cannot be cut.
     """
     classes: list[StageClass] = []
-    table: list[tuple[int, tuple[str, int, Call]]] = []
+    table: list[tuple[int, tuple[str, int, CallText]]] = []
     constants: dict[str, None] = {}
     spread: dict[str, ExpertClass] = {}
     experts = layout.mesh.expert
@@ -78,14 +78,14 @@ def stages_py(
             held = list(_held(role.of(stage), emit))
             first = stage.layers[0] if stage.layers else 0
             names = tuple(("", f'"{name}"') for name in held)
-            call = Call("(", names, ",)" if len(names) == 1 else ")")
+            call = CallText("(", names, ",)" if len(names) == 1 else ")")
             table += [(stage.index, (classes[-1].name, first, call))]
     facts = {"stages": classes, "constants": list(constants), "spread": list(spread.values())}
     text = repr(facts)
     lines = []
     for _, (name, first, call) in sorted(table, key=lambda row: row[0]):
         given = (("", name), ("", str(first)), ("", call))
-        lines += lay_out("", Call("StagePlan(", given), suffix=",")
+        lines += lay_out("", CallText("StagePlan(", given), suffix=",")
     return render(
         "torch/stages.py.jinja",
         model=description.spec.model,
@@ -182,7 +182,7 @@ def _class(role: Role, program: Program, emit: Emission, experts: int) -> StageC
         name=f"Stage_{role.name.replace('-', '_')}",
         about=_about(role),
         received=[f"return {tuple_text([_empty(v, emit) for v in entering])}"],
-        loss=[*lines, *lay_out("return ", Call("StageLoss(", tuple(fields)))],
+        loss=[*lines, *lay_out("return ", CallText("StageLoss(", tuple(fields)))],
         parts=[emit.segment_method(graph) for graph in emit.segment_graphs()],
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from backends.torch.declare import stored_name
-from backends.torch.emit import Callee, Emit, Emitter, Segment, call_f, call_fp8, index_of
+from backends.torch.emit import Callee, Emit, Emitter, Subgraph, call_f, call_fp8, index_of
 from backends.torch.names import identifier
 from backends.torch.records import numbers_text
 from backends.torch.sizes import literal
@@ -30,7 +30,7 @@ def _parameter(e: Emitter, op: Op) -> None:
 
 def _linear(e: Emitter, op: Op) -> None:
     weight = e.weight(op.symbols[0])
-    # A gate is computed in float32 whatever the element type of its weight.
+    # A gate is computed in float32 regardless of the element type of its weight.
     if op.operands[0].type.dtype != e.graph.weights[op.symbols[0]].type.dtype:
         weight = f"{weight}.float()"
     e.assign(op, f"F.linear({e.operand(op, 0)}, {weight})")
@@ -105,13 +105,8 @@ def _head_linear(e: Emitter, op: Op) -> None:
     weight = e.weight(op.symbols[0])
     if e.graph.weights[op.symbols[0]].fp8:  # which may be held in FP8 only
         weight = f"{weight.removesuffix('.weight')}.dense({e.operand(op, 0)}.dtype)"
-    arguments = [
-        e.operand(op, 0),
-        weight,
-        f"({start}, {start + (rows.size or 0)})",
-    ]
-    arguments.append(f"transposed={op.attrs['transposed']}")
-    e.assign(op, f"F.head_linear({', '.join(arguments)})")
+    given = f"{e.operand(op, 0)}, {weight}, ({start}, {start + (rows.size or 0)})"
+    e.assign(op, f"F.head_linear({given}, transposed={op.attrs['transposed']})")
 
 
 def _expert_load(e: Emitter, op: Op) -> None:
@@ -223,7 +218,7 @@ def _cache_append(e: Emitter, op: Op) -> None:
 
 
 def _call_graph(e: Emitter, op: Op, module: str) -> None:
-    name = op.text("callee")
+    name = op.callee
     arguments = [e.names[v] for v in op.operands]
     segments = e.context.segments
     if segments is not None and name in segments:
@@ -246,8 +241,8 @@ def _targets(e: Emitter, op: Op, callee: Callee) -> str:
     return f"{targets} = " if targets else ""
 
 
-def _call_segment(e: Emitter, op: Op, segment: Segment, arguments: Sequence[str]) -> None:
-    name = e.context.callees[op.text("callee")].method
+def _call_segment(e: Emitter, op: Op, segment: Subgraph, arguments: Sequence[str]) -> None:
+    name = e.context.callees[op.callee].method
     methods = [f"self.{name}", f"self.{name}_backward"]
     weights = f"[{', '.join(f'self.{w}' for w in segment.weights)}]"
     given = [*methods, segment.gradients, weights, *arguments]

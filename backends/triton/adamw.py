@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 BLOCK = 1024
@@ -49,10 +49,10 @@ def _stored(instance: OpInstance) -> tuple[tuple[int, ...], str]:
 
 def _cases(instance: OpInstance) -> Iterator[Case]:
     shape, dtype = _stored(instance)
-    master, grad = Tensor(shape, "float32"), Tensor(shape, "float32")
-    moments = Tensor(shape, dtype), Tensor(shape, dtype, "scale")  # of squares: above zero
-    factor = Tensor((), "float32", "ones")
-    weight = Tensor(shape, dtype) if dtype != "float32" else None
+    master, grad = Arg(shape, "float32"), Arg(shape, "float32")
+    moments = Arg(shape, dtype), Arg(shape, dtype, "scale")  # of squares: above zero
+    factor = Arg((), "float32", "ones")
+    weight = Arg(shape, dtype) if dtype != "float32" else None
     size = "x".join(map(str, shape))
     written = (master, *moments, *([weight] if weight else []))
     yield Case(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, attentions, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 from backends.triton.tuning_table import TuningTable
 
@@ -166,11 +166,11 @@ class Heads:
 
     def case(self, kind: str, sizes: tuple[int, int, int], lines: tuple[str, ...]) -> Case:
         batch, queries, keys = sizes
-        q = Tensor((batch, queries, self.heads, self.dim))
-        k = Tensor((batch, keys, self.kv_heads, self.dim))
-        v = Tensor((batch, keys, self.kv_heads, self.width))
-        o = Tensor((batch, queries, self.heads, self.width))
-        lse = Tensor((batch, queries, self.heads), "float32")
+        q = Arg((batch, queries, self.heads, self.dim))
+        k = Arg((batch, keys, self.kv_heads, self.dim))
+        v = Arg((batch, keys, self.kv_heads, self.width))
+        o = Arg((batch, queries, self.heads, self.width))
+        lse = Arg((batch, queries, self.heads), "float32")
         taken, given = ((o, q, k, v, o, lse), (q, k, v)) if kind == "attention_grad" else (
             (q, k, v), (o,) if kind == "attention" else (o, lse)
         )  # fmt: skip
@@ -192,12 +192,12 @@ class Heads:
         """Packed sequences of `max_seqlen` tokens: prompts, or documents of a batch."""
         sequences, max_seqlen = sizes
         tokens = sequences * max_seqlen
-        q = Tensor((tokens, self.heads, self.dim))
-        k = Tensor((tokens, self.kv_heads, self.dim))
-        v = Tensor((tokens, self.kv_heads, self.width))
-        o = Tensor((tokens, self.heads, self.width))
-        lse = Tensor((tokens, self.heads), "float32")
-        cu_seqlens = Tensor((sequences + 1,), "int32", "starts", max_seqlen)
+        q = Arg((tokens, self.heads, self.dim))
+        k = Arg((tokens, self.kv_heads, self.dim))
+        v = Arg((tokens, self.kv_heads, self.width))
+        o = Arg((tokens, self.heads, self.width))
+        lse = Arg((tokens, self.heads), "float32")
+        cu_seqlens = Arg((sequences + 1,), "int32", "starts", max_seqlen)
         seen, grad = sequences * max_seqlen * (max_seqlen + 1) // 2, kind == "attention_grad"
         given = {"attention": (o,), "attention_saving": (o, lse), "attention_grad": (q, k, v)}[kind]
         taken = (o, q, k, v, o, lse) if grad else (q, k, v)

@@ -7,7 +7,7 @@ from itertools import product
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 SCORES = 1024
@@ -55,9 +55,9 @@ def _experts(instance: OpInstance) -> int:
 def _cases(found: Mapping[str, Sequence[OpInstance]], tokens: int) -> Iterator[Case]:
     for kind, those in found.items():
         sizes = dict.fromkeys((_experts(instance), instance.op.attrs["k"]) for instance in those)
-        d = (Tensor((), "float32"),) if kind.endswith("_grad") else ()
+        d = (Arg((), "float32"),) if kind.endswith("_grad") else ()
         for (experts, k), seq in product(sizes, (FEW, tokens)):
-            score = Tensor((1, seq, experts), "float32", "scale")  # above zero, as affinities are
+            score = Arg((1, seq, experts), "float32", "scale")  # above zero, as affinities are
             yield Case(
                 name=f"{kind} e{experts} k{k} m{seq}",
                 function=kind,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 SCORES = 2**27
@@ -72,12 +72,10 @@ def _cases(found: Mapping[str, Sequence[OpInstance]], tokens: int) -> Iterator[C
     for kind, those in found.items():
         for instance in {(_vocab(u), u.op.operands[-2].type.last): u for u in those}.values():
             dtype, vocab = TORCH[instance.op.operands[-2].type.dtype], _vocab(instance)
-            labels, scalar = Tensor((tokens,), "int64", "index", vocab), Tensor((), "float32")
-            logits = Tensor((tokens, vocab), dtype)
+            labels, scalar = Arg((tokens,), "int64", "index", vocab), Arg((), "float32")
+            logits = Arg((tokens, vocab), dtype)
             if kind == "linear_cross_entropy":
-                yield _head(
-                    instance, Tensor((tokens, instance.size(0)), dtype), labels, spans(those)
-                )
+                yield _head(instance, Arg((tokens, instance.size(0)), dtype), labels, spans(those))
                 continue
             grad = kind == "cross_entropy_grad"
             yield Case(
@@ -90,9 +88,9 @@ def _cases(found: Mapping[str, Sequence[OpInstance]], tokens: int) -> Iterator[C
             )
 
 
-def _head(instance: OpInstance, x: Tensor, labels: Tensor, lines: tuple[str, ...]) -> Case:
+def _head(instance: OpInstance, x: Arg, labels: Arg, lines: tuple[str, ...]) -> Case:
     (tokens, hidden), vocab = x.shape, _vocab(instance)
-    weight = Tensor((vocab, hidden), x.dtype)
+    weight = Arg((vocab, hidden), x.dtype)
     return Case(
         name=f"linear_cross_entropy v{vocab} n{hidden} m{tokens}",
         function="linear_cross_entropy",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from backends.render import render
 from backends.triton.fp8_linear import parts_of
 from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes, of_parts
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
 from backends.triton.tiles import FP8_GROUPED, FP8_OUTER, GROUP_SIZE, Gemm, by_columns, tuning_key
 
@@ -70,20 +70,20 @@ def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case
 
 def _case(instance: OpInstance, slots: int) -> Case:
     experts, out, width = _sizes(instance)
-    ends = Tensor((experts,), "int32", "ends", slots)
+    ends = Arg((experts,), "int32", "ends", slots)
     parts, function = parts_of(instance), instance.kind.removeprefix("fp8_")
     if instance.kind == "fp8_grouped_linear_weight_grad":
         tiles = slots // GROUP_SIZE + experts
-        given: tuple[Tensor, ...]
+        given: tuple[Arg, ...]
         given = (*_quantized(tiles, out, GROUP_SIZE), *_quantized(tiles, width, GROUP_SIZE), ends)
-        columns, made = 0, Tensor((experts, out, width))
+        columns, made = 0, Arg((experts, out, width))
     else:
-        wq = Tensor((experts, out, width), "float8_e4m3fn")
-        ws = Tensor((experts, instance.size(4, 1), instance.size(4, 2)), "float32", "scale")
-        x = Tensor((slots, instance.size(0)), "float8_e4m3fn")
-        x_scale = Tensor((slots, instance.size(1)), "float32", "scale")
+        wq = Arg((experts, out, width), "float8_e4m3fn")
+        ws = Arg((experts, instance.size(4, 1), instance.size(4, 2)), "float32", "scale")
+        x = Arg((slots, instance.size(0)), "float8_e4m3fn")
+        x_scale = Arg((slots, instance.size(1)), "float32", "scale")
         columns = out if instance.kind == "fp8_grouped_linear" else width
-        given, made = (x, x_scale, ends, wq, ws), Tensor((slots, columns))
+        given, made = (x, x_scale, ends, wq, ws), Arg((slots, columns))
     return Case(
         name=f"{function} {experts}x{out}x{width}{of_parts(parts)} m{slots}",
         function=function,
@@ -97,6 +97,6 @@ def _case(instance: OpInstance, slots: int) -> Case:
     )
 
 
-def _quantized(*shape: int) -> tuple[Tensor, Tensor]:
+def _quantized(*shape: int) -> tuple[Arg, Arg]:
     """Tiles of tokens and their scales."""
-    return Tensor(shape, "float8_e4m3fn"), Tensor(shape[:2], "float32", "scale")
+    return Arg(shape, "float8_e4m3fn"), Arg(shape[:2], "float32", "scale")

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes, of_parts
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
 from backends.triton.tiles import FP8, FP8_OUTER, GROUP_SIZE, Gemm, by_columns, tuning_key
 
@@ -83,11 +83,11 @@ def _product(instance: OpInstance, rows: int) -> Case:
         instance.size(2),
         (instance.size(3, 0), instance.size(3)),
     )
-    x = Tensor((rows, instance.size(0)), "float8_e4m3fn")
-    x_scale = Tensor((rows, instance.size(1)), "float32", init="scale")
-    w = Tensor((out, width), "float8_e4m3fn")
-    w_scale = Tensor((blocks, groups), "float32", init="scale")
-    y = Tensor((rows, out if instance.kind == "fp8_linear" else width))
+    x = Arg((rows, instance.size(0)), "float8_e4m3fn")
+    x_scale = Arg((rows, instance.size(1)), "float32", init="scale")
+    w = Arg((out, width), "float8_e4m3fn")
+    w_scale = Arg((blocks, groups), "float32", init="scale")
+    y = Arg((rows, out if instance.kind == "fp8_linear" else width))
     function, parts = instance.kind.removeprefix("fp8_"), parts_of(instance)
     return Case(
         name=f"{function} {out}x{width}{of_parts(parts)} m{rows}",
@@ -108,8 +108,8 @@ def _outer(instance: OpInstance, rows: int) -> Case:
         made
         for n in (out, width)
         for made in (
-            Tensor((tiles, n, GROUP_SIZE), "float8_e4m3fn"),
-            Tensor((tiles, n), "float32", init="scale"),
+            Arg((tiles, n, GROUP_SIZE), "float8_e4m3fn"),
+            Arg((tiles, n), "float32", init="scale"),
         )
     ]
     return Case(
@@ -118,7 +118,7 @@ def _outer(instance: OpInstance, rows: int) -> Case:
         arguments=tuple(operands),
         keywords={"dtype": "bfloat16"},
         flops=2 * rows * out * width,
-        bytes=nbytes(*operands, Tensor((out, width))),
+        bytes=nbytes(*operands, Arg((out, width))),
         bound_by="fp8",
         spans=spans([instance]),
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 from compiler.ops.base import dims_of
 
@@ -64,15 +64,15 @@ def _case(instance: OpInstance, tokens: int, lines: tuple[str, ...]) -> Case:
         if instance.kind == "gate_grad"
         else dims_of(keywords.pop("k"))[0].size or 0
     )
-    scores = Tensor((tokens, experts), "float32")
-    route = Tensor((tokens, k), "int64", "index", experts)
-    weight = Tensor((tokens, k), "float32")
-    bias = Tensor((experts,), "float32") if instance.op.symbols else None
+    scores = Arg((tokens, experts), "float32")
+    route = Arg((tokens, k), "int64", "index", experts)
+    weight = Arg((tokens, k), "float32")
+    bias = Arg((experts,), "float32") if instance.op.symbols else None
     if instance.kind == "gate_grad":
         # Weights are divided by the sum of the affinities chosen, which is not near zero.
-        affinity = Tensor((tokens, experts), "float32", "affinity")
-        taken: tuple[Tensor | None, ...] = (weight, scores, affinity, route)
-        given: tuple[Tensor, ...] = (scores,)
+        affinity = Arg((tokens, experts), "float32", "affinity")
+        taken: tuple[Arg | None, ...] = (weight, scores, affinity, route)
+        given: tuple[Arg, ...] = (scores,)
     else:
         taken, keywords["k"] = (scores, bias), k
         given = (route, weight, scores) if instance.kind == "gate_saving" else (route, weight)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from backends.render import render
 from backends.triton.fp8_grouped_linear import slots_of_token
 from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
 from backends.triton.target import Target
 from backends.triton.tiles import BF16, BF16_OUTER, Gemm, by_columns, tuning_key
 
@@ -20,11 +20,7 @@ MODULES = {
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/grouped_linear.py`, for the weights of experts that occur."""
-    found = [
-        instance
-        for instance in instances.of(*MODULES)
-        if instance.op.operands[0].type.dtype == "bf16"
-    ]
+    found = instances.of(*MODULES, dtype="bf16")
     if not found:
         return None
     kinds, products = kinds_of(found, MODULES), _products(found)
@@ -70,8 +66,8 @@ def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case
 
 def _case(instance: OpInstance, slots: int) -> Case:
     experts, out, width = _sizes(instance)
-    ends, w = Tensor((experts,), "int32", "ends", slots), Tensor((experts, out, width))
-    x, y = Tensor((slots, width)), Tensor((slots, out))
+    ends, w = Arg((experts,), "int32", "ends", slots), Arg((experts, out, width))
+    x, y = Arg((slots, width)), Arg((slots, out))
     arguments, columns = {
         "grouped_linear": ((x, ends, w), out),
         "grouped_linear_input_grad": ((y, ends, w), width),

@@ -73,9 +73,10 @@ class OpInstances:
         self.train_rows = length * batch if length else TRAIN_ROWS
         self.rows: Sequence[int] = (*DECODE_ROWS, self.train_rows)
 
-    def of(self, *kinds: str) -> list[OpInstance]:
-        """The uses of operators of these kinds, in program order."""
-        return [instance for instance in self._all if instance.kind in kinds]
+    def of(self, *kinds: str, dtype: str = "") -> list[OpInstance]:
+        """The uses of operators of these kinds, in program order; `dtype` is of the operand."""
+        found = [instance for instance in self._all if instance.kind in kinds]
+        return [one for one in found if not dtype or one.op.operands[0].type.dtype == dtype]
 
 
 KNOWN_SCORES = {"scale"}

@@ -14,7 +14,7 @@ Init = Literal[
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Arg:
     """An argument of a case: shape, element type as torch names it, and what stands in it.
 
     `init` tells a GPU run what to put there (`scale` is near 1, `affinity` between 0 and 1);
@@ -79,7 +79,7 @@ class KernelFile:
 
 
 def of_parts(parts: Sequence[int]) -> str:
-    """What the name of a case says of parts that runs or blocks begin anew in: ` of 96+96`."""
+    """What the name of a case says of parts in which runs or blocks restart: ` of 96+96`."""
     return f" of {'+'.join(map(str, parts))}" if parts else ""
 
 
@@ -94,7 +94,7 @@ SIZES = {
 """Bytes of an element."""
 
 
-def nbytes(*tensors: Tensor) -> int:
+def nbytes(*tensors: Arg) -> int:
     """Bytes of tensors, each counted once."""
     total = 0
     for tensor in tensors:

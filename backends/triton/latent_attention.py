@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import DECODE_ROWS, OpInstance, OpInstances, attentions, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 PAGE = 64
@@ -28,7 +28,7 @@ OVERHEAD = 5
 
 SPLIT = 16
 """Pages of a split where pages are listed. Results of splits, written and read, are 0.44 times the
-bytes of the keys for V3's 128 heads; nobody has measured what is best."""
+bytes of the keys for V3's 128 heads; the best number is not measured."""
 
 COMBINED = 4
 """Rows that a program joins, a warp each: 16 numbers a thread."""
@@ -64,15 +64,15 @@ class LatentShape:
         self, function: str, sizes: tuple[int, int, int], instances: Sequence[OpInstance]
     ) -> Case:
         batch, queries, keys = sizes
-        q = Tensor((batch, queries, self.heads, self.latent))
-        q_rope = Tensor((batch, queries, self.heads, self.rope))
-        c_kv, k_rope = (Tensor((batch, keys, n)) for n in (self.latent, self.rope))
-        taken: tuple[Tensor, ...] = (q, q_rope, c_kv, k_rope)
+        q = Arg((batch, queries, self.heads, self.latent))
+        q_rope = Arg((batch, queries, self.heads, self.rope))
+        c_kv, k_rope = (Arg((batch, keys, n)) for n in (self.latent, self.rope))
+        taken: tuple[Arg, ...] = (q, q_rope, c_kv, k_rope)
         if function == "paged_latent_attention":
             pages = -(-keys // PAGE)
-            table = Tensor((batch, pages), "int32", "pages", batch * pages)
-            lengths = Tensor((batch,), "int32", "lengths", keys)
-            stored = (Tensor((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
+            table = Arg((batch, pages), "int32", "pages", batch * pages)
+            lengths = Arg((batch,), "int32", "lengths", keys)
+            stored = (Arg((batch * pages, PAGE, n)) for n in (self.latent, self.rope))
             taken = (q, q_rope, *stored, table, lengths)
         scale = instances[0].op.real("scale")
         dim = 2 * self.latent + self.rope

@@ -54,7 +54,7 @@ def compile_file(
         start = time.perf_counter()
         try:
             call(module, case)
-        except Exception as error:  # whatever Triton raises: it is told, and fails the check
+        except Exception as error:  # any error of Triton is reported, and fails the check
             yield _failed(path, case, error)
             continue
         seconds = time.perf_counter() - start

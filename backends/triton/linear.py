@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, kinds_of, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
 from backends.triton.target import Target
 from backends.triton.tiles import BF16, Gemm, by_columns, tuning_key
 
@@ -19,11 +19,7 @@ MODULES = {"linear": "F", "linear_input_grad": "G", "linear_weight_grad": "G"}
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/linear.py`, for the weights that occur."""
-    found = [
-        instance
-        for instance in instances.of(*MODULES)
-        if instance.op.operands[0].type.dtype == "bf16"
-    ]
+    found = instances.of(*MODULES, dtype="bf16")
     if not found:
         return None
     kinds, products = kinds_of(found, MODULES), _products(found, instances)
@@ -61,7 +57,7 @@ def _cases(found: Sequence[OpInstance], instances: OpInstances) -> Iterator[Case
 
 def _case(instance: OpInstance, rows: int) -> Case:
     out, width = _sizes(instance)
-    x, w, y = Tensor((rows, width)), Tensor((out, width)), Tensor((rows, out))
+    x, w, y = Arg((rows, width)), Arg((out, width)), Arg((rows, out))
     arguments, made, high = {
         "linear": ((x, w), y, rows),
         "linear_input_grad": ((y, w), x, rows),

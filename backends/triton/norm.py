@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
 from backends.triton.target import Target
 from compiler.ops.quantize import runs
 
@@ -20,7 +20,7 @@ ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowTiles:
     """How rows of a width are cut: `rows` of `block` columns a program, by `warps`.
 
     Sums over tokens are taken by so many `programs`, each of which leaves a part.
@@ -54,14 +54,14 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     return KernelFile("norm", text, serves, cases)
 
 
-def _widths(norms: Sequence[OpInstance], target: Target) -> list[Rows]:
+def _widths(norms: Sequence[OpInstance], target: Target) -> list[RowTiles]:
     widths = sorted({instance.size(0) for instance in norms})
     return [
         _rows(n, [instance for instance in norms if instance.size(0) == n], target) for n in widths
     ]
 
 
-def _rows(hidden: int, norms: Sequence[OpInstance], target: Target) -> Rows:
+def _rows(hidden: int, norms: Sequence[OpInstance], target: Target) -> RowTiles:
     block = 1 << (hidden - 1).bit_length()
     rows = max(1, ELEMENTS // block)
     # 16 numbers a thread, two reads of 128 bits of each operand; 8 where a sum of a row's length
@@ -69,22 +69,22 @@ def _rows(hidden: int, norms: Sequence[OpInstance], target: Target) -> Rows:
     each, most = (8, 1024) if norms[0].kind in BACKWARD else (16, 512)
     warps = max(1, min(most, rows * block // each) // target.warp_size)
     programs = target.multiprocessors * max(1, 32 // warps // (target.warp_size // 32))
-    return Rows(hidden, rows, block, warps, programs, spans(norms))
+    return RowTiles(hidden, rows, block, warps, programs, spans(norms))
 
 
 def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     """Forward for any number of tokens; gradients are taken in training alone."""
     hidden, kind = instance.size(0), instance.kind
-    weight = Tensor((hidden,), init="ones")
+    weight = Arg((hidden,), init="ones")
     operands = len(instance.op.operands)
     cases = []
     for rows in instances.rows if kind in FORWARD else (instances.train_rows,):
-        x = Tensor((rows, hidden))
+        x = Arg((rows, hidden))
         results = [x, weight] if kind in BACKWARD else [x] * len(instance.op.results)
         scale = instance.op.attrs.get("scale")
         if scale:
-            s = Tensor((rows, runs(hidden)), "float32")
-            results = [Tensor((rows, hidden), "float8_e4m3fn"), s]
+            s = Arg((rows, runs(hidden)), "float32")
+            results = [Arg((rows, hidden), "float8_e4m3fn"), s]
         cases.append(
             Case(
                 name=" ".join([f"{kind} n{hidden}", *([str(scale)] if scale else []), f"m{rows}"]),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
@@ -40,7 +40,7 @@ GROUP_SIZE = 128
 TORCH = {"bf16": "bfloat16", "f32": "float32", "f8e4m3": "float8_e4m3fn", "i64": "int64"}
 """What torch calls element types."""
 
-Tensors = tuple[Tensor, ...]
+Tensors = tuple[Arg, ...]
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ def _cases(found: Mapping[str, Sequence[OpInstance]], rows: Sequence[int]) -> It
                 yield make.case(kind, tokens, spans(those))
 
 
-def _make(instance: OpInstance) -> Sizes:
+def _make(instance: OpInstance) -> PermuteSizes:
     route = {"permute": 1, "permute_quantized": 2, "unpermute": 2, "permute_grad": 2}
     k = instance.size({**route, "unpermute_grad": 3, "expert_load": 0}[instance.kind])
     count = dims_of(instance.op.attrs["count"])[0].size if "count" in instance.op.attrs else None
     hidden = 0 if instance.kind == "expert_load" else _hidden(instance)
-    return Sizes(TORCH[_first(instance).dtype], hidden, k, count or 0)
+    return PermuteSizes(TORCH[_first(instance).dtype], hidden, k, count or 0)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PermuteSizes:
     """What the spec fixes of one operator."""
 
     dtype: str
@@ -126,18 +126,18 @@ class Sizes:
     def _tensors(self, kind: str, tokens: int) -> tuple[Tensors, Tensors, tuple[int, ...]]:
         """What a function takes and gives, and the number that it takes besides."""
         slots = tokens * self.k
-        x, y = Tensor((tokens, self.hidden), self.dtype), Tensor((slots, self.hidden), self.dtype)
-        route = Tensor((tokens, self.k), "int64", "index", self.experts)
-        weight, order = Tensor((tokens, self.k), "float32"), Tensor((slots,), "int64", "order")
-        ends = Tensor((self.experts,), "int32")
+        x, y = Arg((tokens, self.hidden), self.dtype), Arg((slots, self.hidden), self.dtype)
+        route = Arg((tokens, self.k), "int64", "index", self.experts)
+        weight, order = Arg((tokens, self.k), "float32"), Arg((slots,), "int64", "order")
+        ends = Arg((self.experts,), "int32")
         runs = -(-self.hidden // GROUP_SIZE)
-        s, rows_s = (Tensor((n, runs), "float32", "scale") for n in (tokens, slots))
-        route_like = Tensor((tokens, self.k), "int64", "index", 1)
+        s, rows_s = (Arg((n, runs), "float32", "scale") for n in (tokens, slots))
+        route_like = Arg((tokens, self.k), "int64", "index", 1)
         return {
             "permute": ((x, route), (y, ends, order), (self.experts,)),
             "permute_quantized": ((x, s, route), (y, rows_s, ends, order), (self.experts,)),
             "unpermute": ((y, order, weight), (x,), ()),
             "permute_grad": ((y, order, route_like), (x,), ()),
             "unpermute_grad": ((x, y, order, weight), (y, weight), ()),
-            "expert_load": ((route,), (Tensor((self.experts,), "int64"),), (self.experts,)),
+            "expert_load": ((route,), (Arg((self.experts,), "int64"),), (self.experts,)),
         }[kind]

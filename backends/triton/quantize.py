@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes, of_parts
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
 from compiler.ops.quantize import CASTS, parts_attr, runs
 
@@ -62,10 +62,10 @@ def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     cases = []
     # Columns are cut in training alone.
     for rows in instances.rows if kind == "quantize" else (instances.train_rows,):
-        x, q = Tensor((rows, size)), Tensor((rows, size), "float8_e4m3fn")
-        s = Tensor((rows, runs(size, parts)), "float32", "scale")
+        x, q = Arg((rows, size)), Arg((rows, size), "float8_e4m3fn")
+        s = Arg((rows, runs(size, parts)), "float32", "scale")
         given = [q, s] if kind == "requantize" else [x]
-        given += [Tensor((ends[0].count(),), "int32", "ends", rows)] if ends else []
+        given += [Arg((ends[0].count(),), "int32", "ends", rows)] if ends else []
         cases.append(
             Case(
                 name=f"{kind} n{size}{of_parts(parts)} {scale} m{rows}{' experts' if ends else ''}",
@@ -85,13 +85,13 @@ def _weight_case(instance: OpInstance) -> Case:
     shape, scales = (tuple(d.at({}) for d in dims) for dims in (q, s))
     scale = instance.op.text("scale")
     parts = list(parts_attr([w.type.dims[0].at({}) for w in instance.weights]))
-    weight, wide = Tensor(shape), Tensor(shape, "float8_e4m3fn")
+    weight, wide = Arg(shape), Arg(shape, "float8_e4m3fn")
     return Case(
         name=f"quantize_weight {'x'.join(map(str, shape))}{of_parts(parts)} {scale}",
         function="quantize_weight",
         arguments=(weight,),
         keywords={"scale": scale, **({"parts": parts} if parts else {})},
-        bytes=nbytes(weight, wide, Tensor(scales, "float32")),
+        bytes=nbytes(weight, wide, Arg(scales, "float32")),
         access=_access(shape[-1]),
         spans=spans([instance]),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
 from backends.triton.target import Target
 
 KINDS = {"rotate": "F", "rotate_last": "F", "join_rotated": "F", "join_rotated_grad": "G"}
@@ -35,11 +35,11 @@ def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
         shapes = [tuple(d.size or 0 for d in v.type.dims[2:]) for v in instance.op.operands]
         dtypes = [v.type.dtype for v in instance.op.operands]
         operands = [
-            Tensor((1, rows, *shape), "float32" if dtype == "f32" else "bfloat16")
+            Arg((1, rows, *shape), "float32" if dtype == "f32" else "bfloat16")
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
         results = [
-            Tensor((1, rows, *(d.size or 0 for d in v.type.dims[2:]))) for v in instance.op.results
+            Arg((1, rows, *(d.size or 0 for d in v.type.dims[2:]))) for v in instance.op.results
         ]
         sizes = "x".join(map(str, shapes[0]))
         cases.append(

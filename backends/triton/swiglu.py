@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Case, KernelFile, Tensor, deduplicate, nbytes
+from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
 from backends.triton.quantize import BOTH_ROWS, BOTH_WARPS
 from backends.triton.target import Target
 from backends.triton.tiles import GROUP_SIZE
@@ -54,9 +54,9 @@ def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     cases = []
     for rows in (instances.train_rows,) if backward else instances.rows:
         # Gate and up lie behind one another, as one product makes them.
-        half = Tensor((rows, size), strides=(2 * size, 1))
-        given = [Tensor((rows, size)), half, half] if backward else [half, half]
-        given += [Tensor((ends[0].count(),), "int32", "ends", rows)] if ends else []
+        half = Arg((rows, size), strides=(2 * size, 1))
+        given = [Arg((rows, size)), half, half] if backward else [half, half]
+        given += [Arg((ends[0].count(),), "int32", "ends", rows)] if ends else []
         cases.append(
             Case(
                 name=" ".join([f"{kind} n{size}", *([str(scale)] if scale else []), f"m{rows}"])
@@ -72,12 +72,12 @@ def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     return cases
 
 
-def _results(kind: str, rows: int, size: int) -> list[Tensor]:
+def _results(kind: str, rows: int, size: int) -> list[Arg]:
     columns = 2 * size if "grad" in kind else size
     if not kind.endswith("quantize"):
-        return [Tensor((rows, columns))]
+        return [Arg((rows, columns))]
     q, s = (
-        Tensor((rows, columns), "float8_e4m3fn"),
-        Tensor((rows, columns // GROUP_SIZE), "float32"),
+        Arg((rows, columns), "float8_e4m3fn"),
+        Arg((rows, columns // GROUP_SIZE), "float32"),
     )
     return [q, s] * (2 if "grad" in kind else 1)

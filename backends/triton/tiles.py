@@ -184,7 +184,7 @@ FP8_GROUPED = {
         GemmTile(64, 128, warps=4, stages=2, hot=673, programs=2),
     ),
 }
-"""Tiles of experts; on gfx942 their weights are recoded while they are read, whatever the tile."""
+"""Tiles of experts; on gfx942 their weights are converted while they are read, for every tile."""
 
 FP8_OUTER = {
     "sm_90": GemmTile(128, 128, warps=8, stages=3, hot=259, programs=1),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from compiler.graph.build import site_of
 from compiler.graph.core import REPEATS, Graph, Op, Program, sizes_inside
 from compiler.ops import OPS
-from compiler.ops.moe import Experts
 
 Sizes = Mapping[str, int]
 
@@ -56,8 +55,8 @@ class Costs:
 
     def _count(self, ops: Sequence[Op], times: int, runs: dict[str, int]) -> None:
         for op in ops:
-            if op.kind == "call":
-                runs[op.text("callee")] += times
+            if op.callee:
+                runs[op.callee] += times
             for region in op.regions:
                 self._count(region.ops, times * repetitions(op), runs)
 
@@ -67,11 +66,11 @@ class Costs:
         for op in ops:
             site = site_of(op, graph, self._program.graphs)
             flops = max(0, OPS[op.kind].flops(site, sizes))
-            inside = Experts.inner_sizes(site, sizes) if op.kind == "experts" else sizes
+            inside = OPS[op.kind].inner_sizes(site, sizes)
             for region in op.regions:
                 flops += repetitions(op) * self._visit(graph, region.ops, inside, costs)
-            if op.kind == "call":
-                callee = self._program.graphs[op.text("callee")]
+            if op.callee:
+                callee = self._program.graphs[op.callee]
                 flops += self.flops(callee, sizes_inside(callee, op, sizes))
             sizes = {**sizes, **OPS[op.kind].sizes(site, sizes)}
             if op.kind == "saved":

@@ -10,8 +10,7 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, sizes_inside
 from compiler.graph.types import BYTES
 from compiler.ops import OPS
-from compiler.ops.base import Moved, Site
-from compiler.ops.moe import Experts
+from compiler.ops.base import CommBytes, Site
 
 # What only names, frames or moves values between graphs.
 _FREE = ("saved", "save", "return", "yield", "constant", "fp8_weight")
@@ -29,7 +28,7 @@ class Executed:
     site: Site
     flops: int
     bytes: int
-    moved: Moved
+    moved: CommBytes
     times: int
     backward: bool
 
@@ -51,7 +50,7 @@ def _visit(
     for op in ops:
         kind = OPS[op.kind]
         site = site_of(op, graph, program.graphs)
-        inside = Experts.inner_sizes(site, sizes) if op.kind == "experts" else sizes
+        inside = kind.inner_sizes(site, sizes)
         for region in op.regions:
             yield from _visit(
                 program, costs, graph, region.ops, dict(inside), runs * repetitions(op)
@@ -59,8 +58,8 @@ def _visit(
         after = {**sizes, **kind.sizes(site, sizes)}
         if op.kind == "saved":
             after = dict(costs.sizes_of_saved(graph, after))
-        if op.kind == "call":
-            callee = program.graphs[op.text("callee")]
+        if op.callee:
+            callee = program.graphs[op.callee]
             there = dict(sizes_inside(callee, op, sizes))
             yield from _visit(program, costs, callee, callee.ops, there, runs)
         elif op.kind not in _FREE and not op.regions:

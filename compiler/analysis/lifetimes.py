@@ -125,8 +125,8 @@ class _Walk:
                 self.memory.update((v, self._where(op.operands[0])) for v in op.results)
             else:
                 self._make(op.results, at)
-            if op.kind == "call":
-                callee = plan_memory(self.program, op.text("callee"), self.sizes)
+            if op.callee:
+                callee = plan_memory(self.program, op.callee, self.sizes)
                 own = sum(v.type.bytes(self.sizes) for v in op.results)
                 self.inside[at] = max(0, callee.peak - own)
 

@@ -15,7 +15,6 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
 from compiler.graph.types import BYTES, Dim
 from compiler.ops import OPS
-from compiler.ops.moe import Experts
 
 Sizes = Mapping[str, int]
 
@@ -24,7 +23,7 @@ _OF_ALL_EXPERTS = ("grouped_linear", "grouped_parameter", "fp8_weight")
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorCount:
     """`count` equal weights, of which one token meets `active`: experts that it is not sent to
     do not count. `name` is relative to the module; `{0..255}` stands for experts or layers."""
 
@@ -57,7 +56,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Submodule:
     """`count` equal modules inside a module, such as `layers.{3..60}`; a token meets `active`.
 
     One pass through the module around makes `passes` through this one: more than `count` where
@@ -83,8 +82,8 @@ class Module:
     """
 
     block: str
-    tensors: tuple[Tensor, ...]
-    parts: tuple[Part, ...]
+    tensors: tuple[TensorCount, ...]
+    parts: tuple[Submodule, ...]
     elements: Tally
     active_elements: Tally
     flops: Tally
@@ -113,7 +112,7 @@ class _Many:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Context:
     """Where operators stand in their graph. `times` is how often they run in one pass."""
 
     sizes: Sizes
@@ -127,8 +126,8 @@ class _Place:
 class _Content:
     """What was found in a module so far. Names are keys: a weight used twice counts once."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    parts: dict[str, Part] = field(default_factory=dict)
+    tensors: dict[str, TensorCount] = field(default_factory=dict)
+    parts: dict[str, Submodule] = field(default_factory=dict)
     flops: dict[Work, int] = field(default_factory=dict)
     fp8_flops: int = 0
     cache_bytes: int = 0
@@ -147,7 +146,7 @@ class Modules:
 
         Weights that `without` has, too, are not counted again.
         """
-        content = self._content(self._program.main, ops, _Place(sizes, None))
+        content = self._content(self._program.main, ops, _Context(sizes, None))
         if without is not None:
             for tensor in without.tensors:
                 content.tensors.pop(tensor.name, None)
@@ -155,12 +154,12 @@ class Modules:
                 content.parts.pop(part.name, None)
         return _closed(self._program.main, content)
 
-    def _content(self, graph: Graph, ops: Iterable[Op], place: _Place) -> _Content:
+    def _content(self, graph: Graph, ops: Iterable[Op], place: _Context) -> _Content:
         content = _Content()
         self._visit(graph, ops, place, content)
         return content
 
-    def _visit(self, graph: Graph, ops: Iterable[Op], place: _Place, content: _Content) -> None:
+    def _visit(self, graph: Graph, ops: Iterable[Op], place: _Context, content: _Content) -> None:
         for op in ops:
             match op.kind:
                 case "call":
@@ -177,7 +176,7 @@ class Modules:
                 case _:
                     self._add(graph, op, place, content)
 
-    def _permuted(self, graph: Graph, op: Op, place: _Place) -> _Place:
+    def _permuted(self, graph: Graph, op: Op, place: _Context) -> _Context:
         """From here on `slot` is known, and weights of all experts are used at once."""
         site = site_of(op, graph, self._program.graphs)
         route, ends = op.operands[-1].type, op.results[-2].type
@@ -185,17 +184,17 @@ class Modules:
         sizes = {**place.sizes, **OPS[op.kind].sizes(site, place.sizes)}
         return replace(place, sizes=sizes, experts=experts)
 
-    def _in_experts(self, graph: Graph, op: Op, place: _Place) -> _Place:
+    def _in_experts(self, graph: Graph, op: Op, place: _Context) -> _Context:
         site = site_of(op, graph, self._program.graphs)
         experts = _Many(range(site.number("count")), op.operands[1].type.last.size or 0)
         return replace(
             place,
-            sizes=Experts.inner_sizes(site, place.sizes),
+            sizes=OPS[op.kind].inner_sizes(site, place.sizes),
             around=Work.ROUTED_EXPERTS,
             many=(*place.many, experts),
         )
 
-    def _add(self, graph: Graph, op: Op, place: _Place, content: _Content) -> None:
+    def _add(self, graph: Graph, op: Op, place: _Context, content: _Content) -> None:
         """The weights and the arithmetic of an operator that holds no others."""
         site = site_of(op, graph, self._program.graphs)
         flops = place.times * max(0, OPS[op.kind].flops(site, place.sizes))
@@ -210,7 +209,7 @@ class Modules:
             grouped = place.experts if op.kind in _OF_ALL_EXPERTS else None
             many = (*place.many, grouped) if grouped else place.many
             name, count, active = _expanded(symbol, many)
-            tensor = Tensor(
+            tensor = TensorCount(
                 name,
                 weight.type.dims,
                 weight.type.dtype,
@@ -225,13 +224,13 @@ class Modules:
             if known is None or known.work is Work.EMBEDDING:
                 content.tensors[name] = tensor
 
-    def _call(self, graph: Graph, op: Op, place: _Place, content: _Content) -> None:
-        callee = self._program.graphs[op.text("callee")]
+    def _call(self, graph: Graph, op: Op, place: _Context, content: _Content) -> None:
+        callee = self._program.graphs[op.callee]
         sizes = sizes_inside(callee, op, place.sizes)
         around = self._shares.around_callees(graph, place.around)
         key = (callee.name, tuple(sorted(sizes.items())), around)
         if key not in self._made:
-            inside = self._content(callee, callee.ops, _Place(sizes, around))
+            inside = self._content(callee, callee.ops, _Context(sizes, around))
             self._made[key] = _closed(callee, inside)
         module = self._made[key]
         name, count, active = _expanded(op.text("scope"), place.many)
@@ -239,10 +238,10 @@ class Modules:
         content.fp8_flops += place.times * module.fp8_flops
         content.cache_bytes += place.times * module.cache_bytes
         before = content.parts[name].passes if name in content.parts else 0
-        content.parts[name] = Part(name, module, count, active, before + place.times)
+        content.parts[name] = Submodule(name, module, count, active, before + place.times)
 
 
-def _repeated(op: Op, place: _Place) -> _Place:
+def _repeated(op: Op, place: _Context) -> _Context:
     count = op.number("count")
     return replace(place, many=(*place.many, _Many(op.layers, count)), times=place.times * count)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compiler.analysis.modules import Module, Modules, Tensor
+from compiler.analysis.modules import Module, Modules, TensorCount
 from compiler.analysis.work import Tally, Work, total
 from compiler.graph.core import Op, Program, Value, walk
 from compiler.graph.types import BYTES
@@ -48,11 +48,11 @@ class Copy:
 
     name: str
     original: str
-    tensor: Tensor
+    tensor: TensorCount
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRange:
     """`count` tensors of a checkpoint. `{3..60}` in the name stands for each number of the range.
 
     `original` names the tensor that these are a copy of.
@@ -151,13 +151,13 @@ class Summary:
     def cache_bytes_with_mtp(self) -> int:
         return self.model.cache_bytes + self.mtp.cache_bytes
 
-    def published(self) -> Iterator[Published]:
+    def published(self) -> Iterator[PublishedRange]:
         """Every tensor of a checkpoint, equal ones together, in the order of the graph."""
         yield from _published(self.model, "", 1)
         yield from _published(self.mtp, "", 1)
         for copy in self.copies:
             t = copy.tensor
-            yield Published(copy.name, t.shape, t.dtype, t.count, copy.original)
+            yield PublishedRange(copy.name, t.shape, t.dtype, t.count, copy.original)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values for `json.dumps`."""
@@ -249,7 +249,7 @@ def _needed_for(program: Program, result: str) -> set[Op]:
     return found
 
 
-def _copies(program: Program, tensors: Sequence[Tensor]) -> tuple[Copy, ...]:
+def _copies(program: Program, tensors: Sequence[TensorCount]) -> tuple[Copy, ...]:
     by_name = {t.name: t for t in tensors}
     return tuple(Copy(copy, name, by_name[name]) for copy, name in program.aliases.items())
 
@@ -259,9 +259,9 @@ def training_flops(module: Module, tokens: int, passes: int = 1) -> dict[Work, i
     return {work: TRAINING_PASSES * passes * n // tokens for work, n in module.flops.items()}
 
 
-def _published(module: Module, prefix: str, count: int) -> Iterator[Published]:
+def _published(module: Module, prefix: str, count: int) -> Iterator[PublishedRange]:
     for t in module.tensors:
-        yield Published(prefix + t.name, t.shape, t.dtype, count * t.count)
+        yield PublishedRange(prefix + t.name, t.shape, t.dtype, count * t.count)
     for part in module.parts:
         yield from _published(part.module, f"{prefix}{part.name}.", count * part.count)
 

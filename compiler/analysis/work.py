@@ -106,9 +106,7 @@ class Shares:
             found: set[Op] = set()
             wanted = set()
             for op in reversed(list(graph.walk())):
-                if op.kind in CHOICE or (
-                    op.kind != "call" and any(v in wanted for v in op.results)
-                ):
+                if op.kind in CHOICE or (not op.callee and any(v in wanted for v in op.results)):
                     found.add(op)
                     wanted |= set(op.operands)
             self._gates[graph.name] = found

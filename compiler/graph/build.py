@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from compiler.graph.core import Attr, Graph, Op, Region, Value
 from compiler.graph.placement import placed
@@ -25,9 +26,9 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
         weights.append(graph.weights[symbol].type)
     callee: Signature | None = None
     if op.kind == "call":
-        called = graphs.get(op.text("callee"))
+        called = graphs.get(op.callee)
         if called is None:
-            raise TypeMismatch(f"there is no graph @{op.attrs['callee']}")
+            raise TypeMismatch(f"there is no graph @{op.callee}")
         callee = (tuple(v.type for v in called.args), tuple(v.type for v in called.results))
     regions = tuple(
         (tuple(v.type for v in r.args), tuple(v.type for v in r.yielded)) for r in op.regions
@@ -70,6 +71,15 @@ class Builder:
 
     def value(self, base: str, type: Type) -> Value:
         return Value(self.unique(base), type)
+
+    @contextmanager
+    def into(self, ops: list[Op]) -> Iterator[None]:
+        """Lets `add` append to another list meanwhile, such as that of a region."""
+        outer, self.ops = self.ops, ops
+        try:
+            yield
+        finally:
+            self.ops = outer
 
     def add(
         self,

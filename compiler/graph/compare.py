@@ -37,7 +37,7 @@ class Mark(StrEnum):
 
 
 @dataclass(frozen=True)
-class Line:
+class DiffLine:
     """One line of a graph. `key` is what it defines, `inside` the key of the region around it.
 
     `was` is the text before; of a line that moved to another block, the block that it came from,
@@ -59,7 +59,7 @@ class Comparison:
 
     name: str
     mark: Mark
-    lines: tuple[Line, ...]
+    lines: tuple[DiffLine, ...]
     before: Graph | None
     after: Graph | None
 
@@ -82,7 +82,7 @@ def compare_graphs(before: Graph | None, after: Graph | None) -> Comparison:
 
 
 def _compared(
-    before: Graph | None, after: Graph | None, old: list[Line], new: list[Line]
+    before: Graph | None, after: Graph | None, old: list[DiffLine], new: list[DiffLine]
 ) -> Comparison:
     """Graphs with their lines."""
     if before is None and after is not None:
@@ -97,7 +97,7 @@ def _compared(
     return Comparison(after.name, mark, lines, before, after)
 
 
-def _lines(graph: Graph | None, program: Program) -> list[Line]:
+def _lines(graph: Graph | None, program: Program) -> list[DiffLine]:
     """Those of a graph, behind the signature what the program says of it."""
     if graph is None:
         return []
@@ -107,36 +107,40 @@ def _lines(graph: Graph | None, program: Program) -> list[Line]:
         "derivative": print_derivative(derivative) if derivative else "",
         "boundary": print_boundary(program.boundary) if graph.name == program.root else "",
     }
-    return [signature, *(Line(key, f"{key} {text}") for key, text in said.items() if text), *lines]
+    return [
+        signature,
+        *(DiffLine(key, f"{key} {text}") for key, text in said.items() if text),
+        *lines,
+    ]
 
 
-def lines_of(graph: Graph) -> Iterator[Line]:
+def lines_of(graph: Graph) -> Iterator[DiffLine]:
     """The signature of a graph, its weights and caches, and its operators, regions flattened."""
     arguments = ", ".join(f"{v}: {v.type}" for v in graph.args)
     returned = graph.results if graph.ops else []
     results = ", ".join(
         f"{n}: {v.type}" for n, v in zip(graph.result_names, returned, strict=False)
     )
-    yield Line("graph", f"({arguments}) -> ({results})")
+    yield DiffLine("graph", f"({arguments}) -> ({results})")
     for name, weight in graph.weights.items():
-        yield Line(f"@{name}", f"weight {print_weight(name, weight)}")
+        yield DiffLine(f"@{name}", f"weight {print_weight(name, weight)}")
     for name, cache in graph.caches.items():
-        yield Line(f"cache @{name}", f"cache @{name} : {cache.type}")
+        yield DiffLine(f"cache @{name}", f"cache @{name} : {cache.type}")
     yield from _op_lines(graph.ops, "", Counter())
 
 
-def _op_lines(ops: Sequence[Op], inside: str, seen: Counter[str]) -> Iterator[Line]:
+def _op_lines(ops: Sequence[Op], inside: str, seen: Counter[str]) -> Iterator[DiffLine]:
     for op in ops:
         # What defines nothing is known by its kind and its weights, and by the how manieth it is.
         key = str(op.results[0]) if op.results else " ".join([op.kind, inside, *op.symbols])
         seen[key] += 1
         if seen[key] > 1:
             key += f" {seen[key]}"
-        yield Line(key, print_line(op), inside, op)
+        yield DiffLine(key, print_line(op), inside, op)
         for i, region in enumerate(op.regions):
             name = f"{key} region {i}" if i else f"{key} region"
             arguments = ", ".join(f"{v}: {v.type}" for v in region.args)
-            yield Line(name, f"|{arguments}|", key)
+            yield DiffLine(name, f"|{arguments}|", key)
             yield from _op_lines(region.ops, name, seen)
 
 
@@ -170,7 +174,7 @@ def _stem(name: str) -> str:
     return re.sub(r"_[0-9]+(?=_|$)", "", name)
 
 
-def _merged(old: Sequence[Line], new: Sequence[Line]) -> Iterator[Line]:
+def _merged(old: Sequence[DiffLine], new: Sequence[DiffLine]) -> Iterator[DiffLine]:
     """The lines of both in the order of `new`; what is gone stands where it stood."""
     before = {line.key: line for line in old}
     after = {line.key for line in new}
@@ -181,7 +185,7 @@ def _merged(old: Sequence[Line], new: Sequence[Line]) -> Iterator[Line]:
         yield from (_marked(x, before.get(x.key), x.key in in_place) for x in new[j1:j2])
 
 
-def _marked(line: Line, old: Line | None, in_place: bool) -> Line:
+def _marked(line: DiffLine, old: DiffLine | None, in_place: bool) -> DiffLine:
     if old is None:
         return replace(line, mark=Mark.ADDED)
     if old.text != line.text:
@@ -197,7 +201,7 @@ def _with_moves(found: Sequence[Comparison]) -> list[Comparison]:
     came = {to: home for home, to in moves}
     went = dict(moves)
 
-    def settled(line: Line, block: str) -> Line:
+    def settled(line: DiffLine, block: str) -> DiffLine:
         place = (block, line.key)
         if line.mark is Mark.ADDED and place in came:
             return replace(line, mark=Mark.MOVED, was=came[place][0])

@@ -93,6 +93,11 @@ class Op(Attributes):
         (only,) = self.results
         return only
 
+    @property
+    def callee(self) -> str:
+        """The graph that a `call` calls; empty for every other operator."""
+        return self.text("callee") if self.kind == "call" else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -120,7 +125,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheType:
     """What a decoder remembers: entries of `type` along `context`, for one block."""
 
     type: Type
@@ -134,7 +139,7 @@ class Graph:
     args: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
-    caches: dict[str, Cache] = field(default_factory=dict)
+    caches: dict[str, CacheType] = field(default_factory=dict)
     # Those beyond what the block declares were collected from blocks inside.
     result_names: tuple[str, ...] = ()
     about: str = ""
@@ -155,20 +160,29 @@ class Graph:
 
     def calls(self) -> Iterator[str]:
         """Names of the graphs that this one calls, in order, each once."""
-        return iter(dict.fromkeys(o.text("callee") for o in self.walk() if o.kind == "call"))
+        return iter(dict.fromkeys(op.callee for op in self.walk() if op.callee))
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every operator that reads `old` read `new`."""
         for op in self.walk():
             op.operands = [new if v is old else v for v in op.operands]
 
-    def uses(self) -> dict[Value, int]:
-        """How many operands each value is."""
-        counts: dict[Value, int] = {}
+    def producers(self) -> dict[Value, Op]:
+        """The operator that makes each value; arguments have none."""
+        return {value: op for op in self.walk() for value in op.results}
+
+    def uses(self) -> dict[Value, list[Op]]:
+        """The operators that read each value in order, once for each operand; none: no entry."""
+        found: dict[Value, list[Op]] = {}
         for op in self.walk():
             for value in op.operands:
-                counts[value] = counts.get(value, 0) + 1
-        return counts
+                found.setdefault(value, []).append(op)
+        return found
+
+    def drop_unused_weights(self) -> None:
+        """Leaves out the weights that no operator names."""
+        used = {symbol for op in self.walk() for symbol in op.symbols}
+        self.weights = {name: weight for name, weight in self.weights.items() if name in used}
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +289,13 @@ class Program:
             tuple(name for i, name in given if self.main.args[i].name in self.boundary.received),
         )
 
+    def calls_of(self, name: str) -> Iterator[tuple[Graph, Op]]:
+        """Every call of a graph, and the graph that it is in."""
+        for graph in self.graphs.values():
+            for op in graph.walk():
+                if op.callee == name:
+                    yield graph, op
+
     def backward_of(self, name: str) -> Graph | None:
         """The graph of the gradients of a graph, where it has been derived."""
         derivative = self.derivatives.get(name)
@@ -303,7 +324,7 @@ def walk(ops: Sequence[Op]) -> Iterator[Op]:
             yield from walk(region.ops)
 
 
-def lists(graph: Graph) -> Iterator[list[Op]]:
+def op_lists(graph: Graph) -> Iterator[list[Op]]:
     """Every list of operators of a graph, innermost first, so that one may shrink them."""
 
     def inside(ops: list[Op]) -> Iterator[list[Op]]:
@@ -313,6 +334,11 @@ def lists(graph: Graph) -> Iterator[list[Op]]:
         yield ops
 
     return inside(graph.ops)
+
+
+def list_of(graph: Graph, op: Op) -> list[Op]:
+    """The list of operators that holds an operator of a graph."""
+    return next(ops for ops in op_lists(graph) if op in ops)
 
 
 def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:

@@ -32,7 +32,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Drawing:
     """Size of the picture, and the points that each arrow passes, first and last on its boxes."""
 
     width: float
@@ -40,7 +40,7 @@ class Layout:
     arrows: tuple[tuple[tuple[float, float], ...], ...]
 
 
-def arrange(boxes: Sequence[Box], arrows: Sequence[tuple[int, int]]) -> Layout:
+def arrange(boxes: Sequence[Box], arrows: Sequence[tuple[int, int]]) -> Drawing:
     """Places `boxes`; an arrow (i, j) leads from box i to a later box j."""
     _choose_layers(boxes, arrows)
     chains = [_chain(boxes[i], boxes[j]) for i, j in arrows]
@@ -54,7 +54,7 @@ def arrange(boxes: Sequence[Box], arrows: Sequence[tuple[int, int]]) -> Layout:
     _place(layers)
     width = max((b.x + b.width / 2 for layer in layers for b in layer), default=0.0)
     height = max((b.y + b.height for b in boxes), default=0.0)
-    return Layout(width, height, tuple(tuple(_points(chain)) for chain in chains))
+    return Drawing(width, height, tuple(tuple(_points(chain)) for chain in chains))
 
 
 def _choose_layers(boxes: Sequence[Box], arrows: Sequence[tuple[int, int]]) -> None:

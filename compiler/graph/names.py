@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from compiler.graph.core import REPEATS, Graph, Op
 
 Range = tuple[int, int]  # first and last
-Part = str | Range
+NamePart = str | Range
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class PublishedName:
     """A weight (`op` is None), or everything under the scope of a call, as its graph names it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[NamePart, ...]
     op: Op | None = None
 
     @property
@@ -38,17 +38,17 @@ class Name:
         return ".".join(p if isinstance(p, str) else _words(p) for p in self.parts)
 
 
-def names_of(graph: Graph) -> list[Name]:
+def names_of(graph: Graph) -> list[PublishedName]:
     """What a graph names itself: its weights, then the scopes of its calls in order."""
-    weights = [Name(parts_of(n, [(0, w.stack - 1)])) for n, w in graph.weights.items()]
+    weights = [PublishedName(parts_of(n, [(0, w.stack - 1)])) for n, w in graph.weights.items()]
     return weights + list(_scopes(graph.ops, ()))
 
 
-def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[Part, ...]:
+def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[NamePart, ...]:
     """A dotted name in parts, each `*` replaced by the next range of `stars` while there is one."""
     left = iter(stars)
 
-    def part(text: str) -> Part:
+    def part(text: str) -> NamePart:
         if text == "*":
             return next(left, text)
         return (int(text), int(text)) if _NUMBER.fullmatch(text) else text
@@ -56,12 +56,12 @@ def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[Part, ...]:
     return tuple(part(text) for text in name.split("."))
 
 
-def clashes(names: Sequence[Name]) -> Iterator[tuple[Name, Name]]:
+def clashes(names: Sequence[PublishedName]) -> Iterator[tuple[PublishedName, PublishedName]]:
     """Pairs in which one name is the beginning of the other one, or equal to it, for some layer.
 
     A block is a module and a dotted name a path of modules, so neither may be a part of the other.
     """
-    same: dict[tuple[str, ...], list[Name]] = {}
+    same: dict[tuple[str, ...], list[PublishedName]] = {}
     for name in names:
         if not name.parts:  # a part of the same module, whose weights it shares
             continue
@@ -78,27 +78,27 @@ def clashes(names: Sequence[Name]) -> Iterator[tuple[Name, Name]]:
                 yield from ((b, a) for b in same.get(key[:n], ()) if _meet(b, a))
 
 
-def is_weight(name: str, root: str, names: Mapping[str, Sequence[Name]]) -> bool:
+def is_weight(name: str, root: str, names: Mapping[str, Sequence[PublishedName]]) -> bool:
     """Whether a full name is that of a weight, given what each graph names and no clashes."""
 
-    def found(parts: tuple[Part, ...], graph: str) -> bool:
+    def found(parts: tuple[NamePart, ...], graph: str) -> bool:
         for n in names[graph]:
-            if len(n.parts) > len(parts) or not _meet(n, Name(parts)):
+            if len(n.parts) > len(parts) or not _meet(n, PublishedName(parts)):
                 continue
             if n.op is None and len(n.parts) == len(parts):
                 return True
-            if n.op is not None and found(parts[len(n.parts) :], n.op.text("callee")):
+            if n.op is not None and found(parts[len(n.parts) :], n.op.callee):
                 return True
         return False
 
     return found(parts_of(name), root)
 
 
-def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[Name]:
+def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[PublishedName]:
     for op in ops:
-        if op.kind == "call":
+        if op.callee:
             scope = op.text("scope")
-            yield Name(parts_of(scope, layers) if scope else (), op)
+            yield PublishedName(parts_of(scope, layers) if scope else (), op)
         inside = layers
         if op.kind in REPEATS:
             inside = (*layers, (op.layers[0], op.layers[-1]))
@@ -106,7 +106,7 @@ def _scopes(ops: Sequence[Op], layers: tuple[Range, ...]) -> Iterator[Name]:
             yield from _scopes(region.ops, inside)
 
 
-def _meet(a: Name, b: Name) -> bool:
+def _meet(a: PublishedName, b: PublishedName) -> bool:
     """Whether two names agree in some layer as far as the shorter one goes."""
     return all(
         x == y if isinstance(x, str) or isinstance(y, str) else x[0] <= y[1] and y[0] <= x[1]

@@ -18,7 +18,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedTok
 from compiler.graph.core import (
     Attr,
     Boundary,
-    Cache,
+    CacheType,
     Derivative,
     Graph,
     Op,
@@ -172,7 +172,7 @@ class _Reader:
             if node.data == "weight":
                 self._put(graph.weights, symbol, self._weight(self._type(type), rest[0]))
             else:
-                self._put(graph.caches, symbol, Cache(self._type(type)))
+                self._put(graph.caches, symbol, CacheType(self._type(type)))
         graph.ops = self._operators(operators, scope, 0)
         self._results(graph, name, results.children if results else [])
         return graph

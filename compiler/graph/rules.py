@@ -1,4 +1,4 @@
-"""What holds for an operator, a name or a dimension by itself, whatever is around it.
+"""What holds for an operator, a name or a dimension by itself, regardless of what is around it.
 
 Each `need_..` raises `Broken` where it does not hold.
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from compiler.graph.core import REPEATS, Graph, Op, Program, Region, Value
-from compiler.graph.layout import Box, Layout, arrange
+from compiler.graph.layout import Box, Drawing, arrange
 from compiler.graph.types import Type
 from dsl.source import Source, Span
 
@@ -88,7 +88,7 @@ class _Diagram:
     nodes: Sequence[_Node]
     boxes: Sequence[Box]
     values: Sequence[Value]  # of each arrow
-    layout: Layout
+    layout: Drawing
 
 
 def to_svg(program: Program) -> str:
@@ -180,8 +180,8 @@ def _outer_of(op: Op) -> list[Value]:
 def _node(op: Op) -> _Node:
     style = _STYLES.get(op.kind, "plain")
     lines = [op.kind]
-    if op.kind == "call":
-        lines = [op.text("callee"), f"as {op.attrs['scope'] or 'a part of this'}"]
+    if op.callee:
+        lines = [op.callee, f"as {op.attrs['scope'] or 'a part of this'}"]
     elif op.kind in REPEATS:
         lines = [f"{op.kind}: layers {op.layers[0]}..{op.layers[-1]}"]
     elif op.kind == "experts":
@@ -192,7 +192,7 @@ def _node(op: Op) -> _Node:
     lines += [f"{v} " * several + _shape(v.type) for v in op.results]
     about = "\n".join([_sentence(op), *map(_place, op.spans)])
     inside = [_of_region(region) for region in op.regions]
-    target = op.text("callee") if op.kind == "call" else ""
+    target = op.callee
     return _Node(style, lines, about, inside, target)
 
 

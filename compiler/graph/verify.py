@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from compiler.graph.build import infer
 from compiler.graph.core import REPEATS, Graph, Op, Program, Value, Weight
 from compiler.graph.interfaces import interface_problems
-from compiler.graph.names import Name, clashes, is_weight, names_of
+from compiler.graph.names import PublishedName, clashes, is_weight, names_of
 from compiler.graph.rules import (
     IDENTIFIER,
     SYMBOL,
@@ -36,10 +36,10 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
     """Raises `DiagnosticError` (E51x) with every operator that breaks an invariant.
 
     `changed` names the graphs that are not as they were when the program was verified before: only
-    those, and those that call them, are checked anew, beside what holds of all graphs together.
+    those, and those that call them, are checked again, and what holds of all graphs together.
     """
     problems: list[Diagnostic] = []
-    names: dict[str, Sequence[Name]] = {}
+    names: dict[str, Sequence[PublishedName]] = {}
     for key, graph in program.graphs.items():
         check = _Check(program, graph)
         checked = changed is None or key in changed or not changed.isdisjoint(graph.calls())
@@ -95,7 +95,7 @@ class _Check:
         if not self.problems:
             self._try(self._unused)
 
-    def clashes(self, names: Sequence[Name]) -> list[Diagnostic]:
+    def clashes(self, names: Sequence[PublishedName]) -> list[Diagnostic]:
         return [
             self._diagnostic(
                 Broken("E517", f"{a} and {b} name the same module or weight", "rename one"),
@@ -248,7 +248,7 @@ class _Check:
                 self._saved(op, scope)
 
     def _call(self, op: Op, scope: _Scope) -> None:
-        callee, under = op.text("callee"), op.text("scope")
+        callee, under = op.callee, op.text("scope")
         if callee not in self.program.graphs:
             raise Broken("E516", f"there is no graph @{callee}")
         if under:  # none: a part of the same module
@@ -342,7 +342,7 @@ def _recursion(program: Program) -> list[Diagnostic]:
     return [Diagnostic("E516", f"{circle}: a graph cannot hold itself", span)]
 
 
-def _outside(program: Program, names: Mapping[str, Sequence[Name]]) -> list[Diagnostic]:
+def _outside(program: Program, names: Mapping[str, Sequence[PublishedName]]) -> list[Diagnostic]:
     """The root and the aliases, given sound graphs."""
     if program.root not in program.graphs or not IDENTIFIER.fullmatch(program.name):
         known = ", ".join(program.graphs)

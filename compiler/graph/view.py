@@ -110,7 +110,7 @@ class _Dot:
 
     def _op(self, indent: str, op: Op) -> Iterator[str]:
         node = self._next()
-        what = op.text("callee") if op.kind == "call" else op.kind
+        what = op.callee or op.kind
         label = "\n".join([what, *(f"@{symbol}" for symbol in op.symbols)])
         yield f"{indent}{node} [label={_quoted(label)}];"
         for value in op.operands:

@@ -35,14 +35,14 @@ class BlockRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class BlockRun:
     """`count` equal blocks in a row."""
 
     ref: BlockRef
     count: int
 
 
-SlotValue = BlockRef | tuple[Group, ...]
+SlotValue = BlockRef | tuple[BlockRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,21 @@ class Bound:
     @property
     def numbers(self) -> dict[str, Number]:
         return {name: const.value for name, const in self.params.items()}
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for blocks that lower to the same graph."""
+        params = tuple(sorted((n, type(c.value).__name__, c.value) for n, c in self.params.items()))
+        slots = tuple((n, _slot_key(s)) for n, s in sorted(self.slots.items()))
+        return (self.block.name.value, params, slots)
+
+
+def _slot_key(slot: SlotValue) -> tuple[object, ...]:
+    if isinstance(slot, BlockRef):
+        arguments = tuple(sorted((n, c.value) for n, c in slot.arguments.items()))
+        inner = tuple((n, _slot_key(s)) for n, s in sorted(slot.slots.items()))
+        return (slot.block.name.value, arguments, inner)
+    return tuple((_slot_key(g.ref), g.count) for g in slot)
 
 
 class Binder:

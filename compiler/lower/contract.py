@@ -35,7 +35,7 @@ _LOGITS_RANK = 3
 
 
 def argument_problems(block: ast.Block, types: Sequence[Type]) -> Iterator[Diagnostic]:
-    """Arguments that nobody could give (E238)."""
+    """Arguments that no caller provides (E238)."""
     for argument, type in zip(block.arguments, types, strict=True):
         name = argument.name.value
         wanted = ARGUMENTS.get(name)
@@ -43,7 +43,7 @@ def argument_problems(block: ast.Block, types: Sequence[Type]) -> Iterator[Diagn
             near = nearest(name, ARGUMENTS)
             help = f"did you mean {near}?" if near else f"it may take {', '.join(ARGUMENTS)}"
             message = f"the outermost block of a model has no argument {name}"
-            yield Diagnostic("E238", message, argument.span, "given by nobody", help=help)
+            yield Diagnostic("E238", message, argument.span, "is not provided", help=help)
         elif type != wanted:
             message = f"{name} of the outermost block is {wanted}, not {type}"
             yield Diagnostic("E238", message, argument.span, f"is {type}", help=f"write {wanted}")

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from compiler.graph.core import Value
-from compiler.graph.types import Dim
-from compiler.lower.bind import Const
-from compiler.lower.forms import FORMS
-from compiler.lower.names import word_problem
-from compiler.lower.scope import POISON, LayerIndex, Poison, Result, Scope, Stop
+from compiler.graph.types import RUNTIME_DIMS, Dim
+from compiler.lower.bind import BlockRef, Const, SlotValue
+from compiler.lower.forms import FORMS, Form, Given, Kind
+from compiler.lower.mask import lower_mask
+from compiler.lower.scope import POISON, LayerIndex, Poison, Result, Scope
+from compiler.lower.state import Stop
 from dsl import ast
-from dsl.evaluate import FUNCTIONS, evaluate
+from dsl.evaluate import FUNCTIONS
+from dsl.source import Span
 from dsl.suggest import nearest
 
 Attrs = dict[str, Any]
 
 _ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
-_DIM_NAME = re.compile(r"[A-Za-z_0-9]+([*+][A-Za-z_0-9]+)*")
 
 
 class Expressions(Scope):
-    """Values of expressions. Calls of operators and blocks are left to the class above."""
+    """Values of expressions. Calls of blocks are left to the class above."""
 
     @abstractmethod
-    def call(self, node: ast.Call, names: Sequence[str]) -> list[Value]:
-        """Results of an operator or a block."""
+    def block(self, ref: BlockRef, node: ast.Call, names: Sequence[str]) -> list[Value]:
+        """A call of a block: of its graph if it has a name of its own, else its equations here."""
 
     def value(self, node: ast.Expr, names: Sequence[str]) -> Result:
         """Tensors or a number. `names` are those that the results will have in the graph."""
@@ -206,133 +205,190 @@ class Expressions(Scope):
             )
         return float(value)
 
-    def const(self, node: ast.Expr) -> Any:
-        """A number known when the model is built. Raises `DiagnosticError`."""
-        node = self.counts(node)
-        for name in ast.names_in(node):
-            entry = self.env.get(name)
-            if isinstance(entry, Poison):
-                raise Stop
-            if isinstance(entry, Value | LayerIndex):
-                self.error(
-                    "E222",
-                    f"{name} is not known when the model is built",
-                    node,
-                    "needs a number",
-                    help="use params, let and arithmetic here",
-                )
-        numbers = {n: e.value for n, e in self.env.items() if isinstance(e, Const)}
-        return evaluate(node, numbers)
+    # ---- calls --------------------------------------------------------------------------
 
-    def flag(self, node: ast.Expr) -> bool:
-        """A condition known when the model is built. Raises `DiagnosticError`."""
+    def call(self, node: ast.Call, names: Sequence[str]) -> list[Value]:
+        name = node.function.value
+        if name == "collected":
+            return self._collected(node)
+        # A slot may bear the name of an operator: `attention` in a layer is the block chosen there.
+        entry = self.env.get(name) or self.bound.slots.get(name)
+        ref = entry if isinstance(entry, BlockRef) else None
+        if ref is None and name in FORMS:
+            return self._form(FORMS[name], node, names)
+        if ref is None and name in self.low.binder.blocks:
+            ref = BlockRef(self.low.binder.blocks[name], node.function.span)
+        if ref is None and name in self.bound.slots:
+            self.error(
+                "E210",
+                f"{name} is a list of blocks, and is not called itself",
+                node.function,
+                "is a list",
+                help=f"call each: `repeat layer, index in {name}:`",
+            )
+        if ref is None:
+            known = [*FORMS, *self.low.binder.blocks, *self.bound.slots]
+            near = nearest(name, known)
+            self.error(
+                "E223",
+                f"there is no operator or block {name}",
+                node.function,
+                "not found",
+                help=f"did you mean {near}?" if near else "`dslc ops` lists the operators",
+            )
+        return self.block(ref, node, names)
+
+    def _collected(self, node: ast.Call) -> list[Value]:
+        wanted = node.arguments[0].value if len(node.arguments) == 1 else None
+        if not isinstance(wanted, ast.Name):
+            self.error(
+                "E224",
+                "collected takes the name of what blocks collect",
+                node,
+                "here",
+                help="as in `collected(balance)`",
+            )
+        assert isinstance(wanted, ast.Name)
+        parts = [v for n, v in self.collected if n == wanted.value]
+        if parts and parts[0].type.dtype != "f32":
+            return parts
+        if not parts:
+            return self.op("constant", value=0.0, names=[wanted.value])
+        total, *others = [
+            self.op("sum", [p], names=[wanted.value])[0] if p.type.dims else p for p in parts
+        ]
+        for part in others:
+            (total,) = self.op("add", [total, part], names=[wanted.value])
+        return [total]
+
+    def _form(self, form: Form, node: ast.Call, names: Sequence[str]) -> list[Value]:
+        tensors: list[Value] = []
+        spans: list[Span] = []
+        dims: list[Dim] = []
+        tensor_names: list[str] = []
+        keywords: dict[str, Any] = {}
+        kinds = {**form.required, **{n: k for n, (k, _) in form.optional.items()}}
+        bad = False
+        for argument in node.arguments:
+            try:
+                if argument.name is not None:
+                    key = argument.name.value
+                    if key not in kinds or key in keywords:
+                        self._unknown_keyword(form, argument.name, node, key in keywords)
+                    keywords[key] = self._convert(kinds[key], argument.value)
+                elif form.tensors is None or len(spans) < len(form.tensors):
+                    spans.append(argument.span)
+                    tensors.append(self.one(argument.value))
+                    value = argument.value
+                    tensor_names.append(value.value if isinstance(value, ast.Name) else "entry")
+                elif form.dims:
+                    dims.append(self.dim(argument.value))
+                else:
+                    self.error(
+                        "E225",
+                        f"{node.function.value} takes {tensors_of(len(form.tensors))}",
+                        argument.value,
+                        "one too many",
+                        help=f"{node.function.value}({form.signature})",
+                    )
+            except Stop:
+                bad = True
+        missing = [n for n in form.required if n not in keywords]
+        short = len(spans) < sum(not name.endswith("?") for name in form.tensors or ())
+        if not bad and (missing or short or (form.dims and not dims)):
+            what = (
+                ", ".join(f"`{n} = ..`" for n in missing)
+                if missing
+                else "a tensor"
+                if short
+                else "a dimension"
+            )
+            self.error(
+                "E226",
+                f"{node.function.value} needs {what}",
+                node,
+                "not given",
+                help=f"{node.function.value}({form.signature})",
+            )
+        if bad:
+            raise Stop
+        for name, (_, default) in form.optional.items():
+            keywords.setdefault(name, default)
+        given = Given(tensors, dims, keywords, tensor_names)
+        return self.checked(lambda: form.make(self, given), node, spans, names)
+
+    def _unknown_keyword(self, form: Form, name: ast.Name, node: ast.Call, twice: bool) -> None:
+        if twice:
+            self.error("E227", f"`{name.value}` is given twice", name, "again", help="remove one")
+        known = [*form.required, *form.optional]
+        near = nearest(name.value, known)
+        self.error(
+            "E227",
+            f"{node.function.value} has no argument {name.value}",
+            name,
+            "not known there",
+            help=f"did you mean {near}?" if near else f"{node.function.value}({form.signature})",
+        )
+
+    def _convert(self, kind: Kind, node: ast.Expr) -> Any:
+        if kind is Kind.DIM:
+            return self.dim(node)
+        if kind is Kind.PATH:
+            return self.path(node)
+        if kind is Kind.AXIS:
+            if not isinstance(node, ast.Name) or node.value not in RUNTIME_DIMS:
+                self.error(
+                    "E228",
+                    "this is no run-time dimension",
+                    node,
+                    "here",
+                    help=f"one of {', '.join(RUNTIME_DIMS)}",
+                )
+            assert isinstance(node, ast.Name)
+            return node.value
+        if kind is Kind.BLOCK:
+            slot = self.slot_argument(node)
+            if not isinstance(slot, BlockRef):
+                self.error(
+                    "E210",
+                    "one block is needed here, this is a list",
+                    node,
+                    "is a list",
+                    help="name a block, or a slot for one",
+                )
+            return slot
+        if kind is Kind.MASK:
+            return lower_mask(self, node)
         value = self.const(node)
-        if not isinstance(value, bool):
+        fits = {
+            Kind.NUMBER: isinstance(value, int | float) and not isinstance(value, bool),
+            Kind.INT: isinstance(value, int) and not isinstance(value, bool),
+            Kind.TEXT: isinstance(value, str),
+            Kind.FLAG: isinstance(value, bool),
+        }[kind]
+        if not fits:
             self.error(
                 "E229",
-                f"a condition is true or false, this is {value!r}",
+                f"{kind.value} is needed here, this is {value!r}",
                 node,
                 f"is {value!r}",
-                help="compare it, for example with `!= 0`",
-            )
-        return bool(value)
-
-    def counts(self, node: ast.Expr) -> ast.Expr:
-        """`node` with every count(slot) replaced by the number of blocks in the slot."""
-        match node:
-            case ast.Call() if node.function.value == "count":
-                return self._count(node)
-            case ast.Call():
-                arguments = [replace(a, value=self.counts(a.value)) for a in node.arguments]
-                return replace(node, arguments=tuple(arguments))
-            case ast.Unary():
-                return replace(node, operand=self.counts(node.operand))
-            case ast.Binary():
-                return replace(node, left=self.counts(node.left), right=self.counts(node.right))
-            case ast.Conditional():
-                return replace(
-                    node,
-                    condition=self.counts(node.condition),
-                    then=self.counts(node.then),
-                    otherwise=self.counts(node.otherwise),
-                )
-            case _:
-                return node
-
-    def _count(self, node: ast.Call) -> ast.Number:
-        slot = node.arguments[0].value if len(node.arguments) == 1 else None
-        if not isinstance(slot, ast.Name):
-            self.error(
-                "E216", "count takes the name of a slot", node, "here", help="as in `count(layers)`"
-            )
-        assert isinstance(slot, ast.Name)
-        return ast.Number(sum(g.count for g in self.groups(slot)), node.span)
-
-    def groups(self, slot: ast.Name) -> Any:
-        value = self.bound.slots.get(slot.value)
-        if not isinstance(value, tuple):
-            self.error(
-                "E216",
-                f"{slot.value} is no list of blocks",
-                slot,
-                "cannot be repeated",
-                help=f"declare it: `slots {slot.value}`",
+                help="`dslc ops NAME` shows what a function takes",
             )
         return value
 
-    def dim(self, node: ast.Expr) -> Dim:
-        """A dimension: its name is the expression as written, its size the value."""
-        size = self.const(node)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            entry = self.env.get(node.value) if isinstance(node, ast.Name) else None
-            place = entry.span if isinstance(entry, Const) else node.span
-            self.low.not_a_size(node.span.text, size, place, ast.names_in(node), self.bound)
+    def slot_argument(self, node: ast.Expr) -> SlotValue:
+        if isinstance(node, ast.Name):
+            entry = self.env.get(node.value)
+            if isinstance(entry, BlockRef):
+                return entry
+            if node.value in self.bound.slots:
+                return self.bound.slots[node.value]
+        numbers = {n: e for n, e in self.env.items() if isinstance(e, Const)}
+        ref = self.low.binder.reference(node, numbers)
+        if ref is None:
             raise Stop
-        text = re.sub(r"\s+", "", node.span.text)
-        # 1 is broadcast, whatever it counts.
-        if not _DIM_NAME.fullmatch(text) or (text.isdigit() and text != "1"):
-            self.error(
-                "E230",
-                "a dimension needs a name",
-                node,
-                f"is {size}",
-                help="give the number a name with `let`, and use that",
-            )
-        return Dim(text, size)
+        return ref
 
-    def path(self, node: ast.Expr) -> str:
-        """Name of a weight, relative to this block's graph."""
-        match node:
-            case ast.Conditional():
-                return self.path(node.then if self.flag(node.condition) else node.otherwise)
-            case ast.Name():
-                parts = [self._part(node.value, node)]
-            case ast.Path():
-                parts = [self._part(item, node) for part in node.parts for item in part]
-            case _:
-                self.error(
-                    "E231", "this is no name of a weight", node, "here", help="as in q_a_proj"
-                )
-        return ".".join([*self.prefix, *parts])
 
-    def _part(self, item: str | ast.Expr, node: ast.Expr) -> str:
-        """A word, a number of at least 0, or `*` for the layer at hand."""
-        if isinstance(item, ast.Name) and isinstance(self.env.get(item.value), LayerIndex):
-            return "*"
-        place = node if isinstance(item, str) else item
-        value = item if isinstance(item, str) else self.const(item)
-        if isinstance(value, str):
-            problem = word_problem(value)
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            problem = "a number in a name is whole and at least 0"
-        else:
-            problem = ""
-        if problem:
-            self.error(
-                "E231",
-                f"{value!r} cannot be in the name of a weight: {problem}",
-                place,
-                "in this name",
-                help="names are those of a checkpoint, as in q_a_proj or model.layers.{index}",
-            )
-        return str(value)
+def tensors_of(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compiler.graph.core import Value
 from compiler.graph.types import Dim
+from compiler.lower.bind import BlockRef
+from compiler.lower.scope import Scope
 from compiler.ops.attention import DocumentAttention
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_attr
 from compiler.ops.pointwise import POINTWISE
-
-if TYPE_CHECKING:
-    from compiler.lower.bind import BlockRef
-    from compiler.lower.calls import Calls
 
 
 class Kind(Enum):
@@ -47,7 +45,7 @@ class Given:
         return value
 
 
-Make = Callable[["Calls", Given], list[Value]]
+Make = Callable[[Scope, Given], list[Value]]
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,13 @@ class Form:
 
 
 def _simple(kind: str) -> Make:
-    def make(frame: Calls, given: Given) -> list[Value]:
+    def make(frame: Scope, given: Given) -> list[Value]:
         return frame.op(kind, given.tensors, **given.keywords)
 
     return make
 
 
-def _linear(frame: Calls, given: Given) -> list[Value]:
+def _linear(frame: Scope, given: Given) -> list[Value]:
     (x,) = given.tensors
     path: str = given.keywords["name"]
     expected = given.keywords["from"]
@@ -101,7 +99,7 @@ def _linear(frame: Calls, given: Given) -> list[Value]:
     return y
 
 
-def _parameter_of(frame: Calls, weight: str, dtype: str | None = None) -> Value:
+def _parameter_of(frame: Scope, weight: str, dtype: str | None = None) -> Value:
     """A weight as a tensor, in another element type where it is to meet one."""
     wish = weight.replace(".", "_")
     (value,) = frame.op("parameter", [], [weight], wish=wish)
@@ -110,7 +108,7 @@ def _parameter_of(frame: Calls, weight: str, dtype: str | None = None) -> Value:
     return value
 
 
-def _parameter(frame: Calls, given: Given) -> list[Value]:
+def _parameter(frame: Scope, given: Given) -> list[Value]:
     """Ones and zeros are said as such, as the weights of norms are."""
     start, std = float(given.keywords["init"]), float(given.keywords["std"])
     if std < 0:
@@ -120,7 +118,7 @@ def _parameter(frame: Calls, given: Given) -> list[Value]:
     return [_parameter_of(frame, frame.weight(given.keywords["name"], tuple(given.dims), **how))]
 
 
-def _layer_norm(frame: Calls, given: Given) -> list[Value]:
+def _layer_norm(frame: Scope, given: Given) -> list[Value]:
     path: str = given.keywords["name"]
     (x,) = given.tensors
     if not x.type.dims:
@@ -132,13 +130,13 @@ def _layer_norm(frame: Calls, given: Given) -> list[Value]:
     return frame.op("layer_norm", [x], weights, wish=wish, eps=eps)
 
 
-def _embedding(frame: Calls, given: Given) -> list[Value]:
+def _embedding(frame: Scope, given: Given) -> list[Value]:
     dims = (given.dim("rows"), given.dim("to"))
     weight = frame.weight(f"{given.keywords['name']}.weight", dims)
     return frame.op("embedding", given.tensors, [weight])
 
 
-def _rms_norm(frame: Calls, given: Given) -> list[Value]:
+def _rms_norm(frame: Scope, given: Given) -> list[Value]:
     path: str = given.keywords["name"]
     (x,) = given.tensors
     if not x.type.dims:
@@ -148,7 +146,7 @@ def _rms_norm(frame: Calls, given: Given) -> list[Value]:
     return frame.op("rms_norm", [x], [weight], wish=wish, eps=float(given.keywords["eps"]))
 
 
-def _rope_table(frame: Calls, given: Given) -> list[Value]:
+def _rope_table(frame: Scope, given: Given) -> list[Value]:
     numbers = given.keywords
     return frame.op(
         "rope_table",
@@ -163,7 +161,7 @@ def _rope_table(frame: Calls, given: Given) -> list[Value]:
     )
 
 
-def _attention(frame: Calls, given: Given) -> list[Value]:
+def _attention(frame: Scope, given: Given) -> list[Value]:
     """`position` counts where the spec has a mask between documents, and is checked anywhere."""
     scores: dict[str, Any] = {"scale": float(given.keywords["scale"])}
     for name, kind in (("window", int), ("mask", str), ("softcap", float)):
@@ -182,7 +180,7 @@ def _attention(frame: Calls, given: Given) -> list[Value]:
     return frame.op("document_attention", given.tensors, **scores)
 
 
-def _topk_groups(frame: Calls, given: Given) -> list[Value]:
+def _topk_groups(frame: Scope, given: Given) -> list[Value]:
     numbers = dict(given.keywords)
     symbols = []
     if numbers["bias"] is not None:
@@ -205,16 +203,16 @@ def _topk_groups(frame: Calls, given: Given) -> list[Value]:
     )
 
 
-def _experts(frame: Calls, given: Given) -> list[Value]:
+def _experts(frame: Scope, given: Given) -> list[Value]:
     ref: BlockRef = given.keywords["expert"]
     return frame.experts(given.tensors, given.dim("count"), ref, given.keywords["name"])
 
 
-def _expert_load(frame: Calls, given: Given) -> list[Value]:
+def _expert_load(frame: Scope, given: Given) -> list[Value]:
     return frame.op("expert_load", given.tensors, count=dims_attr(given.dim("count")))
 
 
-def _cache(frame: Calls, given: Given) -> list[Value]:
+def _cache(frame: Scope, given: Given) -> list[Value]:
     entries = tuple(given.tensor_names)
     known = [op.attrs["entries"] for op in frame.builder.ops if op.kind == "cache_entry"]
     kept = [n for names in known for n in entries if isinstance(names, tuple) and n in names]
@@ -226,29 +224,29 @@ def _cache(frame: Calls, given: Given) -> list[Value]:
     return frame.op("cache_entry", given.tensors, entries=entries)
 
 
-def _split(frame: Calls, given: Given) -> list[Value]:
+def _split(frame: Scope, given: Given) -> list[Value]:
     return frame.op("split", given.tensors, into=dims_attr(*given.dims))
 
 
-def _concat(frame: Calls, given: Given) -> list[Value]:
+def _concat(frame: Scope, given: Given) -> list[Value]:
     return frame.op("concat", given.tensors, into=dims_attr(given.dim("into")))
 
 
 def _layout(kind: str) -> Make:
-    def make(frame: Calls, given: Given) -> list[Value]:
+    def make(frame: Scope, given: Given) -> list[Value]:
         return frame.op(kind, given.tensors, dims=dims_attr(*given.dims))
 
     return make
 
 
-def _broadcast(frame: Calls, given: Given) -> list[Value]:
+def _broadcast(frame: Scope, given: Given) -> list[Value]:
     if len(given.dims) != 1:
         raise TypeMismatch("broadcast adds one dimension")
     return frame.op("broadcast", given.tensors, dim=dims_attr(*given.dims))
 
 
 def _drop(kind: str) -> Make:
-    def make(frame: Calls, given: Given) -> list[Value]:
+    def make(frame: Scope, given: Given) -> list[Value]:
         along, count = given.keywords["along"], given.keywords["count"]
         return frame.op(kind, given.tensors, dim=along, count=count)
 
@@ -256,7 +254,7 @@ def _drop(kind: str) -> Make:
 
 
 def _cast(dtype: str | None) -> Make:
-    def make(frame: Calls, given: Given) -> list[Value]:
+    def make(frame: Scope, given: Given) -> list[Value]:
         to = dtype or frame.dtype
         (x,) = given.tensors
         return [x] if x.type.dtype == to else frame.op("cast", [x], dtype=to)

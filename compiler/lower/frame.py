@@ -1,258 +1,293 @@
-"""Statements of a block."""
+"""A block being lowered: what calls of other blocks in it mean, and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
 
-from compiler.graph.core import Op, Region, Value
-from compiler.lower.bind import Const
-from compiler.lower.calls import Calls
-from compiler.lower.contract import OUTPUTS
-from compiler.lower.scope import POISON, Entry, LayerIndex, Stop
+from compiler.graph.build import Builder
+from compiler.graph.core import Graph, Op, Region, Value, substitute
+from compiler.graph.types import Dim, Type
+from compiler.lower.bind import BlockRef, Bound, Const, SlotValue
+from compiler.lower.expressions import Expressions, tensors_of
+from compiler.lower.extern import extern_attributes
+from compiler.lower.names import name_problems
+from compiler.lower.scope import POISON, Entry
+from compiler.lower.state import Lowering, Stop, leading_dims
+from compiler.lower.statements import run
 from compiler.ops import TypeMismatch
 from dsl import ast
-from dsl.diagnostic import DiagnosticError, Label
-
-MAX_COPIES = 1_000  # of the lines of a `for`
+from dsl.source import Span
 
 
-class Frame(Calls):
-    """The equations of one block, turned into operators statement by statement."""
+@dataclass
+class _Use:
+    """Arguments of a call of a block, by what they are."""
 
-    def run(self, body: Sequence[ast.Statement]) -> None:
-        for statement in body:
-            try:
-                self._statement(statement)
-            except Stop:
-                self._poison(statement)
-            except DiagnosticError as error:
-                self.low.problems.extend(error.diagnostics)
-                self._poison(statement)
-            except TypeMismatch as error:
-                place = self.here or statement.span
-                self.low.problems.error(
-                    "E410", error.message, place, "does not fit", help=error.help
-                )
-                self._poison(statement)
+    operands: list[Value] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    arguments: dict[str, Const] = field(default_factory=dict)
+    slots: dict[str, SlotValue] = field(default_factory=dict)
+    path: str | None = None
+    poisoned: bool = False
 
-    def _statement(self, statement: ast.Statement) -> None:
-        self.here = statement.span
-        if self.inside == "repeat" and isinstance(statement, _OF_BLOCKS):
-            self.error(
-                "E240",
-                "a `repeat` holds the equations of one layer only",
-                None,
-                "not in a `repeat`",
-                help="move it behind the loop, or use `for`, which writes every layer out",
-            )
-        match statement:
-            case ast.If():
-                chosen = statement.then if self.flag(statement.condition) else statement.otherwise
-                self.run(chosen)
-            case ast.Collect():
-                self.collected.append((statement.name.value, self.one(statement.value)))
-            case ast.Alias():
-                copy, original = self.path(statement.copy), self.path(statement.original)
-                self.low.alias(copy, original, self.builder.graph, statement)
-            case ast.Return():
-                if self.returns is not None:
-                    self.error(
-                        "E243",
-                        "the block has returned already",
-                        None,
-                        "never reached",
-                        help="let one `return` stand last",
-                        span=statement.span,
-                    )
-                self.returns = statement
-                self.returned = [self.one(v) for v in statement.values]
-            case _:
-                _STATEMENTS[type(statement)](self, statement)
 
-    def _require(self, statement: ast.Require) -> None:
-        numbers = {n: e for n, e in self.env.items() if isinstance(e, Const)}
-        # What needs parameters only was checked when the block was bound.
-        if not set(ast.names_in(statement.condition)) <= set(self.bound.params):
-            counted = replace(statement, condition=self.counts(statement.condition))
-            self.low.binder.require(counted, numbers, statement.span)
+def start(low: Lowering, name: str, bound: Bound, types: Sequence[Type]) -> Frame:
+    """A block that becomes a graph of this name, before its equations."""
+    block = bound.block
+    args = [Value(a.name.value, t) for a, t in zip(block.arguments, types, strict=True)]
+    graph = Graph(name, args, about=block.about, span=block.span)
+    env: dict[str, Entry] = {**bound.params, **{v.name: v for v in args}}
+    return Frame(low, bound, Builder(graph, low.program.graphs), env=env)
 
-    def _let(self, statement: ast.Let) -> None:
-        value = self.const(statement.value)
-        self.env[statement.name.value] = Const(value, statement.span)
 
-    def _poison(self, statement: ast.Statement) -> None:
-        for name in _targets([statement]):
-            self.env[name] = POISON
-        self.returns = self.returns or _return_in([statement])
+class Frame(Expressions):
+    """The equations of one block, turned into operators."""
 
-    def _assign(self, statement: ast.Assign) -> None:
-        names = [t.value for t in statement.targets]
-        result = self.value(statement.value, names)
-        if isinstance(result, Const):
-            self.error(
-                "E213",
-                "this is a number known when the model is built",
-                statement.value,
-                "not a tensor",
-                help=f"write `let {names[0]} = ..`",
-            )
-        values = self.values(result, statement.value)
-        if len(values) != len(names):
-            self.error(
-                "E214",
-                f"{len(values)} results for {len(names)} names",
-                statement.value,
-                f"gives {len(values)}",
-                help="name each result once",
-            )
-        for name, value in zip(names, values, strict=True):
-            self.env[name] = value
+    def run(self) -> None:
+        run(self, self.bound.block.body)
 
-    def _output(self, statement: ast.Output) -> None:
-        if self.inside or not self.low.is_root(self.builder.graph):
-            self.error(
-                "E215",
-                "only the outermost block of a model has outputs",
-                statement.name,
-                "in an inner block",
-                help="write `collect`, or return the value",
-            )
-        if OUTPUTS.get(statement.name.value) and self._collects_nothing(statement.value):
-            return
-        values = self.values(self.value(statement.value, [statement.name.value]), statement.value)
-        self.outputs += [(statement.name, value) for value in values]
+    def finish(self, results: Sequence[Value], names: Sequence[str]) -> Graph:
+        """Ends the graph of this block."""
+        graph = self.builder.graph
+        graph.result_names = tuple(names)
+        if not self.low.problems:  # what is missing for another reason is not missed twice
+            self.low.problems.extend(name_problems(graph))
+        graph.ops.append(Op("return", list(results), spans=(self.bound.block.span,)))
+        return graph
 
-    def _collects_nothing(self, node: ast.Expr) -> bool:
-        """An output of what no block collected is none, where a term of a sum would be 0."""
-        if not isinstance(node, ast.Call) or node.function.value != "collected":
-            return False
-        wanted = [a.value.value for a in node.arguments if isinstance(a.value, ast.Name)]
-        return len(wanted) == 1 and all(name != wanted[0] for name, _ in self.collected)
-
-    def _for(self, statement: ast.For) -> None:
-        index = 0
-        groups = self.groups(statement.slot)
-        if sum(group.count for group in groups) > MAX_COPIES:
-            self.low.problems.error(
-                "E241",
-                f"`for` would write its lines out more than {MAX_COPIES} times",
-                groups[0].ref.span,
-                f"{sum(group.count for group in groups)} blocks",
-                [Label(statement.slot.span, "written out here")],
-                help="take fewer; `repeat` in a block stays one loop",
-            )
+    def block(self, ref: BlockRef, node: ast.Call, names: Sequence[str]) -> list[Value]:
+        use = self._use(ref, node)
+        bound = self.low.binder.bind(ref, use.arguments, use.slots)
+        if bound is None:
             raise Stop
-        for group in groups:
-            for _ in range(group.count):
-                index += 1
-                self.env[statement.module.value] = group.ref
-                self.env[statement.index.value] = Const(index, statement.index.span)
-                self.run(statement.body)
-
-    def _repeat(self, statement: ast.Repeat) -> None:
-        targets = _targets(statement.body)
-        carried = [n for n in targets if isinstance(self.env.get(n), Value)]
-        start, sound = 0, True
-        for group in self.groups(statement.slot):
-            before = [self.tensor(n) for n in carried]
-            region = Region(
-                [self.builder.value(n, v.type) for n, v in zip(carried, before, strict=True)]
+        if use.poisoned:
+            self._look_inside(bound, use, node)
+        if len(use.operands) != len(ref.block.arguments):
+            wanted = [a.name.value for a in ref.block.arguments]
+            self.error(
+                "E225",
+                f"{ref.block.name.value} takes {tensors_of(len(wanted))}, not {len(use.operands)}",
+                node,
+                "in this call",
+                help=f"give it {', '.join(wanted)}",
             )
-            env: dict[str, Entry] = {
-                **self.env,
-                **dict(zip(carried, region.args, strict=True)),
-                statement.module.value: group.ref,
-                statement.index.value: LayerIndex(),
-            }
-            inner = Frame(self.low, self.bound, self.builder, self.prefix, env, inside="repeat")
-            outer_ops, self.builder.ops = self.builder.ops, region.ops
+        if ref.block.function is not None:
+            return self._extern(bound, ref.block.function, use, node, names)
+        path = use.path
+        if path is None:
+            return self.inline(bound, use.operands, node, use.spans)
+        if self.prefix:
+            self.error(
+                "E239",
+                "a block inside an expert has no name of its own",
+                node,
+                "named here",
+                help="leave `name` out: its weights become those of the expert",
+            )
+        callee = self._callee(bound, use.operands, node.span)
+
+        def make() -> list[Value]:
+            self.low.match_arguments(bound, use.operands)
+            wishes = [*names, *callee.result_names[len(names) :]]
+            return self.op("call", use.operands, names=wishes, callee=callee.name, scope=path)
+
+        results = self.checked(make, node, use.spans, names)
+        declared = len(ref.block.results)
+        self.collected += zip(callee.result_names[declared:], results[declared:], strict=True)
+        return results[:declared]
+
+    def _use(self, ref: BlockRef, node: ast.Call) -> _Use:
+        params = {p.name.value for p in ref.block.params}
+        slots = {s.name.value for s in ref.block.slots}
+        use = _Use()
+        bad = False
+        for argument in node.arguments:
+            key = argument.name.value if argument.name else None
             try:
-                inner.run(statement.body)
-                yields = [self._carried(inner, targets[n], n) for n in carried]
-                yields += [v for _, v in inner.collected]
-                region.ops.append(Op("yield", yields, spans=(statement.span,)))
+                if key is None:
+                    use.poisoned = True
+                    use.spans.append(argument.span)
+                    use.operands.append(self.one(argument.value))
+                    use.poisoned = len(use.operands) < len(use.spans)
+                elif key == "name" and key not in params:
+                    use.path = self.path(argument.value)
+                elif key in slots:
+                    use.slots[key] = self.slot_argument(argument.value)
+                else:
+                    use.arguments[key] = Const(self.const(argument.value), argument.span)
             except Stop:
-                sound = False
+                bad |= key is not None
+        if bad:
+            raise Stop
+        return use
+
+    def _look_inside(self, bound: Bound, use: _Use, node: ast.Call) -> NoReturn:
+        """Reports the mistakes of a block though a tensor it is given could not be made."""
+        block = bound.block
+        if use.path is None:
+            env: dict[str, Entry] = {**bound.params}
+            env.update((a.name.value, POISON) for a in block.arguments)
+            inner = Frame(self.low, bound, self.builder, self.prefix, env)
+            with self.low.nested(node.span):
+                inner.run()
+        elif not any(dim.value == ".." for a in block.arguments for dim in a.type.dims):
+            self._callee(bound, [], node.span)
+        raise Stop
+
+    def _callee(self, bound: Bound, operands: Sequence[Value], use: Span) -> Graph:
+        """The graph of a block with these numbers, made once. Raises `Stop` if it has problems."""
+        low, block = self.low, bound.block
+        leading = leading_dims(block, operands)
+        key = (bound.key, leading)
+        if key in low.open:
+            low.endless(use)
+        if key not in low.graphs:
+            low.graphs[key] = None  # unless it is made without a problem
+            found = len(low.problems)
+            types = [low.type(a.type, bound, leading) for a in block.arguments]
+            inner = start(low, f"{block.name.value}#{len(low.bounds)}", bound, types)
+            low.open.add(key)
+            try:
+                results = inner.results(use, leading, {})
             finally:
-                self.builder.ops = outer_ops
-            if not sound:
-                continue  # only to find what is wrong in the other groups
-            names = [*carried, *(n for n, _ in inner.collected)]
-            self.here = statement.slot.span
-            results = self.op(
-                "repeat", before, regions=[region], names=names, start=start, count=group.count
-            )
-            self.env.update(zip(carried, results, strict=False))
-            self.collected += [
-                (name, value)
-                for (name, _), value in zip(inner.collected, results[len(carried) :], strict=True)
+                low.open.discard(key)
+            names = [
+                r.name.value if isinstance(r, ast.Value) else block.name.value.lower()
+                for r in block.results
             ]
-            start += group.count
-        if not sound:
+            collected = inner.collected
+            made = inner.finish(
+                [*results, *(v for _, v in collected)], [*names, *(n for n, _ in collected)]
+            )
+            if len(low.problems) == found:
+                low.bounds[made.name] = bound
+                low.graphs[key] = low.program.graphs[made.name] = made
+        graph = low.graphs[key]
+        if graph is None:
             raise Stop
+        return graph
 
-    def _carried(self, inner: Frame, target: ast.Name, name: str) -> Value:
-        """What one round makes of a tensor, which the next one takes in its place."""
-        before, after = self.tensor(name), inner.env[name]
-        if isinstance(after, Const):
-            self.error(
-                "E213",
-                f"{name} is a tensor before the repeat",
-                target,
-                "a number here",
-                help="give the number another name",
+    def results(self, use: Span, leading: tuple[Dim, ...], dims: Mapping[str, Dim]) -> list[Value]:
+        """What the block returns, of the types that it declares. Raises `Stop` if it does not.
+
+        `leading` is what `..` stands for here, `dims` what its run-time dimensions do.
+        """
+        block, low = self.bound.block, self.low
+        with low.nested(use):
+            self.run()
+        if self.returned is None or self.returns is None:
+            if self.returns is None:
+                low.problems.error(
+                    "E235",
+                    f"{block.name.value} returns nothing",
+                    block.name.span,
+                    "no `return` is reached",
+                    help="end the block with `return ..`",
+                )
+            raise Stop
+        if len(self.returned) != len(block.results):
+            low.problems.error(
+                "E236",
+                f"{block.name.value} declares {len(block.results)} results,"
+                f" not {len(self.returned)}",
+                self.returns.span,
+                "here",
+                help="let the two agree",
             )
-        value = inner.tensor(name)
-        if value.type != before.type:
+            return self.returned
+        for declared, value, node in zip(
+            block.results, self.returned, self.returns.values, strict=True
+        ):
+            annotation = declared.type if isinstance(declared, ast.Value) else declared
+            type = substitute(low.type(annotation, self.bound, leading), dims)
+            if type != value.type and not {d.name for d in type.dims} & low.unknown:
+                low.problems.error(
+                    "E411",
+                    f"{block.name.value} declares {type}, and returns {value.type}",
+                    node.span,
+                    f"is {value.type}",
+                )
+        return self.returned
+
+    def inline(
+        self, bound: Bound, operands: Sequence[Value], node: ast.Expr, spans: Sequence[Span]
+    ) -> list[Value]:
+        """The equations of a block written out here; its weights are named as this block's own."""
+        inner = Frame(
+            self.low,
+            bound,
+            self.builder,
+            self.prefix,
+            dict(bound.params),
+            self.collected,
+            self.outputs,
+            self.stack,
+            "region" if self.inside else "",
+        )
+
+        dims: dict[str, Dim] = {}
+
+        def match() -> list[Value]:
+            dims.update(self.low.match_arguments(bound, operands))
+            return []
+
+        self.checked(match, node, spans, [])
+        inner.env.update(zip((a.name.value for a in bound.block.arguments), operands, strict=True))
+        return inner.results(node.span, leading_dims(bound.block, operands), dims)
+
+    def _extern(
+        self,
+        bound: Bound,
+        function: ast.Function,
+        use: _Use,
+        node: ast.Call,
+        names: Sequence[str],
+    ) -> list[Value]:
+        """An operator that a function of the user computes."""
+        block = bound.block
+        if use.path is not None:
             self.error(
-                "E410",
-                f"a round of the repeat takes {name} as {before.type}, and leaves {value.type}",
-                target,
-                "does not fit the next round",
-                help="give the result another name, or bring it back to what it was",
+                "E239",
+                f"{block.name.value} is an extern: it has no weights, and so no name",
+                node,
+                "named here",
+                help="leave `name` out",
             )
-        return value
 
+        def make() -> list[Value]:
+            attrs = extern_attributes(self.low, bound, function)
+            kind = "extern" if function.per == "token" else "sequence_extern"
+            return self.op(kind, use.operands, names=names, wish=block.name.value, **attrs)
 
-# What belongs to a whole block.
-_OF_BLOCKS = ast.Output | ast.Alias | ast.Return | ast.Repeat | ast.For
+        return self.checked(make, node, use.spans, names)
 
-_STATEMENTS: dict[type, Callable[[Frame, Any], None]] = {
-    ast.Require: Frame._require,
-    ast.Let: Frame._let,
-    ast.Assign: Frame._assign,
-    ast.Output: Frame._output,
-    ast.For: Frame._for,
-    ast.Repeat: Frame._repeat,
-}
-
-
-def _return_in(body: Sequence[ast.Statement]) -> ast.Return | None:
-    """The first `return` among statements, whichever way their conditions go."""
-    for statement in body:
-        found = statement if isinstance(statement, ast.Return) else None
-        if isinstance(statement, ast.If):
-            found = _return_in([*statement.then, *statement.otherwise])
-        if found is not None:
-            return found
-    return None
-
-
-def _targets(body: Sequence[ast.Statement]) -> dict[str, ast.Name]:
-    """Names that statements assign, in order, each with the place where it is assigned last."""
-    found: dict[str, ast.Name] = {}
-    for statement in body:
-        match statement:
-            case ast.Assign():
-                found.update((target.value, target) for target in statement.targets)
-            case ast.Let():
-                found[statement.name.value] = statement.name
-            case ast.If():
-                found.update(_targets([*statement.then, *statement.otherwise]))
-            case ast.For() | ast.Repeat():
-                found.update(_targets(statement.body))
-            case _:
-                pass
-    return found
+    def experts(self, tensors: list[Value], count: Dim, ref: BlockRef, path: str) -> list[Value]:
+        if self.prefix:
+            raise TypeMismatch("an expert cannot hold experts of its own")
+        x = tensors[0]
+        score = tensors[1].type
+        bound = self.low.binder.bind(ref, {}, {})
+        if bound is None:
+            raise Stop
+        if not x.type.dims or not score.dims:
+            raise TypeMismatch("experts needs tokens", 0)
+        token = self.builder.value("z", Type(x.type.dtype, (Dim("token"), x.type.last)))
+        region = Region([token])
+        inner = Frame(
+            self.low,
+            self.bound,
+            self.builder,
+            (path, "*"),
+            dict(self.env),
+            stack=count.size or 1,
+            inside="region",
+            here=self.here,
+        )
+        with self.builder.into(region.ops):
+            results = inner.inline(bound, [token], ast.Name("expert", ref.span), [ref.span])
+            region.ops.append(Op("yield", results, spans=(ref.span,)))
+        if inner.collected:
+            raise TypeMismatch(f"an expert cannot collect {inner.collected[0][0]}")
+        return self.op("experts", tensors, regions=[region], count=count.size or 1)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from compiler.lower.bind import Const
-from compiler.lower.scope import Poison
+from compiler.lower.scope import Poison, Scope
 from compiler.ops.mask import KEY, QUERY, MaskError, blind_query, need_mask, written
 from dsl import ast
-
-if TYPE_CHECKING:
-    from compiler.lower.expressions import Expressions
 
 HELP = f"as in `mask = {QUERY} - {KEY} < 128 or {KEY} < 4`"
 
 
-def lower_mask(frame: Expressions, node: ast.Expr) -> str | None:
-    """The text of a mask; None where it holds whatever the positions are."""
+def lower_mask(frame: Scope, node: ast.Expr) -> str | None:
+    """The text of a mask; None where it holds for all positions."""
     try:
         found = _folded(frame, node)
         if isinstance(found, ast.Boolean) and found.value:
@@ -39,7 +35,7 @@ def lower_mask(frame: Expressions, node: ast.Expr) -> str | None:
     return written(found)
 
 
-def _folded(frame: Expressions, node: ast.Expr) -> ast.Expr:
+def _folded(frame: Scope, node: ast.Expr) -> ast.Expr:
     """With the value of each part that reads no position in its place."""
     match node:
         case ast.Name():
@@ -75,7 +71,7 @@ def _decided(node: ast.Binary, left: ast.Expr, right: ast.Expr) -> ast.Expr:
     return known if known.value == (node.operator == "or") else other
 
 
-def _constant(frame: Expressions, node: ast.Expr) -> ast.Expr:
+def _constant(frame: Scope, node: ast.Expr) -> ast.Expr:
     value = frame.const(node)
     if isinstance(value, bool):
         return ast.Boolean(value, node.span)

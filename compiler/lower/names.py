@@ -49,7 +49,7 @@ def name_problems(graph: Graph) -> Iterator[Diagnostic]:
     for op in graph.walk():
         for symbol in op.symbols:
             yield from _weight(op, symbol)
-        if op.kind == "call":
+        if op.callee:
             yield from _call(op, lists)
         elif op.kind == "repeat":
             yield from _repeat(op, lists)
@@ -73,7 +73,7 @@ def _call(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
 
 
 def _repeat(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
-    calls = [o for o in op.regions[0].ops if o.kind == "call"]
+    calls = [o for o in op.regions[0].ops if o.callee]
     numbered = [o.text("scope") for o in calls if o.text("scope").endswith(".*")]
     if len(numbered) != 1:
         message = f"a repeat calls one block that is named by the layer's number, not {len(calls)}"

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 
 from compiler.analysis.work import Shares, Work
 from compiler.graph.core import Graph, Op, Program, Value
-from compiler.graph.names import Part, Range, parts_of
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.graph.names import NamePart, Range, parts_of
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl import yaml
 from dsl.diagnostic import Diagnostic
 from dsl.load import Description
@@ -51,9 +51,16 @@ def set_precision(description: Description, program: Program) -> Iterator[Diagno
     _mark(program, products, precision.scale_format)
 
 
-def published_in_fp8(program: Program) -> set[Weight]:
-    """The weights that an FP8 checkpoint holds as E4M3, whatever the precision of the program."""
-    return _Uses(program).in_fp8()
+def published_in_fp8(program: Program) -> tuple[set[Weight], set[Weight]]:
+    """The weights that an FP8 checkpoint holds as E4M3, and those that it keeps besides.
+
+    A model with FP8 products has the weights of these in FP8, another one those that DeepSeek-V3
+    publishes so. Kept are those of the latter that are not among the former.
+    """
+    usual = _Uses(program).in_fp8()
+    graphs = program.graphs.values()
+    marked = {(graph.name, name) for graph in graphs for name, w in graph.weights.items() if w.fp8}
+    return marked or usual, usual - marked if marked else set()
 
 
 def _problem(
@@ -84,8 +91,8 @@ def _mark(program: Program, products: Mapping[Weight, str], scale_format: str) -
         rewrite(program, "linear", _widened(products))
 
 
-def _widened(products: Mapping[Weight, str]) -> Callable[[Place], Sequence[Value] | Miss]:
-    def rule(at: Place) -> Sequence[Value] | Miss:
+def _widened(products: Mapping[Weight, str]) -> Callable[[Rewriter], Sequence[Value] | Miss]:
+    def rule(at: Rewriter) -> Sequence[Value] | Miss:
         (x,), (symbol,) = at.op.operands, at.op.symbols
         wanted = products.get((at.builder.graph.name, symbol)) == "fp32"
         if not wanted or x.type.dtype == "f32":
@@ -101,7 +108,7 @@ def _widened(products: Mapping[Weight, str]) -> Callable[[Place], Sequence[Value
 class _Pattern:
     """A name as an override gives it: parts between dots, in each of which `*` stands for anything.
 
-    It fits whatever holds these parts in a row, so that `o_proj` is the weight of that module and
+    It fits all names that hold these parts in a row: `o_proj` is the weight of that module, and
     `layers.61` all in that layer. `at` are the parts that the name read so far may have reached.
     """
 
@@ -112,7 +119,7 @@ class _Pattern:
     def fits(self) -> bool:
         return len(self.parts) in self.at
 
-    def then(self, part: Part) -> list[_Pattern]:
+    def then(self, part: NamePart) -> list[_Pattern]:
         """After one more part of a name; two where only some layers or experts of a range fit."""
         reached = sorted(i for i in self.at if i < len(self.parts))
         outcomes: dict[frozenset[int], None] = {}
@@ -165,9 +172,9 @@ class _Uses:
             return
         seen.add((graph.name, around))
         for op, inside in _with_experts(graph.ops):
-            if op.kind == "call":
+            if op.callee:
                 self.words |= set(op.text("scope").split("."))
-                callee = self._program.graphs[op.text("callee")]
+                callee = self._program.graphs[op.callee]
                 self._visit_works(callee, self._shares.around_callees(graph, around), seen)
             elif op.kind == "linear":
                 (symbol,) = op.symbols
@@ -180,8 +187,8 @@ class _Uses:
             return
         seen.add((graph.name, pattern))
         for op, stars in _with_layers(graph.ops):
-            if op.kind == "call":
-                callee = self._program.graphs[op.text("callee")]
+            if op.callee:
+                callee = self._program.graphs[op.callee]
                 for after in pattern.after(op.text("scope"), stars):
                     self._visit_names(callee, after, fits, seen)
             elif op.kind == "linear":

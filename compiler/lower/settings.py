@@ -14,7 +14,7 @@ from dsl.suggest import nearest, synonym
 
 
 def silent_losses(description: Description, program: Program) -> Iterator[Diagnostic]:
-    """A loss that the model has, and whose weight nobody set, would count for nothing."""
+    """A loss that the model has, and whose weight is not set, would have no effect."""
     loss = description.spec.train.loss
     place = description.span("train", "loss")
     inner = [g for name, g in program.graphs.items() if name != program.root]

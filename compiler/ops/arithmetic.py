@@ -6,7 +6,7 @@ Shapes meet as in NumPy: dimensions are compared from the last one on, by name a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import ClassVar
 
 from compiler.graph.core import Attr, Op, Value
@@ -69,6 +69,13 @@ class Add(_Elementwise):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         return [_fit(at, d[0], v) for v in op.operands]
 
+    @classmethod
+    def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
+        for value, other in (op.operands, reversed(op.operands)):
+            if other in zeros and value.type == op.result.type:
+                return value
+        return None
+
 
 class Sub(_Elementwise):
     """x - y; dimensions of size 1, and those that one of them lacks, are broadcast."""
@@ -97,6 +104,13 @@ class Mul(_Elementwise):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         x, y = op.operands
         return [_fit(at, _times(at, d[0], y, x), x), _fit(at, _times(at, d[0], x, y), y)]
+
+    @classmethod
+    def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
+        """0, of two numbers."""
+        if any(value.type.dims for value in op.operands):
+            return None
+        return next((value for value in op.operands if value in zeros), None)
 
 
 class Div(_Elementwise):
@@ -141,6 +155,10 @@ class Scale(_WithNumber):
             return [None]
         return at.add("scale", [d[0]], names=[f"d_{op.operands[0].name}"], by=op.attrs["by"])
 
+    @classmethod
+    def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
+        return op.operands[0] if op.attrs["by"] == 1 else None
+
 
 class Shift(_WithNumber):
     """x + by, or by - x where `negated`; by is known when the model is built."""
@@ -151,6 +169,10 @@ class Shift(_WithNumber):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         return [_negative(at, d[0], op.operands[0]) if op.attrs["negated"] else d[0]]
+
+    @classmethod
+    def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
+        return op.operands[0] if op.attrs["by"] == 0 and not op.attrs["negated"] else None
 
 
 class Reciprocal(_WithNumber):

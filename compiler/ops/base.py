@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, cast
 
@@ -13,11 +13,11 @@ Signature = tuple[tuple[Type, ...], tuple[Type, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class CommBytes:
     """Bytes that one rank sends to other ranks of its node, and to other nodes."""
 
-    inside: int = 0
-    across: int = 0
+    intra_node: int = 0
+    inter_node: int = 0
 
 
 class TypeMismatch(Exception):
@@ -88,13 +88,14 @@ class Operator:
     # the operator is linear there: nowhere, in the `first` operand, in any `one` of them, in `all`
     # of them at once. `own`: `infer` says how the results are placed.
     sums: ClassVar[Literal["nowhere", "first", "one", "all", "own"]] = "nowhere"
-    pure: ClassVar[bool] = True  # may be dropped when nobody reads its results
+    pure: ClassVar[bool] = True  # may be dropped when none of its results is read
     # Whether its results change with its real operands so that they have a derivative.
     differentiable: ClassVar[bool] = True
     # The operator that computes the same and also what the derivative needs besides, and the names
     # of its further results.
     saving: ClassVar[tuple[str, ...]] = ()
     hoist: ClassVar[bool] = False  # depends on little: worth computing once, for all who call
+    calls: ClassVar[bool] = False  # runs another graph, or a region once for each layer
     # Facts that passes go by. `view`: the results lie in the memory of the first operand.
     view: ClassVar[bool] = False
     # Reads and writes memory once: recomputed rather than saved, where that frees bytes.
@@ -122,9 +123,9 @@ class Operator:
         return 0
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         """What a rank sends; at most, where that depends on the routing."""
-        return Moved()
+        return CommBytes()
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
@@ -136,9 +137,19 @@ class Operator:
         raise NotImplementedError
 
     @classmethod
+    def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
+        """The operand that is the result of `op`, where its numbers or `zeros` change nothing."""
+        return None
+
+    @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
         """Run-time dimensions that this operator brings into being, and their sizes."""
         return {}
+
+    @classmethod
+    def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """Run-time sizes inside of its region."""
+        return sizes
 
 
 def module_of(weight: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from compiler.graph.core import Op, Value
 from compiler.graph.types import BYTES, Dim, Type, ordered, parse_type
-from compiler.ops.base import Adjoint, Moved, Operator, Site, TypeMismatch, dims_of
+from compiler.ops.base import Adjoint, CommBytes, Operator, Site, TypeMismatch, dims_of
 
 
 class _Exchange(Operator):
@@ -37,7 +37,7 @@ class _Exchange(Operator):
             raise TypeMismatch(f"limit is {site.number('limit')}, of {nodes} nodes")
 
     @classmethod
-    def spread(cls, site: Site, bytes_a_token: int, tokens: int, k: int) -> Moved:
+    def spread(cls, site: Site, bytes_a_token: int, tokens: int, k: int) -> CommBytes:
         """Bytes sent when each token goes once to each of its nodes, and inside to its ranks.
 
         To another node it goes to the rank of the same place, which passes it on inside. Each of
@@ -46,7 +46,7 @@ class _Exchange(Operator):
         nodes, limit = site.number("nodes"), site.number("limit")
         others = site.number("ranks") // nodes - 1  # on a node, beside the one that it arrives at
         across = min(k, limit, nodes - 1)
-        return Moved(
+        return CommBytes(
             tokens * min(k, limit * others) * bytes_a_token, tokens * across * bytes_a_token
         )
 
@@ -100,7 +100,7 @@ class Dispatch(_Exchange):
         return sum(_row_bytes(row) for row in rows if row.last != topk_indices.last)
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         return cls.spread(site, sum(map(_row_bytes, site.types)), *_tokens(site.types[-1], sizes))
 
     @classmethod
@@ -131,7 +131,7 @@ class DispatchAgain(_Exchange):
         return tuple(row.with_dims(*handle.dims, row.last) for row in rows)
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         *rows, _ = site.types
         tokens = rows[0].count(sizes) // (rows[0].last.size or 1)
         return cls.spread(site, sum(map(_row_bytes, rows)), tokens, site.number("k"))
@@ -171,7 +171,7 @@ class Combine(_Exchange):
         return [*(gradients.get(y) for y in rows), None, None]
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         *rows, _, topk_indices = site.types
         return cls.spread(site, sum(map(_row_bytes, rows)), *_tokens(topk_indices, sizes))
 
@@ -190,9 +190,9 @@ class Send(Operator):
         return ()
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         # Pipeline ranks have nodes of their own.
-        return Moved(across=site.types[0].bytes(sizes))
+        return CommBytes(inter_node=site.types[0].bytes(sizes))
 
 
 class Recv(Operator):
@@ -235,14 +235,14 @@ class _Collective(Operator):
         return replace(x, partial=tuple(a for a in x.partial if a not in axes))
 
     @classmethod
-    def once(cls, site: Site, whole: int) -> Moved:
+    def once(cls, site: Site, whole: int) -> CommBytes:
         """Bytes sent when each rank ends with its share of `whole` bytes, or begins with it.
 
         First inside of each node, then between the ranks of the same place of all nodes.
         """
         ranks, nodes = site.number("ranks"), site.number("nodes")
         on_node = ranks // nodes
-        return Moved(whole * (on_node - 1) // on_node, whole * (nodes - 1) // ranks)
+        return CommBytes(whole * (on_node - 1) // on_node, whole * (nodes - 1) // ranks)
 
 
 class AllReduce(_Collective):
@@ -255,9 +255,9 @@ class AllReduce(_Collective):
         return (cls.summed(site),)
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         there = cls.once(site, site.types[0].bytes(sizes))
-        return Moved(2 * there.inside, 2 * there.across)
+        return CommBytes(2 * there.intra_node, 2 * there.inter_node)
 
 
 class ReduceScatter(_Collective):
@@ -277,7 +277,7 @@ class ReduceScatter(_Collective):
         return (x.with_dims(replace(share, axes=ordered((*axes, *x.axes)))),)
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         return cls.once(site, site.types[0].bytes(sizes))
 
 
@@ -297,7 +297,7 @@ class AllGather(_Collective):
         return (x.with_dims(replace(into[0], axes=left), *into[1:]),)
 
     @classmethod
-    def moved(cls, site: Site, sizes: Mapping[str, int]) -> Moved:
+    def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
         whole = site.types[0].bytes(sizes) * site.number("ranks")
         return cls.once(site, whole)
 

@@ -13,6 +13,7 @@ class Call(Operator):
     """Another graph, its weights under `scope`; a `*` there is the layer of the repeat around."""
 
     kind = "call"
+    calls = True
     variadic = True
     sums = "own"
     attrs: ClassVar = {"callee": str, "scope": str}
@@ -41,6 +42,7 @@ class Repeat(Operator):
     """
 
     kind = "repeat"
+    calls = True
     variadic = True
     sums = "own"
     attrs: ClassVar = {"start": int, "count": int}
@@ -69,6 +71,7 @@ class RepeatBackward(Operator):
     """
 
     kind = "repeat_backward"
+    calls = True
     sums = "own"
     variadic = True
     attrs: ClassVar = {"start": int, "count": int, "carried": int}

@@ -421,6 +421,7 @@ class ZerosLike(Operator):
 
 class _Pad(Operator):
     operands = ("x",)
+    sums = "all"
     attrs: ClassVar = {"dim": str, "count": int}
 
     @classmethod
@@ -429,28 +430,21 @@ class _Pad(Operator):
         count = site.number("count")
         if not any(d.name == site.attrs["dim"] and d.offset >= count for d in x.dims):
             raise TypeMismatch(f"{cls.kind}: {x.words} lacks no {count} entries", 0)
-        return (
-            x.with_dims(
-                *(
-                    Dim(d.name, None, d.offset - count) if d.name == site.attrs["dim"] else d
-                    for d in x.dims
-                )
-            ),
-        )
+        dim = site.attrs["dim"]
+        longer = (Dim(d.name, None, d.offset - count) if d.name == dim else d for d in x.dims)
+        return (x.with_dims(*longer),)
 
 
 class PadFirst(_Pad):
     """Zeros before x along a run-time dimension: the gradient of `drop_first`."""
 
     kind = "pad_first"
-    sums = "all"
 
 
 class PadLast(_Pad):
     """Zeros behind x along a run-time dimension: the gradient of `drop_last`."""
 
     kind = "pad_last"
-    sums = "all"
 
 
 class Rename(Operator):

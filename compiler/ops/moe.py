@@ -161,8 +161,8 @@ class Experts(Operator):
         return (x.with_last(yields[0].last),)
 
     @classmethod
-    def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Sizes inside the region when all experts are counted together: each token k times."""
+    def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """All experts are counted together: each token k times."""
         return {**sizes, "token": slots(site.types[1], sizes)}
 
 

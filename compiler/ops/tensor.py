@@ -232,9 +232,11 @@ class Broadcast(Operator):
 
 
 class _Drop(Operator):
+    view = True
     operands = ("x",)
     sums = "all"
     attrs: ClassVar = {"dim": str, "count": int}
+    gradient: ClassVar[str]
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -248,27 +250,27 @@ class _Drop(Operator):
         shorter = Dim(dim.name, None, dim.offset + site.number("count"))
         return (x.with_dims(*x.dims[:at], shorter, *x.dims[at + 1 :]),)
 
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        if d[0] is None:
+            return [None]
+        dim, count = op.attrs["dim"], op.attrs["count"]
+        names = [f"d_{op.operands[0].name}"]
+        return at.add(cls.gradient, [d[0]], names=names, dim=dim, count=count)
+
 
 class DropFirst(_Drop):
     """x without its first `count` entries along a run-time dimension: tokens that come later."""
 
     kind = "drop_first"
-    view = True
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        return _padded(at, op, d[0], "pad_first")
+    gradient = "pad_first"
 
 
 class DropLast(_Drop):
     """x without its last `count` entries along a run-time dimension."""
 
     kind = "drop_last"
-    view = True
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        return _padded(at, op, d[0], "pad_last")
+    gradient = "pad_last"
 
 
 class LastEntry(Operator):
@@ -284,10 +286,3 @@ class LastEntry(Operator):
         (x,) = site.types
         at = find_dim(cls.kind, x, "seq")
         return (x.with_dims(*x.dims[:at], *x.dims[at + 1 :]),)
-
-
-def _padded(at: Adjoint, op: Op, d: Value | None, kind: str) -> Sequence[Value | None]:
-    (x,) = op.operands
-    if d is None:
-        return [None]
-    return at.add(kind, [d], names=[f"d_{x.name}"], dim=op.attrs["dim"], count=op.attrs["count"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from compiler.graph.core import Graph
+from compiler.graph.core import Graph, Op, Value
 from compiler.parallel.mesh import Mesh
 
 
@@ -38,6 +39,12 @@ def units(main: Graph) -> tuple[Unit, ...]:
             found += [Unit(range(i, i + 1), n) for n in op.layers]
         start = i + 1
     return tuple(found)
+
+
+def router_of(producers: Mapping[Value, Op], topk_indices: Value) -> Op | None:
+    """The operator that chooses experts by groups, if one makes their numbers."""
+    made = producers.get(topk_indices)
+    return made if made is not None and "topk_group" in made.attrs else None
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,6 @@ class Layout:
         stages = len(self.placement[0])
         return min(stages - first, self.micro_batches // len(self.placement))
 
-    def experts_of(self, expert: int, count: int) -> range:
-        """Which of `count` routed experts of a layer lie on the ranks with this coordinate."""
-        each = count // self.mesh.expert
-        return range(expert * each, (expert + 1) * each)
-
     def owner(self, routed: int, count: int) -> int:
         """The `expert` coordinate of the ranks that hold routed expert `routed` of `count`."""
         return routed // (count // self.mesh.expert)
@@ -145,3 +147,15 @@ class Layout:
         each = count // groups
         members = range(group * each, (group + 1) * each)
         return tuple(sorted({self.mesh.node(self.owner(e, count)) for e in members}))
+
+    def nodes_of_token(self, router: Op | None, k: int, count: int) -> int:
+        """The most nodes on which the `k` of `count` experts lie that `router` chooses for a token.
+
+        Its groups lie on nodes, and it chooses among few of them (report, section 2.1.2).
+        """
+        most = min(k, len({self.mesh.node(rank) for rank in self.mesh.group(0, ("expert",))}))
+        if router is None:
+            return most
+        groups = router.number("n_group")
+        spans = sorted(len(self.nodes_of_group(group, groups, count)) for group in range(groups))
+        return min(most, sum(spans[-router.number("topk_group") :]))

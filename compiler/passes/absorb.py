@@ -15,7 +15,7 @@ from compiler.graph.core import Op, Program, Value
 from compiler.ops.attention import scores_of
 from compiler.ops.base import dims_attr, dims_of
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -32,7 +32,7 @@ ABSORB = Pass(
 )
 
 
-def _absorb(at: Place) -> Sequence[Value] | Miss:
+def _absorb(at: Rewriter) -> Sequence[Value] | Miss:
     """attention(q_nope ++ q_rope, k_nope ++ k_rope, v) with k_nope and v projected from latents."""
     q, k, v = at.op.operands
     queries, keys = at.producer(q, "concat"), at.producer(k, "concat")
@@ -53,7 +53,7 @@ def _absorb(at: Place) -> Sequence[Value] | Miss:
 
 
 def _latent(
-    at: Place, q_nope: Value, q_rope: Value, projection: Op, k_rope: Value, parts: Op
+    at: Rewriter, q_nope: Value, q_rope: Value, projection: Op, k_rope: Value, parts: Op
 ) -> Sequence[Value]:
     c_kv, weight = projection.operands[0], projection.symbols
     key_dim, value_dim = dims_of(parts.attrs["into"])

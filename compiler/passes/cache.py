@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder, infer
-from compiler.graph.core import Cache, Graph, Op, Program, Value, lists
+from compiler.graph.core import CacheType, Graph, Op, Program, Value
 from compiler.graph.types import Dim, Type
 from compiler.ops import OPS, TypeMismatch
+from compiler.ops.attention import scores_of
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 
 
 def _drop(program: Program, description: Description) -> Sequence[Miss]:
-    for graph in program.graphs.values():
-        for ops in lists(graph):
-            for op in list(ops):
-                if op.kind == "cache_entry":
-                    for old, new in zip(op.results, op.operands, strict=True):
-                        graph.replace_uses(old, new)
-                    ops.remove(op)
-    return ()
+    return rewrite(program, "cache_entry", lambda at: at.op.operands)
 
 
 DROP_CACHE = Pass(
@@ -35,14 +29,9 @@ DROP_CACHE = Pass(
 
 
 def _insert(program: Program, description: Description) -> Sequence[Miss]:
+    rewrite(program, "document_attention", _of_one_document)
+    rewrite(program, "cache_entry", _append)
     for graph in program.graphs.values():
-        for op in graph.walk():
-            if op.kind == "cache_entry":
-                op.kind = "cache_append"
-                for name, value in zip(op.texts("entries"), op.operands, strict=True):
-                    graph.caches[name] = Cache(value.type)
-            if op.kind == "document_attention":  # a decoder continues one document
-                op.kind, op.operands = "attention", op.operands[:3]
         retype(graph, program)
         for op in graph.walk():
             if op.kind == "sequence_extern":
@@ -59,6 +48,21 @@ INSERT_CACHE = Pass(
     ensures="cache_append for every cache_entry; keys and values run over context",
     essential=True,
 )
+
+
+def _of_one_document(at: Rewriter) -> Sequence[Value]:
+    """A decoder continues one document."""
+    op = at.op
+    operands = [*op.operands[:3], *op.operands[4:]]
+    return at.add("attention", operands, names=[op.result.name], **scores_of(op))
+
+
+def _append(at: Rewriter) -> Sequence[Value]:
+    op, caches = at.op, at.builder.graph.caches
+    for name, value in zip(op.texts("entries"), op.operands, strict=True):
+        caches[name] = CacheType(value.type)
+    names, entries = [v.name for v in op.results], op.attrs["entries"]
+    return at.add("cache_append", op.operands, names=names, entries=entries)
 
 
 def _need_memory(op: Op) -> None:
@@ -140,7 +144,7 @@ def _only_last(program: Program) -> None:
     main = program.main
     (logits,) = main.results
     made = _head(main, logits)
-    # Before the head where it comes last; else behind whatever makes the scores.
+    # Before the head where it comes last; else after the operator that makes the scores.
     head = main.ops[made].kind == "linear"
     reader = main.ops[made if head else -1]
     (x,) = reader.operands

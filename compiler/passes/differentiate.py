@@ -21,11 +21,11 @@ from compiler.graph.core import (
     Region,
     Value,
     copy_program,
+    list_of,
 )
 from compiler.graph.types import FLOATS, Type
 from compiler.ops import OPS
 from compiler.passes.base import Pass
-from compiler.passes.outline import CALLS
 from compiler.rewrite import Miss
 from dsl.load import Description
 from dsl.source import Span
@@ -49,7 +49,7 @@ class NotDifferentiable(Exception):
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     if program.backward or not _loss_outputs(program):
         return ()
-    between = [op for op in program.main.ops[:-1] if op.kind not in CALLS]
+    between = [op for op in program.main.ops[:-1] if not OPS[op.kind].calls]
     if between:
         return (Miss("stands between the layers, in no graph of its own", between[0]),)
     made = copy_program(program)
@@ -164,8 +164,7 @@ class _Backward:
         self.backward.result_names = tuple(graph.args[i].name for i in wanted)
         _drop_dead(self.backward)
         self._read_saved()
-        used = {s for op in self.backward.walk() for s in op.symbols}
-        self.backward.weights = {n: w for n, w in graph.weights.items() if n in used}
+        self.backward.drop_unused_weights()
         return Derivative(self.backward.name, results=tuple(seeds), arguments=tuple(wanted))
 
     def _reverse(self, ops: Sequence[Op], gradients: Gradients) -> None:
@@ -173,7 +172,7 @@ class _Backward:
         for op in reversed(ops):
             self.spans = op.spans
             d = [gradients.get(v) for v in op.results]
-            if op.kind == "call":
+            if op.callee:
                 self._call(op, d, gradients)
             elif op.kind in REPEATS:
                 self._repeat(op, d, gradients)
@@ -185,7 +184,7 @@ class _Backward:
             return
         saving = OPS[op.kind].saving
         if saving:
-            _replace(op, saving, self.forward, self.derivation.program)
+            op = _replace(op, saving, self.forward, self.derivation.program)
             d = [*d, *(None for _ in op.results[len(d) :])]
         try:
             found = OPS[op.kind].grad(self, op, d)
@@ -209,9 +208,8 @@ class _Backward:
         return self.add("zeros_like", [like], names=["zeros"])[0]
 
     def _call(self, op: Op, d: Sequence[Value | None], gradients: Gradients) -> None:
-        callee = op.text("callee")
-        derivative = self.derivation.program.derivatives[callee]
-        forward = self.derivation.program.graphs[callee]
+        derivative = self.derivation.program.derivatives[op.callee]
+        forward = self.derivation.program.graphs[op.callee]
         operands = []
         for i in derivative.results:
             # Several results may be one value of the callee: their gradients add up.
@@ -245,11 +243,11 @@ class _Backward:
             if yielded in inside:
                 raise NotDifferentiable(f"{yielded} is carried twice", op)
             inside[yielded] = arg
-        outer, self.builder.ops = self.builder.ops, []
         made = set(region.args) | {v for inner in region.ops for v in inner.results}
-        self._reverse(region.ops[:-1], inside)
-        ends = [self._or_zeros(inside.get(region.args[i]), region.args[i]) for i in carried]
-        ops, self.builder.ops = self.builder.ops, outer
+        ops: list[Op] = []
+        with self.builder.into(ops):
+            self._reverse(region.ops[:-1], inside)
+            ends = [self._or_zeros(inside.get(region.args[i]), region.args[i]) for i in carried]
         self._need_no_values(op, ops, made, inside)
         ops.append(Op("yield", ends, spans=op.spans))
         self.spans = op.spans
@@ -300,22 +298,18 @@ def _like(value: Value, gradients: Sequence[Value | None]) -> Value:
     return next((d for d in gradients if d is not None and d.type == value.type), value)
 
 
-def _replace(op: Op, saving: Sequence[str], graph: Graph, program: Program) -> None:
-    """Lets an operator compute what its derivative needs besides; its results stay."""
+def _replace(op: Op, saving: Sequence[str], graph: Graph, program: Program) -> Op:
+    """The operator that computes what the derivative needs besides, in place of `op`."""
     builder = Builder(graph, program.graphs)
     builder.ops = []
     kind, *names = saving
-    results = builder.add(
-        kind,
-        op.operands,
-        op.symbols,
-        names=[op.results[0].name, *names],
-        regions=(),
-        spans=op.spans,
-        **op.attrs,
-    )
-    op.kind = kind
-    op.results = [*op.results, *results[len(op.results) :]]
+    names = [op.results[0].name, *names]
+    builder.add(kind, op.operands, op.symbols, names=names, regions=(), spans=op.spans, **op.attrs)
+    (made,) = builder.ops
+    made.results[: len(op.results)] = op.results
+    ops = list_of(graph, op)
+    ops[ops.index(op)] = made
+    return made
 
 
 def save(graph: Graph, values: Sequence[Value]) -> None:
@@ -351,9 +345,8 @@ def _requires_grad(graph: Graph, arguments: Iterable[int], callees: RequiresGrad
     found = {graph.args[i] for i in arguments}
 
     def results(op: Op) -> list[Value]:
-        if op.kind == "call":
-            callee = callees[op.text("callee")]
-            return [v for i, v in enumerate(op.results) if i in callee]
+        if op.callee:
+            return [v for i, v in enumerate(op.results) if i in callees[op.callee]]
         if op.kind == "repeat":
             carried = len(op.operands)
             stacked = zip(op.results[carried:], op.regions[0].yielded[carried:], strict=True)
@@ -392,16 +385,15 @@ def _arguments_requiring_grad(program: Program, results: RequiresGrad) -> Requir
     for name, graph in reversed(program.graphs.items()):  # callers stand behind their callees
         values = _requires_grad(graph, found[name], results)
         for op in graph.walk():
-            if op.kind == "call":
-                callee = found[op.text("callee")]
-                callee |= {i for i, v in enumerate(op.operands) if v in values}
+            if op.callee:
+                found[op.callee] |= {i for i, v in enumerate(op.operands) if v in values}
     return found
 
 
 def _drop_dead(graph: Graph) -> None:
-    """Derivatives that nobody asked for, of operators that give several at once."""
-    used = {v for op in graph.walk() for v in op.operands}
+    """Derivatives that are not needed, of operators that give several at once."""
+    uses = graph.uses()
     for op in reversed(list(graph.ops)):
-        if OPS[op.kind].pure and not op.regions and not any(v in used for v in op.results):
+        if OPS[op.kind].pure and not op.regions and not any(uses.get(v) for v in op.results):
             graph.ops.remove(op)
-            used = {v for o in graph.walk() for v in o.operands}
+            uses = graph.uses()

@@ -20,7 +20,7 @@ from dsl.load import Description
 
 
 @dataclass(frozen=True)
-class Module:
+class DraftModule:
     """Where the outermost block hands over to an MTP module."""
 
     state: Op
@@ -39,22 +39,22 @@ class Module:
         return count if self.position.kind == "drop_first" else 0
 
 
-def modules(program: Program) -> list[Module]:
+def modules(program: Program) -> list[DraftModule]:
     """The MTP modules in order, up to the first that reads other states than the head before it.
 
     The head's are those that a decoder has at hand (`Pages.last`).
     """
     main = program.main
-    made = {value: op for op in main.ops for value in op.results}
+    made, uses = main.producers(), main.uses()
     args = {value.name: value for value in main.args}
     outputs = list(zip(main.result_names, main.results, strict=True))
     scores = [value for name, value in outputs if name == "logits"]
     later = [value for name, value in outputs if name == "mtp_logits"]
-    found: list[Module] = []
+    found: list[DraftModule] = []
 
     def cut(value: Value | None, count: int, *kinds: str) -> Op | None:
         """The first operator that takes so many tokens away from a value."""
-        ops = (op for op in main.ops if op.kind in kinds and op.operands == [value])
+        ops = (op for op in uses.get(value, ()) if op.kind in kinds) if value else ()
         return next((op for op in ops if op.attrs == {"dim": "seq", "count": count}), None)
 
     for depth, (before, logits) in enumerate(zip([*scores, *later], later, strict=False), 1):
@@ -67,15 +67,15 @@ def modules(program: Program) -> list[Module]:
         position = cut(args.get("position"), depth, "drop_first", "drop_last")
         if state is None or tokens is None or position is None:
             break
-        found.append(Module(state, tokens, position, logits))
+        found.append(DraftModule(state, tokens, position, logits))
     return found
 
 
 def _equal_results(program: Program, made: Op | None, value: Value) -> list[Value]:
     """Those results of a call that are the same value inside as one of them, this included."""
-    if made is None or made.kind != "call":
+    if made is None or not made.callee:
         return [value]
-    results = program.graphs[made.text("callee")].results
+    results = program.graphs[made.callee].results
     inner = results[made.results.index(value)]
     return [own for own, one in zip(made.results, results, strict=True) if one is inner]
 

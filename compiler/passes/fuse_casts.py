@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compiler.graph.core import Attr, Program, Value, lists
+from compiler.graph.core import Attr, Program, Value, list_of
 from compiler.ops.quantize import RUN
 from compiler.passes.base import Pass
-from compiler.passes.simplify import drop_unread
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.passes.simplify import dead_code_elimination
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     misses = [*rewrite(program, "quantize", _made_and_cast), *rewrite(program, "quantize", _both)]
     misses += rewrite(program, "quantize_both", _gradients_cast)
-    drop_unread(program)
+    dead_code_elimination(program)
     return misses
 
 
@@ -33,47 +33,47 @@ FUSE_CASTS = Pass(
 )
 
 
-def _made_and_cast(at: Place) -> Sequence[Value] | Miss:
+def _made_and_cast(at: Rewriter) -> Sequence[Value] | Miss:
     (x,) = at.op.operands
     made = at.producer(x, "rms_norm") or at.producer(x, "swiglu")
     if made is None:
         return Miss("what is cast is no norm and no SwiGLU", at.op)
-    if at.uses[x] > 1:
+    if len(at.uses[x]) > 1:
         return Miss("what is cast is read besides", at.op)
     if at.op.attrs["parts"]:
-        return Miss("runs begin anew in parts", at.op)
+        return Miss("runs restart in each part", at.op)
     attrs: dict[str, Attr] = {**made.attrs, "scale": at.op.attrs["scale"]}
     names = [v.name for v in at.op.results]
     kind = f"{made.kind}_quantize"
     return at.add(kind, made.operands, made.symbols, names=names, like=None, **attrs)
 
 
-def _both(at: Place) -> Sequence[Value] | Miss:
+def _both(at: Rewriter) -> Sequence[Value] | Miss:
     (x,) = at.op.operands
-    ops = next(ops for ops in lists(at.builder.graph) if at.op in ops)
+    ops = list_of(at.builder.graph, at.op)
     behind = ops[ops.index(at.op) + 1 :]
-    columns = next((o for o in behind if o.kind == "quantize_columns" and o.operands[0] is x), None)
+    columns = next((o for o in at.uses[x] if o.kind == "quantize_columns" and o in behind), None)
     if columns is None:
         return Miss("what is cast is not cast in runs of tokens next", at.op)
     if columns.attrs["scale"] != at.op.attrs["scale"]:
         return Miss("its scales in runs of tokens are of another kind", columns)
     if at.op.attrs["parts"]:
-        return Miss("runs begin anew in parts", at.op)
+        return Miss("runs restart in each part", at.op)
     at.builder.names -= {v.name for v in columns.results}
     names = [v.name for v in (*at.op.results, *columns.results)]
     at.matched.append(columns)
     scale = at.op.attrs["scale"]
     q, s, *tiles = at.add("quantize_both", columns.operands, names=names, scale=scale)
-    at.retire(columns, tiles)
+    at.erase(columns, tiles)
     return [q, s]
 
 
-def _gradients_cast(at: Place) -> Sequence[Value] | Miss:
+def _gradients_cast(at: Rewriter) -> Sequence[Value] | Miss:
     x, *offs = at.op.operands
     made = at.producer(x, "swiglu_grad_joined")
     if made is None:
         return Miss("what is cast is no gradient of gate and up", at.op)
-    if at.uses[x] > 1:
+    if len(at.uses[x]) > 1:
         return Miss("what is cast is read besides", at.op)
     if (made.operands[1].type.last.size or 0) % RUN:
         return Miss("a run is of gate and of up", at.op)

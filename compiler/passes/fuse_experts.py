@@ -13,7 +13,7 @@ from compiler.graph.types import Dim
 from compiler.ops import OPS
 from compiler.ops.base import dims_attr
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -29,7 +29,7 @@ FUSE_EXPERTS = Pass(
 )
 
 
-def _fuse(at: Place) -> Sequence[Value] | Miss:
+def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
     x, topk_indices, weight = at.op.operands
     (region,) = at.op.regions
     for inner in region.ops[:-1]:
@@ -57,7 +57,7 @@ def _has_grouped_form(op: Op) -> bool:
     return op.kind == "linear" or OPS[op.kind].rowwise
 
 
-def _grouped(at: Place, inner: Op, inside: dict[Value, Value], rows: Value, offs: Value) -> None:
+def _grouped(at: Rewriter, inner: Op, inside: dict[Value, Value], rows: Value, offs: Value) -> None:
     """The same equation on the slots of all experts."""
     operands = [inside[v] for v in inner.operands]
     kind = inner.kind

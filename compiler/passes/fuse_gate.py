@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from compiler.graph.core import Program, Value
 from compiler.ops.moe import SCORINGS
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -27,16 +27,16 @@ FUSE_GATE = Pass(
 )
 
 
-def _fuse(at: Place) -> Sequence[Value] | Miss:
+def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
     (affinity,) = at.op.operands
     made = next((op for s in SCORINGS if (op := at.producer(affinity, s))), None)
     if made is None:
         return Miss(f"the scores are made by no {' or '.join(SCORINGS)}", at.op)
     names = [v.name for v in at.op.results]
     attrs = {"scoring": made.kind, **at.op.attrs}
-    if at.uses[affinity] == 1:
+    if len(at.uses[affinity]) == 1:
         return at.add("gate", made.operands, at.op.symbols, names=names, like=None, **attrs)
-    if at.read_earlier(made):
+    if at.has_use_before(made):
         return Miss("the scores are read before experts are chosen by them", made)
     names.append(affinity.name)
     *chosen, again = at.add(

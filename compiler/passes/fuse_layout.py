@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compiler.graph.core import Op, Program, Value
+from compiler.graph.core import Program, Value
 from compiler.ops.base import dims_attr
 from compiler.passes.base import Pass
-from compiler.passes.simplify import drop_unread
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.passes.simplify import dead_code_elimination
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     misses = rewrite(program, "concat", _joined)
-    drop_unread(program)
+    dead_code_elimination(program)
     return misses
 
 
@@ -36,7 +36,7 @@ FUSE_LAYOUT = Pass(
 )
 
 
-def _joined(at: Place) -> Sequence[Value] | Miss:
+def _joined(at: Rewriter) -> Sequence[Value] | Miss:
     """The first rule that applies, or that no rule does."""
     for rule in (_rotate_last, _join_rotated, _join_rotated_grad, _swiglu_grad):
         at.matched.clear()
@@ -46,10 +46,10 @@ def _joined(at: Place) -> Sequence[Value] | Miss:
     return Miss("what is joined was neither rotated nor the gradient of gate and up", at.op)
 
 
-def _rotate_last(at: Place) -> Sequence[Value] | None:
+def _rotate_last(at: Rewriter) -> Sequence[Value] | None:
     *before, last = at.op.operands
     rotate = at.producer(last, "rotate")
-    if rotate is None or at.uses[last] > 1:
+    if rotate is None or len(at.uses[last]) > 1:
         return None
     x, *table = rotate.operands
     split = at.producer(x, "split")
@@ -59,14 +59,14 @@ def _rotate_last(at: Place) -> Sequence[Value] | None:
     return at.add("rotate_last", operands, names=names, into=at.op.attrs["into"])
 
 
-def _join_rotated(at: Place) -> Sequence[Value] | None:
+def _join_rotated(at: Rewriter) -> Sequence[Value] | None:
     *before, last = at.op.operands
     broadcast = at.producer(last, "broadcast")
-    if broadcast is None or at.uses[last] > 1 or len(before) != 1:
+    if broadcast is None or len(at.uses[last]) > 1 or len(before) != 1:
         return None
     (shared,) = broadcast.operands
     rotate = at.producer(shared, "rotate")
-    if rotate is None or at.uses[shared] > 1:
+    if rotate is None or len(at.uses[shared]) > 1:
         return None
     names = [at.op.result.name]
     return at.add(
@@ -74,15 +74,15 @@ def _join_rotated(at: Place) -> Sequence[Value] | None:
     )
 
 
-def _join_rotated_grad(at: Place) -> Sequence[Value] | None:
+def _join_rotated_grad(at: Rewriter) -> Sequence[Value] | None:
     if len(at.op.operands) != 2:
         return None
     own, d_v = at.op.operands
     split = at.producer(own, "split")
     if split is None or split.results[0] is not own or len(split.results) != 2:
         return None
-    total = _reader(at, split.results[1], "sum_over")
-    rotate = total and _reader(at, total.result, "rotate")
+    total = at.only_reader(split.results[1], "sum_over")
+    rotate = total and at.only_reader(total.result, "rotate")
     if not total or not rotate or total.attrs["dim"] != dims_attr(own.type.dims[-2]):
         return None
     _, cos, back = rotate.operands
@@ -98,19 +98,15 @@ def _join_rotated_grad(at: Place) -> Sequence[Value] | None:
         names=[at.op.result.name, rotate.result.name],
         into=at.op.attrs["into"], shared=dims_attr(rotate.result.type.last),
     )  # fmt: skip
-    at.retire(rotate, [shared])
+    at.erase(rotate, [shared])
     return [both]
 
 
-def _swiglu_grad(at: Place) -> Sequence[Value] | None:
+def _swiglu_grad(at: Rewriter) -> Sequence[Value] | None:
     grad = at.producer(at.op.operands[0], "swiglu_grad")
-    if grad is None or at.op.operands != grad.results or any(at.uses[v] > 1 for v in grad.results):
+    if grad is None or at.op.operands != grad.results:
+        return None
+    if any(len(at.uses[v]) > 1 for v in grad.results):
         return None
     names = [at.op.result.name]
     return at.add("swiglu_grad_joined", grad.operands, names=names, into=at.op.attrs["into"])
-
-
-def _reader(at: Place, value: Value, kind: str) -> Op | None:
-    """The operator that alone reads a value, if it is of this kind."""
-    readers = [op for op in at.builder.graph.walk() if value in op.operands]
-    return readers[0] if [op.kind for op in readers] == [kind] else None

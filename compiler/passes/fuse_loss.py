@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from compiler.graph.core import Program, Value
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -26,12 +26,12 @@ FUSE_LOSS = Pass(
 )
 
 
-def _fuse(at: Place) -> Sequence[Value] | Miss:
+def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
     logits, labels = at.op.operands
     head = at.producer(logits, "linear")
     if head is None:
         return Miss("the scores are not made by a linear", at.op)
-    if at.uses[logits] > 1:
+    if len(at.uses[logits]) > 1:
         return Miss("others read the scores, too", head)
     if at.builder.graph.weights[head.symbols[0]].fp8:
         return Miss("the head is in FP8", head)

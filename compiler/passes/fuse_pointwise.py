@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from compiler.graph.core import Program, Value
 from compiler.passes.base import Pass
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -26,22 +26,22 @@ FUSE_POINTWISE = Pass(
 )
 
 
-def _swiglu(at: Place) -> Sequence[Value] | Miss:
+def _swiglu(at: Rewriter) -> Sequence[Value] | Miss:
     for gate, up in (at.op.operands, reversed(at.op.operands)):
         silu = at.producer(gate, "silu")
-        if silu is not None and at.uses[gate] == 1 and gate.type == up.type:
+        if silu is not None and len(at.uses[gate]) == 1 and gate.type == up.type:
             return at.add("swiglu", [silu.operands[0], up], names=[at.op.result.name])
     return Miss("no factor is a silu that nothing else reads", at.op)
 
 
-def _add_rms_norm(at: Place) -> Sequence[Value] | Miss:
+def _add_rms_norm(at: Rewriter) -> Sequence[Value] | Miss:
     (x,) = at.op.operands
     add = at.producer(x, "add")
     if add is None:
         return Miss("what is normed is no sum", at.op)
     if any(v.type != x.type for v in add.operands):
         return Miss("what is added is broadcast", add)
-    if at.read_earlier(add):
+    if at.has_use_before(add):
         return Miss("the sum is read before it is normed", add)
     names = [x.name, at.op.result.name]
     total, normed = at.add(

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Graph, Op, Program, Value, copy_program, lists
+from compiler.graph.core import Graph, Op, Program, Value, copy_program, op_lists
 from compiler.ops import OPS
 from compiler.ops.base import dims_attr
 from compiler.passes.absorb import ABSORB
@@ -38,7 +38,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
         alone |= {s for s, n in _uses(graph).items() if n > 1}
         alone |= set(program.aliases.values()) if graph is program.main else set()
         joinable = _Joinable(graph, alone)
-        for ops in lists(graph):
+        for ops in op_lists(graph):
             groups: dict[object, list[Op]] = {}
             for op in ops:
                 if op.kind == "linear" and joinable(op):
@@ -75,10 +75,7 @@ class _Joinable:
     alone: set[str]
 
     def __post_init__(self) -> None:
-        self.readers: dict[Value, list[tuple[Op, int]]] = {}
-        for op in self.graph.walk():
-            for i, value in enumerate(op.operands):
-                self.readers.setdefault(value, []).append((op, i))
+        self.uses = self.graph.uses()
 
     def __call__(self, op: Op) -> bool:
         symbol, *more = op.symbols
@@ -105,9 +102,9 @@ class _Joinable:
             if value in seen:
                 continue
             seen.add(value)
-            for reader, i in self.readers.get(value, ()):
+            for reader in self.uses.get(value, ()):
                 if reader.regions or not OPS[reader.kind].pure:
-                    ends.add((reader, i))
+                    ends.update((reader, i) for i, v in enumerate(reader.operands) if v is value)
                 else:
                     todo += reader.results
         return frozenset(ends)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Graph, Op, Program, Value, lists
+from compiler.graph.core import Graph, Op, Program, Value, list_of
 from compiler.ops import OPS
 from compiler.passes.base import Pass
-from compiler.passes.simplify import share_equal
+from compiler.passes.simplify import common_subexpression_elimination
 from compiler.rewrite import Miss
 from dsl.load import Description
 
@@ -22,7 +22,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
     # Callees stand before callers: what arrives in a caller goes on from there.
     for graph in program.graphs.values():
         _leave_regions(graph.ops)
-        share_equal(graph)
+        common_subexpression_elimination(graph)
         if graph is not program.main:
             _move_to_callers(graph, program)
     return ()
@@ -49,27 +49,22 @@ def _leave_regions(ops: list[Op]) -> None:
 
 def _move_to_callers(graph: Graph, program: Program) -> None:
     """Every call computes the free operators before, and hands over their results."""
-    calls = [
-        (caller, ops, op)
-        for caller in program.graphs.values()
-        for ops in lists(caller)
-        for op in ops
-        if op.kind == "call" and op.attrs["callee"] == graph.name
-    ]
+    calls = list(program.calls_of(graph.name))
     # Parts of the outermost block are called under its own scope: there they are where they belong.
-    free = _free(graph.ops, ()) if all(op.attrs["scope"] for _, _, op in calls) else []
+    free = _free(graph.ops, ()) if all(op.attrs["scope"] for _, op in calls) else []
     if not calls or not free:
         return
     graph.ops = [op for op in graph.ops if op not in free]
     formal = list(graph.args)
     graph.args += [v for op in free for v in op.results]
-    for caller, ops, call in calls:
+    for caller, call in calls:
         builder = Builder(caller, program.graphs)
         builder.ops = []
         values = dict(zip(formal, call.operands, strict=True))
         for op in free:
             _copy(op, values, builder)
         call.operands = [values[v] for v in graph.args]
+        ops = list_of(caller, call)
         at = ops.index(call)
         ops[at:at] = builder.ops
 

@@ -114,8 +114,8 @@ class _Step:
         """Those of a graph and of its parts, which are called under no scope of their own."""
         found = dict(graph.weights)
         for op in graph.ops:
-            if op.kind == "call" and not op.attrs["scope"]:
-                found |= self._weights(self.program.graphs[op.text("callee")])
+            if op.callee and not op.attrs["scope"]:
+                found |= self._weights(self.program.graphs[op.callee])
         return found
 
     def _add(
@@ -202,14 +202,15 @@ class _Step:
             given: dict[str, Any] = {"names": ["squares"], "spans": op.spans}
             attrs: dict[str, Any] = dict(op.attrs)
             # Without a scope it is a part of this block, which updates its weights itself.
-            if op.kind == "call" and attrs["scope"] and attrs["callee"] in self.made.steps:
-                step = self.made.steps[attrs["callee"]]
+            if op.callee in self.made.steps and attrs["scope"]:
+                step = self.made.steps[op.callee]
                 attrs["callee"] = step.reduce if builder is self.reducing else step.update
                 squares += builder.add("call", operands, **given, **attrs)
             elif op.kind == "repeat":
-                outer, builder.ops = builder.ops, []
-                total = self._total(builder, self._calls(builder, op.regions[0].ops, *operands))
-                inside, builder.ops = builder.ops, outer
+                inside: list[Op] = []
+                with builder.into(inside):
+                    given_inside = self._calls(builder, op.regions[0].ops, *operands)
+                    total = self._total(builder, given_inside)
                 if inside:
                     regions = [Region([], [*inside, Op("yield", total, spans=op.spans)])]
                     stacked = builder.add("repeat", regions=regions, **given, **attrs)

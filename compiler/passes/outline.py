@@ -11,24 +11,23 @@ import re
 from collections.abc import Sequence
 
 from compiler.graph.core import Graph, Op, Program, Value
+from compiler.ops import OPS
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss
 from dsl.load import Description
-
-CALLS = ("call", "repeat")
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
     main = program.main
     runs = _runs(main.ops[:-1])
     # A stage of a pipeline may hold no layers.
-    if not program.boundary and (not any(op.kind in CALLS for op in main.ops) or len(runs) <= 1):
+    if not program.boundary and (not any(map(_is_call, main.ops)) or len(runs) <= 1):
         return ()
     graphs = dict(program.graphs)
     ops: list[Op] = []
     number = -1
     for i, run in enumerate(runs):
-        if run[0].kind in CALLS:
+        if _is_call(run[0]):
             ops += run
             continue
         number += 1
@@ -37,8 +36,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
         graphs[part.name] = part
         ops.append(call)
     main.ops[:-1] = ops
-    used = {s for op in main.walk() for s in op.symbols}
-    main.weights = {n: w for n, w in main.weights.items() if n in used}
+    main.drop_unused_weights()
     # Callees stand before callers.
     del graphs[main.name]
     program.graphs = {**graphs, main.name: main}
@@ -53,11 +51,15 @@ OUTLINE = Pass(
 )
 
 
+def _is_call(op: Op) -> bool:
+    return OPS[op.kind].calls
+
+
 def _runs(ops: Sequence[Op]) -> list[list[Op]]:
     """Neighbours that are calls, and neighbours that are none, in turn."""
     runs: list[list[Op]] = []
     for op in ops:
-        if runs and (runs[-1][0].kind in CALLS) == (op.kind in CALLS):
+        if runs and _is_call(runs[-1][0]) == _is_call(op):
             runs[-1].append(op)
         else:
             runs.append([op])

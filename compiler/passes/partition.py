@@ -17,7 +17,7 @@ from compiler.graph.build import Builder, infer
 from compiler.graph.core import Graph, Op, Program, Region, Value
 from compiler.graph.types import Type
 from compiler.ops.base import PartialSum
-from compiler.parallel.layout import Layout
+from compiler.parallel.layout import Layout, router_of
 from compiler.parallel.mesh import Mesh
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss
@@ -50,8 +50,7 @@ class _Sharder:
         self.graph, self.program = graph, program
         self.layout, self.mesh = layout, layout.mesh
         self.builder = Builder(graph, program.graphs)
-        self.nodes: int = group_attrs(self.mesh, ("expert",))["nodes"]
-        self.producers = {v: op for op in graph.walk() for v in op.results}
+        self.producers = graph.producers()
 
     def run(self) -> None:
         for value in self.graph.args:
@@ -121,8 +120,10 @@ class _Sharder:
         sizes: dict[str, Any] = {
             "count": count,
             "ranks": ranks,
-            "nodes": self.nodes,
-            "limit": self._limit(topk_indices, count),
+            "nodes": group_attrs(self.mesh, ("expert",))["nodes"],
+            "limit": self.layout.nodes_of_token(
+                router_of(self.producers, topk_indices), topk_indices.type.last.size or 1, count
+            ),
         }
         names = ["arrived", "arrived_weight", "arrived_route", "handle"]
         *there, handle = self._add(op, "dispatch", [x, weight, topk_indices], names, **sizes)
@@ -143,22 +144,6 @@ class _Sharder:
         weight = self.graph.weights[name]
         if "*" in name:
             self.graph.weights[name] = replace(weight, stack=count, axis="expert")
-
-    def _limit(self, topk_indices: Value, count: int) -> int:
-        """On how many nodes the experts of a token lie at most, given how they are chosen.
-
-        Node-limited routing: the router's groups lie on nodes (report, section 2.1.2).
-        """
-        k = topk_indices.type.last.size or 1
-        nodes = self.nodes
-        op = self.producers.get(topk_indices)
-        if op is None or op.kind != "topk_groups":
-            return min(k, nodes)
-        groups = op.number("n_group")
-        spans = sorted(
-            len(self.layout.nodes_of_group(group, groups, count)) for group in range(groups)
-        )
-        return min(k, nodes, sum(spans[-op.number("topk_group") :]))
 
     def _add(
         self,

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight, lists
+from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
 from compiler.ops import OPS
 from compiler.ops.base import dims_attr, module_of
 from compiler.ops.quantize import parts_attr
 from compiler.passes.base import Pass
 from compiler.passes.differentiate import save
-from compiler.passes.simplify import share_equal
-from compiler.rewrite import Miss, Place, rewrite
+from compiler.passes.simplify import common_subexpression_elimination
+from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.load import Description
 
 
@@ -59,7 +59,7 @@ class _Products:
     def __init__(self, program: Program) -> None:
         self.program = program
 
-    def forward(self, at: Place) -> Sequence[Value] | Miss:
+    def forward(self, at: Rewriter) -> Sequence[Value] | Miss:
         """y = x W^T: x in runs of a row, W in blocks."""
         weights = _weights(at, at.op.symbols)
         if not weights[0].fp8:
@@ -69,7 +69,7 @@ class _Products:
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
         return _fp8(at, [q, s, *offs, *_fp8_weight(at, offs)], parts=_parts(weights))
 
-    def input_grad(self, at: Place) -> Sequence[Value] | Miss:
+    def input_grad(self, at: Rewriter) -> Sequence[Value] | Miss:
         """dx = dy W: dy in runs of a row, the weights as the forward product has them."""
         weights = _weights(at, at.op.symbols)
         if not weights[0].fp8:
@@ -79,12 +79,9 @@ class _Products:
         q, s = at.add("quantize", [dy], names=_names(dy), scale=scale, parts=parts)
         return _fp8(at, [q, s, *offs, *_fp8_weight(at, offs)], parts=parts)
 
-    def weight_grad(self, at: Place) -> Sequence[Value] | Miss:
+    def weight_grad(self, at: Rewriter) -> Sequence[Value] | Miss:
         """dW = dy^T x: both in runs of tokens; x from what the forward product was made of."""
-        symbols = next(
-            (o.symbols for o in at.builder.graph.walk() if at.op.result in o.operands), ()
-        )
-        weights = _weights(at, symbols)
+        weights = [w for o in at.uses.get(at.op.result, [])[:1] for w in _weights(at, o.symbols)]
         if not weights or not weights[0].fp8:
             return _stays(at)
         dy, x, *offs = at.op.operands
@@ -93,7 +90,7 @@ class _Products:
 
     def columns(
         self,
-        at: Place,
+        at: Rewriter,
         x: Value,
         offs: Sequence[Value],
         weights: Sequence[Weight],
@@ -108,7 +105,7 @@ class _Products:
         q, s = at.add("quantize", [x], names=_names(x), scale=scale, parts=())
         return at.add("requantize", [q, s, *offs], names=names, scale=scale)
 
-    def scale_of(self, at: Place, x: Value, weight: Weight) -> str:
+    def scale_of(self, at: Rewriter, x: Value, weight: Weight) -> str:
         """Powers of two for what is tiled again, and for what travels: report, section 3.3.3."""
         if weight.fp8 != "recipe":
             return weight.fp8
@@ -122,14 +119,14 @@ class _Products:
         forward = self.program.saver_of(backward.name)
         assert forward is not None
         x = forward.saved[saved.results.index(value)]
-        return _source({v: op for op in forward.walk() for v in op.results}, x)
+        return _source(forward.producers(), x)
 
 
-def _weights(at: Place, symbols: Sequence[str]) -> list[Weight]:
+def _weights(at: Rewriter, symbols: Sequence[str]) -> list[Weight]:
     return [at.builder.graph.weights[name] for name in symbols]
 
 
-def _stays(at: Place) -> Miss:
+def _stays(at: Rewriter) -> Miss:
     return Miss("the precision of its weight is that of its input", at.op)
 
 
@@ -141,7 +138,7 @@ def _names(x: Value) -> tuple[str, str]:
     return f"{x.name}_q", f"{x.name}_s"
 
 
-def _fp8_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
+def _fp8_weight(at: Rewriter, offs: Sequence[Value]) -> list[Value]:
     """The FP8 copy of the weights of a product, named by their module."""
     symbols = at.op.symbols
     name = module_of(symbols[0])
@@ -152,7 +149,7 @@ def _fp8_weight(at: Place, offs: Sequence[Value]) -> list[Value]:
     )  # fmt: skip
 
 
-def _fp8(at: Place, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
+def _fp8(at: Rewriter, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
     """The same product in FP8."""
     attrs["dtype"] = at.op.result.type.dtype
     names, kind = [at.op.result.name], f"fp8_{at.op.kind}"
@@ -168,7 +165,7 @@ def _source(producers: dict[Value, Op], x: Value) -> tuple[Op, Value] | None:
     return (op, x) if op is not None else None
 
 
-def _is_dispatched(at: Place, dy: Value) -> bool:
+def _is_dispatched(at: Rewriter, dy: Value) -> bool:
     """Whether a gradient came to the experts in FP8, in runs of a row."""
     source = _source(at.producers, dy)
     return source is not None and source[0].kind == "unpermute_grad"
@@ -180,7 +177,7 @@ def _is_dispatched(at: Place, dy: Value) -> bool:
 def _share(program: Program) -> None:
     """Equal casts are made once, by the first of them."""
     for graph in program.graphs.values():
-        share_equal(graph)
+        common_subexpression_elimination(graph)
 
 
 def _save_quantized(program: Program) -> None:
@@ -189,9 +186,9 @@ def _save_quantized(program: Program) -> None:
         backward = program.backward_of(forward.name)
         if backward is None:
             continue
-        read = backward.ops[0].results
+        read, uses = backward.ops[0].results, backward.uses()
         for value in list(read):
-            readers = [op for op in backward.walk() if value in op.operands]
+            readers = uses.get(value, [])
             if [op.kind for op in readers] == ["quantize"]:
                 at, (cast,) = read.index(value), readers
                 before, x, behind = forward.saved[:at], forward.saved[at], forward.saved[at + 1 :]
@@ -215,10 +212,10 @@ def _quantized(x: Value, cast: Op, graph: Graph, program: Program) -> Sequence[V
     return made
 
 
-def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
+def _permute_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     """quantize(permute(x)) is permute(quantize(x)): each token is quantized once, not k times."""
     rows, offs, sort_indices = at.op.results
-    cast = _only_cast(at, rows)
+    cast = at.only_reader(rows, "quantize")
     if cast is None:
         return Miss("tokens are not only read in FP8", at.op)
     x, topk_indices = at.op.operands
@@ -227,14 +224,14 @@ def _permute_quantized(at: Place) -> Sequence[Value] | Miss:
         names=[v.name for v in (*cast.results, offs, sort_indices)],
         count=dims_attr(*offs.type.dims),
     )  # fmt: skip
-    _drop_cast(at, cast, moved[:2])
+    at.erase(cast, moved[:2])
     return [moved[0], *moved[2:]]
 
 
-def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
+def _dispatch_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     """Tokens travel to the ranks of their experts in FP8, with their scales as further rows."""
     *rows, topk_indices = at.op.operands
-    casts = [_only_cast(at, value) for value in at.op.results[: len(rows)]]
+    casts = [at.only_reader(value, "quantize") for value in at.op.results[: len(rows)]]
     if not any(casts):
         return Miss("tokens are not only read in FP8", at.op)
     sent: list[Value] = []
@@ -249,27 +246,13 @@ def _dispatch_quantized(at: Place) -> Sequence[Value] | Miss:
     for cast in casts:
         results.append(left[0])
         if cast:
-            _drop_cast(at, cast, left[:2])
+            at.erase(cast, left[:2])
         left = left[2 if cast else 1 :]
     return [*results, *left]
 
 
-def _only_cast(at: Place, value: Value) -> Op | None:
-    """The `quantize` that alone reads a value."""
-    readers = [op for op in at.builder.graph.walk() if value in op.operands]
-    return readers[0] if [op.kind for op in readers] == ["quantize"] else None
-
-
-def _cast_of(at: Place, x: Value, cast: Op) -> list[Value]:
+def _cast_of(at: Rewriter, x: Value, cast: Op) -> list[Value]:
     """The cast on what its value is made of; its own names are free."""
     at.builder.names -= {v.name for v in cast.results}
     scale = cast.attrs["scale"]
     return at.add("quantize", [x], names=_names(x), like=cast, scale=scale, parts=())
-
-
-def _drop_cast(at: Place, cast: Op, instead: Sequence[Value]) -> None:
-    for old, new in zip(cast.results, instead, strict=True):
-        at.builder.graph.replace_uses(old, new)
-    for ops in lists(at.builder.graph):
-        if cast in ops:
-            ops.remove(cast)

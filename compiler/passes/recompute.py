@@ -246,21 +246,14 @@ def _lift_arguments(pair: _Pair, pairs: Mapping[str, _Pair], program: Program) -
     derivative = program.derivatives[name]
     numbers = (*derivative.lifted, *lifted)
     program.derivatives[name] = replace(derivative, lifted=numbers)
-    for caller, op in _calls(pair.backward.name, program):
+    for caller, op in program.calls_of(pair.backward.name):
         around = pairs[program.forward_of(caller.name)]
         same = next(
             o
             for o in around.forward.walk()
-            if o.kind == "call" and o.attrs == {"callee": name, "scope": op.attrs["scope"]}
+            if o.callee == name and o.attrs["scope"] == op.attrs["scope"]
         )
         op.operands += [around.local(same.operands[i]) for i in lifted]
-
-
-def _calls(callee: str, program: Program) -> Iterator[tuple[Graph, Op]]:
-    for graph in program.graphs.values():
-        for op in graph.walk():
-            if op.kind == "call" and op.attrs["callee"] == callee:
-                yield graph, op
 
 
 def _choose(pairs: Sequence[_Pair], program: Program, description: Description) -> None:

@@ -1,10 +1,10 @@
-"""Drop what nobody reads, arithmetic that changes nothing, and what was computed before."""
+"""Dead code, identities such as x * 1, and common subexpressions are removed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compiler.graph.core import Graph, Op, Program, Value, lists
+from compiler.graph.core import Graph, Op, Program, Value, op_lists
 from compiler.ops import OPS
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss
@@ -25,27 +25,27 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
         # Callers stand after callees, so that walking backwards one sweep settles most.
         for graph in reversed(program.graphs.values()):
             changed |= _drop_identities(graph)
-            changed |= share_equal(graph)
+            changed |= common_subexpression_elimination(graph)
             changed |= _drop_dead(graph, pure)
         for graph in program.graphs.values():
             changed |= _drop_results(graph, program)
             changed |= _drop_args(graph, program)
     for graph in program.graphs.values():
-        _drop_weights(graph)
+        graph.drop_unused_weights()
     return ()
 
 
 SIMPLIFY = Pass(
     "simplify",
-    "drop what nobody reads, what changes nothing, and what was computed before",
+    "remove dead code, identities and common subexpressions",
     _run,
     ensures="every operator, argument, result, weight and graph is used; nothing is computed twice",
     essential=True,
 )
 
 
-def drop_unread(program: Program) -> None:
-    """Operators whose results nobody reads any more, in every graph."""
+def dead_code_elimination(program: Program) -> None:
+    """Removes operators whose results are not read any more, in every graph."""
     pure = _purity(program)
     for graph in program.graphs.values():
         _drop_dead(graph, pure)
@@ -56,9 +56,9 @@ def _drop_identities(graph: Graph) -> bool:
     model without experts, which would not be a sum over ranks as the other losses are."""
     zeros = {op.result for op in graph.walk() if op.kind == "constant" and op.attrs["value"] == 0}
     changed = False
-    for ops in lists(graph):
+    for ops in op_lists(graph):
         for op in list(ops):
-            same = _same_as(op, zeros)
+            same = OPS[op.kind].unchanged(op, zeros)
             if same is not None:
                 graph.replace_uses(op.result, same)
                 ops.remove(op)
@@ -66,21 +66,7 @@ def _drop_identities(graph: Graph) -> bool:
     return changed
 
 
-def _same_as(op: Op, zeros: set[Value]) -> Value | None:
-    if op.kind == "scale" and op.attrs["by"] == 1:
-        return op.operands[0]
-    if op.kind == "shift" and op.attrs["by"] == 0 and not op.attrs["negated"]:
-        return op.operands[0]
-    if op.kind == "add":
-        for value, other in (op.operands, reversed(op.operands)):
-            if other in zeros and value.type == op.result.type:
-                return value
-    if op.kind == "mul" and not any(value.type.dims for value in op.operands):
-        return next((value for value in op.operands if value in zeros), None)
-    return None
-
-
-def share_equal(graph: Graph) -> bool:
+def common_subexpression_elimination(graph: Graph) -> bool:
     """Lets one operator serve for those that compute the same later, there or in regions below.
 
     Whether anything changed. It then comes from all the places that those came from.
@@ -109,9 +95,9 @@ def _share(graph: Graph, ops: list[Op], above: Mapping[Computation, Op]) -> bool
 
 
 def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:
-    """Operators whose results nobody reads and that do nothing else."""
+    """Removes operators whose results are not read and that do nothing else."""
     changed = False
-    for ops in lists(graph):
+    for ops in op_lists(graph):
         uses = graph.uses()
         for op in reversed(list(ops)):
             changed |= _drop_stacked(op, uses)
@@ -123,8 +109,8 @@ def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:
 
 
 def _removable(op: Op, pure: Mapping[str, bool]) -> bool:
-    if op.kind == "call":
-        return pure[op.text("callee")]
+    if op.callee:
+        return pure[op.callee]
     if op.kind == "repeat":
         return all(_removable(o, pure) for o in op.regions[0].ops[:-1])
     return OPS[op.kind].pure
@@ -138,8 +124,8 @@ def _purity(program: Program) -> dict[str, bool]:
     return pure
 
 
-def _drop_stacked(op: Op, uses: dict[Value, int]) -> bool:
-    """Results of a repeat beyond the carried ones that nobody reads."""
+def _drop_stacked(op: Op, uses: Mapping[Value, list[Op]]) -> bool:
+    """Removes results of a repeat, beyond the carried ones, that are not read."""
     if op.kind != "repeat":
         return False
     carried = len(op.operands)
@@ -152,24 +138,15 @@ def _drop_stacked(op: Op, uses: dict[Value, int]) -> bool:
     return True
 
 
-def _calls_of(graph: Graph, program: Program) -> list[tuple[Graph, Op]]:
-    return [
-        (caller, op)
-        for caller in program.graphs.values()
-        for op in caller.walk()
-        if op.kind == "call" and op.attrs["callee"] == graph.name
-    ]
-
-
 def _drop_results(graph: Graph, program: Program) -> bool:
     """Results of a graph that no caller reads."""
-    calls = _calls_of(graph, program)
+    calls = list(program.calls_of(graph.name))
     used: set[int] = set()
     for caller, op in calls:
         uses = caller.uses()
         used |= {i for i, v in enumerate(op.results) if uses.get(v)}
     keep = [i for i in range(len(graph.results)) if i in used]
-    if _is_tied(graph, program) or not calls or len(keep) == len(graph.results):
+    if has_paired_gradient(graph, program) or not calls or len(keep) == len(graph.results):
         return False
     graph.result_names = tuple(graph.result_names[i] for i in keep)
     graph.ops[-1].operands = [graph.results[i] for i in keep]
@@ -178,7 +155,7 @@ def _drop_results(graph: Graph, program: Program) -> bool:
     return True
 
 
-def _is_tied(graph: Graph, program: Program) -> bool:
+def has_paired_gradient(graph: Graph, program: Program) -> bool:
     """Whether a graph and its gradients speak of one another's arguments by number."""
     return graph.name in program.derivatives or program.saver_of(graph.name) is not None
 
@@ -187,10 +164,10 @@ def _drop_args(graph: Graph, program: Program) -> bool:
     """Arguments of a graph that it does not read."""
     uses = graph.uses()
     keep = [i for i, v in enumerate(graph.args) if uses.get(v)]
-    if _is_tied(graph, program) or len(keep) == len(graph.args):
+    if has_paired_gradient(graph, program) or len(keep) == len(graph.args):
         return False
     graph.args = [graph.args[i] for i in keep]
-    for _, op in _calls_of(graph, program):
+    for _, op in program.calls_of(graph.name):
         op.operands = [op.operands[i] for i in keep]
     return True
 
@@ -207,8 +184,3 @@ def _drop_graphs(program: Program) -> None:
     for root in program.roots:
         reach(root)
     program.graphs = {n: g for n, g in program.graphs.items() if n in reached}
-
-
-def _drop_weights(graph: Graph) -> None:
-    used = {s for op in graph.walk() for s in op.symbols}
-    graph.weights = {n: w for n, w in graph.weights.items() if n in used}

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compiler.graph.core import Graph, Op, Program, Region, Value, Weight
+from compiler.graph.core import Graph, Op, Program, Region, Value
+from compiler.ops import OPS
 from compiler.passes.base import Pass
 from compiler.passes.differentiate import save
 from compiler.rewrite import Miss
@@ -18,7 +19,6 @@ from dsl.load import Description
 
 # By convention the graph of gradients of weights is called so, behind its forward graph's name.
 SUFFIX = "_weights"
-CALLS = ("call", "repeat_backward")
 
 
 def _run(program: Program, description: Description) -> Sequence[Miss]:
@@ -55,7 +55,7 @@ def _split(program: Program, forward: str) -> None:
         if op in rest:
             op.operands = [copies.get(v, v) for v in op.operands]
             weights.ops.append(op)
-        elif op.kind in CALLS:
+        elif OPS[op.kind].calls:
             _call(op, weights.ops, program)
     if not weights.ops:
         return
@@ -64,15 +64,16 @@ def _split(program: Program, forward: str) -> None:
     save(backward, saved)
     head = Op("saved", results=list(copies.values()), spans=span)
     weights.ops = [head, *weights.ops, Op("return", spans=span)]
-    weights.weights = _used(weights, backward)
-    backward.weights = _used(backward, backward)
+    weights.weights = dict(backward.weights)
+    weights.drop_unused_weights()
+    backward.drop_unused_weights()
     program.graphs[weights.name] = weights
     program.derivatives[forward] = replace(derivative, weights=weights.name)
 
 
 def _needed(backward: Graph) -> set[Op]:
     """Calls, and the operators that they and the results of a graph need."""
-    needed = {op for op in backward.ops if op.kind in ("saved", "return", *CALLS)}
+    needed = {o for o in backward.ops if o.kind in ("saved", "return") or OPS[o.kind].calls}
     wanted = {v for op in needed for v in op.operands}
     for op in reversed(backward.ops):
         if op in needed or wanted & set(op.results):
@@ -83,23 +84,18 @@ def _needed(backward: Graph) -> set[Op]:
 
 def _call(op: Op, ops: list[Op], program: Program) -> None:
     """The weights' part of what is called, if it has one; layers of a loop from last to first."""
-    if op.kind == "call":
-        callee = program.derivatives[program.forward_of(op.text("callee"))].weights
+    if op.callee:
+        callee = program.derivatives[program.forward_of(op.callee)].weights
         if callee:
             scope = op.attrs["scope"]
             ops.append(Op("call", attrs={"callee": callee, "scope": scope}, spans=op.spans))
         return
     inside: list[Op] = []
     for inner in op.regions[0].ops[:-1]:
-        if inner.kind in CALLS:
+        if OPS[inner.kind].calls:
             _call(inner, inside, program)
     if inside:
         inside.append(Op("yield", spans=op.spans))
         attrs = {**op.attrs, "carried": 0}
         loop = Op("repeat_backward", attrs=attrs, regions=[Region([], inside)], spans=op.spans)
         ops.append(loop)
-
-
-def _used(graph: Graph, of: Graph) -> dict[str, Weight]:
-    used = {s for op in graph.walk() for s in op.symbols}
-    return {name: weight for name, weight in of.weights.items() if name in used}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from compiler.plan.schedule import Chunk, Entry, Message, Receive, Schedule, Send, word
-from compiler.plan.simulate import Costs, gives, simulate
+from compiler.plan.simulate import ChunkCosts, gives, simulate
 
 
 def problems(given: Schedule) -> list[str]:
@@ -29,7 +29,7 @@ def problems(given: Schedule) -> list[str]:
             found += [f"{stage}{k}{batch} is done {n} times" for k, n in times.items() if n != 1]
     found += [f"{stage}{kind}{batch} is not part of it" for kind, stage, batch in seen]
     try:
-        simulate(given, Costs())
+        simulate(given, ChunkCosts())
     except ValueError as error:
         found.append(str(error))
     found = found or list(_transfer_problems(given))

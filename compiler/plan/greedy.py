@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from compiler.parallel.layout import placement
 from compiler.plan.schedule import Chunk, Schedule, Step, schedule
-from compiler.plan.simulate import Costs
+from compiler.plan.simulate import ChunkCosts
 
-COSTS = Costs()
+COSTS = ChunkCosts()
 
 
 def schedule_of(name: str, pipeline: int, batches: int) -> Schedule:

@@ -6,7 +6,7 @@ from compiler.graph.core import Program
 from compiler.parallel.layout import Layout
 from compiler.pipeline import Compiled
 from compiler.plan.plan import Plan, Planner
-from compiler.plan.ramp import Sizes, micro_batches, uneven
+from compiler.plan.ramp import BatchSizes, micro_batches, uneven
 from compiler.plan.search import changes, neighbours, why_not
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -47,7 +47,7 @@ def step_counts(description: Description, layout: Layout) -> tuple[int, ...]:
     if layout.mesh.pipeline * layout.mesh.expert == 1:
         return (layout.micro_batches,)  # data ranks alone take any batch
     batch = train.batch or constant(parallel.batch)
-    sizes = Sizes.of(parallel, layout.mesh.data, train.micro_batch)
+    sizes = BatchSizes.of(parallel, layout.mesh.data, train.micro_batch)
     wrong = uneven(batch, sizes)
     if wrong:
         ways = ", half of them from each end" if sizes.directions > 1 else ""

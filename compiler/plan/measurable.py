@@ -25,7 +25,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionShapes:
     """The operands of attention: q, k [batch, seq, heads, qk], v [batch, seq, heads, v]."""
 
     dtype: str
@@ -42,7 +42,7 @@ class Measurable:
     """Of one plan. Bytes are those of one message or collective of a rank."""
 
     products: tuple[Product, ...]
-    attention: Heads | None
+    attention: AttentionShapes | None
     pointwise: int
     dispatch: int
     combine: int
@@ -80,16 +80,16 @@ def _product(one: Executed, plan: Plan) -> Product:
     return Product(product_type(one), one.op.kind.endswith("weight_grad"), groups, m, n, k)
 
 
-def _heads(one: Executed, plan: Plan) -> Heads:
+def _heads(one: Executed, plan: Plan) -> AttentionShapes:
     q, k, v = one.site.types[:3]
     parallel = plan.parallel
     sizes = (d.size or 1 for d in (q.dims[2], q.last, v.last, k.dims[2]))
     heads, width, value, kv_heads = sizes
-    return Heads(
+    return AttentionShapes(
         {"f32": "fp32"}.get(q.dtype, "bf16"), parallel.micro_batch, parallel.sequence_length,
         heads, width, value, kv_heads,
     )  # fmt: skip
 
 
 def _sent(one: Executed) -> int:
-    return one.moved.inside + one.moved.across
+    return one.moved.intra_node + one.moved.inter_node

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Segment:
+class OverlapSegment:
     """Seconds of computing, and of the dispatch or combine that follows and that the next one
     waits for."""
 
@@ -16,7 +16,9 @@ class Segment:
 
 
 def paired(
-    forward: Sequence[Segment], backward: Sequence[Segment], later: Sequence[Segment]
+    forward: Sequence[OverlapSegment],
+    backward: Sequence[OverlapSegment],
+    later: Sequence[OverlapSegment],
 ) -> float:
     """Seconds of both chunks on one queue of computing and one of sending.
 

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from compiler.graph.core import Program
 from compiler.parallel.layout import Layout
-from compiler.plan.weights import Held, weights_of
+from compiler.plan.weights import HeldWeights, weights_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Placed:
     or those of its own routed experts. `copies` ranks hold the same elements.
     """
 
-    held: Held
+    held: HeldWeights
     layers: tuple[int, ...]
     pipelines: tuple[int, ...]
     on_rank: int
@@ -95,7 +95,7 @@ def placements(program: Program, layout: Layout) -> tuple[Placed, ...]:
     weights = {
         unit.ops: weights_of(program, unit) for stage in layout.stages for unit in stage.units
     }
-    found: dict[tuple[str, tuple[int, ...]], tuple[Held, set[int]]] = {}
+    found: dict[tuple[str, tuple[int, ...]], tuple[HeldWeights, set[int]]] = {}
     for stage in layout.stages:
         layers: dict[range, tuple[int, ...]] = {}
         for unit in stage.units:

@@ -14,9 +14,9 @@ from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
 from compiler.plan.saved import Activations, activations
 from compiler.plan.schedule import schedule
-from compiler.plan.simulate import Costs, simulate
+from compiler.plan.simulate import ChunkCosts, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
-from compiler.plan.traffic import Exchange, Sent, exchanges, sent
+from compiler.plan.traffic import ExpertTraffic, Sent, exchanges, sent
 from compiler.plan.weights import weights_of
 from dsl.schema import Cluster, Parallel, Schedule
 
@@ -42,7 +42,7 @@ class Plan:
     cluster: Cluster
     layout: Layout
     placed: tuple[Placed, ...]
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[ExpertTraffic, ...]
     ranks: tuple[Rank, ...]
     slowest: Flops  # of a forward pass of one micro-batch through the stage that has most to do
 
@@ -82,7 +82,7 @@ class Plan:
         if forward is None:
             return None
         order = schedule(self.layout.schedule, self.layout.mesh.pipeline, self.layout.micro_batches)
-        return simulate(order, Costs(forward, forward, forward)).end
+        return simulate(order, ChunkCosts(forward, forward, forward)).end
 
     @property
     def flops_of_token(self) -> int:

@@ -17,7 +17,7 @@ from itertools import groupby
 from compiler.analysis.executed import Executed, executed
 from compiler.graph.core import Graph, Program
 from compiler.plan.memory import Kind
-from compiler.plan.overlap import Segment, paired
+from compiler.plan.overlap import OverlapSegment, paired
 from compiler.plan.plan import Plan, Rank
 from compiler.plan.rates import Rates, Term
 from compiler.plan.schedule import Schedule, Step, schedule
@@ -70,11 +70,11 @@ class StageTimes:
             return max(computing, sending)
         return paired(chains[0], chains[1], later)
 
-    def _segments(self, kind: str, stage: int) -> list[Segment]:
+    def _segments(self, kind: str, stage: int) -> list[OverlapSegment]:
         computing = [term for term in COMPUTING if term in self.terms]
         sends = Term.EXCHANGE in self.terms
         return [
-            Segment(sum(part[t] for t in computing), part[Term.EXCHANGE] if sends else 0.0)
+            OverlapSegment(sum(part[t] for t in computing), part[Term.EXCHANGE] if sends else 0.0)
             for part in self.stages[stage][kind]
         ]
 
@@ -270,7 +270,7 @@ def _update(rank: Rank, plan: Plan, rates: Rates) -> float:
     if not rates.memory_bandwidth:
         return sent
     memory = rank.memory
-    # State and gradients of the shard are read and the state is written; FP8 copies are made anew.
+    # State and gradients of the shard are read and the state is written; FP8 copies are made again.
     state = memory.of(Kind.MASTER) + memory.of(Kind.MOMENTS)
     touched = 3 * state + 3 * memory.of(Kind.FP8_COPIES)
     return sent + touched / rates.memory_bandwidth

@@ -32,7 +32,7 @@ def rounds(count: int, directions: int, longest: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BatchSizes:
     """What a batch is cut into: micro-batches of `micro_batch` sequences on each of `data` ranks,
     in numbers that `directions` divide."""
 
@@ -41,7 +41,7 @@ class Sizes:
     directions: int
 
     @classmethod
-    def of(cls, parallel: Parallel, data: int, micro_batch: int | None = None) -> Sizes:
+    def of(cls, parallel: Parallel, data: int, micro_batch: int | None = None) -> BatchSizes:
         """On `data` ranks a stage; `micro_batch` is that of training, by default the plan's."""
         ways = len(placement(parallel.schedule, parallel.pipeline))
         return cls(data, micro_batch or parallel.micro_batch, ways)
@@ -52,13 +52,13 @@ class Sizes:
         return self.data * self.micro_batch * self.directions
 
 
-def uneven(batch: Schedule, sizes: Sizes) -> list[float]:
+def uneven(batch: Schedule, sizes: BatchSizes) -> list[float]:
     """The ends of phases that cannot be dealt; nothing where all steps can."""
     ends = (end for phase in batch.root for end in (phase.start, phase.value) if end is not None)
     return [end for end in dict.fromkeys(ends) if end <= 0 or end % sizes.least]
 
 
-def micro_batches(batch: Schedule, sizes: Sizes) -> tuple[int, ...]:
+def micro_batches(batch: Schedule, sizes: BatchSizes) -> tuple[int, ...]:
     """The counts of micro-batches of all steps, ascending; `uneven` has found nothing."""
     found: set[int] = set()
     for phase in batch.root:

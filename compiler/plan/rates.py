@@ -50,7 +50,7 @@ class Rates:
         """Of one run of an operator, and what it counts under. Raises `NoRate`."""
         kind = one.op.kind
         if kind in EXCHANGES:
-            inside, across = one.moved.inside, one.moved.across
+            inside, across = one.moved.intra_node, one.moved.inter_node
             return Term.EXCHANGE, self.sending(EXCHANGES[kind], inside, across)
         if kind == "accumulate_grad" and self._accumulated(one):
             return Term.POINTWISE, 0.0

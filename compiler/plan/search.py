@@ -9,8 +9,8 @@ from typing import get_args
 
 from compiler.parallel.layout import placement
 from compiler.plan.plan import Plan, Planner
-from compiler.plan.possible import Problem, problems
-from compiler.plan.ramp import Sizes, uneven
+from compiler.plan.possible import LayoutProblem, problems
+from compiler.plan.ramp import BatchSizes, uneven
 from dsl.schema import Parallel
 from dsl.schema.sections import ScheduleName
 
@@ -18,7 +18,7 @@ from dsl.schema.sections import ScheduleName
 MAX_TRIED = 60
 
 
-def why_not(planner: Planner, parallel: Parallel) -> list[Problem]:
+def why_not(planner: Planner, parallel: Parallel) -> list[LayoutProblem]:
     """Why a layout cannot be; nothing where it can."""
     return list(
         problems(parallel, planner.cluster, len(planner.units), planner.experts, planner.longest)
@@ -47,7 +47,7 @@ def _deals(planner: Planner, parallel: Parallel) -> bool:
     """Whether the batches that training has on the way can be dealt, too."""
     if planner.batch is None or parallel.pipeline * parallel.expert == 1:
         return True
-    sizes = Sizes.of(parallel, planner.cluster.ranks // parallel.pipeline)
+    sizes = BatchSizes.of(parallel, planner.cluster.ranks // parallel.pipeline)
     return not uneven(planner.batch, sizes)
 
 

@@ -17,6 +17,7 @@ from compiler.analysis.summary import TRAINING_PASSES, Summary, summary
 from compiler.analysis.work import Work, total
 from compiler.graph.core import Program
 from compiler.graph.types import BYTES
+from compiler.parallel.layout import router_of
 from compiler.plan.traffic import expert_bytes
 from dsl.schema import Cluster
 from dsl.schema.traffic import Traffic, Unit
@@ -37,7 +38,7 @@ CONVENTIONS = (
 
 
 @dataclass(frozen=True)
-class Experts:
+class RoutedExperts:
     """The routed layers of a model, which are alike; bytes are of one token, for all layers."""
 
     layers: int
@@ -52,7 +53,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """One step of decoding on each GPU, in seconds and bytes."""
 
     requests: int
@@ -99,7 +100,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingPlan:
     """A served model: `steps` for each number of requests, and what a day takes."""
 
     decode_bytes: float
@@ -107,7 +108,7 @@ class Served:
     prefill_bytes: float
     mtp_bytes: tuple[float, float]
     """What the MTP modules add to either."""
-    steps: tuple[Step, ...]
+    steps: tuple[DecodeStep, ...]
     prompt: Prompt
     cache_transfer: float
     """Seconds that the cache of a request takes from a prefill unit to a decoding one."""
@@ -117,7 +118,7 @@ class Served:
 
 def serve(
     lowered: Program, decode: Program, absorbed: Program, cluster: Cluster, traffic: Traffic
-) -> Served:
+) -> ServingPlan:
     """`absorbed` is the decode program before its experts are fused.
 
     Raises ValueError for a model without routed experts, and for a cluster without the rates.
@@ -141,7 +142,7 @@ def serve(
         read = held.read(traffic.decode)
         cache = float(requests * traffic.context * contexts.cache_bytes)
         steps.append(
-            Step(
+            DecodeStep(
                 requests=requests,
                 weights=read,
                 cache=cache,
@@ -158,7 +159,7 @@ def serve(
     prompt = _prompt(contexts, experts, traffic, rates, product_rate, gpus)
     day = _nodes(traffic, steps, prompt)
     transfer = traffic.context * contexts.cache_bytes / rates["across"]
-    return Served(
+    return ServingPlan(
         decode_bytes=held.stored(traffic.decode),
         prefill_bytes=held.stored(traffic.prefill),
         mtp_bytes=(held.mtp(traffic.decode), held.mtp(traffic.prefill)),
@@ -172,7 +173,7 @@ def serve(
 
 def _prompt(
     numbers: Summary,
-    experts: Experts,
+    experts: RoutedExperts,
     traffic: Traffic,
     rates: dict[str, float],
     product_rate: float,
@@ -194,7 +195,7 @@ def _prompt(
     )
 
 
-def _nodes(traffic: Traffic, steps: list[Step], prompt: Prompt) -> tuple[float, float]:
+def _nodes(traffic: Traffic, steps: list[DecodeStep], prompt: Prompt) -> tuple[float, float]:
     """For prompts and for answers, at the measured rates, or at the best bounds."""
     measured = traffic.measured
     read = measured.prefill or prompt.overlapped / max(1 - traffic.cached, 1e-9)
@@ -205,7 +206,7 @@ def _nodes(traffic: Traffic, steps: list[Step], prompt: Prompt) -> tuple[float, 
 class Weights:
     """Bytes of weights on a GPU of a unit."""
 
-    def __init__(self, numbers: Summary, experts: Experts) -> None:
+    def __init__(self, numbers: Summary, experts: RoutedExperts) -> None:
         self._model, self._mtp = numbers.model, numbers.mtp
         self._experts = experts
 
@@ -228,7 +229,7 @@ class Weights:
         return others + routed * width * each / self._experts.count
 
 
-def routed_experts(absorbed: Program) -> Experts:
+def routed_experts(absorbed: Program) -> RoutedExperts:
     """Of a decode program before its experts are fused.
 
     Raises ValueError if there are none, or if layers differ.
@@ -240,7 +241,7 @@ def routed_experts(absorbed: Program) -> Experts:
     if len({(one.count, one.k, one.nodes) for one in found}) > 1:
         raise ValueError("the layers of the model have different numbers of experts")
     first = found[0]
-    return Experts(
+    return RoutedExperts(
         sum(one.layers for one in found),
         first.count,
         first.k,
@@ -251,16 +252,16 @@ def routed_experts(absorbed: Program) -> Experts:
     )
 
 
-def _of(program: Program, name: str, runs: int) -> Iterator[Experts]:
+def _of(program: Program, name: str, runs: int) -> Iterator[RoutedExperts]:
     graph = program.graphs[name]
-    routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
+    producers = graph.producers()
     for op in graph.walk():
         if op.kind != "experts":
             continue
         route = op.operands[1]
-        router, k = routes.get(route), route.type.last.size or 0
+        router, k = router_of(producers, route), route.type.last.size or 0
         dispatch, combine = expert_bytes(graph, op)
-        yield Experts(
+        yield RoutedExperts(
             runs,
             op.number("count"),
             k,

@@ -1,4 +1,4 @@
-"""How long a schedule takes, and for how many chunks it keeps activations."""
+"""How long a schedule takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Durations(Protocol):
 
 
 @dataclass(frozen=True)
-class Costs:
+class ChunkCosts:
     """Times of a chunk: forward, gradients of inputs, gradients of weights; in any unit.
 
     `pair` is that of a forward and a backward chunk that are overlapped; None: no less than both.
@@ -123,14 +123,3 @@ def _ready(
             sent = given.holder(key[1], key[2]) != here
             found = max(found, done[key] + (transfer if sent else 0.0))
     return found
-
-
-def under_way(given: Schedule, rank: int) -> int:
-    """For how many chunks a rank keeps activations at most: forward, and not all of backward."""
-    most = now = 0
-    for step in given.steps(rank):
-        for chunk in step:
-            now += (chunk.kind == "F") - (chunk.kind in "BW")
-        # Of an overlapped pair the one begins before the other has ended.
-        most = max(most, now + sum(chunk.kind in "BW" for chunk in step) * (len(step) > 1))
-    return most

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
-from compiler.parallel.layout import Layout, Unit
+from compiler.parallel.layout import Layout, Unit, router_of
 from compiler.plan.memory import GRADIENT_BYTES
 from compiler.plan.placement import Placed, buckets
 from compiler.plan.saved import FP8_BYTES, TILE
@@ -21,7 +21,7 @@ PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExpertTraffic:
     """The experts of one block: what a token costs on its way to them and back.
 
     `dispatch` and `combine` are bytes for a token and destination node, `weights` and `choices`
@@ -60,7 +60,7 @@ class Sent:
     bytes_across: int
 
 
-def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[Exchange, ...]:
+def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[ExpertTraffic, ...]:
     """The routed experts inside a unit, in order."""
     main = program.main
     ops = list(walk([main.ops[i] for i in unit.ops]))
@@ -69,19 +69,19 @@ def exchanges(program: Program, unit: Unit, layout: Layout) -> tuple[Exchange, .
 
 def _exchanges(
     program: Program, graph: Graph, ops: Sequence[Op], layout: Layout
-) -> Iterator[Exchange]:
-    routes = {op.results[0]: op for op in graph.walk() if op.kind == "topk_groups"}
+) -> Iterator[ExpertTraffic]:
+    producers = graph.producers()
     for op in ops:
-        if op.kind == "call":
-            callee = program.graphs[op.text("callee")]
+        if op.callee:
+            callee = program.graphs[op.callee]
             yield from _exchanges(program, callee, list(callee.walk()), layout)
         elif op.kind == "experts":
             route = op.operands[1]
             experts, k = op.number("count"), route.type.last.size or 0
-            nodes = _nodes(routes.get(route), experts, k, layout)
+            nodes = layout.nodes_of_token(router_of(producers, route), k, experts)
             weights = k * BYTES[op.operands[2].type.dtype]
             size = expert_bytes(graph, op)
-            yield Exchange(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
+            yield ExpertTraffic(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
 
 
 def expert_bytes(graph: Graph, op: Op) -> tuple[int, int]:
@@ -99,21 +99,10 @@ def token_bytes(tokens: Type, *, fp8: bool) -> int:
     return hidden + (FP8_BYTES[0] - TILE) * -(-hidden // TILE)
 
 
-def _nodes(router: Op | None, experts: int, k: int, layout: Layout) -> int:
-    """The most nodes that one token is sent to (report, section 2.1.2, node-limited routing)."""
-    spanned = len({layout.mesh.node(rank) for rank in layout.mesh.group(0, ("expert",))})
-    limit = min(k, spanned)
-    if router is None:
-        return limit
-    groups, kept = router.number("n_group"), router.number("topk_group")
-    widest = max(len(layout.nodes_of_group(g, groups, experts)) for g in range(groups))
-    return min(limit, kept * widest)
-
-
 def sent(
     layout: Layout,
     placed: Sequence[Placed],
-    around: Mapping[range, tuple[Exchange, ...]],
+    around: Mapping[range, tuple[ExpertTraffic, ...]],
     boundary: int,
     tokens: int,
     pipeline: int,
@@ -134,7 +123,7 @@ def sent(
 
 
 def _experts(
-    layout: Layout, around: Mapping[range, tuple[Exchange, ...]], tokens: int, pipeline: int
+    layout: Layout, around: Mapping[range, tuple[ExpertTraffic, ...]], tokens: int, pipeline: int
 ) -> Iterator[Sent]:
     """Dispatch and combine, each forward and once more backward, with evenly spread routes.
 

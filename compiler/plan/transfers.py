@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
-from compiler.plan.simulate import Costs, simulate
+from compiler.plan.simulate import ChunkCosts, simulate
 
 
-def with_transfers(given: Schedule, costs: Costs | None = None) -> Schedule:
+def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule:
     """The schedule with all that its ranks send and receive, in the order that `costs` give.
 
     Raises ValueError where ranks wait for one another even if no message takes time.
     """
-    ends = [[end for _, end in times] for times in simulate(given, costs or Costs()).ranks]
+    ends = [[end for _, end in times] for times in simulate(given, costs or ChunkCosts()).ranks]
     made = sorted(_made(given, ends), key=lambda one: (one.end, one.message.sender, one.chunk))
     own: list[list[int]] = [[] for _ in given.rows]
     for number, one in enumerate(made):
@@ -69,16 +69,3 @@ def _row(
 
 def _transfer(message: Message, number: int, rank: int) -> Entry:
     return Send(number) if message.sender == rank else Receive(number)
-
-
-def open_receives(given: Schedule, rank: int) -> int:
-    """How many messages a rank holds at most that it received, and whose readers are not done."""
-    most = now = 0
-    arriving = {one.key for one in given.messages if one.receiver == rank}
-    for entry in given.rows[rank]:
-        if isinstance(entry, Receive):
-            now += 1
-            most = max(most, now)
-        elif isinstance(entry, tuple):
-            now -= sum(chunk.reads in arriving for chunk in entry)
-    return most

@@ -12,7 +12,7 @@ from dsl.source import Span
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldWeights:
     """`count` equal weights of a unit.
 
     A `*` in the published name stands for the layer; `{0..255}` for the `experts` of a layer, 0
@@ -38,7 +38,7 @@ class Held:
         return self.count * self.type.count()
 
 
-def weights_of(program: Program, unit: Unit) -> tuple[Held, ...]:
+def weights_of(program: Program, unit: Unit) -> tuple[HeldWeights, ...]:
     """The weights that the operators of a unit use, each once, in order."""
     main = program.main
     ops: list[Op] = []
@@ -46,7 +46,7 @@ def weights_of(program: Program, unit: Unit) -> tuple[Held, ...]:
         op = main.ops[i]
         ops += [op] if unit.layer is None else op.regions[0].ops
     layer = () if unit.layer is None else ("*",)
-    found: dict[str, Held] = {}
+    found: dict[str, HeldWeights] = {}
     for held in _used(program, main, ops, "", 1, layer):
         found.setdefault(held.name, held)
     return tuple(found.values())
@@ -54,14 +54,14 @@ def weights_of(program: Program, unit: Unit) -> tuple[Held, ...]:
 
 def _used(
     program: Program, graph: Graph, ops: Sequence[Op], prefix: str, count: int, around: _Stars
-) -> Iterator[Held]:
+) -> Iterator[HeldWeights]:
     """`around` says what the stars of scopes stand for; together they are `count` modules."""
     for op in ops:
         for symbol in op.symbols:
             yield _held(graph, symbol, op, prefix, count)
-        if op.kind == "call":
+        if op.callee:
             scope = f"{prefix}{_written(op.text('scope'), around)}."
-            callee = program.graphs[op.text("callee")]
+            callee = program.graphs[op.callee]
             yield from _used(program, callee, callee.ops, scope, count, ())
         elif op.kind == "repeat":
             stars = (*around, f"{{{op.layers[0]}..{op.layers[-1]}}}")
@@ -82,11 +82,11 @@ def _written(scope: str, stars: _Stars) -> str:
     return pieces[0] + "".join(s + p for s, p in zip(used, pieces[1:], strict=True))
 
 
-def _held(graph: Graph, symbol: str, op: Op, prefix: str, count: int) -> Held:
+def _held(graph: Graph, symbol: str, op: Op, prefix: str, count: int) -> HeldWeights:
     weight = graph.weights[symbol]
     experts = weight.stack if "*" in symbol else 0
     name = symbol.replace("*", f"{{0..{weight.stack - 1}}}")
     span = op.spans[0] if op.spans else None
     times = count * max(1, experts)
     fp8 = bool(weight.fp8)
-    return Held(f"{prefix}{name}", weight.type, times, experts, weight.trainable, span, fp8)
+    return HeldWeights(f"{prefix}{name}", weight.type, times, experts, weight.trainable, span, fp8)

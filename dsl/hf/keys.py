@@ -77,6 +77,9 @@ EXPERT_KEYS = frozenset({
 })  # fmt: skip
 # float16 is rounded to bfloat16, whose range is larger: the blocks of a spec have no float16.
 POLICIES = {"bfloat16": "bf16", "float32": "fp32", "float16": "bf16"}
+# Modules whose weights FP8 files keep in BF16, in `quantization_config`; beside weights in BF16 a
+# key of its own.
+KEPT = "modules_to_not_convert"
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 

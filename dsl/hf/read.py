@@ -25,6 +25,7 @@ from dsl.hf.keys import (
     FP8_BLOCKS,
     GENERATION,
     IGNORED,
+    KEPT,
     PART,
     POLICIES,
     RELATIVES,
@@ -339,6 +340,14 @@ def _precision(reader: Reader) -> list[str]:
               for one in (quantized, reader)]  # fmt: skip
     scales = ", scale_format: ue8m0" if any(powers) else ""
     lines = [f"precision: {{policy: {POLICIES[dtype]}{scales}}}"]
+    for one in (quantized, reader):
+        kept = one.take(KEPT, [])
+        if not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
+            one.refuse(KEPT, f"`{KEPT}` must be a list of names, not {shown(kept)}")
+        elif kept:
+            lines.insert(
+                0, f"# FP8 files keep {len(kept)} modules in BF16: see precision.overrides."
+            )
     if dtype == "float16":
         lines.insert(
             0, "# float16 in the config.json; `dslc import` rounds the weights to bfloat16."

@@ -74,12 +74,12 @@ def run(
     format: FormatOption = Format.text,
 ) -> None:
     """Measure a server: throughput, time to the first token, time between tokens."""
-    from dslc.load import Load, Server, measure, summary
+    from dslc.load import Load, ServerClient, measure, summary
     from dslc.report import print_json, print_table, reporting
 
     lengths = parse_range(prompt), parse_range(new)
     with reporting(as_json=format is Format.json):
-        server = Server(url, api_key)
+        server = ServerClient(url, api_key)
         ids = None
         if text is not None:
             body = {"prompt": text.read_text(encoding="utf-8", errors="replace")[:MOST_TEXT]}

@@ -11,7 +11,7 @@ import typer
 from dslc.options import Format, FormatOption, SetOption, VariantOption
 
 if TYPE_CHECKING:
-    from compiler.graph.compare import Line
+    from compiler.graph.compare import DiffLine
     from dslc.difference import ChangedBlock, ChangedValue, ComparedNumber, Difference, Side
 
 EXAMPLES = """
@@ -164,7 +164,7 @@ def _block_lines(block: ChangedBlock) -> Iterator[str]:
             yield from _line(line)
 
 
-def _line(line: Line) -> Iterator[str]:
+def _line(line: DiffLine) -> Iterator[str]:
     from compiler.graph.compare import Mark
 
     match line.mark:

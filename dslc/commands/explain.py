@@ -12,7 +12,7 @@ import typer
 from dslc.options import SetOption, VariantOption
 
 if TYPE_CHECKING:
-    from compiler.pipeline import Compiled, Step
+    from compiler.pipeline import Compiled, PassResult
 
 EXAMPLES = """
 \b
@@ -97,7 +97,7 @@ def done(compiled: Compiled, name: str, block: str | None) -> Iterator[str]:
             before = step
 
 
-def _places(before: Step, step: Step, block: str | None) -> Iterator[str]:
+def _places(before: PassResult, step: PassResult, block: str | None) -> Iterator[str]:
     """The blocks that changed, and the operators that a rule left unchanged, with the reason."""
     from compiler.graph.equal import equal_graphs
     from dslc.commands.passes import remark

@@ -10,7 +10,7 @@ import typer
 from dslc.options import SetOption, SkipOption, UntilOption, VariantOption
 
 if TYPE_CHECKING:
-    from compiler.pipeline import Compiled, Step
+    from compiler.pipeline import Compiled, PassResult
     from compiler.rewrite import Miss
 
 EXAMPLES = """
@@ -91,7 +91,7 @@ def pass_table(compiled: Compiled) -> Iterator[str]:
         yield from remarks
 
 
-def _row(program: str, step: Step) -> tuple[str, ...]:
+def _row(program: str, step: PassResult) -> tuple[str, ...]:
     count = sum(1 for graph in step.program.graphs.values() for _ in graph.walk())
     what = "" if step.name == "lower" else step.told
     return (program, step.name, str(count), f"{1000 * step.seconds:.1f}", what)

@@ -18,11 +18,11 @@ from dslc.report import note
 
 if TYPE_CHECKING:
     from dsl.study import Study
-    from dslc.study.plan import Planned, Run
+    from dslc.study.plan import Planned, StudyRun
     from dslc.study.report import Findings
     from dslc.study.run import Result
 
-    Results = dict[Run, Result | None]
+    Results = dict[StudyRun, Result | None]
 
 EXAMPLES = """
 \b
@@ -94,7 +94,9 @@ def run(
     raise typer.Exit(1 if found.failed else 0)
 
 
-def complete(study: Study, left: Sequence[Run], jobs: int, results: Results, silent: bool) -> bool:
+def complete(
+    study: Study, left: Sequence[StudyRun], jobs: int, results: Results, silent: bool
+) -> bool:
     """Trains what is left and adds the results; False if a signal stopped it."""
     from dslc.study.run import Runner
 
@@ -140,7 +142,7 @@ def plan_rows(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
     )]  # fmt: skip
 
 
-def summary_line(study: Study, runs: Sequence[Run], results: Results) -> str:
+def summary_line(study: Study, runs: Sequence[StudyRun], results: Results) -> str:
     """How many runs there are, and how long those that are left take by those that have ended."""
     from backends.report.html import quantity
     from dslc.study.report import clock
@@ -157,7 +159,7 @@ def summary_line(study: Study, runs: Sequence[Run], results: Results) -> str:
 
 
 def ended_line(
-    run: Run, result: Result | None, done: int, left: Sequence[Run], spent: float
+    run: StudyRun, result: Result | None, done: int, left: Sequence[StudyRun], spent: float
 ) -> str:
     """One run that ended, and how long the rest will take at this rate."""
     from dslc.specs import shown

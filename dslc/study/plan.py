@@ -45,7 +45,7 @@ class Planned:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class StudyRun:
     """One training: a configuration with a seed. `number` is its place in the study."""
 
     number: int
@@ -77,13 +77,13 @@ def plan_study(study: Study, out: Path) -> list[Planned]:
     return planned
 
 
-def runs_of(planned: Sequence[Planned], seeds: Sequence[int], out: Path) -> list[Run]:
+def runs_of(planned: Sequence[Planned], seeds: Sequence[int], out: Path) -> list[StudyRun]:
     """All runs; those of the first seed come first, so that early results compare."""
-    found: list[Run] = []
+    found: list[StudyRun] = []
     for seed in seeds:
         for one in planned:
             folder = out / RUNS / one.configuration.slug / f"seed-{seed}"
-            found.append(Run(len(found), one, seed, folder))
+            found.append(StudyRun(len(found), one, seed, folder))
     return found
 
 

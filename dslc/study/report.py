@@ -10,16 +10,16 @@ from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
-from backends.report.curves import Chart, Line
-from backends.report.study import Change, Row, render_study
+from backends.report.curves import Chart, Curve
+from backends.report.study import Change, ConfigurationRow, render_study
 from dsl.study import BASELINE, Study
 from dslc.curves import SMOOTHING
 from dslc.difference import Difference, Side, difference
-from dslc.study.plan import Planned, Run
+from dslc.study.plan import Planned, StudyRun
 from dslc.study.run import Result, read_records
-from dslc.study.statistics import Comparison, Interval, compare, fit_law
+from dslc.study.statistics import BaselineComparison, Interval, compare, fit_law
 
-Results = Mapping[Run, Result | None]
+Results = Mapping[StudyRun, Result | None]
 """None for a run that failed; a run that is not there has not ended yet."""
 MAX_LINES = 400
 """Of graphs that differ, for each configuration."""
@@ -29,7 +29,7 @@ class Findings:
     """Results of a study, complete or not, and what follows from them."""
 
     def __init__(
-        self, study: Study, planned: Sequence[Planned], runs: Sequence[Run], results: Results
+        self, study: Study, planned: Sequence[Planned], runs: Sequence[StudyRun], results: Results
     ) -> None:
         self.study, self.planned, self.runs = study, planned, runs
         self.results = results
@@ -40,17 +40,17 @@ class Findings:
         self.comparisons = compare(losses, BASELINE)
 
     @property
-    def failed(self) -> list[Run]:
+    def failed(self) -> list[StudyRun]:
         return [run for run, result in self.results.items() if result is None]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ConfigurationRow]:
         return [self._row(one) for one in self.planned]
 
-    def _row(self, one: Planned) -> Row:
+    def _row(self, one: Planned) -> ConfigurationRow:
         results = self._results(one)
         found = self.comparisons.get(one.name)
         vio = [result.max_vio for result in results if result.max_vio is not None]
-        return Row(
+        return ConfigurationRow(
             one.name,
             one.parameters,
             one.active_parameters,
@@ -141,7 +141,7 @@ class Findings:
         yield Chart("MaxVio", "mean of the layers, over tokens", tuple(self._lines(records, _vio)))
         yield self._scaling()
 
-    def _lines(self, records: Mapping[Run, Any], value: Any) -> Iterator[Line]:
+    def _lines(self, records: Mapping[StudyRun, Any], value: Any) -> Iterator[Curve]:
         """For each configuration the mean over seeds, and one deviation to both sides."""
         for number, one in enumerate(self.planned):
             curves = [
@@ -161,7 +161,7 @@ class Findings:
                 if len(values) > 1
             )
             if points:
-                yield Line(one.name, number, points, band=band)
+                yield Curve(one.name, number, points, band=band)
 
     def _scaling(self) -> Chart:
         """Loss over FLOPs of training; with a law where sizes vary enough."""
@@ -171,7 +171,7 @@ class Findings:
             results = self._results(one)
             dots = tuple((one.flops, result.loss) for result in results)
             if dots:
-                lines.append(Line(one.name, number, dots, dots=True))
+                lines.append(Curve(one.name, number, dots, dots=True))
                 points += dots
         law = fit_law(points)
         if law is not None:
@@ -179,7 +179,7 @@ class Findings:
             step = (sizes[-1] - sizes[0]) // 40 or 1
             name = f"{law.floor:.3f} + {law.scale:.3g} C^-{law.exponent:.3f}"
             curve = tuple((c, law.at(c)) for c in range(sizes[0], sizes[-1] + 1, step))
-            lines.append(Line(name, len(self.planned), curve))
+            lines.append(Curve(name, len(self.planned), curve))
         return Chart("Held-out loss over training FLOPs", "nats per token", tuple(lines))
 
     def _changes(self) -> Iterator[Change]:
@@ -221,7 +221,7 @@ def _vio(step: Mapping[str, Any]) -> float:
     return fmean(use["max_vio"] for use in step["experts"].values())
 
 
-def _verdict(one: Planned, found: Comparison | None) -> str:
+def _verdict(one: Planned, found: BaselineComparison | None) -> str:
     return BASELINE if one.name == BASELINE else found.verdict if found else ""
 
 
@@ -241,7 +241,7 @@ def _signed(difference: Interval) -> str:
     return f"{difference.mean:+.4f}{bounds}"
 
 
-def _plain(found: Comparison | None) -> dict[str, Any] | None:
+def _plain(found: BaselineComparison | None) -> dict[str, Any] | None:
     if found is None:
         return None
 

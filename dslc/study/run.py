@@ -16,7 +16,7 @@ from typing import Any
 
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.study import Study
-from dslc.study.plan import Run
+from dslc.study.plan import StudyRun
 from runtime.train.interrupt import run_lock, stop_signals
 from runtime.train.settings import TrainError
 
@@ -44,7 +44,7 @@ class Result:
         return vars(self) | {"acceptance": list(self.acceptance)}
 
 
-def read_result(run: Run) -> Result | None:
+def read_result(run: StudyRun) -> Result | None:
     """The result of a run that has finished; None for any other.
 
     Raises `DiagnosticError` (E613) where the run was made from another spec than the study has.
@@ -74,10 +74,10 @@ class Runner:
     def __init__(self, study: Study, jobs: int) -> None:
         self.study, self.jobs = study, jobs
         self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        self.going: dict[Run, subprocess.Popen[bytes]] = {}
+        self.going: dict[StudyRun, subprocess.Popen[bytes]] = {}
         self.signals: list[int] = []
 
-    def all(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Result | None]]:
+    def all(self, runs: Sequence[StudyRun]) -> Iterator[tuple[StudyRun, Result | None]]:
         """Each run as it ends, with its result, or None where it failed.
 
         SIGINT or SIGTERM ends it early: what runs saves a checkpoint and is waited for.
@@ -102,7 +102,7 @@ class Runner:
                 for process in self.going.values():
                     process.wait()
 
-    def _start(self, run: Run) -> subprocess.Popen[bytes]:
+    def _start(self, run: StudyRun) -> subprocess.Popen[bytes]:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         _wait_for_end(run)
         with log_of(run).open("ab") as log:
@@ -117,7 +117,7 @@ class Runner:
                 preexec_fn=_end_with_parent,
             )
 
-    def command(self, run: Run) -> list[str]:
+    def command(self, run: StudyRun) -> list[str]:
         """The command line of a run, which also resumes it."""
         file = self.study.file
         data = [part for one in file.data for part in ("--data", str(self.study.path(one)))]
@@ -130,12 +130,12 @@ class Runner:
         ]  # fmt: skip
 
 
-def log_of(run: Run) -> Path:
+def log_of(run: StudyRun) -> Path:
     """The file with all that a run prints."""
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
-def _wait_for_end(run: Run) -> None:
+def _wait_for_end(run: StudyRun) -> None:
     """Waits for the process that a killed study left, while it saves."""
     deadline = time.monotonic() + PATIENCE
     while run.folder.exists() and time.monotonic() < deadline:
@@ -152,7 +152,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGTERM)
 
 
-def _record(run: Run) -> Result | None:
+def _record(run: StudyRun) -> Result | None:
     """Writes the result of a run that has ended well. None if it evaluated nothing."""
     records = read_records(run.folder)
     steps = [one for one in records if "main" in one]

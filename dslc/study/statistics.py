@@ -24,7 +24,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     """A configuration against the baseline: differences of runs with equal seeds.
 
     `p` is that of the paired t-test, corrected for the number of comparisons (Holm).
@@ -69,17 +69,19 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, deviation, mean - half, mean + half)
 
 
-def compare(results: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Comparison]:
+def compare(
+    results: Mapping[str, Mapping[int, float]], baseline: str
+) -> dict[str, BaselineComparison]:
     """By configuration: its values by seed against those of the baseline.
 
     Seeds that only one of the two has are left out of the difference.
     """
     first = results.get(baseline, {})
-    found: dict[str, Comparison] = {}
+    found: dict[str, BaselineComparison] = {}
     for name, values in results.items():
         if not values:
             continue
-        one = Comparison(interval(list(values.values())))
+        one = BaselineComparison(interval(list(values.values())))
         seeds = [seed for seed in values if seed in first]
         if name != baseline and seeds:
             differences = [values[seed] - first[seed] for seed in seeds]
@@ -99,7 +101,7 @@ def _paired(differences: Sequence[float]) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def _corrected(found: dict[str, Comparison]) -> dict[str, Comparison]:
+def _corrected(found: dict[str, BaselineComparison]) -> dict[str, BaselineComparison]:
     """Holm's correction: the smallest p times their number, the next times one less, ..."""
     tested = sorted((one.p, name) for name, one in found.items() if one.p is not None)
     largest = 0.0

@@ -37,7 +37,7 @@ class Figures(Protocol):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Seconds and rates. Links have bytes a second that leave a rank, and seconds besides."""
 
     products: Sequence[tuple[Any, float]]
@@ -55,7 +55,7 @@ def calibrate(
     device: torch.device,
     budget: float,
     said: Callable[[str], None],
-) -> Measured:
+) -> Measurements:
     """All ranks call it. Products are those of the first rank; messages are between all.
 
     `expert` are the ranks of an expert group, `limit` is the largest message in bytes, `budget`
@@ -73,7 +73,7 @@ def calibrate(
     if ranks.training is not None:
         said("messages")
         links = _links(figures, expert, limit, ranks, clock)
-    return Measured(products, attention, bandwidth, launch, links)
+    return Measurements(products, attention, bandwidth, launch, links)
 
 
 def _product(one: Any, clock: Clock) -> float:

@@ -35,7 +35,7 @@ from .parallel import MeshTrainer, RankMesh, make_trainer, stages_of
 from .pipeline import Chunk, Chunked, Execution
 from .ranks import ProcessGroups
 from .settings import Settings, TrainError
-from .traffic import CountedExchange, Counter, Traffic, count_exchanges
+from .traffic import CountedExchange, Counter, SentTraffic, count_exchanges
 from .waits import Waits
 
 
@@ -65,7 +65,7 @@ class DryRun:
     activations: int = 0
     """The most that is held besides between two entries of the row: of all micro-batches in
     flight. What a chunk holds inside depends on kernels."""
-    sent: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    sent: dict[str, SentTraffic] = field(default_factory=lambda: defaultdict(SentTraffic))
     transfers: list[Transfer] = field(default_factory=list)
     """All messages along the pipeline, in the order of the row."""
 
@@ -200,7 +200,7 @@ class Chunks:
     executed: int = 0
     kept: int = 0
     """Bytes that are held more after a forward chunk than before."""
-    sent: dict[str, Traffic] = field(default_factory=dict)
+    sent: dict[str, SentTraffic] = field(default_factory=dict)
     made: Any = None
     """The loss of a forward chunk, the gradients of inputs of a backward one."""
 
@@ -269,7 +269,7 @@ class Replay(Execution):
         """Measures what a chunk does while it is executed."""
         recorder = self.recorder
         before, sent = recorder.now, recorder.sent
-        recorder.sent = defaultdict(Traffic)
+        recorder.sent = defaultdict(SentTraffic)
         yield
         known.executed += 1
         known.kept, known.sent, recorder.sent = recorder.now - before, recorder.sent, sent

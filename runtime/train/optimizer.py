@@ -53,7 +53,7 @@ class Shard:
 
 
 @dataclass
-class Weight:
+class TrainedWeight:
     """A stored weight. `gradient` is float32, and None before the first backward pass of a step.
 
     `shard` is None where other ranks update all of it; a weight that only this rank holds is in no
@@ -110,10 +110,10 @@ class AdamW:
             matrix = widths[id(tensor)] > 1
             if name in places:
                 bucket, shard = places[name]
-                self.weights.append(Weight(name, tensor, shard, matrix, bucket))
+                self.weights.append(TrainedWeight(name, tensor, shard, matrix, bucket))
             else:
                 whole = Shard.of(tensor.detach().view(-1))
-                self.weights.append(Weight(name, tensor, whole, matrix))
+                self.weights.append(TrainedWeight(name, tensor, whole, matrix))
 
     def collect(self) -> None:
         """Adds the gradients of a backward pass to those of the step."""

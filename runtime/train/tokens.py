@@ -27,7 +27,7 @@ TYPES = {2: ("H", torch.uint16), 4: ("I", torch.uint32)}
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenFile:
     """One file: how many tokens, and the hash of its bytes. The mask may be missing."""
 
     file: str
@@ -44,7 +44,7 @@ class Header:
     width: int
     tokenizer: str
     settings: dict[str, object]
-    parts: tuple[Part, ...]
+    parts: tuple[TokenFile, ...]
 
     @property
     def key(self) -> str:
@@ -72,7 +72,7 @@ def write(
     cannot be written.
     """
     width = 2 if vocab_size <= 2**16 else 4
-    parts: list[Part] = []
+    parts: list[TokenFile] = []
     try:
         folder.mkdir(parents=True)
         pending, mask = array(TYPES[width][0]), bytearray()
@@ -103,13 +103,13 @@ def write(
     return header
 
 
-def _write_part(folder: Path, number: int, values: array[int], mask: bytearray) -> Part:
+def _write_part(folder: Path, number: int, values: array[int], mask: bytearray) -> TokenFile:
     if sys.byteorder == "big":
         values.byteswap()
     data = values.tobytes()
     name = f"tokens-{number:05d}.bin"
     (folder / name).write_bytes(data)
-    part = Part(name, len(values), hashlib.sha256(data).hexdigest())
+    part = TokenFile(name, len(values), hashlib.sha256(data).hexdigest())
     if all(mask):
         return part
     name = f"mask-{number:05d}.bin"
@@ -148,7 +148,7 @@ class Tokens:
             raise TrainError(f"{folder}: its tokens were made with another tokenizer")
         self.parts = [self._map(part) for part in self.header.parts]
 
-    def _map(self, part: Part) -> Tensor | Masked:
+    def _map(self, part: TokenFile) -> Tensor | Masked:
         tokens = self._file(part.file, part.tokens, TYPES[self.header.width][1])
         return (
             Masked(tokens, self._file(part.mask, part.tokens, torch.uint8)) if part.mask else tokens
@@ -183,7 +183,7 @@ def is_tokens(path: Path) -> bool:
 def _read_header(folder: Path) -> Header:
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        parts = tuple(Part(**part) for part in content.pop("parts"))
+        parts = tuple(TokenFile(**part) for part in content.pop("parts"))
         header = Header(**content, parts=parts)
         names = {name for part in parts for name in (part.file, part.mask or part.file)}
         if header.width not in TYPES or any(Path(name).name != name for name in names):

@@ -22,7 +22,7 @@ PURPOSES = {"the sums of gradients": "gradients", "new weights": "parameters"}
 
 
 @dataclass
-class Traffic:
+class SentTraffic:
     """What a rank sent for one purpose in a step."""
 
     messages: int = 0
@@ -44,7 +44,7 @@ class Counter(TorchDispatchMode):
         self.waits = waits
         self.exchanging = ""
         """Whether tokens are on their way to experts (`dispatch`) or back (`combine`)."""
-        self.sent: dict[str, Traffic] = defaultdict(Traffic)
+        self.sent: dict[str, SentTraffic] = defaultdict(SentTraffic)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

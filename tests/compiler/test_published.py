@@ -12,7 +12,7 @@ import pytest
 from backends.build import build
 from backends.read import read_build
 from compiler.lower import lower
-from compiler.published import published
+from compiler.published import Published, kept_modules, published
 from dsl.load import load
 from tests.support.places import SPECS
 
@@ -20,6 +20,18 @@ DTYPES = {"f32": "torch.float32", "bf16": "torch.bfloat16"}
 
 
 @pytest.mark.slow
+def test_kept_modules_are_all_experts_of_a_layer_or_those_that_are() -> None:
+    def tensor(name: str, fp8: bool) -> Published:
+        return Published(f"{name}.weight", (1,), "bf16", 0.0, 0.0, True, fp8, kept=not fp8)
+
+    names = [f"1.experts.{e}.{part}" for e in (0, 1) for part in ("up", "down")]
+    found = [tensor(name, False) for name in ("0.o_proj", *names)]
+    found += [tensor(name.replace("1.", "2.", 1), name.endswith("up")) for name in names]
+    assert kept_modules(found) == [
+        "0.o_proj", "1.experts", "2.experts.0.down", "2.experts.1.down"
+    ]  # fmt: skip
+
+
 def test_deepseek_v3_has_the_tensors_that_were_published() -> None:
     """Counts of the released files: tensors with their scales, elements by type."""
     tensors = list(published(lower(load(SPECS / "deepseek_v3.yaml"))))

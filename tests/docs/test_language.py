@@ -16,8 +16,8 @@ from compiler.analysis import summary
 from compiler.graph.types import BYTES, RUNTIME_DIMS
 from compiler.lower import lower
 from compiler.lower.forms import FORMS, Kind
-from compiler.lower.frame import MAX_COPIES
-from compiler.lower.model import MAX_OPERATORS
+from compiler.lower.state import MAX_OPERATORS
+from compiler.lower.statements import MAX_COPIES
 from compiler.pipeline import Compiled, compile
 from dsl.evaluate import FUNCTIONS, MAX_MAGNITUDE, evaluate
 from dsl.grammar import TABLES, compute_tables, grammar

@@ -13,7 +13,7 @@ from dsl.measured import calibration_of
 from runtime.train.measure import line
 from tests.support.command import Run
 from tests.support.places import TINY
-from tests.support.two_ranks import two_ranks
+from tests.support.processes import ended, environments, started
 
 CLUSTER = "cluster: mine\nnodes: 1\ngpus_per_node: 2\n"
 SETS = [
@@ -33,9 +33,9 @@ def status(line):
     except SystemExit as end:
         return end.code
 
-first, second = sys.argv[1:]
+first, second, port = sys.argv[1:]
 print("status", status(first), flush=True)
-os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
+os.environ["MASTER_PORT"] = port
 product = measure.product
 
 def slowly(*given):
@@ -64,10 +64,12 @@ def test_two_ranks_measure_what_a_plan_needs(
     assert "predicted" not in dslc("plan", TINY, *CHANGES).out
     (tmp_path / "both.py").write_text(BOTH, encoding="utf-8")
     words = shlex.join(["calibrate", str(TINY), *CHANGES, "--seconds", "0"])
-    done = two_ranks(tmp_path, "both.py", words, DOCTOR)
-    assert done.statuses == [0, 0], done.err
-    wrote, _, examined = done.out.partition("status 0\n")
-    assert wrote == "wrote mine.measured.yaml\n", done.out
+    another_port = environments(1)[0]["MASTER_PORT"]
+    ranks = started(["both.py", words, DOCTOR, another_port], folder=tmp_path)
+    (out, err), _ = ended(ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], err
+    wrote, _, examined = out.partition("status 0\n")
+    assert wrote == "wrote mine.measured.yaml\n", out
     # The rank whose products are slow is named, and no other.
     assert examined.endswith("status 1\n")
     told = [one for one in examined.splitlines() if "standard product" in one]

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from backends.report.curves import COLOURS, Line, Mark, draw, in_ratios, log_ticks, ticks
+from backends.report.curves import COLOURS, AxisLabel, Curve, draw, in_ratios, log_ticks, ticks
 from dslc.curves import charts, heats
 from dslc.picture import CHART, DPI, HEAT, WIDTH
 from tests.support.command import Run
@@ -162,10 +162,10 @@ def test_losses_aredraw_in_ratios() -> None:
     (loss, *_) = charts({"a": metrics(100)})
     assert in_ratios(loss)
     drawn = draw(loss)
-    heights = {mark.text: mark.place for mark in cast(list[Mark], drawn["up"])}
+    heights = {mark.text: mark.place for mark in cast(list[AxisLabel], drawn["up"])}
     assert heights["0.1"] - heights["0.2"] == pytest.approx(heights["0.5"] - heights["1"], abs=0.2)
     # A value without a logarithm: the axis is linear.
-    assert not in_ratios(replace(loss, lines=(Line("a", 0, ((1, 0.0), (2, 1.0))),)))
+    assert not in_ratios(replace(loss, lines=(Curve("a", 0, ((1, 0.0), (2, 1.0))),)))
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.3, 1.45), (1.2, 6.0), (0.2, 7.0), (1e-5, 50.0)])

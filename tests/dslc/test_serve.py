@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from runtime.serve.settings import Settings
 from runtime.train.options import declared
 from tests.support.command import Run
 from tests.support.places import ROOT, TINY
+from tests.support.processes import environments
 from tests.support.tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
@@ -191,20 +191,17 @@ def test_the_fingerprint_is_that_of_weights_and_sizes(tmp_path: Path) -> None:
 def test_two_ranks_serve_until_a_signal(weights: Path, tmp_path: Path) -> None:
     """As torchrun starts them. Loads are written when nothing is left to do. A signal to all, such
     as Ctrl-C, lets running answers end; then all ranks do, with status 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    first, second = environments(2)
     loads = tmp_path / "load.json"
     words = ("dslc", "serve", weights, "--device", "cpu", "--redundant-experts", "2")
     words += ("--record-load", loads, "--rebalance", "1000")
-    ranks = {**meet, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(weights.parent), str(ROOT)])
     other = subprocess.Popen(
         [sys.executable, "-m", *map(str, words)], cwd=weights.parent, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, **ranks, "RANK": "1", "PYTHONPATH": path},
+        text=True, env={**os.environ, **second, "PYTHONPATH": path},
     )  # fmt: skip
     try:
-        with started(weights.parent, *words, RANK="0", **ranks) as (url, process):
+        with started(weights.parent, *words, **first) as (url, process):
             answers = [answer(url, seed=seed)["choices"][0]["text"] for seed in (1, 2)]
             assert answers == [answer(url, seed=seed)["choices"][0]["text"] for seed in (1, 2)]
             while not loads.exists():

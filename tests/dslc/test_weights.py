@@ -22,7 +22,7 @@ from compiler.published import published
 from dsl.hf import hf_config
 from dsl.load import load
 from dslc.weights import ProgressPrinter, progress_line
-from runtime.convert import Progress
+from runtime.convert import ConversionProgress
 from tests.support.command import Run
 from tests.support.places import ROOT, TEXT, TINY
 from tests.support.trained import SETTINGS, built, part
@@ -252,7 +252,7 @@ def test_without_torch_it_says_what_to_install(
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    halfway = Progress(shard=3, shards=163, bytes=5 * 10**9, total=10**10, kept=10**9)
+    halfway = ConversionProgress(shard=3, shards=163, bytes=5 * 10**9, total=10**10, kept=10**9)
     line = "file 3 of 163, 5.00 of 10.00 GB, 1.00 GB from before, 100 MB/s, 0:00:50 left"
     assert progress_line(halfway, 40.0) == line
     ProgressPrinter(started=time.monotonic() - 40, printed=0.0, terminal=False)(halfway)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compiler.graph.core import Op
 from compiler.graph.types import MESH_AXES
-from compiler.ops.base import Moved, dims_of
+from compiler.ops.base import CommBytes, dims_of
 from compiler.parallel.mesh import Coordinates, Mesh
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Rank:
 
     world: World
     number: int
-    sent: dict[str, Moved] = field(default_factory=dict)
+    sent: dict[str, CommBytes] = field(default_factory=dict)
 
     @property
     def place(self) -> Coordinates:
@@ -118,8 +118,8 @@ class Rank:
 
     def count(self, op: Op, inside: int = 0, across: int = 0) -> None:
         """Bytes that this rank sends to others on its node, and to other nodes."""
-        before = self.sent.get(op.kind, Moved())
-        self.sent[op.kind] = Moved(before.inside + inside, before.across + across)
+        before = self.sent.get(op.kind, CommBytes())
+        self.sent[op.kind] = CommBytes(before.intra_node + inside, before.inter_node + across)
 
 
 def _rank(f: Frame) -> Rank:

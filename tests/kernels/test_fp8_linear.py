@@ -11,8 +11,8 @@ import torch
 
 from backends.render import render
 from backends.triton.compiled import compile_kernels
+from backends.triton.kernel import Arg as Argument
 from backends.triton.kernel import Case, KernelFile
-from backends.triton.kernel import Tensor as Argument
 from backends.triton.package import kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tiles import BF16, FP8, GemmTile

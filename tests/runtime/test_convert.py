@@ -19,21 +19,21 @@ from torch import Tensor
 
 from runtime import recode
 from runtime.audit import AUDIT
-from runtime.convert import ConversionError, Progress, TargetError, convert
-from runtime.recode import Form, Wanted
+from runtime.convert import ConversionError, ConversionProgress, TargetError, convert
+from runtime.recode import StorageFormat, TensorSpec
 from runtime.weights import first_values
 from tests.support.places import ROOT
 
 E4M3 = torch.float8_e4m3fn
 State = dict[str, Tensor]
 WANTED = (
-    Wanted("embed.weight", (40, 300), "BF16", std=0.02),
-    Wanted("layers.0.proj.weight", (130, 260), "BF16", fp8=True, std=0.02),
-    Wanted("layers.0.norm.weight", (300,), "BF16", value=1.0),
-    Wanted("layers.1.proj.weight", (256, 128), "BF16", fp8=True, std=0.02),
-    Wanted("layers.1.norm.weight", (300,), "BF16", value=1.0),
-    Wanted("layers.1.bias", (7,), "F32"),
-    Wanted("layers.1.embed.weight", (40, 300), "BF16", std=0.02, copy_of="embed.weight"),
+    TensorSpec("embed.weight", (40, 300), "BF16", std=0.02),
+    TensorSpec("layers.0.proj.weight", (130, 260), "BF16", fp8=True, std=0.02),
+    TensorSpec("layers.0.norm.weight", (300,), "BF16", value=1.0),
+    TensorSpec("layers.1.proj.weight", (256, 128), "BF16", fp8=True, std=0.02),
+    TensorSpec("layers.1.norm.weight", (300,), "BF16", value=1.0),
+    TensorSpec("layers.1.bias", (7,), "F32"),
+    TensorSpec("layers.1.embed.weight", (40, 300), "BF16", std=0.02, copy_of="embed.weight"),
 )
 COPY = "layers.1.embed.weight"
 SMALL = 40_000
@@ -64,12 +64,17 @@ def read(folder: Path) -> State:
     return state
 
 
-def run(source: Path, target: Path, form: Form = Form(), **settings: object) -> State:  # noqa: B008
+PLAIN = StorageFormat()
+
+
+def run(source: Path, target: Path, form: StorageFormat = PLAIN, **settings: object) -> State:
     convert(source, target, WANTED, form, {"config.json": "{}"}, **settings)  # type: ignore[arg-type]
     return read(target)
 
 
-def refused(source: Path, target: Path, form: Form = Form(), **settings: object) -> set[str]:  # noqa: B008
+def refused(
+    source: Path, target: Path, form: StorageFormat = PLAIN, **settings: object
+) -> set[str]:
     with pytest.raises(ConversionError) as caught:
         run(source, target, form, **settings)
     assert not target.exists()
@@ -114,7 +119,7 @@ def scales(weight: Tensor, power: bool) -> Tensor:
 def test_fp8_has_the_scales_of_the_definition_and_the_error_of_one_rounding(
     folder: Path, tmp_path: Path, scale: str
 ) -> None:
-    made = run(folder, tmp_path / "out", Form(fp8=True, scale=scale))
+    made = run(folder, tmp_path / "out", StorageFormat(fp8=True, scale=scale))
     back = run(tmp_path / "out", tmp_path / "back")
     exact = weights(torch.bfloat16)
     for one in WANTED:
@@ -134,19 +139,19 @@ def test_fp8_has_the_scales_of_the_definition_and_the_error_of_one_rounding(
 
 def test_fp8_of_float32_is_that_of_its_bf16(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "bf16")
-    at_once = run(folder, tmp_path / "a", Form(fp8=True))
-    by_way = run(tmp_path / "bf16", tmp_path / "b", Form(fp8=True))
-    again = run(tmp_path / "b", tmp_path / "c", Form(fp8=True))  # FP8 keeps its bytes
+    at_once = run(folder, tmp_path / "a", StorageFormat(fp8=True))
+    by_way = run(tmp_path / "bf16", tmp_path / "b", StorageFormat(fp8=True))
+    again = run(tmp_path / "b", tmp_path / "c", StorageFormat(fp8=True))  # FP8 keeps its bytes
     for name, tensor in at_once.items():
         for other in (by_way, again):
             assert torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)), name
 
 
 def test_scales_may_be_of_another_type_and_in_another_file(folder: Path, tmp_path: Path) -> None:
-    state = run(folder, tmp_path / "out", Form(fp8=True))
+    state = run(folder, tmp_path / "out", StorageFormat(fp8=True))
     scale = {n: state.pop(n).bfloat16() for n in list(state) if n.endswith("_scale_inv")}
     mixed = write(write(tmp_path / "mixed", state, "a"), scale, "b")
-    made = run(mixed, tmp_path / "again", Form(fp8=True))
+    made = run(mixed, tmp_path / "again", StorageFormat(fp8=True))
     for name, tensor in scale.items():
         assert made[name].dtype == torch.float32 and torch.equal(made[name], tensor.float())
 
@@ -159,10 +164,10 @@ def test_neither_files_nor_runs_of_rows_change_a_value(
 ) -> None:
     place = tmp_path_factory.mktemp("sizes")
     folder = write(place / "in", weights())
-    whole = run(folder, place / "whole", Form(fp8=fp8))
+    whole = run(folder, place / "whole", StorageFormat(fp8=fp8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recode, "ROWS", rows)
-        parts = run(folder, place / "parts", Form(fp8=fp8), max_shard_bytes=size)
+        parts = run(folder, place / "parts", StorageFormat(fp8=fp8), max_shard_bytes=size)
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor.view(torch.uint8), parts[name].view(torch.uint8))
@@ -182,7 +187,7 @@ def test_neither_files_nor_runs_of_rows_change_a_value(
 def test_the_audit_says_of_every_tensor_what_was_read_and_written(
     folder: Path, tmp_path: Path
 ) -> None:
-    made = run(folder, tmp_path / "out", Form(fp8=True), max_shard_bytes=SMALL)
+    made = run(folder, tmp_path / "out", StorageFormat(fp8=True), max_shard_bytes=SMALL)
     audit = json.loads((tmp_path / "out" / AUDIT).read_text())
     assert (audit["from"], audit["fp8"], audit["scales"]) == ("in", True, "fp32")
     assert [row["name"] for row in audit["tensors"]] == [one.name for one in WANTED]
@@ -193,7 +198,7 @@ def test_the_audit_says_of_every_tensor_what_was_read_and_written(
         assert part["shape"] == list(made[name].shape)
         assert name in load_file(tmp_path / "out" / part["file"])
         data = bytes(made[name].contiguous().view(torch.uint8).flatten().tolist())
-        assert part["sha256"] == recode.Part(name, "F32", (), bytearray(data)).sha256
+        assert part["sha256"] == recode.StoredTensor(name, "F32", (), bytearray(data)).sha256
     (row,) = (row for row in audit["tensors"] if row["name"] == COPY)
     assert row["copy_of"] == "embed.weight" and row["read"][0]["name"] == "embed.weight"
 
@@ -242,7 +247,7 @@ def test_numbers_that_bf16_has_no_room_for(dtype: torch.dtype, most: float, tmp_
     assert found == {"layers.1.proj.weight: holds numbers too large for BF16"}
     state["layers.1.proj.weight"][200, 5] = 65504  # the largest of float16
     state["layers.1.proj.weight"] = state["layers.1.proj.weight"].half()
-    convert(write(tmp_path / "half", state), tmp_path / "out", WANTED, Form(), {})
+    convert(write(tmp_path / "half", state), tmp_path / "out", WANTED, StorageFormat(), {})
 
 
 def test_values_that_no_trained_weight_has(tmp_path: Path) -> None:
@@ -260,9 +265,9 @@ def test_values_that_no_trained_weight_has(tmp_path: Path) -> None:
     }
     drawn = {"embed.weight: left at its initial values"}
     assert refused(folder, tmp_path / "out") == finite | untouched
-    assert refused(folder, tmp_path / "o2", Form(seed=8)) == finite | untouched | drawn
-    assert refused(folder, tmp_path / "o3", Form(seed=9, fp8=True)) == finite | untouched
-    assert refused(folder, tmp_path / "o4", Form(seed=8, first=True)) == finite
+    assert refused(folder, tmp_path / "o2", StorageFormat(seed=8)) == finite | untouched | drawn
+    assert refused(folder, tmp_path / "o3", StorageFormat(seed=9, fp8=True)) == finite | untouched
+    assert refused(folder, tmp_path / "o4", StorageFormat(seed=8, first=True)) == finite
     assert os.listdir(tmp_path) == ["in"]  # nothing to go on with
 
 
@@ -295,8 +300,8 @@ def test_a_target_that_is_there_is_not_touched(folder: Path, tmp_path: Path) -> 
 # ---- broken off, and begun again ------------------------------------------------------------
 
 
-def stop_at(shard: int) -> Callable[[Progress], None]:
-    def report(now: Progress) -> None:
+def stop_at(shard: int) -> Callable[[ConversionProgress], None]:
+    def report(now: ConversionProgress) -> None:
         if now.shard == shard:
             raise KeyboardInterrupt
 
@@ -317,7 +322,7 @@ def test_what_was_written_is_kept_and_what_is_damaged_is_not(folder: Path, tmp_p
     data[-1] ^= 1
     second.write_bytes(data)
     third.write_bytes(third.read_bytes()[:-1])
-    seen: list[Progress] = []
+    seen: list[ConversionProgress] = []
     run(folder, target, max_shard_bytes=SMALL, report=seen.append)
     assert files_of(target) == files_of(tmp_path / "whole")
     after = [(target / path.name).stat().st_ino for path in (first, second, third)]
@@ -330,21 +335,25 @@ def test_another_conversion_does_not_go_on_with_it(folder: Path, tmp_path: Path)
     target = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(folder, target, max_shard_bytes=SMALL, report=stop_at(2))
-    others = [(Form(fp8=True), SMALL), (Form(scale="ue8m0"), SMALL), (Form(), 2 * SMALL)]
+    others = [
+        (StorageFormat(fp8=True), SMALL),
+        (StorageFormat(scale="ue8m0"), SMALL),
+        (StorageFormat(), 2 * SMALL),
+    ]
     for form, size in others:
         with pytest.raises(TargetError, match="left by another conversion"):
             run(folder, target, form, max_shard_bytes=size)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, target, Form(first=True), max_shard_bytes=SMALL, report=stop_at(2))
+        run(folder, target, StorageFormat(first=True), max_shard_bytes=SMALL, report=stop_at(2))
     with pytest.raises(TargetError, match="left by another conversion"):
         run(folder, target, max_shard_bytes=SMALL)  # what was allowed meanwhile
     write(folder, weights())  # the same, but who knows
     with pytest.raises(TargetError, match="its source has changed"):
-        run(folder, target, Form(first=True), max_shard_bytes=SMALL)
+        run(folder, target, StorageFormat(first=True), max_shard_bytes=SMALL)
 
 
 def test_two_at_once(folder: Path, tmp_path: Path) -> None:
-    def report(now: Progress) -> None:
+    def report(now: ConversionProgress) -> None:
         with pytest.raises(TargetError, match="another conversion is at work"):
             run(folder, tmp_path / "out")
 
@@ -355,7 +364,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run(folder, tmp_path / "whole", max_shard_bytes=SMALL)
     target, partial = tmp_path / "out", tmp_path / "out.partial"
 
-    def report(now: Progress) -> None:
+    def report(now: ConversionProgress) -> None:
         if now.shard == 2:
             last = partial / f"model-00003-of-{now.shards:05}.safetensors.part"
             last.symlink_to("/dev/full")
@@ -376,18 +385,18 @@ MEMORY = """
 import sys
 from pathlib import Path
 from runtime.convert import convert
-from runtime.recode import Form, Wanted
+from runtime.recode import StorageFormat, TensorSpec
 
 def peak():
     # Not `ru_maxrss`: that counts the pages of the process that this one was forked from.
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM"].split()[0]) * 1024
 
-wanted = [Wanted(f"layers.{i}.weight", (1024, 2048), "BF16", True, std=1.0) for i in range(64)]
+wanted = [TensorSpec(f"layers.{i}.weight", (1024, 2048), "BF16", True, std=1.0) for i in range(64)]
 import torch
 torch.ones(1, 128).float() @ torch.ones(128, 1)
 before = peak()
-convert(Path(sys.argv[1]), Path(sys.argv[2]), wanted, Form(fp8=True), {})
+convert(Path(sys.argv[1]), Path(sys.argv[2]), wanted, StorageFormat(fp8=True), {})
 print(peak() - before)
 """
 

@@ -395,11 +395,13 @@ def test_autograd_is_refused_rather_than_wrong() -> None:
         y.sum().backward()
 
 
-def test_every_e4m3_number_is_widened_exactly() -> None:
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    finite = every[~every.float().isnan()]
-    assert len(finite) == 254
-    wide = fp8._wide(finite)
+@pytest.mark.parametrize("count", [1, fp8.LITTLE // 254 + 1])
+def test_every_e4m3_number_is_widened_exactly(count: int) -> None:
+    bits = torch.arange(256, dtype=torch.uint8).repeat(count)
+    every = bits.view(torch.float8_e4m3fn)
+    finite = bits[~every.float().isnan()].view(torch.float8_e4m3fn)
+    assert len(finite) == 254 * count
+    wide = fp8._wide(finite) * fp8.WIDE
     assert torch.equal(wide, finite.float().double())
     assert torch.equal(torch.signbit(wide), torch.signbit(finite.float()))
     assert torch.equal(fp8._wide(every).isnan(), every.float().isnan())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from backends.build import build
+from backends.weights import checkpoint_in, convert
 from dsl.load import load
 from tests.support.places import TINY
 
-SETS = ["precision.policy=fp8_blockwise", "model=fp8_held", "params.q_lora_rank=40"]
+SETS = [
+    "precision.policy=fp8_blockwise", "model=fp8_held", "params.q_lora_rank=40",
+    "precision.overrides.q_b_proj=bf16", "precision.overrides.shared_experts=bf16",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,30 @@ def test_what_is_loaded_and_saved_is_the_same_bytes(
     package.load(published, weights="fp8").save(tmp_path / "again")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (published / name).read_bytes()
+
+
+def test_what_a_spec_keeps_in_bf16_is_kept_by_every_export(published: Path, tmp_path: Path) -> None:
+    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
+    modules = config["quantization_config"]["modules_to_not_convert"]
+    ends = {".".join(name.split(".")[3:]) for name in modules}
+    shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+    assert ends == {"self_attn.q_b_proj", *shared} and "modules_to_not_convert" not in config
+    tensors = load_file(published / "model.safetensors")
+    assert all(tensors[f"{name}.weight"].dtype == torch.bfloat16 for name in modules)
+
+    source = published.with_name("bf16")
+    for step, fp8 in (("fp8", True), ("back", False), ("again", True)):
+        told = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        assert told.get("quantization_config", told)["modules_to_not_convert"] == modules
+        convert(
+            checkpoint_in(source), tmp_path / step,
+            fp8=fp8, first_values=True, max_file=1 << 30, report=lambda _: None,
+        )  # fmt: skip
+        source = tmp_path / step
+        found = load_file(source / "model.safetensors")
+        assert (found.keys() == tensors.keys()) is fp8
+        if step == "fp8":
+            assert all(torch.equal(found[n].float(), t.float()) for n, t in tensors.items())
 
 
 def test_scores_are_those_of_weights_that_are_quantized_when_they_are_used(

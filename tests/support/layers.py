@@ -64,3 +64,21 @@ def imports(path: Path) -> list[tuple[int, int, str]]:
         elif isinstance(node, ast.ImportFrom):
             found.append((node.lineno, node.level, node.module or ""))
     return found
+
+
+def dependencies() -> dict[str, set[str]]:
+    """Which modules of ours each module names, in functions and for types only, too."""
+    every = {path for folder in MAY_IMPORT for path in sources(folder)}
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in every}
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        package = name.split(".")[:-1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                inner = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*inner, *([node.module] if node.module else [])])
+                # A name that is no file is defined in the package itself.
+                wanted = (f"{module}.{alias.name}" for alias in node.names)
+                named = {w if w in files else module for w in wanted}
+                found[name] |= {m if m in files else f"{m}.__init__" for m in named} & files.keys()
+    return found

@@ -1,4 +1,4 @@
-"""Ranks of a run as processes that stay: Python and torch are loaded once for many runs."""
+"""Ranks as processes: of one command, or such that stay and load Python and torch once."""
 
 from __future__ import annotations
 
@@ -48,6 +48,39 @@ PATIENCE = 120
 """Seconds after which a run is given up: those of tests take less than twenty."""
 
 
+def environments(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank. They meet at a port of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    every |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**every, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def started(
+    command: Sequence[str], ranks: int = 2, *, path: Path = ROOT, folder: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """Every rank of a command of Python, without the second that torchrun itself needs."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(path), **own},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for own in environments(ranks)
+    ]  # fmt: skip
+
+
+def ended(ranks: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What each rank prints until it ends, soon: output and errors."""
+    try:
+        return [rank.communicate(timeout=PATIENCE) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 class Processes:
     """`count` of them; a run takes as many as it has ranks."""
 
@@ -77,20 +110,13 @@ class Processes:
     def _all(
         self, package: Any, ranks: int, arguments: Sequence[str], call: str = ""
     ) -> list[list[Any]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         told = {
             "package": package.__name__,
             "folder": str(Path(package.__file__).parents[1]),
             "arguments": arguments,
             "call": call,
         }
-        for rank, process in enumerate(self.processes[:ranks]):
-            environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
+        for environment, process in zip(environments(ranks), self.processes, strict=False):
             assert process.stdin is not None
             process.stdin.write(json.dumps({**told, "environment": environment}) + "\n")
             process.stdin.flush()

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Cache, Graph, Op, Program, Region, Value, Weight
+from compiler.graph.core import Attr, CacheType, Graph, Op, Program, Region, Value, Weight
 from compiler.graph.types import FLOATS, Dim, Type
 from compiler.ops.base import dims_attr
 from compiler.ops.pointwise import POINTWISE
@@ -263,7 +263,7 @@ def _remember(m: Maker) -> None:
     entries = tuple(f"{m.draw(identifiers)}_{len(kept)}_{i}" for i in range(2))
     m.add(kind, x, x, entries=entries)
     if kind == "cache_append":
-        graph.caches.update((name, Cache(x.type)) for name in entries)
+        graph.caches.update((name, CacheType(x.type)) for name in entries)
 
 
 def _moe(m: Maker) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from compiler.analysis import Module, Part, Summary, Work, modules, summary, total
+from compiler.analysis import Module, Submodule, Summary, Work, modules, summary, total
 from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program
 from compiler.lower import lower
@@ -38,7 +38,7 @@ V2 = "deepseek_v2_236b"
 LITE = "deepseek_v2_lite"
 
 
-def inside(module: Module) -> Iterator[Part]:
+def inside(module: Module) -> Iterator[Submodule]:
     for part in module.parts:
         yield part
         yield from inside(part.module)
@@ -115,7 +115,7 @@ def test_shares(spec: str, expert: int, router: int, routed: int, embedding: int
     assert total(facts.model.elements) == facts.parameters
 
 
-def _tensors(module: Module) -> list[modules.Tensor]:
+def _tensors(module: Module) -> list[modules.TensorCount]:
     return [*module.tensors, *(t for p in inside(module) for t in p.module.tensors)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from compiler.graph.core import Boundary, Cache, Derivative, Op, Program, Step, copy_program
+from compiler.graph.core import Boundary, CacheType, Derivative, Op, Program, Step, copy_program
 from compiler.graph.equal import changed_graphs, equal, equal_graphs, first_difference
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
@@ -79,7 +79,7 @@ def step(p: Program) -> None:
 
 
 def new_cache(p: Program) -> None:
-    p.main.caches["h"] = Cache(Type("bf16", (Dim("batch"),)))
+    p.main.caches["h"] = CacheType(Type("bf16", (Dim("batch"),)))
 
 
 def operator(p: Program) -> None:

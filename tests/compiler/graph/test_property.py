@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compiler.graph.core import Program
 from compiler.graph.equal import equal, first_difference
-from compiler.graph.names import Name, Part, clashes, parts_of
+from compiler.graph.names import NamePart, PublishedName, clashes, parts_of
 from compiler.graph.parse import parse_program
 from compiler.graph.text import print_program
 from compiler.graph.verify import verify
@@ -105,13 +105,13 @@ def test_a_changed_text_is_read_or_explained(data: st.DataObject) -> None:
         assert equal(program, parse_program(Source("again.graph", print_program(program))))
 
 
-parts: st.SearchStrategy[Part] = st.sampled_from("ab") | st.tuples(
+parts: st.SearchStrategy[NamePart] = st.sampled_from("ab") | st.tuples(
     st.integers(0, 3), st.integers(0, 3)
 ).map(lambda pair: (min(pair), max(pair)))
-names = st.builds(Name, st.lists(parts, min_size=1, max_size=4).map(tuple))
+names = st.builds(PublishedName, st.lists(parts, min_size=1, max_size=4).map(tuple))
 
 
-def written_out(name: Name) -> set[tuple[str, ...]]:
+def written_out(name: PublishedName) -> set[tuple[str, ...]]:
     """Every name that a name with ranges stands for."""
     found: set[tuple[str, ...]] = {()}
     for part in name.parts:
@@ -122,7 +122,7 @@ def written_out(name: Name) -> set[tuple[str, ...]]:
 
 
 @given(st.lists(names, max_size=6))
-def test_names_clash_where_those_written_out_do(listed: list[Name]) -> None:
+def test_names_clash_where_those_written_out_do(listed: list[PublishedName]) -> None:
     expected = {
         frozenset((i, j))
         for i, a in enumerate(listed)
@@ -136,4 +136,4 @@ def test_names_clash_where_those_written_out_do(listed: list[Name]) -> None:
 def test_numbers_in_names_are_layers() -> None:
     assert parts_of("a.*.3.*", [(0, 2), (5, 6)]) == ("a", (0, 2), (3, 3), (5, 6))
     assert parts_of("a.03.*") == ("a", "03", "*")
-    assert str(Name(parts_of("a.*.3", [(0, 2)]))) == "a.0..2.3"
+    assert str(PublishedName(parts_of("a.*.3", [(0, 2)]))) == "a.0..2.3"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from compiler.graph.core import Cache, Op, Program, Value, Weight
+from compiler.graph.core import CacheType, Op, Program, Value, Weight
 from compiler.graph.equal import changed_graphs
 from compiler.graph.parse import parse_program
 from compiler.graph.types import Dim, Type
@@ -428,7 +428,7 @@ def circle(program: Program) -> None:
 
 
 def cache_without_entries(program: Program) -> None:
-    program.graphs["Block"].caches["h"] = Cache(Type("bf16"))
+    program.graphs["Block"].caches["h"] = CacheType(Type("bf16"))
 
 
 def program_without_identifier(program: Program) -> None:

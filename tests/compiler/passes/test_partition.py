@@ -209,14 +209,14 @@ def test_bytes_are_those_of_tokens_and_their_nodes(groups: int) -> None:
             assert len(nodes) <= limit
             across += len(nodes - {rank.number // 2})
             inside += len({r for r in to if r % 2 != rank.number % 2})
-        sent = {k: (v.inside, v.across) for k, v in rank.sent.items()}
+        sent = {k: (v.intra_node, v.inter_node) for k, v in rank.sent.items()}
         assert sent["dispatch"] == (inside * (row + routing), across * (row + routing))
         assert sent["combine"] == (inside * row, across * row)
         here = {"batch": 2, "seq": 5}
         for op in (dispatch, combine):
             most = OPS[op.kind].moved(site_of(op, graph, ranks.graphs), here)
-            assert sent[op.kind] <= (most.inside, most.across)
-            assert sent[op.kind][0] <= most.inside and sent[op.kind][1] <= most.across
+            assert sent[op.kind] <= (most.intra_node, most.inter_node)
+            assert sent[op.kind][0] <= most.intra_node and sent[op.kind][1] <= most.inter_node
 
 
 def test_the_backward_pass_sends_each_token_once_out_and_once_back() -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from compiler.pipeline import compile
 from compiler.plan.make import make_plan
-from compiler.plan.overlap import Segment, paired
+from compiler.plan.overlap import OverlapSegment, paired
 from compiler.plan.predict import Prediction, predict
 from compiler.plan.rates import NoRate, Rates, Term
 from compiler.plan.schedule import schedule
-from compiler.plan.simulate import Costs, simulate
+from compiler.plan.simulate import ChunkCosts, simulate
 from compiler.roles import Role, roles
 from dsl.load import load
 from dsl.measured import calibration_of
@@ -91,25 +91,25 @@ def test_flops_of_chunks_are_those_of_the_plan() -> None:
 
 
 def test_a_pair_hides_what_the_other_chunk_can_cover() -> None:
-    one = [Segment(2, 3), Segment(2, 3), Segment(2)]
-    nothing = [Segment(2), Segment(2), Segment(2)]
+    one = [OverlapSegment(2, 3), OverlapSegment(2, 3), OverlapSegment(2)]
+    nothing = [OverlapSegment(2), OverlapSegment(2), OverlapSegment(2)]
     assert paired(nothing, nothing, []) == 12
     # The other chunk covers all but the last of three seconds of the second message.
     assert paired(one, nothing, []) == 2 + 2 + 2 + 2 + 2 + 1 + 2
     # What both send goes out one after the other, between the first and the last two seconds.
     assert paired(one, one, []) == 2 + 4 * 3 + 2
     # Gradients of weights fill the gaps that follow their gradients of inputs.
-    assert paired(one, one, [Segment(2)]) == 2 + 4 * 3 + 2 + 2 - 2 * 2 / 3
-    assert paired([], [Segment(1, 5)], []) == 6
+    assert paired(one, one, [OverlapSegment(2)]) == 2 + 4 * 3 + 2 + 2 - 2 * 2 / 3
+    assert paired([], [OverlapSegment(1, 5)], []) == 6
 
 
 def test_messages_to_other_ranks_take_time() -> None:
     made = schedule("1f1b", 2, 1)
-    assert simulate(made, Costs(1, 1, 1)).end == 6
-    assert simulate(made, Costs(1, 1, 1, transfer=0.5)).end == 7
+    assert simulate(made, ChunkCosts(1, 1, 1)).end == 6
+    assert simulate(made, ChunkCosts(1, 1, 1, transfer=0.5)).end == 7
     # With DualPipeV the turn of the pipeline is on one rank: one message less each way.
     turn = schedule("dualpipe_v", 2, 4)
-    assert simulate(turn, Costs()).end < simulate(turn, Costs(transfer=0.25)).end
+    assert simulate(turn, ChunkCosts()).end < simulate(turn, ChunkCosts(transfer=0.25)).end
 
 
 # ---- rates -------------------------------------------------------------------------------------

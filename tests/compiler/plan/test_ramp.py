@@ -11,10 +11,10 @@ from compiler.pipeline import compile
 from compiler.plan.check import blocked, problems
 from compiler.plan.greedy import greedy, schedule_of
 from compiler.plan.make import make_plan, planner_of, step_counts
-from compiler.plan.ramp import MOST, Sizes, micro_batches, rounds, uneven
+from compiler.plan.ramp import MOST, BatchSizes, micro_batches, rounds, uneven
 from compiler.plan.schedule import SCHEDULES, schedule
 from compiler.plan.search import neighbours
-from compiler.plan.simulate import Costs, simulate, under_way
+from compiler.plan.simulate import ChunkCosts, simulate
 from compiler.plan.transfers import with_transfers
 from dsl.diagnostic import DiagnosticError, render
 from dsl.load import Description, load
@@ -23,6 +23,7 @@ from dslc.specs import shipped
 from runtime.config import Config
 from runtime.train.pipeline import rounds as rounds_of_runtime
 from tests.support.golden import Golden
+from tests.support.schedules import under_way
 
 
 def v3(batch: str) -> Description:
@@ -61,7 +62,7 @@ def test_a_batch_that_does_not_grow_has_one_count(train: list[str], counts: tupl
 
 
 def test_stairs_reach_both_ends_and_are_bounded() -> None:
-    sizes = Sizes(data=2, micro_batch=1, directions=2)
+    sizes = BatchSizes(data=2, micro_batch=1, directions=2)
     assert micro_batches(ramp("[{until: 1M, start: 4, value: 16}, {value: 16}]"), sizes) == (
         2, 4, 6, 8,
     )  # fmt: skip
@@ -93,7 +94,7 @@ def test_many_micro_batches_are_executed_in_rounds() -> None:
 
 
 def test_every_end_of_a_phase_has_to_divide() -> None:
-    sizes = Sizes(data=2, micro_batch=3, directions=2)
+    sizes = BatchSizes(data=2, micro_batch=3, directions=2)
     assert uneven(ramp("[{until: 1M, start: 12, value: 24}, {value: 36}]"), sizes) == []
     assert uneven(ramp("[{until: 1M, start: 6, value: 24}, {value: 30}]"), sizes) == [6, 30]
     assert uneven(ramp("[{until: 1M, start: 0, value: 24}, {value: 24}]"), sizes) == [0]
@@ -110,7 +111,7 @@ def test_layouts_that_are_proposed_can_be_trained() -> None:
     assert parallel is not None and batch is not None
     near = neighbours(planner_of(description, compiled), parallel)
     cut = [one for one in near if one.pipeline * one.expert > 1]
-    assert cut and not any(uneven(batch, Sizes.of(one, 2048 // one.pipeline)) for one in cut)
+    assert cut and not any(uneven(batch, BatchSizes.of(one, 2048 // one.pipeline)) for one in cut)
 
 
 @pytest.mark.slow
@@ -145,11 +146,11 @@ def test_greedy_schedules_can_be_run_and_keep_no_more(name: str) -> None:
 def test_a_greedy_schedule_has_the_bubble_of_1f1b() -> None:
     """Its length is the least that 1F1B's rule allows: (p - 1) more forward and backward chunks."""
     for pipeline, batches in ((2, 4), (4, 4), (4, 9)):
-        ours = simulate(greedy("1f1b", pipeline, batches), Costs()).end
-        assert ours == simulate(schedule("1f1b", pipeline, batches), Costs()).end
+        ours = simulate(greedy("1f1b", pipeline, batches), ChunkCosts()).end
+        assert ours == simulate(schedule("1f1b", pipeline, batches), ChunkCosts()).end
     # From both ends at once ranks are busier than with half the ranks idle at first.
-    both = simulate(greedy("dualpipe", 8, 8), Costs()).end
-    assert both < simulate(greedy("1f1b", 8, 8), Costs()).end
+    both = simulate(greedy("dualpipe", 8, 8), ChunkCosts()).end
+    assert both < simulate(greedy("1f1b", 8, 8), ChunkCosts()).end
 
 
 def test_micro_batches_that_cannot_be_dealt_to_both_ends_are_refused() -> None:

@@ -24,11 +24,12 @@ from compiler.plan.schedule import (
     schedule_from_json,
     word,
 )
-from compiler.plan.simulate import Costs, simulate, under_way
-from compiler.plan.transfers import open_receives, with_transfers
+from compiler.plan.simulate import ChunkCosts, simulate
+from compiler.plan.transfers import with_transfers
 from tests.support.golden import Golden
+from tests.support.schedules import open_receives, under_way
 
-COSTS = [Costs(), Costs(1, 1, 0.5), Costs(2, 3, 1), Costs(1.13, 1.99, 0.48)]
+COSTS = [ChunkCosts(), ChunkCosts(1, 1, 0.5), ChunkCosts(2, 3, 1), ChunkCosts(1.13, 1.99, 0.48)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -47,14 +48,14 @@ def test_every_schedule_can_be_run(name: str, pipeline: int, batches: int) -> No
     assert problems(with_transfers(made)) == []
 
 
-def bubbles(made: Schedule, costs: Costs) -> list[float]:
+def bubbles(made: Schedule, costs: ChunkCosts) -> list[float]:
     line = simulate(made, costs)
     return [line.bubble(rank) for rank in range(len(made.rows))]
 
 
 @pytest.mark.parametrize("costs", COSTS)
 @pytest.mark.parametrize(("pipeline", "batches"), [(2, 4), (4, 8), (8, 20), (16, 64)])
-def test_bubbles_are_those_of_the_report(pipeline: int, batches: int, costs: Costs) -> None:
+def test_bubbles_are_those_of_the_report(pipeline: int, batches: int, costs: ChunkCosts) -> None:
     """Table 2: 1F1B (PP-1)(F+B), ZB1P (PP-1)(F+B-2W), DualPipe (PP/2-1)(F&B+B-3W)."""
     f, b, w = costs.forward, costs.input + costs.weight, costs.weight
     expected = {
@@ -67,10 +68,10 @@ def test_bubbles_are_those_of_the_report(pipeline: int, batches: int, costs: Cos
         )
 
 
-@pytest.mark.parametrize("costs", [*COSTS, Costs(pair=2.5)])
+@pytest.mark.parametrize("costs", [*COSTS, ChunkCosts(pair=2.5)])
 @pytest.mark.parametrize("name", ["dualpipe", "dualpipe_v"])
 @pytest.mark.parametrize("half", [1, 2, 4, 8])
-def test_bubble_of_dualpipe(name: str, half: int, costs: Costs) -> None:
+def test_bubble_of_dualpipe(name: str, half: int, costs: ChunkCosts) -> None:
     """(PP/2-1)(F&B+B-3W), if a forward chunk takes as long as gradients of inputs; else it is less.
 
     DualPipeV has half as many ranks.

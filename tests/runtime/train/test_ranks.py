@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.places import ROOT
+from tests.support.processes import ended, started
 from tests.support.trained import built, part, trainer
 
-# Run once by each rank, with the folder of the package and a folder for both.
+# Run once by each rank, in the folder of the package.
 RANK = """
-import resource, sys, torch
+import os, resource, sys, torch
 from pathlib import Path
 import torch.distributed as dist
-root, package, folder, rank = sys.argv[1:5]
-sys.path[:0] = [root, package]
+folder, rank = sys.argv[1], os.environ["RANK"]
+sys.path.insert(0, folder)
 import tiny_ranks
 import tiny_ranks.runtime.train.command
 from tests.support.trained import part, trainer
 
 torch.set_num_threads(1)
-dist.init_process_group("gloo", f"file://{folder}/store", rank=int(rank), world_size=2)
+dist.init_process_group("gloo")
 group, writers = dist.group.WORLD, dist.new_group(backend="gloo")
 one = trainer(tiny_ranks, group=group)
 for _ in range(3):
@@ -64,15 +62,8 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
     for _ in range(3):
         did = one.step()
     save(package, one, tmp_path / "one")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(ROOT), str(tmp_path), str(tmp_path), rank],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    ranks = started(["-c", RANK, str(tmp_path)])
+    outputs = [out for out, _ in ended(ranks)]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert outputs[0] == outputs[1]
     first, second, not_finite, full = outputs[0].splitlines()

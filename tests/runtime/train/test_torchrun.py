@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +16,11 @@ from typing import Any
 import pytest
 
 from tests.support.places import TEXT
+from tests.support.processes import PATIENCE, started
 from tests.support.trained import built, content, lines, part
 
 pytestmark = pytest.mark.slow
 STEPS = 16
-PATIENCE = 120
-"""Seconds after which a test gives up: these take less than ten."""
 Process = subprocess.Popen[str]
 
 
@@ -47,29 +45,17 @@ def words(package: Any, out: Path) -> list[str]:
             "--eval-every", "5", "--eval-sequences", "7"]  # fmt: skip
 
 
-def started(package: Any, command: list[str], **variables: str) -> Process:
-    folder = str(Path(package.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
 def torchrun(package: Any, out: Path) -> Process:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return started(package, [*ranks, *words(package, out)])
+    command = [sys.executable, *ranks, *words(package, out)]
+    folder = str(Path(package.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def both(package: Any, out: Path) -> list[Process]:
     """The ranks without torchrun above them, so that nothing but they themselves ends them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        started(package, words(package, out), RANK=rank, LOCAL_RANK=rank, **told)
-        for rank in ("0", "1")
-    ]
+    return started(words(package, out), path=Path(package.__file__).parents[1])
 
 
 def ended(*processes: Process) -> list[int]:
