@@ -10,6 +10,7 @@ from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
 from compiler.parallel.layout import Layout, Unit, placement, units
 from compiler.parallel.mesh import Mesh
+from compiler.plan.arrived import spread
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
 from compiler.plan.saved import Activations, activations
@@ -17,6 +18,7 @@ from compiler.plan.schedule import schedule
 from compiler.plan.simulate import Costs, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
 from compiler.plan.traffic import Exchange, Sent, exchanges, sent
+from compiler.plan.transfers import with_transfers
 from compiler.plan.weights import weights_of
 from dsl.schema import Cluster, Parallel, Schedule
 
@@ -176,10 +178,16 @@ class Planner:
         costs = self._of_a_micro_batch(parallel.micro_batch, parallel.sequence_length)
         around = {ops: exchanges(self.program, unit, layout) for ops, unit in self.kinds.items()}
         tokens = parallel.micro_batch * parallel.sequence_length
+        saved = {
+            ops: spread(one, around[ops], layout.mesh, tokens) for ops, one in costs.saved.items()
+        }
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
+        order = with_transfers(
+            schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
+        )
         ranks = tuple(
             Rank(
-                rank_memory(layout, placed, costs.saved, at),
+                rank_memory(layout, placed, saved, order, boundary, at),
                 _step_flops(layout, costs.flops, at),
                 sent(layout, placed, around, boundary, tokens, at),
             )
