@@ -33,11 +33,13 @@ def _saved(
     nodes = len({mesh.node(rank) for rank in mesh.group(0, ("expert",))})
     inside = mesh.expert // nodes
     for value in whole.saved:
-        comes = by_block[value.block].ranks(inside) if value.expert_weights else 1
+        if not value.expert_weights:
+            yield value
+            continue
+        one = by_block[value.block]
+        comes = one.ranks(inside)
         yield replace(value, bytes=comes * value.bytes)
-        if value.expert_weights:
-            one = by_block[value.block]
-            # Rows of experts, and of the way: across nodes and inside them where there are both.
-            rows = comes * one.k + comes + (one.nodes if nodes > 1 and inside > 1 else 0)
-            size = rows * tokens * NUMBER_BYTES
-            yield SavedValue(f"{value.name}_route", value.block, size, value.span)
+        # Rows of experts, and of the way: across nodes and inside them where there are both.
+        rows = comes * one.k + comes + (one.nodes if nodes > 1 and inside > 1 else 0)
+        size = rows * tokens * NUMBER_BYTES
+        yield SavedValue(f"{value.name}_route", value.block, size, value.span)

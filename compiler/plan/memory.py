@@ -95,8 +95,8 @@ def rank_memory(
         kept[stage] = sum(use.bytes for use in found) // layout.in_flight(stage)
         uses += found
     held = [unit for s in layout.stages_of(pipeline) for unit in layout.stages[s].units]
-    waiting = most_held(order, pipeline, kept, message)
-    waiting -= sum(layout.in_flight(stage) * size for stage, size in kept.items())
+    without = sum(layout.in_flight(stage) * size for stage, size in kept.items())
+    waiting = max(0, most_held(order, pipeline, kept, message) - without)
     span = saved[held[0].ops].working.span
     uses.append(Use(Kind.ACTIVATIONS, "messages between stages", waiting, held[0].layer, span))
     uses.append(_working_use(held, saved))

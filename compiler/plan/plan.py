@@ -13,6 +13,7 @@ from compiler.parallel.mesh import Mesh
 from compiler.plan.arrived import spread
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
+from compiler.plan.ramp import longest, rounds
 from compiler.plan.saved import Activations, activations
 from compiler.plan.schedule import schedule
 from compiler.plan.simulate import Costs, simulate
@@ -182,9 +183,9 @@ class Planner:
             ops: spread(one, around[ops], layout.mesh, tokens) for ops, one in costs.saved.items()
         }
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
-        order = with_transfers(
-            schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
-        )
+        stages, ways = layout.mesh.pipeline, len(layout.placement)
+        count = rounds(layout.micro_batches, ways, longest(stages))[0]
+        order = with_transfers(schedule(layout.schedule, stages, count))
         ranks = tuple(
             Rank(
                 rank_memory(layout, placed, saved, order, boundary, at),
@@ -194,8 +195,8 @@ class Planner:
             for at in range(parallel.pipeline)
         )
         found = tuple(dict.fromkeys(one for every in around.values() for one in every))
-        stages = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
-        slowest = max(stages, key=lambda one: one.total)
+        forward = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
+        slowest = max(forward, key=lambda one: one.total)
         return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest)
 
     def _of_a_micro_batch(self, size: int, length: int) -> _Costs:
