@@ -19,6 +19,7 @@ from compiler.passes.count_step import COUNT_STEP
 from compiler.passes.cut_stages import cut_stages
 from compiler.passes.differentiate import DIFFERENTIATE
 from compiler.passes.draft import cut_draft, modules
+from compiler.passes.encode_saved import ENCODE_SAVED
 from compiler.passes.fuse_casts import FUSE_CASTS
 from compiler.passes.fuse_experts import FUSE_EXPERTS
 from compiler.passes.fuse_gate import FUSE_GATE
@@ -64,6 +65,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
         FUSE_LOSS,
         *GRADIENTS,
         *CAST,
+        ENCODE_SAVED,
     ),
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (

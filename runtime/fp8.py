@@ -49,13 +49,13 @@ def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quant
 
     With `parts`, sizes that add up to n, runs begin anew in each part.
     """
-    x = _without_gradient(x).float()
+    x = without_gradient(x).float()
     if parts:
         cut = [quantize(part, scale) for part in x.split(list(parts), dim=-1)]
         return torch.cat([q for q, _ in cut], -1), torch.cat([s for _, s in cut], -1)
     size = x.shape[-1]
-    tiles = _padded(x, -1).unflatten(-1, (-1, RUN))
-    s = _scale_of(tiles.abs().amax(-1), scale)
+    tiles = pad_runs(x, -1).unflatten(-1, (-1, RUN))
+    s = scale_of(tiles.abs().amax(-1), scale)
     return (tiles / s.unsqueeze(-1)).flatten(-2)[..., :size].to(E4M3), s
 
 
@@ -70,11 +70,11 @@ def quantize_columns(x: Tensor, offs: Tensor | None = None, *, scale: str = "fp3
     and where one is follows from `offs` alone, so that nobody has to wait for a sum of counts.
     Tiles that hold no slot are those of zeros.
     """
-    rows = _without_gradient(x).float().flatten(0, -2)
+    rows = without_gradient(x).float().flatten(0, -2)
     if offs is None:
         return _columns(rows, scale)
     tiles, n = len(rows) // RUN + len(offs), x.shape[-1]
-    s = _scale_of(rows.new_zeros(1), scale).expand(tiles, n).clone()
+    s = scale_of(rows.new_zeros(1), scale).expand(tiles, n).clone()
     q = torch.zeros(tiles, n, RUN, dtype=E4M3, device=x.device)
     for slots, own in _experts(offs):
         q[own], s[own] = _columns(rows[slots], scale)
@@ -86,9 +86,9 @@ def requantize(q: Tensor, s: Tensor, offs: Tensor | None = None, *, scale: str) 
     return quantize_columns(dequantize(q, s), offs, scale=scale)
 
 
-def dequantize(q: Tensor, s: Tensor) -> Tensor:
-    """What `quantize` gave, multiplied back: float32 [.., n]."""
-    return q.float() * _spread(s, q.shape[-1], (), -1)
+def dequantize(q: Tensor, s: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `quantize` gave, multiplied back: [.., n]."""
+    return (q.float() * spread_scales(s, q.shape[-1])).to(dtype)
 
 
 def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
@@ -100,17 +100,17 @@ def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = 
         cut = [quantize_weight(part, scale) for part in weight.split(list(parts), dim=-2)]
         return torch.cat([q for q, _ in cut], -2), torch.cat([s for _, s in cut], -2)
     rows, columns = weight.shape[-2:]
-    padded = _padded(_padded(_without_gradient(weight).float(), -1), -2)
+    padded = pad_runs(pad_runs(without_gradient(weight).float(), -1), -2)
     blocks = padded.unflatten(-1, (-1, RUN)).unflatten(-3, (-1, RUN))
-    s = _scale_of(blocks.abs().amax((-1, -3)), scale)
+    s = scale_of(blocks.abs().amax((-1, -3)), scale)
     q = blocks / s.unsqueeze(-1).unsqueeze(-3)
     return q.flatten(-4, -3).flatten(-2)[..., :rows, :columns].to(E4M3), s
 
 
 def dequantize_weight(q: Tensor, s: Tensor, parts: Sequence[int] = ()) -> Tensor:
     """What `quantize_weight` gave, multiplied back: float32 [.., out, in]."""
-    rows = _spread(s, q.shape[-2], parts, -2)
-    return q.float() * _spread(rows, q.shape[-1], (), -1)
+    rows = spread_scales(s, q.shape[-2], parts, -2)
+    return q.float() * spread_scales(rows, q.shape[-1])
 
 
 def quantize_both(
@@ -144,7 +144,7 @@ def linear(
     q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, *, dtype: torch.dtype, parts: Sequence[int] = ()
 ) -> Tensor:
     """x W^T for quantized x [.., in] and W [out, in], which `parts` of rows make up: [.., out]."""
-    scales = _spread(ws, wq.shape[0], parts, 0).T
+    scales = spread_scales(ws, wq.shape[0], parts, 0).T
     y = _product(q.flatten(0, -2), s.flatten(0, -2), wq.T, scales)
     return y.to(dtype).view(*q.shape[:-1], wq.shape[0])
 
@@ -153,7 +153,7 @@ def linear_input_grad(
     q: Tensor, s: Tensor, wq: Tensor, ws: Tensor, *, dtype: torch.dtype, parts: Sequence[int] = ()
 ) -> Tensor:
     """dy W for quantized dy [.., out] and W [out, in]; `parts` of both along `out`: [.., in]."""
-    scales = _spread(ws, wq.shape[1], (), 1)
+    scales = spread_scales(ws, wq.shape[1], (), 1)
     dx = _product(q.flatten(0, -2), s.flatten(0, -2), wq, scales, parts)
     return dx.to(dtype).view(*q.shape[:-1], wq.shape[1])
 
@@ -238,10 +238,11 @@ def permute_quantized_local(
 # ---- pieces ---------------------------------------------------------------------------------
 
 
-def _scale_of(amax: Tensor, scale: str) -> Tensor:
+def scale_of(amax: Tensor, scale: str, largest: float = E4M3_MAX) -> Tensor:
+    """The scale of each run by its largest magnitude, which becomes at most `largest`."""
     # Torch on CUDA divides by a number as it multiplies by the number's reciprocal, with two
     # roundings where IEEE division has one; by a tensor it divides.
-    s = amax.clamp(min=LEAST_AMAX) / torch.full((), E4M3_MAX, device=amax.device)
+    s = amax.clamp(min=LEAST_AMAX) / torch.full((), largest, device=amax.device)
     if scale == "fp32":
         return s
     mantissa, exponent = torch.frexp(s)  # the mantissa is in [0.5, 1)
@@ -251,8 +252,8 @@ def _scale_of(amax: Tensor, scale: str) -> Tensor:
 
 def _columns(x: Tensor, scale: str) -> Quantized:
     """x [tokens, n] with a scale for each number of 128 tokens: [tiles, n, 128], [tiles, n]."""
-    tiles = _padded(x, 0).unflatten(0, (-1, RUN))
-    s = _scale_of(tiles.abs().amax(1), scale)
+    tiles = pad_runs(x, 0).unflatten(0, (-1, RUN))
+    s = scale_of(tiles.abs().amax(1), scale)
     return (tiles / s.unsqueeze(1)).to(E4M3).transpose(1, 2).contiguous(), s
 
 
@@ -300,7 +301,7 @@ def _row_by_row(
     expert = torch.searchsorted(offs, place, right=True)
     weights = wq.view(torch.uint8).index_select(0, expert).view(E4M3)
     x, w = _wide(q).unsqueeze(1), _wide(weights).mT
-    scales = _spread(ws[expert], wq.shape[1], parts, 1).mT
+    scales = spread_scales(ws[expert], wq.shape[1], parts, 1).mT
     total = torch.zeros(len(q), wq.shape[1], device=q.device)
     for i in range(s.shape[1]):
         run = slice(i * RUN, (i + 1) * RUN)
@@ -328,7 +329,7 @@ def _lengths(size: int, parts: Sequence[int]) -> list[int]:
     return [min(RUN, n - start) for n in parts or (size,) for start in range(0, n, RUN)]
 
 
-def _spread(s: Tensor, size: int, parts: Sequence[int], dim: int) -> Tensor:
+def spread_scales(s: Tensor, size: int, parts: Sequence[int] = (), dim: int = -1) -> Tensor:
     """The scale of each number along a dimension, from those of its runs."""
     if not parts:
         return s.repeat_interleave(RUN, dim=dim).narrow(dim, 0, size)
@@ -336,7 +337,7 @@ def _spread(s: Tensor, size: int, parts: Sequence[int], dim: int) -> Tensor:
     return s.repeat_interleave(lengths, dim=dim, output_size=size)
 
 
-def _padded(x: Tensor, dim: int) -> Tensor:
+def pad_runs(x: Tensor, dim: int) -> Tensor:
     """x with zeros up to a whole number of runs along a dimension."""
     missing = -x.shape[dim] % RUN
     if not missing:
@@ -360,7 +361,7 @@ def _of_each_expert(
     return torch.cat(found) if found else product(q, s, wq[0], ws[0])
 
 
-def _without_gradient(x: Tensor) -> Tensor:
+def without_gradient(x: Tensor) -> Tensor:
     """x; asking autograd for a gradient through it is an error instead of a wrong number."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _NoGradient.apply(x)  # type: ignore[no-any-return]

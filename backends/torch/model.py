@@ -65,7 +65,8 @@ def model_py(
         version=version,
         imports=imports,
         units=emit.units,
-        uses_fp8=_uses_fp8(compiled),
+        uses_e5m6=_uses(compiled, "e5m6"),
+        uses_fp8=_uses(compiled, "fp8", "quantize"),
         uses_extern=_uses_extern(compiled),
         uses_params=bool(re.search(rf"\b{PARAMS}\.", repr(facts))),
         kernels=kernels,
@@ -75,9 +76,11 @@ def model_py(
     )
 
 
-def _uses_fp8(compiled: Compiled) -> bool:
+def _uses(compiled: Compiled, *kinds: str) -> bool:
+    """Whether any operator's name has one of these in it."""
     graphs = (g for program in compiled.programs.values() for g in program.graphs.values())
-    return any("fp8" in op.kind for graph in graphs for op in graph.walk())
+    found = {op.kind for graph in graphs for op in graph.walk()}
+    return any(kind in one for kind in kinds for one in found)
 
 
 def _uses_extern(compiled: Compiled) -> bool:

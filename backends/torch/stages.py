@@ -92,6 +92,7 @@ def stages_py(
         spec=docstring(spec),
         version=version,
         kernels=kernels,
+        uses_e5m6=bool(re.search(r"\be5m6\.", text)),
         uses_fp8=bool(re.search(r"\bfp8\.", text)),
         uses_g=bool(re.search(r"\bG\.", text)),
         uses_torch="torch." in text,

@@ -103,6 +103,21 @@ def _rename(e: Emitter, op: Op) -> None:
     e.names.share(op.result, e.operand(op, 0))
 
 
+def _dequantize(e: Emitter, op: Op) -> None:
+    e.assign(op, f"fp8.dequantize({e.operands(op)}, dtype={_dtype(e, op)})")
+
+
+def _unpack_e5m6(e: Emitter, op: Op) -> None:
+    (into,) = dims_of(op.attrs["into"])
+    e.assign(op, f"e5m6.unpack({e.operands(op)}, {e.size(into)}, dtype={_dtype(e, op)})")
+
+
+def _dtype(e: Emitter, op: Op) -> str:
+    """That of an argument, which a model in another element type than the spec's has, too."""
+    like = (e.names[v] for v in e.graph.args if v.type.dtype == op.attrs["dtype"])
+    return next((f"{name}.dtype" for name in like), e.dtype(op.attrs["dtype"]))
+
+
 def _extern_grad(e: Emitter, op: Op) -> None:
     e.assign(op, f"E.{op.text('name')}.grad({e.operands(op)})")
 
@@ -112,6 +127,9 @@ GRADIENTS: Mapping[str, Emit] = {
     "fp8_linear_weight_grad": call_fp8("linear_weight_grad"),
     "fp8_grouped_linear_input_grad": call_fp8("grouped_linear_input_grad"),
     "fp8_grouped_linear_weight_grad": call_fp8("grouped_linear_weight_grad"),
+    "dequantize": _dequantize,
+    "pack_e5m6": call_f("pack", module="e5m6"),
+    "unpack_e5m6": _unpack_e5m6,
     "save": _save,
     "saved": _saved,
     "accumulate_grad": _accumulate_grad,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-BYTES = {"f8e4m3": 1, "bf16": 2, "f32": 4, "i32": 4, "i64": 8, "bool": 1}
+BYTES = {"u8": 1, "f8e4m3": 1, "bf16": 2, "f32": 4, "i32": 4, "i64": 8, "bool": 1}
 FLOATS = ("bf16", "f32")
 
 # Dimensions whose size is known only when a program runs.

@@ -17,6 +17,7 @@ from compiler.ops import (
     optimizer,
     pointwise,
     quantize,
+    saved,
     tensor,
 )
 from compiler.ops.base import Operator, Site, TypeMismatch
@@ -53,6 +54,9 @@ _ALL: tuple[type[Operator], ...] = (
     quantize.Requantize,
     quantize.QuantizeWeight,
     quantize.Fp8Weight,
+    saved.Dequantize,
+    saved.PackE5M6,
+    saved.UnpackE5M6,
     quantize.PermuteQuantized,
     quantize.Fp8Linear,
     quantize.Fp8LinearInputGrad,

@@ -19,10 +19,10 @@ CONVENTIONS = (
     " are cut into equal slices over all ranks that hold the weight, which may need some padding."
     " Weights of FP8 products have a"
     " copy in FP8 with its scales, made once in a step.",
-    "Activations are those that the graphs of the training program save; the rest is"
-    " recomputed (`dslc explain recompute`). Where products are FP8, what is saved on the way"
-    " through routed experts counts as FP8, and the result of attention as 12 bits. They are saved"
-    " for as many micro-batches as a stage has in flight at most.",
+    "Activations are those that the graphs of the training program save, in the formats in which"
+    " they do; the rest is recomputed (`dslc explain recompute`). They are saved for as many"
+    " micro-batches as a stage has in flight at most. Messages between stages count until they"
+    " are sent or read.",
     "Working memory is one block at its largest while it runs backward: all its values and as many"
     " gradients. Buffers of libraries and fragmentation are not counted.",
     "FLOPs are three times those of the forward pass, without recomputation. Experts are"

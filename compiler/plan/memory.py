@@ -11,6 +11,8 @@ from compiler.ops.quantize import runs
 from compiler.parallel.layout import Layout, Unit
 from compiler.plan.placement import Bucket, Placed, buckets
 from compiler.plan.saved import Activations
+from compiler.plan.schedule import Schedule
+from compiler.plan.transfers import most_held
 from dsl.source import Span
 
 # Sums over micro-batches are kept in FP32 (report, section 3.3.2).
@@ -76,15 +78,27 @@ def rank_memory(
     layout: Layout,
     placed: Sequence[Placed],
     saved: Mapping[range, Activations],
+    order: Schedule,
+    message: int,
     pipeline: int,
 ) -> RankMemory:
-    """The memory of the ranks at `pipeline`; `saved` is by the operators of a unit."""
+    """The memory of the ranks at `pipeline`; `saved` is by the operators of a unit.
+
+    `order` is the schedule with its messages, of so many bytes each.
+    """
     own = [one for one in placed if pipeline in one.pipelines]
     uses = [use for one in own for use in _weight_uses(one)]
     uses += [use for one in buckets(own) for use in _state_uses(one, layout.zero)]
+    kept: dict[int, int] = {}
     for stage in layout.stages_of(pipeline):
-        uses += _activation_uses(layout, stage, saved)
+        found = list(_activation_uses(layout, stage, saved))
+        kept[stage] = sum(use.bytes for use in found) // layout.in_flight(stage)
+        uses += found
     held = [unit for s in layout.stages_of(pipeline) for unit in layout.stages[s].units]
+    without = sum(layout.in_flight(stage) * size for stage, size in kept.items())
+    waiting = max(0, most_held(order, pipeline, kept, message) - without)
+    span = saved[held[0].ops].working.span
+    uses.append(Use(Kind.ACTIVATIONS, "messages between stages", waiting, held[0].layer, span))
     uses.append(_working_use(held, saved))
     parameters = sum(one.on_rank for one in own)
     return RankMemory(pipeline, parameters, tuple(use for use in uses if use.bytes))
@@ -138,11 +152,15 @@ def _activation_uses(
     units: dict[range, list[Unit]] = {}
     for unit in layout.stages[stage].units:
         units.setdefault(unit.ops, []).append(unit)
+    counted: set[str] = set()
     for ops, equal in units.items():
         for one in saved[ops].saved:
-            name = f"%{one.name} of {one.block}, {_counted(equal)} x {times} micro-batches"
-            size = len(equal) * times * one.bytes
-            yield Use(Kind.ACTIVATIONS, name, size, equal[0].layer, one.span)
+            if one.shared in counted:
+                continue
+            own = equal[:1] if one.shared else equal
+            name = f"%{one.name} of {one.block}, {_counted(own)} x {times} micro-batches"
+            yield Use(Kind.ACTIVATIONS, name, len(own) * times * one.bytes, own[0].layer, one.span)
+            counted |= {one.shared} - {""}
 
 
 def _counted(equal: Sequence[Unit]) -> str:

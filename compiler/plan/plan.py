@@ -10,13 +10,16 @@ from compiler.graph.core import Program
 from compiler.graph.types import FLOATS
 from compiler.parallel.layout import Layout, Unit, placement, units
 from compiler.parallel.mesh import Mesh
+from compiler.plan.arrived import spread
 from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
+from compiler.plan.ramp import longest, rounds
 from compiler.plan.saved import Activations, activations
 from compiler.plan.schedule import schedule
 from compiler.plan.simulate import ChunkCosts, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
 from compiler.plan.traffic import ExpertTraffic, Sent, exchanges, sent
+from compiler.plan.transfers import with_transfers
 from compiler.plan.weights import weights_of
 from dsl.schema import Cluster, Parallel, Schedule
 
@@ -176,18 +179,24 @@ class Planner:
         costs = self._of_a_micro_batch(parallel.micro_batch, parallel.sequence_length)
         around = {ops: exchanges(self.program, unit, layout) for ops, unit in self.kinds.items()}
         tokens = parallel.micro_batch * parallel.sequence_length
+        saved = {
+            ops: spread(one, around[ops], layout.mesh, tokens) for ops, one in costs.saved.items()
+        }
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
+        stages, ways = layout.mesh.pipeline, len(layout.placement)
+        count = rounds(layout.micro_batches, ways, longest(stages))[0]
+        order = with_transfers(schedule(layout.schedule, stages, count))
         ranks = tuple(
             Rank(
-                rank_memory(layout, placed, costs.saved, at),
+                rank_memory(layout, placed, saved, order, boundary, at),
                 _step_flops(layout, costs.flops, at),
                 sent(layout, placed, around, boundary, tokens, at),
             )
             for at in range(parallel.pipeline)
         )
         found = tuple(dict.fromkeys(one for every in around.values() for one in every))
-        stages = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
-        slowest = max(stages, key=lambda one: one.total)
+        forward = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
+        slowest = max(forward, key=lambda one: one.total)
         return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest)
 
     def _of_a_micro_batch(self, size: int, length: int) -> _Costs:

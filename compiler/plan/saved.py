@@ -1,30 +1,21 @@
 """What the backward pass needs of the forward pass: the saved activations.
 
-Which values these are, the operators `save` of the training program say; the passes `differentiate`
-and `recompute` decide. Where their products are FP8, they are saved in the formats of the
-DeepSeek-V3 report, sections 3.2.3 and 3.3.3.
+Which values these are, and in which formats, the operators `save` of the training program say; the
+passes `differentiate`, `recompute`, `place_fp8` and `encode_saved` decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
-from compiler.graph.types import BYTES
 from compiler.ops import OPS
-from compiler.ops.attention import Attention
 from compiler.ops.moe import Experts
 from compiler.ops.quantize import CASTS
 from compiler.parallel.layout import Unit
 from dsl.source import Span
-
-# Bytes of so many elements, scales of 4 bytes for each 128 included: FP8, and the 12 bits of the
-# input of the projection behind attention.
-TILE = 128
-FP8_BYTES = (TILE + 4, TILE)
-E5M6_BYTES = (TILE * 3 // 2 + 4, TILE)
 
 Sizes = Mapping[str, int]
 
@@ -33,13 +24,17 @@ Sizes = Mapping[str, int]
 class SavedValue:
     """A value that stays until its backward pass: `bytes` for one micro-batch.
 
-    `span` is the equation that made it; `block` the graph that holds it.
+    `span` is the equation that made it; `block` the graph that holds it. `shared` is the value of
+    the outermost block that all layers get as it; `expert_weights` says that it is the weights of
+    the experts that tokens go to, which come along with them to other ranks.
     """
 
     name: str
     block: str
     bytes: int
     span: Span | None
+    shared: str = ""
+    expert_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +71,21 @@ class _Walk:
         self._program = program
         self.saved: list[SavedValue] = []
         self.largest = SavedValue("", "", 0, None)
+        main = program.main
+        self._outermost = {*main.args, *(v for op in main.ops for v in op.results)}
 
-    def block(self, graph: Graph, ops: Sequence[Op], sizes: dict[str, int], times: int = 1) -> None:
-        """Adds what `ops`, all or some of a graph, save when they run `times` times."""
+    def block(
+        self,
+        graph: Graph,
+        ops: Sequence[Op],
+        sizes: dict[str, int],
+        times: int = 1,
+        shared: Mapping[str, str] | None = None,
+    ) -> None:
+        """Adds what `ops`, all or some of a graph, save when they run `times` times.
+
+        `shared` are the arguments that all layers get, by name.
+        """
         made: dict[str, tuple[Value, Op]] = {}
         size = self._visit(graph, ops, sizes, times, made)
         # While a block runs backward, its values are there and as many gradients.
@@ -94,12 +101,16 @@ class _Walk:
             named = []  # parts of the outermost block are graphs of their own
         else:
             named = [(v.name, v) for v in graph.saved]
+        weights = set(self._weights(graph))
         for name, value in named:
             op = made[name][1] if name in made else None
             span = op.spans[0] if op and op.spans else graph.span
-            per, of = _format(value, op, graph)
-            count = times * value.type.count(sizes)
-            self.saved.append(SavedValue(name, graph.name, -(-count * per // of), span))
+            self.saved.append(
+                SavedValue(
+                    name, graph.name, times * value.type.bytes(sizes), span,
+                    (shared or {}).get(name, ""), name in weights,
+                )
+            )  # fmt: skip
 
     def _visit(
         self,
@@ -116,29 +127,28 @@ class _Walk:
             sizes.update(OPS[op.kind].sizes(site, sizes))
             if op.kind == "call":
                 callee = self._program.graphs[op.text("callee")]
-                self.block(callee, callee.ops, sizes_inside(callee, op, sizes), times)
+                given = zip(callee.args, op.operands, strict=True)
+                shared = {arg.name: v.name for arg, v in given if v in self._outermost}
+                self.block(callee, callee.ops, sizes_inside(callee, op, sizes), times, shared)
             again = op.number("count") if op.kind == "repeat" else 1
             for region in op.regions:
                 if op.kind == "experts":  # all of them are counted together
                     sizes.update(Experts.inner_sizes(site, sizes))
                 total += self._visit(graph, region.ops, sizes, times * again, made)
             made |= {v.name: (v, op) for v in op.results}
-            # A quantized copy is there for the product that reads it, and gone.
-            if not (OPS[op.kind].view or op.kind in CASTS or op.regions):
+            # A quantized copy is there for the product that reads it, or for long.
+            if not (OPS[op.kind].view or op.kind in (*CASTS, "pack_e5m6") or op.regions):
                 # What has no run-time dimension is the gradient of a weight, counted elsewhere.
                 made_of = (v.type for v in op.results if any(d.size is None for d in v.type.dims))
                 total += sum(type.bytes(sizes) for type in made_of)
         return total
 
-
-def _format(value: Value, op: Op | None, graph: Graph) -> tuple[int, int]:
-    """Bytes of a number of elements of a saved value that `op` made."""
-    if value.type.dtype == "bf16":
-        readers = {o.kind for o in graph.walk() if value in o.operands}
-        routed = value.type.dims[0].name in ("slot", "token") and "unpermute" not in readers
-        if routed and any(w.fp8 for name, w in graph.weights.items() if "*" in name):
-            return FP8_BYTES
-        attended = op is not None and issubclass(OPS[op.kind], Attention)
-        if attended and any(w.fp8 for w in graph.weights.values()):
-            return E5M6_BYTES
-    return BYTES[value.type.dtype], 1
+    def _weights(self, graph: Graph) -> Iterator[str]:
+        """Saved values that are read as weights of experts, and for nothing else."""
+        backward = self._program.backward_of(graph.name)
+        if backward is None:
+            return
+        for value, saved in zip(backward.ops[0].results, graph.saved, strict=True):
+            readers = [op for op in backward.walk() if value in op.operands]
+            if all(op.kind == "unpermute_grad" and op.operands[-1] is value for op in readers):
+                yield saved.name

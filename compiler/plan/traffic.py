@@ -8,10 +8,10 @@ from fractions import Fraction
 
 from compiler.graph.core import Graph, Op, Program, walk
 from compiler.graph.types import BYTES, Type
+from compiler.ops.quantize import runs
 from compiler.parallel.layout import Layout, Unit, router_of
-from compiler.plan.memory import GRADIENT_BYTES
+from compiler.plan.memory import GRADIENT_BYTES, SCALE_BYTES
 from compiler.plan.placement import Placed, buckets
-from compiler.plan.saved import FP8_BYTES, TILE
 
 # Why ranks send, in the order in which tables list it.
 # What says how many tokens a rank gets, and the number of an expert (`runtime/exchange.py`).
@@ -37,6 +37,10 @@ class ExpertTraffic:
     combine: int
     weights: int
     choices: int
+
+    def ranks(self, inside: int) -> int:
+        """To how many ranks a token goes, `inside` of which are on a node."""
+        return self.nodes * min(-(-self.k // self.nodes), inside)
 
     @property
     def ways(self) -> Mapping[str, int]:
@@ -96,7 +100,7 @@ def token_bytes(tokens: Type, *, fp8: bool) -> int:
     hidden = tokens.last.size or 0
     if not fp8 or tokens.dtype != "bf16":
         return hidden * BYTES[tokens.dtype]
-    return hidden + (FP8_BYTES[0] - TILE) * -(-hidden // TILE)
+    return hidden + SCALE_BYTES * runs(hidden)
 
 
 def sent(
@@ -147,8 +151,7 @@ def _experts(
         for one in every:
             size = one.ways[purpose]
             far += size * one.nodes * Fraction(nodes - 1, nodes)
-            ranks = one.nodes * min(-(-one.k // one.nodes), inside)
-            near += size * ranks * Fraction(inside - 1, inside)
+            near += size * one.ranks(inside) * Fraction(inside - 1, inside)
         calls = times * len(every)
         yield Sent(
             purpose,

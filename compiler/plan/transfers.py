@@ -10,7 +10,7 @@ order: no order of this kind can deadlock. Compare NVIDIA/nccl#784, pytorch/pyto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
@@ -69,3 +69,24 @@ def _row(
 
 def _transfer(message: Message, number: int, rank: int) -> Entry:
     return Send(number) if message.sender == rank else Receive(number)
+
+
+def most_held(given: Schedule, rank: int, saved: Mapping[int, int], message: int) -> int:
+    """The most bytes that a rank holds between two entries of its row.
+
+    `saved` are those that a stage saves of a micro-batch, until its gradients are done; `message`
+    those of a message, from when it was made until it is sent, or received until it is read: what a
+    stage received is part of what it saves.
+    """
+    now = most = 0
+    arriving = {one.key for one in given.messages if one.receiver == rank}
+    for entry in given.rows[rank]:
+        if isinstance(entry, tuple):
+            for chunk in entry:
+                now += message * ((given.message(chunk) is not None) - (chunk.reads in arriving))
+                now += saved[chunk.stage] * ((chunk.kind == "F") - (chunk.kind in "BW"))
+                most = max(most, now)
+        else:
+            now += message if isinstance(entry, Receive) else -message
+            most = max(most, now)
+    return most

@@ -14,7 +14,7 @@ from dsl.schema.sections import (
     json_schema,
 )
 from dsl.schema.traffic import Traffic
-from dsl.schema.train import Loss, Phase, Schedule, Train, constant
+from dsl.schema.train import Loss, Phase, SavedFormats, Schedule, Train, constant
 from dsl.schema.validate import read_validated, validate, validate_file
 from dsl.schema.values import BlockUse, Loc, text_of
 
@@ -33,6 +33,7 @@ __all__ = [
     "Parallel",
     "Phase",
     "Precision",
+    "SavedFormats",
     "Schedule",
     "SequenceLimits",
     "Spec",

@@ -175,6 +175,17 @@ class FillInTheMiddle(Section):
     end: Annotated[int, Number("end")] = Field(description="The token before the middle")
 
 
+class SavedFormats(Section):
+    """Formats in which activations are saved for the backward pass; without one as computed."""
+
+    attention: Annotated[Literal["e5m6"] | None, choice("e5m6")] = Field(
+        None, description="e5m6: results of attention in 12 bits (report, 3.3.3)"
+    )
+    experts: Annotated[Literal["fp8"] | None, choice("fp8")] = Field(
+        None, description="fp8: inputs of the activation of routed experts in FP8 (report, 3.3.3)"
+    )
+
+
 class Train(Section):
     """How the model is initialized and trained."""
 
@@ -219,4 +230,8 @@ class Train(Section):
         description="What all layers together may save of one token for the backward pass, in "
         "bytes; the rest is recomputed. Without it norms, pointwise functions and the "
         "up-projections of latents are",
+    )
+    saved_formats: SavedFormats = Field(
+        default_factory=SavedFormats,
+        description="Formats in which some activations are saved for the backward pass",
     )

@@ -29,8 +29,8 @@ PURPOSES = ("pipeline", "dispatch", "combine")
 
 NOTES = (
     "A step of the largest batch, with torch's fake process group and tensors without values, and "
-    "experts in balance. Activations: the most between two entries of the row; the plan counts "
-    "some in FP8 or 12 bits that programs keep in bfloat16, and what a chunk takes inside apart.",
+    "experts in balance. Activations: the most between two entries of the row, with messages on "
+    "their way; the plan counts what a chunk takes inside apart.",
 )
 
 

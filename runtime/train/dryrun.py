@@ -245,7 +245,7 @@ class Replay(Execution):
         loss: StageLoss = known.made
         like = [(t.shape, t.dtype) for t in loss.sent]
         self.saved[place] = Chunked(self.arrived.pop(chunk, ()), (), like, None)
-        self._leave(Chunk("F", chunk.stage + 1, chunk.batch), loss.sent)
+        self._leave_like(Chunk("F", chunk.stage + 1, chunk.batch), loss.sent)
         return loss
 
     def backward(self, chunk: Chunk, share: float) -> None:
@@ -262,7 +262,13 @@ class Replay(Execution):
         self.recorder.now -= self.known["F", chunk.stage].kept
         self.saved.pop((chunk.stage, chunk.batch))
         self.arrived.pop(("B", *chunk[1:]), None)
-        self._leave(reader, known.made)
+        self._leave_like(reader, known.made)
+
+    def _leave_like(self, reader: Chunk, tensors: Sequence[Tensor]) -> None:
+        """Tensors that were not computed; what is sent is held until then."""
+        if reader in self.numbers:
+            tensors = [torch.empty_like(tensor) for tensor in tensors]
+        self._leave(reader, tensors)
 
     @contextmanager
     def _executed(self, known: Chunks) -> Iterator[None]:

@@ -199,8 +199,9 @@ def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
         return "block"
     if hasattr(inner, "model_fields"):
         return "list of sections" if schema.get("type") == "array" else "section"
-    if "enum" in schema:
-        return " or ".join(f"`{word}`" for word in schema["enum"])
+    one = [each["const"] for each in schema.get("anyOf", ()) if "const" in each]
+    if words := schema.get("enum", one):
+        return " or ".join(f"`{word}`" for word in words)
     if schema.get("type") == "array":
         return "list of text"
     if schema.get("type") == "object":

@@ -53,19 +53,17 @@ def sums(found: Any) -> Sent:
 
 @pytest.mark.parametrize("rank", [0, 2047])
 def test_ranks_of_2048_hold_and_send_what_is_planned(dslc: Run, rank: int) -> None:
-    """What differs has its reason in the notes of the command."""
+    """All but the tokens of a step, of which the plan counts those in flight."""
     found = record(dslc, "deepseek_v3", "--rank", str(rank))
     memory, sent = found["planned"]["memory_bytes"], found["sent"]
     assert (found["pipeline"], found["micro_batches"]) == (rank // 128, 120)
     for name in ("weights", "fp8_copies", "gradients"):
         assert found[name] == memory[name], name
     assert found["optimizer"] == memory["master_weights"] + memory["moments"]
-    # 12 bits and a scale of 4 bytes for 128 of the results of attention, in 4 layers of 16 micro-
-    # batches and 2 of one; FP8 with such scales of the inputs of the experts' SwiGLU, in 16 + 2.
-    attended, rows = 4096 * 128 * 128, 8 * 4096 * 2 * 2048
-    wider = attended * (16 - 12.25) / 8 * (4 * 16 + 2) + rows * (16 - 8.25) / 8 * (16 + 2)
-    rest = found["activations"] - memory["activations"] - wider
-    assert 0 <= rest < 0.002 * memory["activations"]
+    # And loads of experts and sums of losses: less than 0.1 MB.
+    tokens, in_flight = 120 * 4097 * 8, 16 * 4096 * 8
+    rest = found["activations"] - memory["activations"] - tokens
+    assert -in_flight <= rest < 100_000
     assert sums(found) == planned(found)
     # Around rings of 256 ranks, and of 4 for experts.
     assert sent["gradients"]["messages"] == sent["parameters"]["messages"] == 255 + 3

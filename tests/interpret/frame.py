@@ -14,6 +14,7 @@ from tests.interpret.comm import Rank
 from tests.interpret.operators import RUN
 
 DTYPES = {
+    "u8": torch.uint8,
     "f8e4m3": torch.float8_e4m3fn,
     "bf16": torch.bfloat16,
     "f32": torch.float32,

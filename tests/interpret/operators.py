@@ -16,7 +16,7 @@ from compiler.ops.gradient import POINTWISE_GRADS, ones_of
 from compiler.ops.mask import as_python
 from compiler.ops.mask import parse as parse_mask
 from compiler.ops.pointwise import POINTWISE
-from runtime import fp8
+from runtime import e5m6, fp8
 from runtime import functional as F
 from runtime import gradients as G
 from runtime.extern import Extern
@@ -188,6 +188,11 @@ def _fp8_weight(f: Frame, op: Op) -> Sequence[Tensor]:
     scale = op.text("scale")
     parts = [fp8.quantize_weight(f.weight(s), scale) for s in op.symbols]
     return [torch.cat([q for q, _ in parts], -2), torch.cat([s for _, s in parts], -2)]
+
+
+def _unpack_e5m6(f: Frame, op: Op, packed: Tensor, s: Tensor) -> Tensor:
+    (size,) = _dims(op, "into")
+    return e5m6.unpack(packed, s, size, dtype=f.torch_dtype(op.text("dtype")))
 
 
 def _permute(f: Frame, op: Op, x: Tensor, route: Tensor) -> Sequence[Tensor]:
@@ -393,6 +398,9 @@ RUN: dict[str, Run] = {
     "rms_norm_quantize": _fp8("rms_norm_quantize", "eps", "scale"),
     "swiglu_quantize": _fp8("swiglu_quantize", "scale"),
     "requantize": _fp8("requantize", "scale"),
+    "dequantize": _fp8("dequantize"),
+    "pack_e5m6": lambda f, op, x: e5m6.pack(x),
+    "unpack_e5m6": _unpack_e5m6,
     "fp8_weight": _fp8_weight,
     "quantize_weight": lambda f, op: [],  # the copy follows from the weight here
     "permute_quantized": _permute_quantized,

@@ -323,6 +323,9 @@ def _fp8_products(
     scale, dtype = m.draw(st.sampled_from(SCALES)), "bf16"
     m.plain("quantize", x, scale=scale, parts=())
     quantized = m.pool[-2:]
+    m.plain("dequantize", *quantized, dtype=dtype)
+    m.plain("pack_e5m6", x)
+    m.plain("unpack_e5m6", *m.pool[-2:], into=dims_attr(x.type.last), dtype=dtype)
     m.plain("requantize", *quantized, *ends, scale=scale)
     columns = m.pool[-2:]
     m.plain("fp8_weight", symbols=symbols, scale=scale, experts=experts)

@@ -68,6 +68,41 @@ def test_a_step_on_other_meshes(name: str, mesh: Mesh, batches: int) -> None:
     check_step(name, mesh, batches, "train.document_mask=true", "params.window=3")
 
 
+FORMATS = "train.saved_formats={attention: e5m6, experts: fp8}"
+NO_MTP = "architecture.mtp.depth=0"
+
+
+@pytest.mark.slow
+def test_a_step_with_saved_formats() -> None:
+    """Rows are encoded by themselves, on whatever rank they are."""
+    check_step("1f1b", Mesh(1, 1, 2, 2), 2, FORMATS, NO_MTP)
+
+
+@pytest.mark.slow
+def test_a_step_in_fp8() -> None:
+    """A pipeline computes each micro-batch with the bits of one stage; their sums differ in order.
+
+    Where experts are on several ranks, tiles of tokens are of other tokens, and so are their bits.
+    """
+    of, batches = description("precision.policy=fp8_blockwise", FORMATS, NO_MTP), 4
+    found = {}
+    for name, ranks in (("1f1b", 1), ("dualpipe", 2)):
+        where = replace(layout(Mesh(ranks, 1, 1, 1), of, schedule=name),
+                        micro_batches=batches)  # fmt: skip
+        programs = rank_programs(of, where)
+        ends = [end_of(of, where, i, program) for i, program in enumerate(programs)]
+        whole = after(of, "train", "simplify")
+        weights = random_weights(whole, dtype=torch.float64)
+        inputs = [
+            random_inputs(whole, {"batch": 1, "seq": SEQ}, seed=n, dtype=torch.float64)
+            for n in range(batches)
+        ]
+        order = with_transfers(schedule(name, ranks, batches))
+        found[ranks] = train_step(where, order, programs, ends, inputs, weights)
+    for key, expected in found[1].items():
+        torch.testing.assert_close(found[2][key], expected, rtol=1e-10, atol=1e-12, msg=key)
+
+
 @pytest.mark.slow
 def test_a_stage_that_is_not_summed_over_its_mirror_is_noticed(
     monkeypatch: pytest.MonkeyPatch,

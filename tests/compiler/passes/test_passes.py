@@ -42,10 +42,15 @@ SHOWN = {
     "place_fp8": ("forward", "simplify", "DeepSeekMoE"),
     "fuse_layout": ("train", "place_fp8", "MLA_backward"),
     "fuse_casts": ("train", "fuse_layout", "SwiGLU_128_backward"),
+    "encode_saved": ("train", "fuse_casts", "MLA_backward"),
 }
 # What a pass needs of the spec to do anything.
 FP8 = ["precision.policy=fp8_blockwise"]
-NEEDS = {"place_fp8": FP8, "fuse_casts": [*FP8, "params.moe_intermediate_size=128"]}
+NEEDS = {
+    "place_fp8": FP8,
+    "fuse_casts": [*FP8, "params.moe_intermediate_size=128"],
+    "encode_saved": ["train.saved_formats.attention=e5m6"],
+}
 
 
 def test_every_pass_is_shown() -> None:

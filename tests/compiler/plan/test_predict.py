@@ -57,11 +57,14 @@ def test_v3_takes_as_long_as_published_by_published_rates() -> None:
 
 @pytest.mark.slow
 def test_a_pair_of_v3_takes_as_long_as_in_the_published_profile() -> None:
-    """129 ms (deepseek-ai/profile-data, train.json), of four layers forward and four backward."""
+    """129 ms (deepseek-ai/profile-data, train.json), of four layers forward and four backward.
+
+    Here 2 % more go to operators of their own that encode and decode saved activations.
+    """
     prediction = v3()[1]
     order = schedule("dualpipe", 16, 120)
     pair = next(step for step in order.steps(1) if len(step) > 1)
-    assert prediction.times.of(pair) == pytest.approx(0.129, rel=0.05)
+    assert prediction.times.of(pair) == pytest.approx(0.129, rel=0.07)
     # On every rank, what it does and waits for is the step.
     for rank in range(16):
         one = prediction.phases(rank)
