@@ -147,13 +147,15 @@ def need_scores(site: Site, operands: int, q: Type) -> None:
     that `also` names of other types than they have for queries q, of whom there are `operands`
     without them."""
     names = site.texts("also") if "also" in site.attrs else ()
-    if names != tuple(name for name in ALSO if name in names) or ("also" in site.attrs) > len(
-        names
-    ):
+    ordered = tuple(name for name in ALSO if name in names)
+    if names != ordered or ("also" in site.attrs and not names):
         raise TypeMismatch(f"attention takes {', '.join(ALSO)} besides, in order, not {names}")
     if (count := len(site.types)) != operands + len(names):
+        raise TypeMismatch(f"attention takes {operands + len(names)} tensors, got {count}")
+    if "selected" in names and (both := {"window", "mask"} & site.attrs.keys()):
         raise TypeMismatch(
-            f"attention takes {operands + len(names)} tensors, got {len(site.types)}"
+            f"attention takes selected keys or a {sorted(both)[0]}, not both: a query might see no key",
+            help="let what selects the keys leave out those that a query shall not see",
         )
     for i, (name, type) in enumerate(also_types(site).items(), operands):
         if name == "sinks":

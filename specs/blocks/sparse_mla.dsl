@@ -1,8 +1,8 @@
 block SparseMLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, seq, hidden_size]:
   """Latent attention to the keys that a lightning indexer selects: DeepSeek-V3.2 report, section 2.1, equations 1, 2 and 4.
 
-  The indexer learns from attention alone, and attention from the loss alone: `detach` keeps them
-  apart. With indexer_loss_weight 0 it is not trained, and needs weights that are.
+  The indexer learns from attention alone, and attention from the loss of the text alone:
+  `detach` keeps them apart. With indexer_loss_weight 0 the indexer is not trained.
   """
   params hidden_size, num_attention_heads, kv_lora_rank, q_lora_rank
   params qk_nope_head_dim, qk_rope_head_dim, v_head_dim

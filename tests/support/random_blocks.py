@@ -176,6 +176,8 @@ def attention(draw: st.DrawFn) -> str:
         "sinks = parameter(heads, name = sink.p, init = 0.5)", "selected = selected",
     ])  # fmt: skip
     chosen = draw(st.lists(given, unique=True))
+    if "selected = selected" in chosen:  # which goes with neither
+        chosen = [one for one in chosen if not one.startswith(("window", "mask"))]
     scores = "".join(f", {one}" for one in chosen)
     turn = draw(st.sampled_from(["rotate", "rotate_halves"]))
     lines = [

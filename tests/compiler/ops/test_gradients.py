@@ -168,16 +168,17 @@ def _attention(d: Draw) -> Example:
     kv_heads, k, v = d.dim("kv_heads", 1, 3), d.dim("k"), d.dim("v")
     heads = d.choice(kv_heads, Dim("heads", 2 * (kv_heads.size or 0)))
     operands = [d.tokens(heads, k), d.tokens(kv_heads, k), d.tokens(kv_heads, v)]
-    attrs, also = _scores(d), _also(d, heads)
+    attrs = _scores(d)
+    also = _also(d, heads, not attrs.keys() & {"window", "mask"})
     if also:
         attrs["also"] = tuple(also)
     return Example("attention", [*operands, *also.values()], attrs=attrs)
 
 
-def _also(d: Draw, heads: Dim) -> dict[str, tuple[Type, Tensor]]:
+def _also(d: Draw, heads: Dim, select: bool) -> dict[str, tuple[Type, Tensor]]:
     """Each query selects itself and a key before it, which may be itself; or none, -1."""
     found = {}
-    if d.choice(False, True):
+    if select and d.choice(False, True):
         own = torch.arange(d.seq).expand(d.batch, d.seq)
         other = (torch.rand(own.shape, generator=d.generator) * (own + 2)).long() - 1
         type = Type("i64", (BATCH, SEQ, Dim("n", 2)))

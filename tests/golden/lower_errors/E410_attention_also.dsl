@@ -11,4 +11,6 @@ block Example(x: [batch, seq, hidden_size]) -> [batch, seq, hidden_size]:
   chosen = lightning_indexer(index, key, weight, topk = heads)
   a = attention(q, q, q, scale = 1, sinks = sink)
   b = attention(q, q, q, scale = 1, selected = x)
+  shares = linear(x, to = heads, name = shares_proj)
+  c = attention(q, q, q, scale = 1, selected = lightning_indexer(q, key, shares, topk = heads), window = 3)
   return flatten(a + b, heads, width)
