@@ -144,26 +144,7 @@ def also_types(site: Site) -> dict[str, Type]:
 
 def need_scores(site: Site, operands: int, q: Type) -> None:
     """Raises `TypeMismatch` for values of `SCORES` that no attention can have, and for operands
-    that `also` names of other types than they have for queries q, of whom there are `operands`
-    without them."""
-    names = site.texts("also") if "also" in site.attrs else ()
-    ordered = tuple(name for name in ALSO if name in names)
-    if names != ordered or ("also" in site.attrs and not names):
-        raise TypeMismatch(f"attention takes {', '.join(ALSO)} besides, in order, not {names}")
-    if (count := len(site.types)) != operands + len(names):
-        raise TypeMismatch(f"attention takes {operands + len(names)} tensors, got {count}")
-    if "selected" in names and (both := {"window", "mask"} & site.attrs.keys()):
-        raise TypeMismatch(
-            f"attention takes selected keys or a {sorted(both)[0]}, not both: a query might see no key",
-            help="let what selects the keys leave out those that a query shall not see",
-        )
-    for i, (name, type) in enumerate(also_types(site).items(), operands):
-        if name == "sinks":
-            need_float("attention", type, i)
-            if type.dims != q.dims[2:3]:
-                raise TypeMismatch(f"attention needs a sink for {q.dims[2].words}, got {type}", i)
-        elif type.dtype != "i64" or type.dims[:-1] != q.dims[:2] or not type.last.size:
-            raise TypeMismatch(f"attention needs selected keys i64[batch, seq, n], got {type}", i)
+    behind the first `operands` that do not go with queries q."""
     if not 1 <= site.attrs.get("window", 1) < 2**31:  # type: ignore[operator]
         raise TypeMismatch(
             f"attention needs a window of 1 to 2**31 - 1 tokens, got {site.number('window')}",
@@ -176,6 +157,28 @@ def need_scores(site: Site, operands: int, q: Type) -> None:
         )
     if "mask" in site.attrs:
         mask.parse(site.text("mask"))
+    _need_also(site, operands, q)
+
+
+def _need_also(site: Site, operands: int, q: Type) -> None:
+    names = site.texts("also") if "also" in site.attrs else ()
+    ordered = tuple(name for name in ALSO if name in names)
+    if names != ordered or ("also" in site.attrs and not names):
+        raise TypeMismatch(f"attention takes {', '.join(ALSO)} besides, in order, not {names}")
+    if (count := len(site.types)) != operands + len(names):
+        raise TypeMismatch(f"attention takes {operands + len(names)} tensors, got {count}")
+    if "selected" in names and (both := {"window", "mask"} & site.attrs.keys()):
+        raise TypeMismatch(
+            f"selected keys do not go with a {min(both)}: a query might see no key",
+            help="let what selects the keys leave out those that a query shall not see",
+        )
+    for i, (name, type) in enumerate(also_types(site).items(), operands):
+        if name == "sinks":
+            need_float("attention", type, i)
+            if type.dims != q.dims[2:3]:
+                raise TypeMismatch(f"attention needs a sink for {q.dims[2].words}, got {type}", i)
+        elif type.dtype != "i64" or type.dims[:-1] != q.dims[:2] or not type.last.size:
+            raise TypeMismatch(f"attention needs selected keys i64[batch, seq, n], got {type}", i)
 
 
 def seen_pairs(site: Site, sizes: Mapping[str, int], queries: Dim, keys: Dim) -> int:
@@ -215,11 +218,11 @@ class Attention(Operator):
         if len(site.types) < len(cls.operands):
             raise TypeMismatch(f"{cls.kind} takes {', '.join(cls.operands)}")
         q, k, v = site.types[:3]
-        need_scores(site, len(cls.operands), q)
         for i, x in enumerate((q, k, v)):
             need_float(cls.kind, x, i)
             if len(x.dims) != QK_RANK:
                 raise TypeMismatch(f"attention needs [batch, seq, heads, dim], got {x.words}", i)
+        need_scores(site, len(cls.operands), q)
         if q.last != k.last:
             raise TypeMismatch(
                 f"attention needs equal q and k: {q.last.words} does not meet {k.last.words}", 1
