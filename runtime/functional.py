@@ -218,6 +218,15 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of the pairs (i, i + dim / 2), as GPT-NeoX has them."""
+    if x.dim() > cos.dim():
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    first, second = wide(x).chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.to(x.dtype)
+
+
 def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` of the last numbers of each head of x [batch, seq, heads, d]; the rest stays."""
     before, last = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], -1)
@@ -239,6 +248,8 @@ def attention(
     window: int | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention, eq. 10: [batch, query, heads, v_dim].
 
@@ -246,12 +257,14 @@ def attention(
     The last query sees every key, so a longer `k` continues a cached sequence. With fewer
     kv_heads than heads, each serves heads / kv_heads neighbours. `scale` multiplies `q . k`.
     `window`, `mask` and `softcap` are those of `visible` and `capped`; keys count from 0.
+    `selected` int64 [batch, query, n] are the keys that a query may see, -1 for none; `sinks`
+    [heads] are scores without a value, whose exponentials are in the sum that each head divides by.
     Raises ValueError when there are more queries than keys.
     """
     first = first_key(q.shape[1], k.shape[1], window)
-    seen = attention_mask(q.shape[1], k.shape[1], q.device, window, mask)
+    seen = attention_mask(q.shape[1], k.shape[1], q.device, window, mask, selected)
     causal = seen is None and q.shape[1] > 1
-    return attend(q, k[:, first:], v[:, first:], seen, scale, causal, softcap)
+    return attend(q, k[:, first:], v[:, first:], seen, scale, causal, softcap, sinks)
 
 
 def first_key(queries: int, keys: int, window: int | None) -> int:
@@ -260,21 +273,105 @@ def first_key(queries: int, keys: int, window: int | None) -> int:
 
 
 def attention_mask(
-    queries: int, keys: int, device: torch.device, window: int | None, mask: Mask | None
+    queries: int,
+    keys: int,
+    device: torch.device,
+    window: int | None,
+    mask: Mask | None,
+    selected: Tensor | None = None,
 ) -> Tensor | None:
     """Which keys from `first_key` on the last `queries` of `keys` tokens see: bool [1, 1, query,
-    key]. None where it is each that does not come later.
+    key], or, of `selected` ones, [batch, 1, query, key]. None where it is each that does not come
+    later.
 
     Raises ValueError when there are more queries than keys.
     """
     if queries > keys:
         raise ValueError(f"attention got {queries} queries but only {keys} keys")
     whole = queries == keys and (window is None or window >= keys)
-    if mask is None and (queries == 1 or whole):  # of one query, `first_key` says all
-        return None
+    if mask is None and selected is None and (queries == 1 or whole):
+        return None  # of one query, `first_key` says all
+    first = first_key(queries, keys, window)
     place = torch.arange(keys, device=device)
-    query, key = place[keys - queries :], place[first_key(queries, keys, window) :]
-    return visible(query.unsqueeze(1), key, window, mask)[None, None]
+    seen = visible(place[keys - queries :].unsqueeze(1), place[first:], window, mask)[None, None]
+    return seen if selected is None else seen & among(selected, keys)[:, None, :, first:]
+
+
+def among(selected: Tensor, keys: int) -> Tensor:
+    """Which of `keys` keys `selected` int64 [..., n] lists, -1 being none: bool [..., keys]."""
+    found = selected.new_zeros(*selected.shape[:-1], keys + 1, dtype=torch.bool)
+    return found.scatter_(-1, selected.where(selected >= 0, keys), True)[..., :keys]
+
+
+def lightning_indexer(q: Tensor, k: Tensor, weight: Tensor, topk: int) -> Tensor:
+    """The keys that each query selects: int64 [batch, query, topk], best first.
+
+    Those with the highest of `index_scores`, of which shapes are; of equal ones the first. The last
+    query may select every key; where there are fewer than `topk`, -1 fills up. DeepSeek-V3.2
+    report, section 2.1.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    with torch.no_grad():
+        score = index_scores(q, k, weight)
+        later = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+        return best_keys(score.masked_fill(later.triu(keys - queries + 1), -math.inf), topk)
+
+
+def index_scores(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    """`sum_h weight_h relu(q_h . k)`, DeepSeek-V3.2 report, eq. 1, in float32: [batch, query, key].
+
+    q [batch, query, heads, d], k [batch, key, d], weight [batch, query, heads].
+    """
+    keys, total = wide(k).transpose(1, 2), None
+    for head in range(q.shape[2]):  # the scores of all heads at once may be too many
+        part = torch.relu(wide(q[:, :, head]) @ keys) * wide(weight[:, :, head, None])
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def best_keys(score: Tensor, topk: int) -> Tensor:
+    """Indices [..., topk] of the largest scores [..., key], best first; -1 for those of -inf, and
+    where there are fewer."""
+    value, index = score.sort(dim=-1, descending=True, stable=True)
+    index = index.masked_fill(value == -math.inf, -1)[..., :topk]
+    return torch_f.pad(index, (0, topk - index.shape[-1]), value=-1)
+
+
+def indexer_loss(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    weight: Tensor,
+    selected: Tensor,
+    scale: float,
+) -> Tensor:
+    """The mean over queries of KL(p || softmax(I)) over the selected keys: a float32 scalar.
+
+    I are `index_scores`; p the probabilities of attention, whose q, k and `scale` these are, summed
+    over heads and divided by their number, without gradients. DeepSeek-V3.2 report, eq. 4. 0 for no
+    tokens, which an MTP module may have.
+    """
+    seen = attention_mask(q.shape[1], k.shape[1], q.device, None, None, selected)
+    assert seen is not None
+    score = index_scores(index_q, index_k, weight).masked_fill(~seen[:, 0], -math.inf)
+    if score.numel() == 0:
+        return index_q.sum() * 0
+    with torch.no_grad():
+        target = mean_probability(q, k, seen[:, 0], scale)
+    gap = target.clamp(min=TINY).log() - torch.log_softmax(score, -1)
+    return (target * gap.masked_fill(~seen[:, 0], 0)).sum(-1).mean()
+
+
+def mean_probability(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """The mean over heads of softmax(scale q k^T) over the keys `seen` [batch, query, key]."""
+    total, shared = torch.zeros(seen.shape, dtype=wide_dtype(q), device=q.device), k.shape[2]
+    for head in range(q.shape[2]):
+        keys = wide(k[:, :, head * shared // q.shape[2]]).transpose(1, 2)
+        score = wide(q[:, :, head]) @ keys * scale
+        total += score.masked_fill(~seen, -math.inf).softmax(-1)
+    return total / q.shape[2]
 
 
 def visible(query: Tensor, key: Tensor, window: int | None, mask: Mask | None) -> Tensor:
@@ -305,13 +402,14 @@ def attend(
     scale: float,
     causal: bool = False,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention to the keys `seen`, bool, of a shape that meets [batch, heads, query, key].
 
     Without `seen` to all keys, or, if `causal`, to those that do not come later.
     """
-    if softcap is not None:
-        return _attend_capped(q, k, v, seen, scale, causal, softcap)
+    if softcap is not None or sinks is not None:
+        return _attend_scores(q, k, v, seen, scale, causal, softcap, sinks)
     width = v.shape[-1]
     grouped = q.shape[2] != k.shape[2]
     q, k, v = equally_wide(q, k, v)
@@ -321,14 +419,15 @@ def attend(
     return out.transpose(1, 2)[..., :width]
 
 
-def _attend_capped(
+def _attend_scores(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     seen: Tensor | None,
     scale: float,
     causal: bool,
-    softcap: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """`attend`, which torch has no kernel for: all scores are in memory, in float32."""
     queries, keys, kv_heads = q.shape[1], k.shape[1], k.shape[2]
@@ -341,9 +440,19 @@ def _attend_capped(
     score = capped(score, softcap).unflatten(2, (groups, queries)).flatten(1, 2)
     if seen is not None:
         score = score.masked_fill(~seen, -math.inf)
-    share = score.softmax(-1).unflatten(1, (kv_heads, groups)).flatten(2, 3)
+    share = probabilities(score, None if sinks is None else sinks[:, None, None])
+    share = share.unflatten(1, (kv_heads, groups)).flatten(2, 3)
     out: Tensor = (share @ wide(v).transpose(1, 2)).unflatten(2, (groups, queries))
     return out.flatten(1, 2).transpose(1, 2).to(q.dtype)
+
+
+def probabilities(score: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension; `sinks`, of size 1 there, are in the sum of exponentials, as
+    scores that no probability is given out for (gpt-oss, arXiv 2508.10925)."""
+    if sinks is None:
+        return score.softmax(-1)
+    sink = sinks.to(score.dtype).expand(*score.shape[:-1], 1)
+    return torch.cat([score, sink], -1).softmax(-1)[..., :-1]
 
 
 def document_attention(
@@ -355,12 +464,21 @@ def document_attention(
     window: int | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """`attention` of as many queries as keys within documents; `position` counts from 0 in each."""
-    return attend(q, k, v, document_mask(position, window, mask), scale, softcap=softcap)
+    """`attention` of as many queries as keys within documents; `position` counts from 0 in each,
+    `selected` keys from the beginning of the sequence."""
+    seen = document_mask(position, window, mask, selected)
+    return attend(q, k, v, seen, scale, softcap=softcap, sinks=sinks)
 
 
-def document_mask(position: Tensor, window: int | None = None, mask: Mask | None = None) -> Tensor:
+def document_mask(
+    position: Tensor,
+    window: int | None = None,
+    mask: Mask | None = None,
+    selected: Tensor | None = None,
+) -> Tensor:
     """The mask of documents, bool [batch, 1, query, key]: causal, within each document.
 
     `position` [batch, seq] counts from 0 in each document, so the index of a token minus its
@@ -370,6 +488,8 @@ def document_mask(position: Tensor, window: int | None = None, mask: Mask | None
     seen = (start.unsqueeze(2) == start.unsqueeze(1)).tril()
     if window is not None or mask is not None:
         seen = seen & visible(position.unsqueeze(2), position.unsqueeze(1), window, mask)
+    if selected is not None:
+        seen = seen & among(selected, position.shape[1])
     return seen.unsqueeze(1)
 
 
@@ -707,12 +827,14 @@ def latent_attention(
     window: int | None = None,
     mask: Mask | None = None,
     softcap: float | None = None,
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of all heads to the same latents, which are keys and values at once.
 
     q_latent [batch, query, heads, c], q_rope [batch, query, heads, r], c_kv [batch, key, c],
-    k_rope [batch, key, r]: [batch, query, heads, c]. The last query sees every key that `window`
-    and `mask` let it see, as in `attention`.
+    k_rope [batch, key, r]: [batch, query, heads, c]. The last query sees every key that `window`,
+    `mask` and `selected` let it see, as in `attention`.
     """
     queries, keys = q_latent.shape[1], c_kv.shape[1]
     first = first_key(queries, keys, window)
@@ -723,14 +845,13 @@ def latent_attention(
     score = torch.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
     score = torch.baddbmm(score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
     score = capped(wide(score) * scale, softcap)
-    seen = attention_mask(queries, keys, score.device, window, mask)
+    seen = attention_mask(queries, keys, score.device, window, mask, selected)
     if seen is None and queries > 1:
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=score.device).tril()
+        seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=score.device).tril()
     if seen is not None:
-        hidden = ~seen.view(queries, -1).repeat_interleave(heads, 0)
-        score = score.masked_fill(hidden, -math.inf)
-    share = score.softmax(-1).to(c_kv.dtype)
-    return torch.bmm(share, c_kv).view(q_latent.shape).to(dtype)
+        score = score.masked_fill(~seen[:, 0].repeat_interleave(heads, 1), -math.inf)
+    share = probabilities(score, None if sinks is None else sinks.repeat(queries).unsqueeze(-1))
+    return torch.bmm(share.to(c_kv.dtype), c_kv).view(q_latent.shape).to(dtype)
 
 
 def paged_latent_attention(

@@ -188,15 +188,17 @@ def attention_saving(
     window: int | None = None,
     mask: F.Mask | None = None,
     softcap: float | None = None,
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the float32 logarithm of each query's sum of exponentials.
 
     The latter is [batch, query, heads]. Where torch's kernel does not give it (other devices than
-    the CPU, no tokens, capped scores), it is zeros that are not read: `attention_grad` does
+    the CPU, no tokens, capped scores, sinks), it is zeros that are not read: `attention_grad` does
     without.
     """
-    seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask)
-    return _attend_saving(q, k, v, seen, scale, softcap)
+    seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask, selected)
+    return _attend_saving(q, k, v, seen, scale, softcap, sinks)
 
 
 def attention_grad(
@@ -210,10 +212,13 @@ def attention_grad(
     window: int | None = None,
     mask: F.Mask | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v, from what `attention_saving` gave; the scores are made once more."""
-    seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask)
-    return _attend_grad(d, q, k, v, o, lse, seen, scale, softcap)
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Of q, k and v, and of `sinks` if there are any, from what `attention_saving` gave; the scores
+    are made once more."""
+    seen = F.attention_mask(q.shape[1], k.shape[1], q.device, window, mask, selected)
+    return _attend_grad(d, q, k, v, o, lse, seen, scale, softcap, sinks)
 
 
 def document_attention_saving(
@@ -225,9 +230,12 @@ def document_attention_saving(
     window: int | None = None,
     mask: F.Mask | None = None,
     softcap: float | None = None,
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`document_attention`, and what `attention_saving` gives besides."""
-    return _attend_saving(q, k, v, F.document_mask(position, window, mask), scale, softcap)
+    seen = F.document_mask(position, window, mask, selected)
+    return _attend_saving(q, k, v, seen, scale, softcap, sinks)
 
 
 def document_attention_grad(
@@ -242,19 +250,28 @@ def document_attention_grad(
     window: int | None = None,
     mask: F.Mask | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v, from what `document_attention_saving` gave."""
-    seen = F.document_mask(position, window, mask)
-    return _attend_grad(d, q, k, v, o, lse, seen, scale, softcap)
+    selected: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Of q, k and v, and of `sinks` if there are any, from what `document_attention_saving`
+    gave."""
+    seen = F.document_mask(position, window, mask, selected)
+    return _attend_grad(d, q, k, v, o, lse, seen, scale, softcap, sinks)
 
 
 def _attend_saving(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Of as many queries as keys, to the keys `seen`; to all that do not come later without."""
-    if not _has_flash(q) or softcap is not None:
+    if not _has_flash(q) or softcap is not None or sinks is not None:
         lse = torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device)
-        return _saved(F.attend(q, k, v, seen, scale, seen is None, softcap), q), lse
+        return _saved(F.attend(q, k, v, seen, scale, seen is None, softcap, sinks), q), lse
     padded = F.equally_wide(q, *_for_each_head(q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, seen is None, attn_mask=_bias(seen, q.dtype), scale=scale
@@ -277,9 +294,10 @@ def _attend_grad(
     seen: Tensor | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_flash(q) or softcap is not None:
-        return _attend_grad_by_autograd(d, q, k, v, seen, scale, softcap)
+    sinks: Tensor | None,
+) -> tuple[Tensor, ...]:
+    if not _has_flash(q) or softcap is not None or sinks is not None:
+        return _attend_grad_by_autograd(d, q, k, v, seen, scale, softcap, sinks)
     if q.dtype is torch.bfloat16 and q.shape[1] <= SHORT:
         keys, values = _for_each_head(q, k, v)
         dq, dk, dv = _attend_grad_by_products(d, q, keys, values, o, lse, seen, scale)
@@ -402,12 +420,31 @@ def _attend_grad_by_autograd(
     seen: Tensor | None,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = F.attend(leaves[0], leaves[1], leaves[2], seen, scale, seen is None, softcap)
-        dq, dk, dv = torch.autograd.grad(out, leaves, d)
-    return dq, dk, dv
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, sinks) if t is not None]
+        out = F.attend(
+            leaves[0], leaves[1], leaves[2], seen, scale, seen is None, softcap, *leaves[3:]
+        )
+        return torch.autograd.grad(out, leaves, d)
+
+
+def indexer_loss_grad(
+    d: Tensor,
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    weight: Tensor,
+    selected: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Of the indexer's queries, keys and weights."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (index_q, index_k, weight)]
+        loss = F.indexer_loss(q, k, leaves[0], leaves[1], leaves[2], selected, scale)
+        return torch.autograd.grad(loss, leaves, d)
 
 
 def topk_groups_grad(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import Mask, capped, visible, wide
+from .functional import Mask, among, best_keys, capped, visible, wide
 
 NUMBERS = 2**22
 """So many numbers are in memory at once, about, on the way through attention; at least a row's."""
@@ -112,11 +112,12 @@ class Pages:
         return pool
 
     def attend(self, attention: Callable[..., Tensor], *operands: Tensor, **numbers: Any) -> Tensor:
-        """`F.attention` or `F.latent_attention` of the rows, each to its own sequence."""
+        """`F.attention` or another function of `ATTENTIONS` of the rows, each to its own
+        sequence."""
         kernel = self._latent if numbers.keys() == {"scale"} else None
         if kernel is not None and attention.__name__ == "latent_attention":
             return _by_table(kernel, self.rows, *operands, **numbers)
-        return ATTENTIONS[attention.__name__](self.rows, *operands, Scores(**numbers))
+        return ATTENTIONS[attention.__name__](self.rows, *operands, **numbers)
 
     def each(
         self, function: Callable[..., Any], remembered: tuple[int, ...], *operands: Tensor
@@ -187,9 +188,11 @@ class Scores:
     window: int | None = None
     mask: Mask | None = None
     softcap: float | None = None
+    selected: Tensor | None = None
+    sinks: Tensor | None = None
 
 
-def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
+def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     """q [1, n, heads, dim], k [blocks, page, kv_heads, dim], v [blocks, page, kv_heads, v_dim]:
     [1, n, heads, v_dim]."""
     q = q[0].unflatten(1, (k.shape[2], -1))
@@ -198,11 +201,11 @@ def attention(rows: Rows, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tenso
         # In one layout, whether rows share them or not: sums follow it.
         return tuple(wide(x[table]).transpose(2, 3).contiguous() for x in (k, v))
 
-    return _attend(rows, q, keys, (v.shape[1], v.shape[3]), how)
+    return _attend(rows, q, keys, (v.shape[1], v.shape[3]), Scores(**how))
 
 
 def latent_attention(
-    rows: Rows, q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, how: Scores
+    rows: Rows, q_latent: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, **how: Any
 ) -> Tensor:
     """q_latent [1, n, heads, c], q_rope [1, n, heads, r], c_kv [blocks, page, c], k_rope [blocks,
     page, r]: [1, n, heads, c]."""
@@ -212,7 +215,30 @@ def latent_attention(
         k = wide(torch.cat([c_kv[table], k_rope[table]], -1)).unsqueeze(2)
         return k, k[..., : c_kv.shape[-1]]
 
-    return _attend(rows, q, keys, (c_kv.shape[1], c_kv.shape[2]), how)
+    return _attend(rows, q, keys, (c_kv.shape[1], c_kv.shape[2]), Scores(**how))
+
+
+def lightning_indexer(rows: Rows, q: Tensor, k: Tensor, weight: Tensor, topk: int) -> Tensor:
+    """q [1, n, heads, d], k [blocks, page, d], weight [1, n, heads]: int64 [1, n, topk], places in
+    the sequence of each row. As in attention, no row's scores depend on the rows beside it."""
+    (heads, _), page = q.shape[2:], k.shape[1]
+    parts = []
+    for group in rows.groups:
+        start, stop = group.rows.start, group.rows.stop
+        shared, blocks = len(group.table) == 1, group.table.shape[1]
+        step = max(NUMBERS // (blocks * page * (heads + (0 if shared else k.shape[2]))), 1)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            table = group.table if shared else group.table[first - start : last - start]
+            keys = wide(k[table]).transpose(2, 3).contiguous().unsqueeze(2)
+            queries = wide(q[0, first:last])[:, None, None].expand(-1, blocks, 1, -1, -1)
+            score = torch.relu(_blockwise(queries, keys)[:, :, 0])  # [n, blocks, heads, page]
+            score = score * wide(weight[0, first:last])[:, None, :, None]
+            total = _in_order(score.transpose(1, 2)).flatten(1)
+            place = torch.arange(blocks * page, device=q.device)
+            later = place >= rows.lengths[first:last, None]
+            parts.append(best_keys(total.masked_fill(later, -math.inf), topk))
+    return torch.cat(parts).unsqueeze(0)
 
 
 def _by_table(attention: PagedAttention, rows: Rows, *operands: Tensor, scale: float) -> Tensor:
@@ -234,6 +260,7 @@ def _by_table(attention: PagedAttention, rows: Rows, *operands: Tensor, scale: f
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent_attention": latent_attention,
+    "lightning_indexer": lightning_indexer,
 }
 
 Keys = Callable[[Tensor], tuple[Tensor, ...]]
@@ -256,7 +283,10 @@ def _attend(rows: Rows, q: Tensor, keys: Keys, values: tuple[int, int], how: Sco
         for first in range(start, stop, step):
             last = min(first + step, stop)
             k, v = found or keys(group.table[first - start : last - start])
-            parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], how))
+            own = how
+            if how.selected is not None:
+                own = replace(how, selected=how.selected[0, first:last])
+            parts.append(_softmax(wide(q[first:last]), k, v, rows.lengths[first:last], own))
     return torch.cat(parts).to(q.dtype).flatten(1, 2).unsqueeze(0)
 
 
@@ -273,9 +303,17 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, how: Scores) -> T
     score = capped(product * how.scale, how.softcap)
     place = torch.arange(blocks * page, device=q.device).view(blocks, 1, 1, page)
     seen = visible(lengths.view(-1, 1, 1, 1, 1) - 1, place, how.window, how.mask)
+    if how.selected is not None:
+        seen = seen & among(how.selected, blocks * page).view(-1, blocks, 1, 1, page)
     score.masked_fill_(~seen, -math.inf)
-    score = score.sub_(score.amax((1, 4), keepdim=True)).exp_()
+    most = score.amax((1, 4), keepdim=True)
+    if how.sinks is not None:
+        sink = how.sinks.to(score.dtype).view(1, 1, *score.shape[2:4], 1)
+        most = most.maximum(sink)
+    score = score.sub_(most).exp_()
     total = _in_order(score.sum(-1, keepdim=True))
+    if how.sinks is not None:
+        total = total + (sink - most).exp().squeeze(1)
     return _in_order(_blockwise(score, v)) / total
 
 

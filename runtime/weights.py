@@ -38,6 +38,8 @@ class Declaration:
     """A buffer is saved like a parameter, but no gradient reaches it."""
     fp8: str = ""
     """How the scales of its FP8 copy are kept, `fp32` or `ue8m0`; empty: it has none."""
+    decay: bool = True
+    """Whether weight decay applies to it, if it is a matrix; not to learned scales of any shape."""
 
 
 def normal(
@@ -47,19 +49,24 @@ def normal(
     dtype: torch.dtype | None = None,
     buffer: bool = False,
     fp8: str = "",
+    decay: bool = True,
 ) -> Declaration:
     """A tensor that starts as N(mean, std^2)."""
-    return Declaration(shape, mean, std, dtype, buffer, fp8)
+    return Declaration(shape, mean, std, dtype, buffer, fp8, decay)
 
 
-def ones(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
+def ones(
+    *shape: int, dtype: torch.dtype | None = None, buffer: bool = False, decay: bool = True
+) -> Declaration:
     """A tensor that starts as ones, as the weights of norms do."""
-    return Declaration(shape, 1.0, 0.0, dtype, buffer)
+    return Declaration(shape, 1.0, 0.0, dtype, buffer, decay=decay)
 
 
-def zeros(*shape: int, dtype: torch.dtype | None = None, buffer: bool = False) -> Declaration:
+def zeros(
+    *shape: int, dtype: torch.dtype | None = None, buffer: bool = False, decay: bool = True
+) -> Declaration:
     """A tensor that starts as zeros, as biases do."""
-    return Declaration(shape, 0.0, 0.0, dtype, buffer)
+    return Declaration(shape, 0.0, 0.0, dtype, buffer, decay=decay)
 
 
 class Block(nn.Module):

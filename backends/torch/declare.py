@@ -210,4 +210,6 @@ class Declarations:
             arguments.append("buffer=True")
         if weight.fp8:
             arguments.append(f'fp8="{weight.fp8_scale}"')
+        if not weight.decay and len(weight.type.dims) > 1:  # vectors never do
+            arguments.append("decay=False")
         return f"{weight.init}({', '.join(arguments)})"

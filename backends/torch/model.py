@@ -233,7 +233,8 @@ class Emission:
     def _constant_operators(self) -> Iterator[Op]:
         for graph in self.served.versions(self.compiled.lowered.root):
             for op in graph.walk():
-                many = len(op.attrs) >= MANY_CONSTANTS and "function" not in op.attrs
+                many = len(op.attrs) >= MANY_CONSTANTS
+                many = many and not op.attrs.keys() & {"function", "also"}
                 if many and not op.symbols and not op.regions:
                     yield op
 

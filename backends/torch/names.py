@@ -117,6 +117,7 @@ _ROLES = {
     "unflatten": "heads",
     "concat": "joined",
     "rotate": "rotated",
+    "rotate_halves": "rotated",
     "cast": "cast",
     "linear": "projected",
     "add": "sum",

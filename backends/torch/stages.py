@@ -16,6 +16,7 @@ from backends.torch.layout import CallText, lay_out
 from backends.torch.model import Emission, defaults
 from backends.torch.records import Method, docstring, tuple_text
 from compiler.graph.core import Graph, Program, Value, copy_program
+from compiler.ops.loss import MEANS
 from compiler.parallel.layout import Layout
 from compiler.pipeline import Compiled
 from compiler.roles import Role
@@ -143,8 +144,8 @@ def _terms_of_micro_batch(graph: Graph, experts: int) -> None:
     into = {v: op.kind for op in graph.walk() for v in op.operands}
     for op in graph.walk():
         if op.kind == "scale" and (
-            by.get(op.operands[0]) == "sequence_balance_loss"
-            or into.get(op.result) == "sequence_balance_loss_grad"
+            by.get(op.operands[0]) in MEANS
+            or into.get(op.result, "").removesuffix("_grad") in MEANS
         ):
             op.attrs["by"] = 1 / experts
 

@@ -157,8 +157,18 @@ def _last_entry(e: Emitter, op: Op) -> None:
 
 def _attention(e: Emitter, op: Op) -> None:
     """Of a decoder by the cache, which knows where the keys of each sequence are."""
-    arguments = ", ".join([e.operands(op), *scores(e, op)])
-    if op.operands[-1].type.dims[1] == Dim("context"):
+    arguments = ", ".join(scores(e, op))
+    if op.operands[2].type.dims[1] == Dim("context"):
+        e.assign(op, f"cache.attend(F.{op.kind}, {arguments})")
+    else:
+        e.assign(op, f"F.{op.kind}({arguments})")
+
+
+def _lightning_indexer(e: Emitter, op: Op) -> None:
+    """Likewise."""
+    (topk,) = dims_of(op.attrs["topk"])
+    arguments = f"{e.operands(op)}, topk={e.size(topk)}"
+    if op.operands[1].type.dims[1] == Dim("context"):
         e.assign(op, f"cache.attend(F.{op.kind}, {arguments})")
     else:
         e.assign(op, f"F.{op.kind}({arguments})")
@@ -310,6 +320,7 @@ STATEMENTS: Mapping[str, Emit] = {
         "beta_slow", "attention_factor",
     ),
     "rotate": call_f("rotate"),
+    "rotate_halves": call_f("rotate_halves"),
     "rotate_last": call_f("rotate_last"),
     "join_rotated": call_f("join_rotated"),
     "attention": _attention,
@@ -319,6 +330,9 @@ STATEMENTS: Mapping[str, Emit] = {
     "gate": _gate,
     "gate_saving": _gate,
     "latent_attention": _attention,
+    "lightning_indexer": _lightning_indexer,
+    "indexer_loss": call_f("indexer_loss", "scale"),
+    "detach": lambda e, op: e.assign(op, f"{e.operand(op, 0)}.detach()"),
     "head_linear": _head_linear,
     "experts": _experts,
     "permute": _permute,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from backends.torch.emit import Emit, Emitter, call_f, call_fp8, index_of
 from compiler.graph.core import Op
+from compiler.ops.attention import also_of
 from compiler.ops.base import dims_of
 from compiler.ops.gradient import POINTWISE_GRADS, ones_of
 from compiler.ops.mask import KEY, QUERY, as_python
@@ -18,16 +19,18 @@ def _call_g(name: str, *attrs: str) -> Emit:
 
 
 def scores(e: Emitter, op: Op) -> list[str]:
-    """`scale=.., window=.., mask=lambda q, k: ..`: how an attention makes its scores."""
-    arguments = e.named(op, *(name for name in op.attrs if name != "mask"))
+    """The arguments of an attention: `q, k, v, scale=.., mask=lambda q, k: .., sinks=..`."""
+    also = also_of(op)
+    arguments = [e.names[v] for v in op.operands[: len(op.operands) - len(also)]]
+    arguments += e.named(op, *(name for name in op.attrs if name not in ("mask", "also")))
     if "mask" in op.attrs:
         condition = as_python(parse_mask(op.text("mask")))
         arguments.append(f"mask=lambda {QUERY}, {KEY}: {condition}")
-    return arguments
+    return arguments + [f"{name}={e.names[v]}" for name, v in also.items()]
 
 
 def _attention(e: Emitter, op: Op) -> None:
-    e.assign(op, f"G.{op.kind}({', '.join([e.operands(op), *scores(e, op)])})")
+    e.assign(op, f"G.{op.kind}({', '.join(scores(e, op))})")
 
 
 def _save(e: Emitter, op: Op) -> None:
@@ -153,6 +156,7 @@ GRADIENTS: Mapping[str, Emit] = {
     "attention_grad": _attention,
     "document_attention_saving": _attention,
     "document_attention_grad": _attention,
+    "indexer_loss_grad": _call_g("indexer_loss_grad", "scale"),
     "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
     "gate_grad": _call_g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _call_g("permute_grad"),

@@ -94,7 +94,8 @@ def left_to_torch(programs: Mapping[str, Program]) -> list[str]:
     for program in programs.values():
         for graph in program.graphs.values():
             for op in graph.walk():
-                extra = [attr for attr in op.attrs if attr not in KNOWN_SCORES]
+                extra = [attr for attr in op.attrs if attr not in (*KNOWN_SCORES, "also")]
+                extra += op.texts("also") if "also" in op.attrs else ()
                 if extra and issubclass(OPS[op.kind], Attention | LatentAttention):
                     place = OpInstance(program.name, graph, op).span
                     found[f"attention with {', '.join(extra)} ({place})"] = None

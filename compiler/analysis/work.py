@@ -56,6 +56,8 @@ _BY_KIND = {
     "attention": Work.ATTENTION_CORE,
     "document_attention": Work.ATTENTION_CORE,
     "latent_attention": Work.ATTENTION_CORE,
+    "lightning_indexer": Work.ATTENTION_CORE,
+    "indexer_loss": Work.ATTENTION_CORE,
     "sequence_extern": Work.ATTENTION_CORE,
     "grouped_linear": Work.ROUTED_EXPERTS,
     "grouped_parameter": Work.ROUTED_EXPERTS,

@@ -106,6 +106,8 @@ class Weight:
     A `*` in the name stands for the expert; `stack` is then their number and `type` that of one.
     It starts as N(value, std^2), or as ones or zeros.
     With `axis` each rank of that axis of the mesh holds `stack` experts of its own, in order.
+    `decay` says that weight decay applies to it if it is a matrix: not to a free parameter, unless
+    its block says so.
     `fp8` says that its products are in FP8, and how scales are kept: `recipe`, `fp32` or `ue8m0`.
     """
 
@@ -117,6 +119,7 @@ class Weight:
     axis: str = ""
     fp8: str = ""
     value: float = 0.0
+    decay: bool = True
 
     @property
     def fp8_scale(self) -> str:

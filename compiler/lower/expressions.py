@@ -359,6 +359,8 @@ class Expressions(Scope):
             return slot
         if kind is Kind.MASK:
             return lower_mask(self, node)
+        if kind is Kind.TENSOR:
+            return self.one(node)
         value = self.const(node)
         fits = {
             Kind.NUMBER: isinstance(value, int | float) and not isinstance(value, bool),

@@ -11,7 +11,7 @@ from compiler.graph.core import Value
 from compiler.graph.types import Dim
 from compiler.lower.bind import BlockRef
 from compiler.lower.scope import Scope
-from compiler.ops.attention import DocumentAttention
+from compiler.ops.attention import ALSO, DocumentAttention
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_attr
 from compiler.ops.pointwise import POINTWISE
 
@@ -28,6 +28,7 @@ class Kind(Enum):
     AXIS = "the name of a dimension"
     BLOCK = "a block"
     MASK = "a condition over the positions q and k"
+    TENSOR = "a tensor"
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,20 @@ def _parameter_of(frame: Scope, weight: str, dtype: str | None = None) -> Value:
 
 
 def _parameter(frame: Scope, given: Given) -> list[Value]:
-    """Ones and zeros are said as such, as the weights of norms are."""
+    """Ones and zeros are said as such, as the weights of norms are. It is a scale, a bias or the
+    like, which weight decay would pull to 0, unless the block says that it is a matrix."""
+    decay = given.keywords["decay"]
+    if decay and len(given.dims) < 2:
+        raise TypeMismatch(
+            f"weight decay is for matrices, and this parameter is [{given.dims[0].words}]",
+            help="leave `decay` out: vectors do not decay",
+        )
     start, std = float(given.keywords["init"]), float(given.keywords["std"])
     if std < 0:
         raise TypeMismatch(f"a standard deviation is at least 0, not {std:g}")
     known = {0.0: "zeros", 1.0: "ones"}.get(start) if not std else None
     how: dict[str, Any] = {"init": known} if known else {"std": std, "value": start}
+    how["decay"] = decay
     return [_parameter_of(frame, frame.weight(given.keywords["name"], tuple(given.dims), **how))]
 
 
@@ -167,17 +176,34 @@ def _attention(frame: Scope, given: Given) -> list[Value]:
     for name, kind in (("window", int), ("mask", str), ("softcap", float)):
         if given.keywords[name] is not None:
             scores[name] = kind(given.keywords[name])
+    also = [given.keywords[name] for name in ALSO if given.keywords[name] is not None]
+    if also:
+        scores["also"] = tuple(name for name in ALSO if given.keywords[name] is not None)
     told = len(given.tensors) == len(DocumentAttention.operands)
     if told:
-        DocumentAttention.infer(Site(tuple(v.type for v in given.tensors), attrs=scores))
+        types = tuple(v.type for v in [*given.tensors, *also])
+        DocumentAttention.infer(Site(types, attrs=scores))
     if not frame.low.description.spec.train.document_mask:
-        return frame.op("attention", given.tensors[:3], **scores)
+        return frame.op("attention", [*given.tensors[:3], *also], **scores)
     if not told:
         raise TypeMismatch(
             "train.document_mask is true, and this attention has no positions to tell documents by",
             help="give it the positions of its tokens: `attention(q, k, v, position, scale = ..)`",
         )
-    return frame.op("document_attention", given.tensors, **scores)
+    return frame.op("document_attention", [*given.tensors, *also], **scores)
+
+
+def _lightning_indexer(frame: Scope, given: Given) -> list[Value]:
+    if frame.low.description.spec.train.document_mask:
+        raise TypeMismatch(
+            "train.document_mask is true, and an indexer would select keys of other documents",
+            help="train without it, or select by an extern that takes positions",
+        )
+    return frame.op("lightning_indexer", given.tensors, topk=dims_attr(given.dim("topk")))
+
+
+def _indexer_loss(frame: Scope, given: Given) -> list[Value]:
+    return frame.op("indexer_loss", given.tensors, scale=float(given.keywords["scale"]))
 
 
 def _topk_groups(frame: Scope, given: Given) -> list[Value]:
@@ -299,7 +325,7 @@ FORMS: dict[str, Form] = {
         (),
         _parameter,
         {"init": Kind.NUMBER, "name": Kind.PATH},
-        {"std": (Kind.NUMBER, 0)},
+        {"std": (Kind.NUMBER, 0), "decay": (Kind.FLAG, False)},
         dims=True,
     ),
     **{f.kind: Form(_about(f), ("x",), _simple(f.kind)) for f in POINTWISE},
@@ -307,6 +333,7 @@ FORMS: dict[str, Form] = {
     "sum": Form("sum of all elements", ("x",), _simple("sum")),
     "float32": Form("x in float32", ("x",), _cast("f32")),
     "cast": Form("x in the model's element type", ("x",), _cast(None)),
+    "detach": Form("x, which no gradient reaches from here", ("x",), _simple("detach")),
     "split": Form("the last dimension cut into parts", ("x",), _split, dims=True),
     "concat": Form("joined along the last dimension", ("x", "y"), _concat, {"into": Kind.DIM}),
     "flatten": Form("the last dimensions made one", ("x",), _layout("flatten"), dims=True),
@@ -340,6 +367,9 @@ FORMS: dict[str, Form] = {
         },
     ),
     "rotate": Form("rotary embedding of pairs (2i, 2i+1)", ("x", "cos", "sin"), _simple("rotate")),
+    "rotate_halves": Form(
+        "rotary embedding of pairs (i, i + n / 2)", ("x", "cos", "sin"), _simple("rotate_halves")
+    ),
     "cache": Form("marks what a decoder has to remember", None, _cache),
     "attention": Form(
         "causal softmax(scale q k^T) v, within documents if the spec has `train.document_mask`",
@@ -350,7 +380,21 @@ FORMS: dict[str, Form] = {
             "window": (Kind.INT, None),
             "mask": (Kind.MASK, None),
             "softcap": (Kind.NUMBER, None),
+            "selected": (Kind.TENSOR, None),
+            "sinks": (Kind.TENSOR, None),
         },
+    ),
+    "lightning_indexer": Form(
+        "the `topk` keys of highest index score for each query; -1 where there are fewer",
+        ("q", "k", "weight"),
+        _lightning_indexer,
+        {"topk": Kind.DIM},
+    ),
+    "indexer_loss": Form(
+        "how far index scores are from attention to the selected keys, which is the teacher",
+        ("q", "k", "index_q", "index_k", "weight", "selected"),
+        _indexer_loss,
+        {"scale": Kind.NUMBER},
     ),
     "topk_groups": Form(
         "the k best experts of the best groups, and their weights",

@@ -117,6 +117,7 @@ class Scope:
         value: float = 0.0,
         dtype: str | None = None,
         trainable: bool = True,
+        decay: bool = True,
     ) -> str:
         """Declares a weight of this block, once; the same name must mean the same tensor.
 
@@ -132,7 +133,7 @@ class Scope:
         if std is None:
             std = self.low.initializer_range if init == "normal" else 0.0
         type = Type(dtype or self.dtype, dims)
-        weight = Weight(type, init, std, trainable, self.stack, value=value)
+        weight = Weight(type, init, std, trainable, self.stack, value=value, decay=decay)
         known = self.builder.graph.weights.setdefault(name, weight)
         if known != weight:
             raise TypeMismatch(f"{name} is {known.type.words} above and {weight.type.words} here")

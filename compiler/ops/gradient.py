@@ -7,11 +7,21 @@ by the derivative of the operator whose name it bears.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from compiler.graph.core import Attr
 from compiler.graph.types import Dim, Type
-from compiler.ops.attention import SCORES, Attention, DocumentAttention, seen_pairs
+from compiler.ops.attention import (
+    SCORES,
+    Attention,
+    DocumentAttention,
+    IndexerLoss,
+    also_types,
+    index_flops,
+    need_scores,
+    seen_pairs,
+)
 from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
 from compiler.ops.moe import Gate
 from compiler.ops.pointwise import POINTWISE, Pointwise
@@ -219,15 +229,21 @@ class AttentionSaving(Attention):
 
 
 class AttentionGrad(Operator):
-    """Gradients of q, k and v, from what `attention_saving` gave; scores are made once more."""
+    """Gradients of q, k and v, and of `sinks` where `also` names them, from what `attention_saving`
+    gave; scores are made once more."""
 
     kind = "attention_grad"
+    variadic = True
     operands: ClassVar[tuple[str, ...]] = ("d", "q", "k", "v", "o", "lse")
     attrs: ClassVar = SCORES
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
-        return site.types[1:4]
+        if len(site.types) < len(cls.operands):
+            raise TypeMismatch(f"{cls.kind} takes {', '.join(cls.operands)}")
+        need_scores(site, len(cls.operands), site.types[1])
+        sinks = also_types(site).get("sinks")
+        return (*site.types[1:4], *([sinks] if sinks is not None else []))
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
@@ -256,6 +272,25 @@ class DocumentAttentionGrad(AttentionGrad):
 
     kind = "document_attention_grad"
     operands = ("d", "q", "k", "v", "position", "o", "lse")
+
+
+class IndexerLossGrad(Operator):
+    """Gradients of an indexer's queries, keys and weights, from that of `indexer_loss`."""
+
+    kind = "indexer_loss_grad"
+    sums = "first"
+    operands = ("d", *IndexerLoss.operands)
+    attrs: ClassVar = IndexerLoss.attrs
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return site.types[3:6]
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        # The scores once more, and two products for each of them.
+        site = replace(site, types=site.types[1:])
+        return IndexerLoss.flops(site, sizes) + 2 * index_flops(site.types[2:4], sizes)
 
 
 class TopkGroupsGrad(Operator):

@@ -16,6 +16,9 @@ from compiler.ops.base import (
     need_rank,
 )
 
+MEANS = ("sequence_balance_loss", "indexer_loss")
+"""Losses that are means over the sequences of a micro-batch: over several, parts of a mean."""
+
 
 class CrossEntropy(Operator):
     """-sum log softmax(logits)[label] over labels other than -100, in float32.

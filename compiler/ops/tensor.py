@@ -45,6 +45,20 @@ class Cast(Operator):
         return at.add("cast", [d[0]], names=[f"d_{x.name}"], dtype=x.type.dtype)
 
 
+class Detach(Operator):
+    """x, which no gradient reaches from here."""
+
+    kind = "detach"
+    view = True
+    rowwise = True
+    differentiable = False
+    operands = ("x",)
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        return (site.types[0],)
+
+
 class Constant(Operator):
     """A scalar."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compiler.graph.core import Op, Program, Value
-from compiler.ops.attention import scores_of
+from compiler.ops.attention import also_of, scores_of
 from compiler.ops.base import dims_attr, dims_of
 from compiler.passes.base import Pass
 from compiler.rewrite import Miss, Rewriter, rewrite
@@ -34,7 +34,7 @@ ABSORB = Pass(
 
 def _absorb(at: Rewriter) -> Sequence[Value] | Miss:
     """attention(q_nope ++ q_rope, k_nope ++ k_rope, v) with k_nope and v projected from latents."""
-    q, k, v = at.op.operands
+    q, k, v = at.op.operands[:3]
     queries, keys = at.producer(q, "concat"), at.producer(k, "concat")
     if queries is None or keys is None:
         return Miss("queries and keys are not joined from two parts", at.op)
@@ -62,7 +62,8 @@ def _latent(
         start=0, rows=dims_attr(key_dim), transposed=True,
     )  # fmt: skip
     (o_latent,) = at.add(
-        "latent_attention", [q_latent, q_rope, c_kv, k_rope], names=["o_latent"],
+        "latent_attention", [q_latent, q_rope, c_kv, k_rope, *also_of(at.op).values()],
+        names=["o_latent"],
         **scores_of(at.op),
     )  # fmt: skip
     return at.add(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from compiler.graph.build import Builder, infer
-from compiler.graph.core import CacheType, Graph, Op, Program, Value
+from compiler.graph.core import CacheType, Graph, Op, Program, Value, copy_program
 from compiler.graph.types import Dim, Type
 from compiler.ops import OPS, TypeMismatch
 from compiler.ops.attention import scores_of
 from compiler.passes.base import Pass
+from compiler.passes.simplify import SIMPLIFY
 from compiler.rewrite import Miss, Rewriter, rewrite
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -36,6 +37,7 @@ def _insert(program: Program, description: Description) -> Sequence[Miss]:
         for op in graph.walk():
             if op.kind == "sequence_extern":
                 _need_memory(op)
+    _need_tokens(program, description)
     _only_last(program)
     return ()
 
@@ -90,6 +92,39 @@ def _need_memory(op: Op) -> None:
             )
         ]
     )
+
+
+def _need_tokens(program: Program, description: Description) -> None:
+    """Refuses what scores depend on and what is over all tokens, as a sum: a decoder has the new
+    ones only."""
+    if not any(map(_is_over_tokens, _operators(program))):
+        return
+    needed = copy_program(program)  # `--skip simplify` leaves losses in
+    SIMPLIFY.run(needed, description)
+    for op in filter(_is_over_tokens, _operators(needed)):
+        raise DiagnosticError(
+            [
+                Diagnostic(
+                    "E412",
+                    f"a decoder cannot compute this: {op.kind} is over all tokens of a batch, and "
+                    "a decoder has the new ones only",
+                    op.spans[0] if op.spans else None,
+                    "scores depend on it",
+                    help="use it for losses, or on what has no tokens, as parameters",
+                )
+            ]
+        )
+
+
+def _operators(program: Program) -> Iterator[Op]:
+    return (op for graph in program.graphs.values() for op in graph.walk())
+
+
+def _is_over_tokens(op: Op) -> bool:
+    """Whether it gives a number for tokens of any number; a call does what its operators do."""
+    read = any(dim.size is None for v in op.operands for dim in v.type.dims)
+    made = any(dim.size is None for v in op.results for dim in v.type.dims)
+    return read and bool(op.results) and not made and op.kind != "call"
 
 
 def retype(graph: Graph, program: Program) -> None:

@@ -17,6 +17,7 @@ from compiler.graph.build import Builder, infer
 from compiler.graph.core import Graph, Op, Program, Region, Value
 from compiler.graph.types import Type
 from compiler.ops.base import PartialSum
+from compiler.ops.loss import MEANS
 from compiler.parallel.layout import Layout, router_of
 from compiler.parallel.mesh import Mesh
 from compiler.passes.base import Pass
@@ -80,7 +81,7 @@ class _Sharder:
         for value, type in zip(op.results, types, strict=True):
             value.type = type
         self.builder.ops.append(op)
-        if op.kind == "sequence_balance_loss":
+        if op.kind in MEANS:
             # A mean over the sequences of a micro-batch: all micro-batches have equally many.
             name, parts = op.result.name, self.mesh.data * self.layout.micro_batches
             op.result.name = self.builder.unique(f"{name}_of_rank")

@@ -11,23 +11,39 @@ FAMILIES = {
     "kimi_k2": "v3",
     "glm4_moe_lite": "v3",
     "youtu": "v3",
+    "deepseek_v32": "v3",
+    "dots1": "v3",
+    "glm4_moe": "v3",
+    "minicpm3": "v3",
     "deepseek_v2": "v2",
 }
+# The blocks of those whose attention is not `MLA`, and the files that hold them.
+ATTENTIONS = {
+    "deepseek_v32": ("SparseMLA", "sparse_mla"),
+    "dots1": ("NormedGQA", "gqa_norm"),
+    "glm4_moe": ("NormedGQA", "gqa_norm"),
+}
+DENSE = ("youtu", "minicpm3")  # that have no experts at all
 ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "KimiK2ForCausalLM": "kimi_k2",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "YoutuForCausalLM": "youtu",
+    "DeepseekV32ForCausalLM": "deepseek_v32",
+    "Dots1ForCausalLM": "dots1",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "MiniCPM3ForCausalLM": "minicpm3",
     "DeepseekV2ForCausalLM": "deepseek_v2",
 }
 # Near relatives that compute something else; their files are read on to name every difference.
 RELATIVES = {
-    "deepseek_v32": "DeepSeek-V3.2 chooses keys by an indexer (sparse attention)",
     "deepseek_v4": "DeepSeek-V4 has another attention",
+    "bailing_moe_v2": "Ling names its weights otherwise, and has q, k and v in one",
+    "bailing_hybrid": "Ling has linear attention beside MLA from version 2.5 on",
     "axk1": "A.X-K1 has a norm behind every feed-forward block",
     "kimi_k25": "Kimi-K2.5 reads images",
     "kimi_linear": "Kimi Linear has linear attention",
-    "longcat_flash": "LongCat-Flash has two attentions a layer",
+    "longcat_flash": "LongCat-Flash has experts that compute nothing, and numbers its norms",
     "mistral4": "Mistral 4 has another gate",
 }
 # Keys that change neither the weights nor what is computed from them.
@@ -49,7 +65,6 @@ FIXED: dict[str, tuple[Any, str]] = {
     "attention_dropout": (0, "the attention has no dropout"),
     "moe_layer_freq": (1, "every layer behind the dense ones is a mixture of experts"),
     "rope_interleave": (True, "the rotated elements are the pairs (2i, 2i+1)"),
-    "partial_rotary_factor": (1, "all of qk_rope_head_dim is rotated"),
     "pruned_heads": ({}, "no head of a layer is left out"),
 }
 # How transformers continues a text, with its defaults; it writes them into nested configs.

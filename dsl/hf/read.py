@@ -19,6 +19,8 @@ from dsl.diagnostic import Diagnostics
 from dsl.hf.config_file import MAX_NUMBER, Reader, shown, spans_of
 from dsl.hf.keys import (
     ARCHITECTURES,
+    ATTENTIONS,
+    DENSE,
     EXPERT_KEYS,
     FAMILIES,
     FIXED,
@@ -66,10 +68,15 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     if part is not config:
         origin = f"the `{PART}` of a config.json, {model_type(part)}"
     about = f"{layers.dense + layers.sparse} layers, from {origin}"
+    attention, file = ATTENTIONS.get(str(model_type(part)), ("MLA", "mla"))
     sections = [
-        [f"model: {name}", f"about: {about}", f"blocks: [{', '.join(_blocks(family, layers))}]"],
+        [
+            f"model: {name}",
+            f"about: {about}",
+            f"blocks: [{', '.join(_blocks(family, layers, file))}]",
+        ],
         ["params:", *_titled(params)],
-        _architecture(family, layers),
+        _architecture(family, layers, attention),
         ["sequence:", *(f"  {key}: {_yaml(value)}" for key, value in sequence.items())],
         precision,
         train,
@@ -116,8 +123,8 @@ def _family(reader: Reader) -> str:
 def _layers(reader: Reader) -> Layers:
     count = reader.integer("num_hidden_layers")
     kind = str(model_type(reader.config))
-    # Youtu has no experts at all; GLM reads `mlp_layer_types` only.
-    dense = {"youtu": count, "glm4_moe_lite": 1}.get(kind)
+    # GLM reads `mlp_layer_types` only.
+    dense = {**dict.fromkeys(DENSE, count), "glm4_moe_lite": 1}.get(kind)
     if reader.take("mlp_layer_types") is not None:
         dense = _leading_dense(reader, count)
     if dense is None:
@@ -149,6 +156,8 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
         "rms_norm_eps": reader.number("rms_norm_eps"),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
     }
+    if model_type(reader.config) == "minicpm3":
+        main |= _scales(reader, layers.dense)
     intermediate_size = reader.integer("intermediate_size", None if layers.dense else 1)
     if layers.dense:
         main["intermediate_size"] = intermediate_size
@@ -171,7 +180,70 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
     return {title: params for title, params in sections.items() if params}
 
 
-def _attention(reader: Reader) -> dict[str, int | bool]:
+def _scales(reader: Reader, layers: int) -> dict[str, float]:
+    """What MiniCPM multiplies embeddings and branches by, and divides states by before the head."""
+    hidden = reader.integer("hidden_size")
+    base = reader.integer("dim_model_base", hidden)
+    return {
+        "embedding_multiplier": reader.number("scale_emb", 12),
+        "residual_multiplier": reader.number("scale_depth", 1.4) / math.sqrt(layers),
+        "logits_scaling": hidden / base,
+    }
+
+
+def _attention(reader: Reader) -> dict[str, int | float | bool]:
+    kind = str(model_type(reader.config))
+    if ATTENTIONS.get(kind, ("",))[0] == "NormedGQA":
+        return _grouped(reader, kind)
+    reader.only("partial_rotary_factor", [1], "all of qk_rope_head_dim is rotated")
+    params = _latent(reader)
+    if kind == "deepseek_v32":
+        if not params["q_lora_rank"]:
+            message = "the indexer of DeepSeek-V3.2 reads compressed queries"
+            reader.refuse("q_lora_rank", message, "give the rank that they are compressed to")
+        _only_kind_of_layer(reader, "indexed_attention")
+        names = ("index_n_heads", "index_head_dim", "index_topk")
+        params |= {name: reader.integer(name) for name in names}
+        params["indexer_loss_weight"] = 1.0  # of training, of which the config says nothing
+    if kind == "minicpm3":
+        params |= {"rope_halves": True}
+    return params
+
+
+def _grouped(reader: Reader, kind: str) -> dict[str, int | float | bool]:
+    """Grouped-query attention of dots.llm1 and GLM-4.5."""
+    heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    reader.only("sliding_window", [None], "attention is to all tokens before")
+    reader.only("use_sliding_window", [False], "attention is to all tokens before")
+    _only_kind_of_layer(reader, "full_attention")
+    reader.taken.add("max_window_layers")  # of a window that there is not
+    params: dict[str, int | float | bool] = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.integer("num_key_value_heads", heads),
+        "head_dim": reader.integer("head_dim", max(hidden // heads, 1)),
+    }
+    if reader.flag("attention_bias", False):
+        if kind == "dots1":
+            message = "transformers gives dots.llm1 a bias of o_proj, too"
+            reader.refuse("attention_bias", message)
+        params["attention_bias"] = True
+    if kind == "glm4_moe" and not reader.flag("use_qk_norm", False):
+        params["use_qk_norm"] = False
+    inner = (reader.config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    part = reader.number("partial_rotary_factor", 0.5 if kind == "glm4_moe" else 1)
+    if inner is not None or part != 1:
+        params["partial_rotary_factor"] = part if inner is None else inner
+    return params
+
+
+def _only_kind_of_layer(reader: Reader, kind: str) -> None:
+    """`layer_types` has the one kind that the blocks of this family compute."""
+    kinds = reader.take("layer_types")
+    if kinds is not None and kinds != [kind] * reader.integer("num_hidden_layers"):
+        reader.refuse("layer_types", f"`layer_types` is {kind} for each layer, or absent")
+
+
+def _latent(reader: Reader) -> dict[str, int | float | bool]:
     heads = reader.integer("num_attention_heads")
     nope, rope = reader.integer("qk_nope_head_dim"), reader.integer("qk_rope_head_dim")
     reader.only("num_key_value_heads", [heads], "every query head has its own key and value")
@@ -238,7 +310,13 @@ def _rope(reader: Reader) -> dict[str, Any]:
     theta = rope.number("rope_theta", outer)
     if "rope_theta" in rope.config and reader.config.get("rope_theta", theta) != theta:
         reader.refuse("rope_theta", f"`rope_theta` is given twice: {outer} and {theta}")
-    kinds = [rope.only(k, ["default", "yarn"], "RoPE is plain or YaRN") for k in ROPE_TYPE_KEYS]
+    kind = str(model_type(reader.config))
+    plain = kind == "minicpm3" or ATTENTIONS.get(kind, ("",))[0] == "NormedGQA"
+    allowed, why = ["default", "yarn"], "RoPE is plain or YaRN"
+    if plain:
+        allowed, why = ["default"], "RoPE of this model is plain: blocks have no lists of factors"
+        rope.taken.add("partial_rotary_factor")
+    kinds = [rope.only(k, allowed, why) for k in ROPE_TYPE_KEYS]
     yarn = "yarn" in kinds and rope.number("factor", minimum=1) > 1
     params = {"rope_theta": theta} | _yarn(rope, yarn)
     rope.finish()
@@ -367,23 +445,27 @@ def _generation(reader: Reader) -> list[str]:
     return textwrap.wrap(told + ", ".join(changed), 100, subsequent_indent="# ") if changed else []
 
 
-def _blocks(family: str, layers: Layers) -> list[str]:
+def _blocks(family: str, layers: Layers, attention: str) -> list[str]:
     """The block files that the spec needs."""
     experts = "deepseek_moe" if family == "v3" else "softmax_moe"
     # The experts are SwiGLU blocks too.
-    used = {"causal_lm": True, "decoder": True, "mla": True, "swiglu": True}
+    used = {"causal_lm": True, "decoder": True, attention: True, "swiglu": True}
     used |= {experts: layers.has_experts, "mtp": layers.mtp > 0}
     return [name for name, is_used in used.items() if is_used]
 
 
-def _architecture(family: str, layers: Layers) -> list[str]:
+def _architecture(family: str, layers: Layers, attention: str) -> list[str]:
     experts = "DeepSeekMoE" if family == "v3" else "SoftmaxMoE"
     lines = ["architecture:", "  layers:"]
     for repeat, block in ((layers.dense, "SwiGLU"), (layers.sparse, experts)):
         if repeat:
-            lines.append(f"    - {{repeat: {repeat}, attention: MLA, feed_forward: {block}}}")
+            lines.append(
+                f"    - {{repeat: {repeat}, attention: {attention}, feed_forward: {block}}}"
+            )
     if layers.mtp:
-        lines.append(f"  mtp: {{depth: {layers.mtp}, attention: MLA, feed_forward: {experts}}}")
+        lines.append(
+            f"  mtp: {{depth: {layers.mtp}, attention: {attention}, feed_forward: {experts}}}"
+        )
     return lines
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsl.evaluate import Constant, evaluate
+from dsl.hf.keys import ARCHITECTURES
 from dsl.hf.read import yarn_mscale
 from dsl.schema import MTP, BlockUse, LayerGroup
 from specs import BLOCKS
@@ -14,10 +15,10 @@ from specs import BLOCKS
 if TYPE_CHECKING:
     from dsl.load import Description
 
-MODEL_TYPES = {
-    "DeepSeekMoE": ("deepseek_v3", "DeepseekV3ForCausalLM"),
-    "SoftmaxMoE": ("deepseek_v2", "DeepseekV2ForCausalLM"),
-}
+INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
+GROUPED = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "use_qk_norm",
+)  # fmt: skip
 ATTENTION = (
     "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
@@ -25,6 +26,8 @@ EXPERTS = (
     "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
     "n_group", "topk_group", "norm_topk_prob",
 )  # fmt: skip
+PLAIN = {"use_qk_norm": True, "attention_bias": False, "partial_rotary_factor": 1}
+"""What dots.llm1 is among models of `NormedGQA`."""
 YARN = (
     "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim",
@@ -38,9 +41,9 @@ class OtherModelError(Exception):
 def hf_config(description: Description) -> dict[str, Any]:
     """The `config.json` that stands beside the weights of the model.
 
-    For a model of the DeepSeek V2/V3 family it is the inverse of `spec_from_hf`, in the keys of the
-    published files, which transformers loads. Any other model gets `"model_type": "dslc"` and the
-    values of its spec.
+    For a model of the DeepSeek V2/V3 family and its relatives it is the inverse of `spec_from_hf`,
+    in the keys of the published files, which transformers loads. Any other model gets
+    `"model_type": "dslc"` and the values of its spec.
     """
     try:
         return _of_family(description)
@@ -60,19 +63,19 @@ def _of_family(description: Description) -> dict[str, Any]:
     layers = [*(group.block for group in groups), *([BlockUse("DecoderLayer")] * len(modules))]
     around = [architecture.block]
     mtp = [module.block for module in modules]
-    _require(groups[: len(dense)] == dense and kind in MODEL_TYPES)
-    _require(not (mtp and kind == "SoftmaxMoE"))
-    expected = {"CausalLM": around, "DecoderLayer": layers, "MLA": attention, "MTP": mtp}
-    expected |= {kind: experts, "SwiGLU": [_feed_forward(group) for group in dense]}
+    _require(groups[: len(dense)] == dense and kind in ("DeepSeekMoE", "SoftmaxMoE"))
+    _require(attention[0].name in ("MLA", "SparseMLA", "NormedGQA"))
+    expected = {"CausalLM": around, "DecoderLayer": layers, attention[0].name: attention}
+    expected |= {"MTP": mtp, kind: experts, "SwiGLU": [_feed_forward(group) for group in dense]}
     for name, uses in expected.items():
         _require(all(use.name == name for use in uses))
         _require(not uses or _is_shipped(description, name))
     values = Values(description)
     everything = [use for uses in expected.values() for use in uses]
-    model_type, model_class = MODEL_TYPES[kind]
+    attends = _grouped_keys if attention[0].name == "NormedGQA" else _latent_keys
     config: dict[str, Any] = {
-        "architectures": [model_class],
-        "model_type": model_type,
+        "architectures": [],
+        "model_type": _model_type(values, attention, kind, bool(experts), bool(modules)),
         "vocab_size": values.shared("vocab_size", around),
         "hidden_size": values.shared("hidden_size", everything),
         "num_hidden_layers": sum(group.repeat for group in groups),
@@ -81,22 +84,74 @@ def _of_family(description: Description) -> dict[str, Any]:
         "tie_word_embeddings": values.shared("tie_word_embeddings", around),
         "hidden_act": "silu",
     }
+    config["architectures"] = [n for n, k in ARCHITECTURES.items() if k == config["model_type"]]
     if dense:
         config["intermediate_size"] = values.shared("intermediate_size", expected["SwiGLU"])
-    config |= _attention_keys(values, attention)
+    config |= attends(values, attention)
+    if config["model_type"] == "dots1":  # which says so by its name
+        config = {n: v for n, v in config.items() if n not in PLAIN} | {"sliding_window": None}
+    config |= _scale_keys(values, around, layers, config)
     if experts:
         config |= _expert_keys(values, experts, kind)
-    if kind == "DeepSeekMoE":
+    if kind == "DeepSeekMoE" and config["model_type"] not in ("minicpm3", "dots1"):
         config["num_nextn_predict_layers"] = architecture.mtp.depth
     if modules:
         config |= _mtp_keys(values, around, mtp, architecture.mtp.depth)
     return config | _common_keys(description)
 
 
-def _attention_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
-    _require(values.shared("latent_norm_eps", uses) == 1e-6)
-    _require(values.shared("window", uses) == 0)
+def _model_type(
+    values: Values, attention: Sequence[BlockUse], kind: str, experts: bool, mtp: bool
+) -> str:
+    """What transformers calls a model of these blocks."""
+    if kind == "SoftmaxMoE":
+        _require(
+            not mtp and attention[0].name == "MLA" and not values.shared("rope_halves", attention)
+        )
+        return "deepseek_v2"
+    if attention[0].name == "SparseMLA":
+        return "deepseek_v32"
+    if attention[0].name == "MLA":
+        if not values.shared("rope_halves", attention):
+            return "deepseek_v3"
+        _require(not experts and values.shared("yarn_factor", attention) == 1)
+        return "minicpm3"
+    alike = all(values.shared(name, attention) == value for name, value in PLAIN.items())
+    return "dots1" if alike and not mtp else "glm4_moe"
+
+
+def _scale_keys(
+    values: Values,
+    around: Sequence[BlockUse],
+    layers: Sequence[BlockUse],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What embeddings, branches and states before the head are scaled by, in MiniCPM alone."""
+    embedding, head = (values.real(n, around) for n in ("embedding_multiplier", "logits_scaling"))
+    branch = values.real("residual_multiplier", layers)
+    if config["model_type"] != "minicpm3":
+        _require(embedding == head == branch == 1)
+        return {}
+    base = config["hidden_size"] / head
+    _require(base.is_integer())
+    depth = round(branch * math.sqrt(config["num_hidden_layers"]), 12)
+    return {"scale_emb": embedding, "scale_depth": depth, "dim_model_base": int(base)}
+
+
+def _grouped_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
+    keys = {name: values.shared(name, uses) for name in GROUPED}
+    keys["partial_rotary_factor"] = values.real("partial_rotary_factor", uses)
+    keys["rope_theta"] = values.real("rope_theta", uses)
+    return {**keys, "attention_dropout": 0.0}
+
+
+def _latent_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
+    if uses[0].name == "MLA":
+        _require(values.shared("latent_norm_eps", uses) == 1e-6)
+        _require(values.shared("window", uses) == 0)
     keys: dict[str, Any] = {name: values.shared(name, uses) for name in ATTENTION}
+    if uses[0].name == "SparseMLA":
+        keys |= {name: values.shared(name, uses) for name in INDEXER}
     keys["num_key_value_heads"] = keys["num_attention_heads"]
     keys["q_lora_rank"] = values.shared("q_lora_rank", uses) or None
     keys["attention_bias"] = values.shared("attention_bias", uses)

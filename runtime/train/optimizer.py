@@ -77,8 +77,13 @@ class TrainedWeight:
             self.gradient = self.bucket.gradient(self.name, self.tensor).copy_(gradient)
 
 
+def _decays(part: Published) -> bool:
+    """Whether a tensor is a matrix by its role, too: a scale of each head [heads, 1] is none."""
+    return len(part.shape) > 1 and (part.declaration is None or part.declaration.decay)
+
+
 class AdamW:
-    """AdamW for all weights of a model. Matrices decay, vectors (norms, biases) do not.
+    """AdamW for all weights of a model. Matrices decay; norms, biases and learned scales do not.
 
     Gradients of the micro-batches of a step are added up in float32. `groups` are the ranks that
     hold a weight, by its stored name, for those that other ranks hold, too. If they are `sharded`,
@@ -105,9 +110,9 @@ class AdamW:
                 places[name] = bucket, state.part(place.start, place.stop)
         self.weights = []
         # Of published tensors: the biases of all experts, stored as one, are no matrix.
-        widths = {id(part.storage): len(part.shape) for part in published(model)}
+        decaying = {id(part.storage): _decays(part) for part in published(model)}
         for name, tensor in trained.items():
-            matrix = widths[id(tensor)] > 1
+            matrix = decaying[id(tensor)]
             if name in places:
                 bucket, shard = places[name]
                 self.weights.append(TrainedWeight(name, tensor, shard, matrix, bucket))

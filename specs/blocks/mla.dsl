@@ -5,6 +5,7 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   params qk_nope_head_dim, qk_rope_head_dim, v_head_dim
   params latent_norm_eps = 1e-6                                # also where other norms use another
   params rope_theta = 10000, attention_bias = false            # a bias of projections from and to the hidden state
+  params rope_halves = false                                   # turn pairs (i, i + n / 2) instead of (2i, 2i + 1)
   params yarn_factor = 1                                       # 1: plain rotary embedding
   params yarn_original_max_position_embeddings = 4096, yarn_beta_fast = 32, yarn_beta_slow = 1
   params yarn_mscale = 1, yarn_mscale_all_dim = 0, window = 0  # of attention; 0: all tokens before
@@ -33,8 +34,8 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   c_kv = rms_norm(c_kv, eps = latent_norm_eps, name = kv_a_layernorm)
 
   cos, sin = rope_table(position, dim = qk_rope_head_dim, theta = rope_theta, factor = yarn_factor, original_max_position_embeddings = yarn_original_max_position_embeddings, beta_fast = yarn_beta_fast, beta_slow = yarn_beta_slow, attention_factor = amplitude / amplitude_all_dim)
-  q_rope = rotate(q_rope, cos, sin)                                                              # eq. 8
-  k_rope = rotate(k_rope, cos, sin)                                                              # eq. 3
+  q_rope = rotate_halves(q_rope, cos, sin) if rope_halves else rotate(q_rope, cos, sin)           # eq. 8
+  k_rope = rotate_halves(k_rope, cos, sin) if rope_halves else rotate(k_rope, cos, sin)           # eq. 3
   c_kv, k_rope = cache(c_kv, k_rope)                           # all that a decoder has to remember
 
   kv = linear(c_kv, from = kv_lora_rank, to = num_attention_heads * kv_head_dim, name = kv_b_proj) # eq. 2, 5

@@ -54,7 +54,10 @@ def _attention(module: Any) -> Run:
     """Any kind of attention; a mask by its Python text, as generated code has it."""
 
     def apply(f: Frame, op: Op, *x: Tensor) -> Any:
-        scores: dict[str, Any] = dict(op.attrs)
+        scores: dict[str, Any] = {name: v for name, v in op.attrs.items() if name != "also"}
+        also = op.texts("also") if "also" in op.attrs else ()
+        scores |= zip(also, x[len(x) - len(also) :], strict=True)
+        x = x[: len(x) - len(also)]
         if "mask" in scores:
             scores["mask"] = eval(f"lambda q, k: {as_python(parse_mask(op.text('mask')))}")
         return getattr(module, op.kind)(*x, **scores)
@@ -374,6 +377,11 @@ RUN: dict[str, Run] = {
         "beta_slow", "attention_factor",
     ),
     "rotate": _f("rotate"),
+    "rotate_halves": _f("rotate_halves"),
+    "lightning_indexer": lambda f, op, *x: F.lightning_indexer(*x, *_dims(op, "topk")),
+    "indexer_loss": _f("indexer_loss", "scale"),
+    "indexer_loss_grad": _g("indexer_loss_grad", "scale"),
+    "detach": _t(torch.Tensor.detach),
     "rotate_last": _f("rotate_last"),
     "join_rotated": _f("join_rotated"),
     "join_rotated_grad": _g("join_rotated_grad"),

@@ -1,4 +1,4 @@
-"""Blocks of specs/examples against plain torch: scores, gradients, and decoding with a cache."""
+"""Blocks of specs/examples against plain torch: scores, gradients, decoding, serving."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from tests.support.places import SPECS
 
 COUNTER = itertools.count()
 BATCH, SEQ = 2, 9
-MTP = {"gated_mla"}  # examples with MTP modules
+MTP = {"gated_mla", "sparse"}  # examples with MTP modules
+SETS = {  # what references leave out, and `forward` does not give
+    "sparse": ["params.yarn_factor=1", "params.indexer_loss_weight=0"],
+}
 
 
 def built(name: str, folder: Path) -> Any:
@@ -31,6 +34,7 @@ def built(name: str, folder: Path) -> Any:
     package = f"{name}_{next(COUNTER)}"
     # The loss is that of scores alone.
     sets = ["train.loss.balance_alpha=0", *(["architecture.mtp.depth=0"] if name in MTP else [])]
+    sets += SETS.get(name, [])
     description = load(SPECS / "examples" / f"{name}.yaml", sets=sets)
     build(
         description, folder / package, target=TARGETS["sm_90"]
@@ -76,6 +80,12 @@ def rms_norm(w: Weights, name: str, x: Tensor) -> Tensor:
     return torch_f.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], eps=1e-6)
 
 
+def rotate_halves(x: Tensor) -> Tensor:
+    """The same in pairs (i, i + dim / 2)."""
+    pairs = rotate(torch.stack(x.chunk(2, -1), -1).flatten(-2))
+    return torch.cat([pairs[..., 0::2], pairs[..., 1::2]], -1)
+
+
 def rotate(x: Tensor) -> Tensor:
     """x [batch, seq, heads, dim] turned by position, in pairs (2i, 2i + 1); angles in float32."""
     frequency = 1 / 10000.0 ** (torch.arange(0, x.shape[-1], 2) / x.shape[-1])
@@ -85,13 +95,20 @@ def rotate(x: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn[:, None]).flatten(-2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of [batch, seq, heads, dim], causal; heads share keys where there are fewer of them."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Of [batch, seq, heads, dim], causal; heads share keys where there are fewer of them.
+
+    `seen` are further limits, bool [.., query, key]; a sink is one more key, without a value.
+    """
     shared = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    later = torch.ones(q.shape[1], k.shape[1]).triu(1).bool()
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+    limits = torch.ones(q.shape[1], k.shape[1]).tril().bool() & (True if seen is None else seen)
+    weight = scores.masked_fill(~limits, -torch.inf).exp()
+    total = weight.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    return torch.einsum("bhqk,bkhd->bqhd", weight / total, v)
 
 
 def gated_mla(w: Weights, x: Tensor) -> Tensor:
@@ -105,6 +122,85 @@ def gated_mla(w: Weights, x: Tensor) -> Tensor:
     o = attend(torch.cat([q_nope, rotate(q_rope)], -1), torch.cat([k_nope, k_rope], -1), v)
     gate = torch.sigmoid(linear(w, "gate_proj", x)).unflatten(-1, (heads, -1))
     return linear(w, "o_proj", (gate * o).flatten(-2))
+
+
+def sparse_mla(w: Weights, x: Tensor) -> Tensor:
+    heads, nope, rope, topk = 4, 16, 8, 4
+    c_q = rms_norm(w, "q_a_layernorm", linear(w, "q_a_proj", x))
+    q_nope, q_rope = linear(w, "q_b_proj", c_q).unflatten(-1, (heads, -1)).split([nope, rope], -1)
+    c, k_rope = linear(w, "kv_a_proj_with_mqa", x).split([24, rope], -1)
+    kv = linear(w, "kv_b_proj", rms_norm(w, "kv_a_layernorm", c)).unflatten(-1, (heads, -1))
+    k_nope, v = kv.split([nope, 16], -1)
+    k_rope = rotate(k_rope[:, :, None]).expand(-1, -1, heads, -1)
+    index_q = linear(w, "indexer.wq_b", c_q).unflatten(-1, (8, 16))
+    index_k = linear(w, "indexer.wk", x)
+    norm = w["indexer.k_norm.weight"], w["indexer.k_norm.bias"]
+    index_k = torch_f.layer_norm(index_k, (16,), *norm, eps=1e-6)[:, :, None]
+    index_q, index_k = (
+        torch.cat([rotate_halves(t[..., :rope]), t[..., rope:]], -1) for t in (index_q, index_k)
+    )
+    score = torch.einsum("bqhd,bkd->bqhk", index_q, index_k[:, :, 0]).relu() * 16**-0.5
+    score = torch.einsum("bqhk,bqh->bqk", score, linear(w, "indexer.weights_proj", x)) * 8**-0.5
+    seen = torch.zeros(BATCH, 1, SEQ + 1, SEQ + 1).bool()[..., : x.shape[1], : x.shape[1]]
+    for b, at in itertools.product(range(BATCH), range(x.shape[1])):
+        best = sorted(range(at + 1), key=lambda key: -score[b, at, key].item())[:topk]
+        seen[b, 0, at, best] = True
+    q, k = torch.cat([q_nope, rotate(q_rope)], -1), torch.cat([k_nope, k_rope], -1)
+    return linear(w, "o_proj", attend(q, k, v, seen).flatten(-2))
+
+
+def grouped(w: Weights, x: Tensor, width: int) -> tuple[Tensor, ...]:
+    return tuple(linear(w, f"{n}_proj", x).unflatten(-1, (-1, width)) for n in "qkv")
+
+
+def sink_gqa(w: Weights, x: Tensor) -> Tensor:
+    q, k, v = grouped(w, x, 16)
+    at = torch.arange(x.shape[1])
+    near = at[:, None] - at < 4
+    o = attend(rotate_halves(q), rotate_halves(k), v, near, w["attention.sinks"])
+    return linear(w, "o_proj", o.flatten(-2))
+
+
+def differential(w: Weights, x: Tensor) -> Tensor:
+    q, k, v = grouped(w, x, 32)
+    (q_1, q_2), (k_1, k_2) = q.chunk(2, -1), k.chunk(2, -1)
+    first, second = (w[f"difference.q{i}"] @ w[f"difference.k{i}"] for i in (1, 2))
+    share = first.exp() - second.exp() + 0.8
+    o = attend(rotate(q_1), rotate(k_1), v) - share * attend(rotate(q_2), rotate(k_2), v)
+    o = 0.2 * torch_f.rms_norm(o, (32,), w["subln.weight"], eps=1e-5)
+    return linear(w, "o_proj", o.flatten(-2))
+
+
+def native_sparse(w: Weights, x: Tensor) -> Tensor:
+    """Query by query and head by head."""
+    block, top, window = 4, 2, 4
+    q, k, v = grouped(w, x, 16)
+    q, k = rotate(q) / 4, rotate(k)
+    gates = linear(w, "gate_proj", x).sigmoid().unflatten(-1, (4, 3))
+    rows = []
+    for b, at in itertools.product(range(BATCH), range(x.shape[1])):
+        heads: list[Tensor] = []
+        for group in range(2):
+            keys, values = k[b, : at + 1, group], v[b, : at + 1, group]
+            whole = (at + 1) // block
+            means = [
+                t[: whole * block].unflatten(0, (whole, block)).mean(1) for t in (keys, values)
+            ]
+            shares = [(q[b, at, 2 * group + h] @ means[0].T).softmax(-1) for h in range(2)]
+            looked = {at // block: torch.inf} | {
+                n: sum(share[n].item() for share in shares) for n in range(whole)
+                if n != at // block
+            }  # fmt: skip
+            best = sorted(looked, key=lambda n: -looked[n])[:top]
+            chosen = [i for i in range(at + 1) if i // block in best]
+            near = range(max(0, at + 1 - window), at + 1)
+            for h in range(2):
+                query = q[b, at, 2 * group + h]
+                parts = [shares[h] @ means[1]]
+                parts += [(query @ keys[[*i]].T).softmax(-1) @ values[[*i]] for i in (chosen, near)]
+                heads.append(gates[b, at, 2 * group + h] @ torch.stack(parts))
+        rows.append(torch.cat(heads))
+    return linear(w, "o_proj", torch.stack(rows).unflatten(0, x.shape[:2]))
 
 
 def biased_attention(w: Weights, x: Tensor) -> Tensor:
@@ -142,6 +238,10 @@ Reference = Callable[[Weights, Tensor], Tensor]
 # What each example puts into its last layer, by place.
 REFERENCES: dict[str, dict[str, Reference]] = {
     "gated_mla": {"self_attn": gated_mla, "mlp": gated_shared_moe},
+    "sparse": {"self_attn": sparse_mla},
+    "sinks": {"self_attn": sink_gqa},
+    "differential": {"self_attn": differential},
+    "nsa": {"self_attn": native_sparse},
     "biased": {"self_attn": biased_attention, "mlp": biased_moe, "": layer_norm_layer},
 }
 
@@ -154,6 +254,8 @@ def test_an_example(name: str, tmp_path: Path) -> None:
     blocks_compute_what_torch_does(model, tokens, REFERENCES[name])
     gradients_are_those_of_autograd(model, tokens)
     a_decoder_scores_the_same(model, tokens)
+    a_server_continues_the_same(model, exact=name != "nsa")  # functions of users do not promise it
+    matrices_decay(model)
     again = type(model)(dtype=torch.float64, seed=9)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(tokens).logits, model(tokens).logits)
@@ -184,11 +286,14 @@ def gradients_are_those_of_autograd(model: Any, tokens: Tensor) -> None:
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     weights = dict(model.named_parameters())
     loss = torch_f.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
-    expected = torch.autograd.grad(loss, [*weights.values()])
+    expected = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     found = model.loss(inputs, labels)
     found.total.backward()
     close(found.total, loss)
     for (name, weight), gradient in zip(weights.items(), expected, strict=True):
+        if gradient is None:  # an indexer learns by a loss of its own
+            assert ".indexer." in name and weight.grad is None
+            continue
         assert weight.grad is not None and weight.grad.count_nonzero(), name
         close(weight.grad, gradient)
 
@@ -201,6 +306,45 @@ def a_decoder_scores_the_same(model: Any, tokens: Tensor) -> None:
         step = model.prefill if end - start > 1 else model.decode
         position = torch.arange(start, end).expand(BATCH, -1)
         close(step(tokens[:, start:end], position, kept), scores[:, end - 1])
+
+
+def matrices_decay(model: Any) -> None:
+    """And no scale or gate, of whatever shape."""
+    optimizer = importlib.import_module(
+        f"{type(model).__module__.split('.')[0]}.runtime.train.optimizer"
+    )
+    shapes = dict(model.named_parameters())
+    for weight in optimizer.AdamW(model, model.config.train.optimizer).weights:
+        matrix = shapes[weight.name].dim() > 1 and not weight.name.endswith("bias")
+        assert weight.matrix == (matrix and "head.scale" not in weight.name), weight.name
+
+
+def a_server_continues_the_same(model: Any, exact: bool) -> None:
+    """Prompts together, in parts and by pages, as each of them alone by whole texts; with the bits
+    that it has alone if `exact`."""
+    runtime = f"{type(model).__module__.split('.')[0]}.runtime.serve"
+    engine, options, request = (
+        importlib.import_module(f"{runtime}.{name}") for name in ("engine", "options", "request")
+    )
+    prompts = [torch.randint(2, 500, (n,)).tolist() for n in (3, 11)]
+
+    def answers(*asked: int) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        server = engine.Engine(model, options.Options(page=4, step_tokens=7))
+        for i in asked:
+            server.add(str(i), prompts[i], request.Sampling(max_tokens=5, logprobs=0))
+        while server.busy:
+            for event in server.step():
+                found.setdefault(event.id, []).extend(event.tokens)
+        return found
+
+    together = answers(0, 1)
+    assert not exact or together == answers(0) | answers(1), "bits depend on the company"
+    for i, prompt in enumerate(prompts):
+        text = torch.tensor([[*prompt, *(token.id for token in together[str(i)])]])
+        with torch.no_grad():
+            best = model(text).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert best.tolist() == text[0, len(prompt) :].tolist()
 
 
 def close(a: Tensor, b: Tensor) -> None:

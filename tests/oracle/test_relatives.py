@@ -1,35 +1,35 @@
-"""Shipped specs of relatives: sizes as published, and at small size what transformers computes."""
+"""Relatives: shipped specs have the published sizes, and imported models compute what transformers
+does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 
-from backends.build import build
 from compiler.analysis import summary
 from compiler.lower import lower
 from compiler.pipeline import PIPELINES, after
-from dsl.hf import hf_config
+from dsl.hf import hf_config, spec_from_hf
 from dsl.load import load
+from dsl.source import Source
 from dsl.units import format_count
-from tests.support.oracle import GRADIENTS, LOGITS, import_package, relative_rms
+from tests.support.configs import Case
+from tests.support.oracle import GRADIENTS, LOGITS, build_from_config, relative_rms
 from tests.support.places import SPECS
+from tests.support.reference import Reference
 
-SMALL = (
-    "params.vocab_size=96", "params.hidden_size=32", "params.num_attention_heads=4",
-    "params.n_routed_experts=8", "params.num_experts_per_tok=3", "params.moe_intermediate_size=24",
-    "architecture.layers.1.repeat=2", "sequence.max_position_embeddings=256",
-    "sequence.bos_token_id=null", "sequence.eos_token_id=null", "precision.policy=fp32",
-)  # fmt: skip
-LATENT = (
-    "params.kv_lora_rank=16", "params.qk_nope_head_dim=12", "params.qk_rope_head_dim=8",
-    "params.v_head_dim=10", "architecture.layers.0.feed_forward=SwiGLU(intermediate_size=56)",
-)  # fmt: skip
+# ---- sizes -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,96 +41,225 @@ class Relative:
     model: str
     parameters: str
     active: str
-    sets: tuple[str, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Keys of the config that do not follow from those of the DeepSeek family."""
+    variant: tuple[str, ...] = ()
 
 
-NORMED = ("params.num_key_value_heads=2", "params.head_dim=8")
 RELATIVES = [
     # arXiv 2502.16982, table 2, leaves embedding and head out: 15.29B and 2.24B.
-    Relative("moonlight", "DeepseekV3", "15.96B", "2.91B", LATENT),
-    Relative("kimi_k2", "DeepseekV3", "1.03T", "32.86B", (*LATENT, "params.q_lora_rank=20")),
-    Relative("glm_4_7_flash", "Glm4MoeLite", "29.94B", "3.9B", (*LATENT, "params.q_lora_rank=20")),
-    Relative("dots_llm1", "Dots1", "142.77B", "14.02B", (*NORMED, LATENT[-1])),
+    Relative("moonlight", "DeepseekV3", "15.96B", "2.91B"),
+    Relative("kimi_k2", "DeepseekV3", "1.03T", "32.86B"),
+    Relative("glm_4_7_flash", "Glm4MoeLite", "29.94B", "3.9B"),
+    Relative("dots_llm1", "Dots1", "142.77B", "14.02B"),
+    Relative("glm_4_5", "Glm4Moe", "352.8B", "33.63B"),
+    Relative("glm_4_5", "Glm4Moe", "106.85B", "13.42B", ("air",)),
+    Relative("deepseek_v32", "DeepseekV32", "671.88B", "38.4B"),
+    Relative("minicpm3_4b", "MiniCPM3", "4.07B", "4.07B"),
+    # transformers has no Ling of version 2.0; these are its equations under other names.
+    Relative("ling_mini_2", "Glm4Moe", "16.26B", "1.43B"),
 ]
 
 
-def config_of(relative: Relative, *sets: str) -> Any:
+def config_of(relative: Relative) -> Any:
     """The config of transformers for a spec."""
-    description = load(SPECS / f"{relative.spec}.yaml", sets=sets)
-    keys = hf_config(description)
-    if keys["model_type"] == "dslc":
-        names = {p: v.value for p, v in description.params.items()}
-        dense = description.spec.architecture.layers[0]
-        slot = dense.slots["feed_forward"].arguments["intermediate_size"].value
-        keys = {
-            **names,
-            "num_hidden_layers": sum(g.repeat for g in description.spec.architecture.layers),
-            "first_k_dense_replace": dense.repeat,
-            "intermediate_size": slot,
-            "max_position_embeddings": description.spec.sequence.max_position_embeddings,
-            "sliding_window": None,
-        }
-        keys["layer_types"] = ["full_attention"] * keys["num_hidden_layers"]
+    keys = hf_config(load(SPECS / f"{relative.spec}.yaml", variants=relative.variant))
     keys = {n: v for n, v in keys.items() if n not in ("model_type", "architectures")}
     return getattr(transformers, f"{relative.model}Config")(**keys, attn_implementation="eager")
 
 
-def class_of(relative: Relative) -> Any:
-    return getattr(transformers, f"{relative.model}ForCausalLM")
-
-
-@pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: r.spec)
+@pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: "_".join([r.spec, *r.variant]))
 def test_a_spec_has_the_published_size(relative: Relative) -> None:
-    description = load(SPECS / f"{relative.spec}.yaml")
+    description = load(SPECS / f"{relative.spec}.yaml", variants=relative.variant)
     decode = after(description, "decode", PIPELINES["decode"][-1].name)
     found = summary(lower(description), decode)
-    with torch.device("meta"):
-        model = class_of(relative)(config_of(relative))
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    theirs = sum(t.numel() for n, t in tensors if not n.endswith("inv_freq"))
-    assert found.parameters == theirs
     assert format_count(found.parameters) == relative.parameters
     assert format_count(found.activated) == relative.active
+    with torch.device("meta"):
+        model = getattr(transformers, f"{relative.model}ForCausalLM")(config_of(relative))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    theirs = sum(t.numel() for n, t in tensors if not n.endswith(("inv_freq", "embed_scale")))
+    assert found.parameters == theirs
 
 
-@pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: r.spec)
-def test_at_small_size_it_computes_what_transformers_does(
+@pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: "_".join([r.spec, *r.variant]))
+def test_a_config_written_from_a_spec_gives_the_spec_again(
     relative: Relative, tmp_path: Path
 ) -> None:
-    sets = (*SMALL, *relative.sets)
-    name = f"small_{relative.spec}"
-    description = load(SPECS / f"{relative.spec}.yaml", sets=[*sets, f"model={name}"])
-    build(description, tmp_path / name)
-    ours = import_package(tmp_path / name, name).Model(seed=7)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(3).add_(0.05 * torch.randn_like(parameter))
-        for buffer_name, buffer in ours.named_buffers():
-            if buffer_name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.1 * torch.randn_like(buffer))
-    ours.save(tmp_path / "saved")
-    config_of(relative, *sets).save_pretrained(tmp_path / "saved")
-    theirs, info = class_of(relative).from_pretrained(
-        tmp_path / "saved", output_loading_info=True, dtype=torch.float32
-    )
-    assert not info["missing_keys"] and not info["mismatched_keys"]
-    theirs.set_attn_implementation("eager")
-    tokens = torch.randint(96, (2, 33), generator=torch.manual_seed(0))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    logits = theirs(inputs).logits
-    assert relative_rms(ours(inputs).logits, logits) <= LOGITS
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    """So that what was imported can be exported, and imported again."""
+    first = load(SPECS / f"{relative.spec}.yaml", variants=relative.variant)
+    written = hf_config(first)
+    assert written["model_type"] != "dslc"
+    text = json.dumps(written)
+    (tmp_path / "spec.yaml").write_text(spec_from_hf(written, Source("config.json", text), "again"))
+    again = load(tmp_path / "spec.yaml")
+    assert hf_config(again) == written
+    one, other = (d.spec.architecture for d in (first, again))
+    assert [g.slots["attention"].name for g in one.layers] == [
+        g.slots["attention"].name for g in other.layers
+    ]
+    assert (one.mtp.depth, first.spec.sequence) == (other.mtp.depth, again.spec.sequence)
+
+
+# ---- what they compute -----------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+EXPERTS = {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+FULL = ["full_attention"] * 2
+# Moonlight and Kimi-K2 are deepseek_v3, whose every case is in test_parity.py.
+CASES = [
+    Case("dots", {**SMALL, **EXPERTS, **GROUPED, "sliding_window": None, "layer_types": FULL},
+         "dots1"),
+    Case("glm", {**SMALL, **EXPERTS, **GROUPED, "attention_bias": True, "use_qk_norm": True,
+                 "rope_parameters": HALF, "num_nextn_predict_layers": 1}, "glm4_moe"),
+    Case("glm_lite", {**SMALL, **EXPERTS, **LATENT}, "glm4_moe_lite"),
+    # With few heads index scores may be equal, 0, of which torch.topk takes any.
+    Case("v32", {**SMALL, **EXPERTS, **LATENT, "index_n_heads": 12, "index_head_dim": 12,
+                 "index_topk": 5, "rope_parameters": YARN}, "deepseek_v32"),
+    Case("minicpm", {**SMALL, **LATENT, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
+         "minicpm3"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Reference, Any]:
+    """The model of transformers, and the same one imported from what transformers saves of it."""
+    case: Case = request.param
+    checkpoint = tmp_path_factory.mktemp(case.name) / "checkpoint"
+    reference = Reference(case, zlib.crc32(case.name.encode()))
+    reference.save(checkpoint)
+    model = build_from_config(checkpoint / "config.json", f"relative_{case.name}").Model()
+    model.load(checkpoint)
+    return reference, model
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    text = torch.randint(96, (2, 21), generator=torch.manual_seed(0))
+    return text[:, :-1], text[:, 1:]
+
+
+def parts_of(model: Any) -> Any:
+    """Its tensors by published name."""
+    return sys.modules[f"{type(model).__module__.split('.')[0]}.runtime.weights"].published(model)
+
+
+def test_an_imported_model_computes_what_transformers_does(pair: tuple[Reference, Any]) -> None:
+    reference, model = pair
+    text, _ = tokens()
+    main, later = reference.logits(text)
+    found = model(text)
+    for mine, other in zip([found.logits, *found.mtp_logits], [main, *later], strict=True):
+        assert relative_rms(mine, other) <= LOGITS
+    prompt = text[:, :9]
+    theirs = reference.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert model.generate(prompt, max_new_tokens=12, temperature=0).tolist() == theirs.tolist()
+
+
+def test_its_gradients_are_those_of_transformers(pair: tuple[Reference, Any]) -> None:
+    """Of the weights that the loss of the text reaches: an indexer has a loss of its own."""
+    reference, model = pair
+    text, labels = tokens()
+    for _, module in reference.modules():
+        module.zero_grad()
+    main, later = reference.losses(text, labels)
+    sum(later, main).backward()
+    theirs = {n: g for n, g in reference.published(grad=True).items() if g.numel()}
+    model.zero_grad()
+    loss = model.loss(text, labels)
+    assert loss.main.item() == pytest.approx(main.item(), rel=1e-5)
+    sum(loss.mtp, loss.main).backward()
+    mine = {part.name: part.grad for part in parts_of(model) if part.grad is not None}
+    errors = {name: relative_rms(mine[name], gradient) for name, gradient in theirs.items()}
+    assert max(errors.values()) <= GRADIENTS, errors
+    assert {n for n in mine if n not in theirs and mine[n].count_nonzero()} == set()
+
+
+# ---- the indexer of DeepSeek-V3.2 ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [c for c in CASES if c.name == "v32"], indirect=True, ids=["v32"])
+def test_an_indexer_learns_what_attention_looks_at(pair: tuple[Reference, Any]) -> None:
+    """The gradient of KL(p || softmax(I)), by transformers' modules, and of nothing else."""
+    reference, model = pair
+    text, labels = tokens()
+    expected = sum(index_losses(reference, text))
+    reference.model.zero_grad()
     expected.backward()
-    loss = ours.loss(inputs, labels)
-    loss.main.backward()
-    assert loss.main.item() == pytest.approx(expected.item(), rel=1e-5)
-    gradients = dict(theirs.named_parameters())
-    for parameter_name in ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"):
-        mine = dict(ours.named_parameters())[parameter_name].grad
-        assert relative_rms(mine, gradients[parameter_name].grad) <= GRADIENTS
-    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    prompt = inputs[:, :9]
-    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
-    assert ours.generate(prompt, max_new_tokens=12, temperature=0).tolist() == text.tolist()
+    theirs = {n: g for n, g in reference.published(grad=True).items()}
+    model.zero_grad()
+    loss = model.loss(text, labels)
+    assert (loss.total - loss.main).item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.total.backward()
+    mine = {part.name: part.grad for part in parts_of(model) if ".indexer." in part.name}
+    assert len(mine) == 2 * 5
+    for name, gradient in mine.items():
+        assert relative_rms(gradient, theirs[name]) <= GRADIENTS, name
+
+
+def index_losses(reference: Reference, text: Tensor) -> Iterator[Tensor]:
+    """Of each layer, from what transformers' attention and indexer are given and give."""
+    seen: dict[int, dict[str, Any]] = {}
+    for i, layer in enumerate(reference.model.model.layers):
+        notes = seen.setdefault(i, {})
+        layer.self_attn.register_forward_hook(
+            lambda m, args, out, notes=notes: notes.update(probability=out[1])
+        )
+        layer.self_attn.indexer.register_forward_hook(
+            lambda m, args, out, notes=notes: notes.update(given=args, selected=out)
+        )
+    with torch.no_grad():
+        reference.model(text)
+    for i, notes in seen.items():
+        indexer = reference.model.model.layers[i].self_attn.indexer
+        hidden, queries, table = notes["given"][:3]
+        q = indexer.wq_b(queries).unflatten(-1, (indexer.n_heads, -1))
+        k = indexer.k_norm(indexer.wk(hidden)).unsqueeze(2)
+        rope = indexer.qk_rope_head_dim
+        q_turned, k_turned = v32.apply_rotary_pos_emb(
+            q[..., :rope], k[..., :rope], *table, unsqueeze_dim=2
+        )
+        q, k = torch.cat([q_turned, q[..., rope:]], -1), torch.cat([k_turned, k[..., rope:]], -1)
+        score = torch.einsum("bqhd,bkd->bqhk", q, k[:, :, 0]).relu() * indexer.softmax_scale
+        weight = indexer.weights_proj(hidden) * indexer.n_heads**-0.5
+        score = torch.einsum("bqhk,bqh->bqk", score, weight)
+        p = notes["probability"].mean(1)
+        log_q = score.masked_fill(p == 0, -torch.inf).log_softmax(-1)
+        gap = p.clamp(min=1e-30).log() - log_q.masked_fill(p == 0, 0)
+        yield (p * gap).sum(-1).mean()

@@ -63,7 +63,7 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        family = V3 if self.model_type == "deepseek_v3" else V2
+        family = {"deepseek_v3": V3, "deepseek_v2": V2}.get(self.model_type, {})
         return copy.deepcopy({**family, **self.keys})  # transformers writes into nested objects
 
     @property

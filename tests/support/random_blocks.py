@@ -14,7 +14,10 @@ from tests.support.places import SPECS
 TAMED = {"log": "log(1 + {x} * {x})", "sqrt": "sqrt(1 + {x} * {x})", "exp": "exp(-({x} * {x}))"}
 FUNCTIONS = [TAMED.get(f.kind, f"{f.kind}({{x}})") for f in POINTWISE]
 NUMBERS = st.sampled_from(["1", "0.5", "-1.5", "3", "hidden_size / 16"])
-EXAMPLES = [SPECS / "examples" / name for name in ("gated_shared_moe.dsl", "biased.dsl")]
+EXAMPLES = [
+    SPECS / "examples" / f"{name}.dsl"
+    for name in ("gated_shared_moe", "biased", "sinks", "differential", "nsa")
+]
 
 MOE = """block RandomMoE(x: [batch, seq, hidden_size]) -> [batch, seq, hidden_size]:
   params hidden_size
@@ -168,8 +171,15 @@ def attention(draw: st.DrawFn) -> str:
         f"o / (1 + {scale} * {scale})",
     ]))  # fmt: skip
     function = draw(st.sampled_from(["{x}", "gelu({x})", "{x} + 0.5"])).format(x="v")
-    given = st.sampled_from(["window = 3", "softcap = 0.7", "mask = q - k < 2 or k % 3 == 1"])
-    scores = "".join(f", {one}" for one in draw(st.lists(given, unique=True)))
+    given = st.sampled_from([
+        "window = 3", "softcap = 0.7", "mask = q - k < 2 or k % 3 == 1",
+        "sinks = parameter(heads, name = sink.p, init = 0.5)", "selected = selected",
+    ])  # fmt: skip
+    chosen = draw(st.lists(given, unique=True))
+    if "selected = selected" in chosen:  # which goes with neither
+        chosen = [one for one in chosen if not one.startswith(("window", "mask"))]
+    scores = "".join(f", {one}" for one in chosen)
+    turn = draw(st.sampled_from(["rotate", "rotate_halves"]))
     lines = [
         f"{n} = unflatten(linear(x, to = heads * head_dim, name = {n}_proj{bias()}), "
         "heads, head_dim)"
@@ -179,12 +189,21 @@ def attention(draw: st.DrawFn) -> str:
     lines += [
         f"v = {function}",
         "cos, sin = rope_table(position, dim = head_dim, theta = 10000)",
-        "q = rotate(q, cos, sin)",
-        "k = rotate(k, cos, sin)",
+        f"q = {turn}(q, cos, sin)",
+        f"k = {turn}(k, cos, sin)",
     ]
-    kept = "new_k, new_v = cache(k, v)"
+    if "selected = selected" in chosen:
+        lines += [
+            "index_k = linear(x, to = head_dim, name = index_k_proj)",
+            "index_weight = float32(linear(x, to = heads, name = index_weight_proj))",
+            "new_k, new_v, index_k = cache(k, v, index_k)",
+            "selected = lightning_indexer(q, index_k, index_weight, topk = topk)",
+            "collect indexer = indexer_loss(q, new_k, detach(q), index_k, index_weight, selected, "
+            "scale = head_dim ** -0.5)",
+        ]
+    else:
+        lines += ["new_k, new_v = cache(k, v)"]
     lines += [
-        kept,
         f"o = attention(q, new_k, new_v, position, scale = head_dim ** -0.5{scores})",
         f"o = {gate}",
     ]
@@ -195,5 +214,6 @@ def attention(draw: st.DrawFn) -> str:
     return f"""block RandomAttention(x: {states}, position: i64[batch, seq]) -> {states}:
   params hidden_size, num_attention_heads, head_dim
   let heads = num_attention_heads
+  let topk = {draw(st.sampled_from([1, 3, 20]))}
 {body}
 """

@@ -13,17 +13,26 @@ from transformers.modeling_layers import MtpModel
 
 from tests.support.configs import Case
 
-CLASSES = {
-    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
-    "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+NAMES = {
+    "deepseek_v3": "DeepseekV3",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v32": "DeepseekV32",
+    "dots1": "Dots1",
+    "glm4_moe": "Glm4Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "minicpm3": "MiniCPM3",
 }
+"""What transformers' classes of a kind of model begin with."""
 
 
 class Reference:
     """A model of transformers, with its MTP modules if it has any."""
 
     def __init__(self, case: Case, seed: int) -> None:
-        make_config, make_model = CLASSES[case.model_type]
+        make_config, make_model = (
+            getattr(transformers, f"{NAMES[case.model_type]}{kind}")
+            for kind in ("Config", "ForCausalLM")
+        )
         config = make_config(
             **case.config, attn_implementation="eager", experts_implementation="eager"
         )
@@ -70,7 +79,8 @@ class Reference:
         Depth k receives at position i the state of depth k - 1 and the embedding of token i + k.
         """
         hidden = self.model.model(tokens).last_hidden_state
-        main, later = self.model.lm_head(hidden), []
+        scaling = getattr(self.config, "logits_scaling", 1)  # of MiniCPM, which has no MTP modules
+        main, later = self.model.lm_head(hidden / scaling), []
         for k in range(1, self.case.depth + 1):
             assert self.mtp is not None
             position = torch.arange(k, tokens.shape[1]).unsqueeze(0)

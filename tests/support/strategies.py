@@ -210,7 +210,7 @@ def _rope(m: Maker) -> None:
         )  # fmt: skip
         cos, sin = m.pool[-2:]
         if x := m.pick(lambda t: t.dtype in FLOATS and len(t.dims) > 2 and _even_head(t)):
-            m.add("rotate", x, cos, sin)
+            m.add(m.draw(st.sampled_from(["rotate", "rotate_halves"])), x, cos, sin)
 
 
 def _even_head(t: Type) -> bool:
@@ -222,9 +222,26 @@ def _attention(m: Maker) -> None:
     k = m.pick(lambda t: t.dtype == "bf16" and [d.size for d in t.dims] == [None, None, 2, 6])
     if q and k and q.type.last == k.type.last:
         m.add("attention", q, k, k, **_scores(m))
+        if m.draw(st.booleans()):
+            sinks = m.weight(Type("bf16", (q.type.dims[2],)))
+            m.add("parameter", symbols=(sinks,))
+            m.add("attention", q, k, k, m.pool[-1], **_scores(m), also=("sinks",))
         position = m.pick(lambda t: t == Type("i64", q.type.dims[:2]))
         if position and q.type.dims[:2] == k.type.dims[:2]:
             m.add("document_attention", q, k, k, position, **_scores(m))
+
+
+def _indexer(m: Maker) -> None:
+    q = m.pick(lambda t: t.dims == (BATCH, SEQ, Dim("heads", 4), Dim("head_dim", 6)))
+    x = m.pick(lambda t: t.dtype == "bf16" and t.dims[:-1] == (BATCH, SEQ))
+    if q and x:
+        for dim in q.type.dims[:1:-1]:  # a key, then a weight for each head
+            weight = m.weight(Type("bf16", (dim, x.type.last)))
+            m.add("linear", x, symbols=(weight,))
+        key, heads = m.pool[-2:]
+        m.add("lightning_indexer", q, key, heads, topk=dims_attr(Dim(m.draw(identifiers), 3)))
+        m.add("detach", q)
+        m.add("indexer_loss", q, q, q, key, heads, m.pool[-2], scale=m.draw(numbers))
 
 
 def _scores(m: Maker) -> dict[str, Attr]:
@@ -433,7 +450,7 @@ def _repeat(m: Maker) -> None:
 
 ANYWHERE: list[Move] = [
     _linear, _rms_norm, _embedding, _pointwise, _elementwise, _scale, _cast, _constant, _split,
-    _layout, _drop, _rope, _attention, _latent_attention, _losses, _repeat,
+    _layout, _drop, _rope, _attention, _latent_attention, _indexer, _losses, _repeat,
     _collective, _exchange, _pipeline,
 ]  # fmt: skip
 TOP: list[Move] = [*ANYWHERE, _fp8, _remember, _moe, _call]

@@ -154,18 +154,48 @@ def _of_two(kind: str) -> Callable[[Draw], Example]:
     return example
 
 
-def _rotate(d: Draw) -> Example:
-    pairs = d.dim("pair", 1, 4)
-    heads = d.choice((), (d.dim("heads"),))
-    x = d.tokens(*heads, Dim("dim", 2 * (pairs.size or 0)))
-    return Example("rotate", [x, d.tokens(pairs), d.tokens(pairs)], fixed=(1, 2))
+def _rotate(kind: str) -> Callable[[Draw], Example]:
+    def example(d: Draw) -> Example:
+        pairs = d.dim("pair", 1, 4)
+        heads = d.choice((), (d.dim("heads"),))
+        x = d.tokens(*heads, Dim("dim", 2 * (pairs.size or 0)))
+        return Example(kind, [x, d.tokens(pairs), d.tokens(pairs)], fixed=(1, 2))
+
+    return example
 
 
 def _attention(d: Draw) -> Example:
     kv_heads, k, v = d.dim("kv_heads", 1, 3), d.dim("k"), d.dim("v")
     heads = d.choice(kv_heads, Dim("heads", 2 * (kv_heads.size or 0)))
     operands = [d.tokens(heads, k), d.tokens(kv_heads, k), d.tokens(kv_heads, v)]
-    return Example("attention", operands, attrs=_scores(d))
+    attrs = _scores(d)
+    also = _also(d, heads, not attrs.keys() & {"window", "mask"})
+    if also:
+        attrs["also"] = tuple(also)
+    return Example("attention", [*operands, *also.values()], attrs=attrs)
+
+
+def _also(d: Draw, heads: Dim, select: bool) -> dict[str, tuple[Type, Tensor]]:
+    """Each query selects itself and a key before it, which may be itself; or none, -1."""
+    found = {}
+    if select and d.choice(False, True):
+        own = torch.arange(d.seq).expand(d.batch, d.seq)
+        other = (torch.rand(own.shape, generator=d.generator) * (own + 2)).long() - 1
+        type = Type("i64", (BATCH, SEQ, Dim("n", 2)))
+        found["selected"] = type, torch.stack([other, own], -1)
+    if d.choice(False, True):
+        found["sinks"] = d.floats(heads)
+    return found
+
+
+def _indexer_loss(d: Draw) -> Example:
+    attention, heads = _attention(d), Dim("index_heads", d.size(1, 3))
+    q, k = attention.operands[:2]
+    index = [d.tokens(heads, Dim("i", 3)), d.tokens(Dim("i", 3)), d.tokens(heads)]
+    own = torch.arange(d.seq).expand(d.batch, d.seq)
+    selected = Type("i64", (BATCH, SEQ, Dim("n", 2))), torch.stack([own, (own - 2).clamp(-1)], -1)
+    operands = [q, k, *index, selected]
+    return Example("indexer_loss", operands, attrs={"scale": 0.5}, fixed=(0, 1))
 
 
 def _scores(d: Draw) -> dict[str, Attr]:
@@ -186,7 +216,7 @@ def _document_attention(d: Draw) -> Example:
     for row in position:
         for i in range(d.seq):
             row[i] = 0 if d.choice(True, False, False) else row[i - 1] + 1 if i else d.size()
-    operands = [*plain.operands, (Type("i64", (BATCH, SEQ)), position)]
+    operands = [*plain.operands[:3], (Type("i64", (BATCH, SEQ)), position), *plain.operands[3:]]
     return Example("document_attention", operands, attrs=plain.attrs)
 
 
@@ -380,7 +410,9 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "log": _positive("log"),
     "sqrt": _positive("sqrt"),
     "softmax": _of_one("softmax"),
-    "rotate": _rotate,
+    "rotate": _rotate("rotate"),
+    "rotate_halves": _rotate("rotate_halves"),
+    "indexer_loss": _indexer_loss,
     "attention": _attention,
     "document_attention": _document_attention,
     "topk_groups": _topk_groups,

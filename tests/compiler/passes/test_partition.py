@@ -111,6 +111,15 @@ def test_biases_and_free_parameters_are_those_of_all_ranks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("sinks", "2 replicas"), ("sparse", "2 stages x 2 replicas x 2 experts")]
+)
+def test_sinks_are_those_of_all_ranks_and_indexer_losses_their_mean(name: str, mesh: str) -> None:
+    of = load(SPECS / "examples" / f"{name}.yaml")
+    check_same(of, layout(MESHES[mesh], of))
+
+
+@pytest.mark.slow
 def test_models_without_experts_are_partitioned(tmp_path: Path) -> None:
     """Their balance loss is a number, and no sum over ranks."""
     (tmp_path / "dense.yaml").write_text(DENSE)
