@@ -12,10 +12,12 @@ alone, so that `--size serve` is the model for it.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -80,9 +82,11 @@ class Vllm:
         if self.process is None:
             self.process = self._start()
         assert self.process.stdin is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         print("go", file=self.process.stdin, flush=True)
         if self._answer() != f"done {len(self.prompts) * NEW}":
             raise RuntimeError("vLLM gave another number of tokens")
+        os.killpg(self.process.pid, signal.SIGSTOP)  # its idle threads would take time of others
 
     def _start(self) -> subprocess.Popen[str]:
         file = Path(tempfile.mkdtemp()) / "prompts.json"
@@ -90,8 +94,10 @@ class Vllm:
         command = [*self.command, str(file), str(NEW)]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        atexit.register(os.killpg, self.process.pid, signal.SIGKILL)
         if self._answer() != "ready":
             raise RuntimeError("vLLM did not start: its own output says why")
         return self.process

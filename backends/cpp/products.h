@@ -90,8 +90,10 @@ template <int R, int C> INLINE void join(const vec (&sums)[R][C], float (&out)[R
 
 // So many rows of weights are multiplied with each so many rows at once that all sums stay in
 // registers.
-template <int R> constexpr int TILE = R == 1 ? 8 : REGISTERS / 16 * (R == 2 ? 6 : 3);
+template <int R>
+constexpr int TILE = R == 1 ? 8 : R == 8 ? 3 : REGISTERS / 16 * (R == 2 ? 6 : 3);
 constexpr int ROWS = 4;
+constexpr int MANY = 32;   // rows of a head that one thread takes at once
 constexpr int BLOCK = 48;  // rows of weights that stay in the cache while all rows pass
 
 // y_r[c] = x_r w_c for columns `first` to `last`, R rows. `x` and `y` give the rows; `fresh` says
@@ -125,6 +127,8 @@ inline void product(int begin, int end, const Matrix<T> &w, int first, int last,
   for (int block = first; block < last; block += BLOCK) {
     const int stop = std::min(block + BLOCK, last);
     int row = begin;
+    if constexpr (REGISTERS == 32)
+      for (; row + 8 <= end; row += 8) product_tile<8>(row, w, block, stop, row == begin, x, y);
     for (; row + ROWS <= end; row += ROWS)
       product_tile<ROWS>(row, w, block, stop, row == begin, x, y);
     if (end - row == 3) product_tile<3>(row, w, block, stop, row == begin, x, y);
@@ -152,11 +156,11 @@ APART void grouped_linear(const Step &s, Rows x, Ints ends, Matrices<T> w, Rows 
 
 // Each head's rows of the weight times x: y[r, h, c] = x[r, h] w[h, start + c].
 template <class T> APART void head_linear(const Step &s, Heads x, Matrix<T> w, int start, Heads y) {
-  const int each = w.out / x.heads, tiles = (x.count + ROWS - 1) / ROWS;
+  const int each = w.out / x.heads, tiles = (x.count + MANY - 1) / MANY;
   const auto [first, last] = s.share(x.heads * tiles);
   for (int item = first; item < last; item++) {
-    const int head = item / tiles, begin = item % tiles * ROWS;
-    product(begin, std::min(begin + ROWS, x.count), w.from(head * each + start), 0, y.width,
+    const int head = item / tiles, begin = item % tiles * MANY;
+    product(begin, std::min(begin + MANY, x.count), w.from(head * each + start), 0, y.width,
             [&](int r) { return x.at(r, head); }, [&](int r) { return y.at(r, head); });
   }
 }
