@@ -114,7 +114,7 @@ def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
     return (*cut, *rest, *split)
 
 
-def before_cut(program: str, lowered: Program, description: Description) -> Program:
+def shared_prefix(program: str, lowered: Program, description: Description) -> Program:
     """A program where those of single ranks begin to differ from it."""
     *_, step = run(program, lowered, shared_passes(program), description)
     return step.program
@@ -139,7 +139,7 @@ class PassResult:
     seconds: float = 0.0
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What the pass did, in words: `experts -1, grouped_linear +3`."""
         if not self.changed:
             return "no change"
@@ -169,7 +169,7 @@ def compile(
 ) -> Compiled:
     """Lowers a description and runs every pipeline; the verifier runs after each pass.
 
-    `skip` and `until` leave passes out, as `chosen` says. Raises `DiagnosticError`.
+    `skip` and `until` leave passes out, as `select_passes` says. Raises `DiagnosticError`.
     """
     start = time.perf_counter()
     lowered = lower(description)
@@ -178,17 +178,17 @@ def compile(
     steps = [PassResult("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
     for name in PIPELINES:
-        for step in run(name, lowered, chosen(PIPELINES[name], skip, until), description):
+        for step in run(name, lowered, select_passes(PIPELINES[name], skip, until), description):
             steps.append(step)
             programs[name] = step.program
     for depth in range(len(modules(lowered))):
         name = draft_name(depth)
-        *_, step = run(name, lowered, chosen(draft_passes(depth), skip, until), description)
+        *_, step = run(name, lowered, select_passes(draft_passes(depth), skip, until), description)
         programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
 
 
-def chosen(
+def select_passes(
     passes: Sequence[Pass], skip: Collection[str] = (), until: str | None = None
 ) -> list[Pass]:
     """The passes of a program without those in `skip` and those behind the last `until`.
