@@ -81,7 +81,7 @@ def build(
 
     With `target` it holds kernels for that GPU, too, cut as `tuning` says; with `cpu` a compiled
     step for serving, unless the model has operators that there is no C++ for.
-    `skip` and `until` leave passes out, for debugging (`compiler.pipeline.chosen`).
+    `skip` and `until` leave passes out, for debugging (`compiler.pipeline.select_passes`).
     Raises `DiagnosticError` for problems of the model (E4xx, E5xx) and of the folder (E6xx).
     """
     started = time.perf_counter()

@@ -122,7 +122,7 @@ def rank_passes(program: str, layout: Layout, stage: int) -> tuple[Pass, ...]:
     return (*cut, *rest, *split)
 
 
-def before_cut(program: str, lowered: Program, description: Description) -> Program:
+def shared_prefix(program: str, lowered: Program, description: Description) -> Program:
     """A program where those of single ranks begin to differ from it."""
     *_, step = run(program, lowered, shared_passes(program), description)
     return step.program
@@ -147,7 +147,7 @@ class PassResult:
     seconds: float = 0.0
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What the pass did, in words: `experts -1, grouped_linear +3`."""
         if not self.changed:
             return "no change"
@@ -177,7 +177,7 @@ def compile(
 ) -> Compiled:
     """Lowers a description and runs every pipeline; the verifier runs after each pass.
 
-    `skip` and `until` leave passes out, as `chosen` says. Raises `DiagnosticError`.
+    `skip` and `until` leave passes out, as `select_passes` says. Raises `DiagnosticError`.
     """
     start = time.perf_counter()
     lowered = lower(description)
@@ -186,7 +186,7 @@ def compile(
     steps = [PassResult("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
     for name, passes in program_passes(lowered).items():
-        for step in run(name, lowered, chosen(passes, skip, until), description):
+        for step in run(name, lowered, select_passes(passes, skip, until), description):
             steps.append(step)
             programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
@@ -203,13 +203,13 @@ def without_fp8(
     programs = dict(compiled.programs)
     passes = program_passes(compiled.lowered)
     for name in ("decode", *compiled.drafts):
-        wanted = chosen(passes[name], (*skip, PLACE_FP8.name), until)
+        wanted = select_passes(passes[name], (*skip, PLACE_FP8.name), until)
         *_, step = run(name, compiled.lowered, wanted, description)
         programs[name] = step.program
     return replace(compiled, programs=programs)
 
 
-def chosen(
+def select_passes(
     passes: Sequence[Pass], skip: Collection[str] = (), until: str | None = None
 ) -> list[Pass]:
     """The passes of a program without those in `skip` and those behind the last `until`.

@@ -15,7 +15,7 @@ from compiler.graph.verify import verify
 from compiler.parallel.layout import Layout, Stage
 from compiler.passes.optimizer_step import shared_weights, step_program
 from compiler.passes.split_backward import SPLIT_BACKWARD
-from compiler.pipeline import before_cut, rank_passes, run
+from compiler.pipeline import rank_passes, run, shared_prefix
 from dsl.load import Description
 
 
@@ -62,7 +62,7 @@ def roles(description: Description, lowered: Program, layout: Layout) -> Iterato
 
     Raises `DiagnosticError` (E519) where the model cannot be cut.
     """
-    uncut = before_cut("train", lowered, description)
+    uncut = shared_prefix("train", lowered, description)
     shared = shared_weights(uncut, layout)
     alike: dict[tuple[object, ...], list[Stage]] = {}
     for stage in layout.stages:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from compiler.pipeline import (
     PIPELINES,
     Compiled,
-    chosen,
     compile,
     rank_passes,
     run,
+    select_passes,
     shared_passes,
 )
 from compiler.plan.make import make_plan
@@ -45,7 +45,7 @@ def compiled_for(
         help = f"its stages are 0 to {count - 1}" if plan else "its spec has no section `parallel`"
         raise DiagnosticError([Diagnostic("E691", f"the model has no stage {stage}", help=help)])
     every = (*shared_passes(program), *rank_passes(program, plan.layout, stage))
-    passes = chosen(every, skip, until)
+    passes = select_passes(every, skip, until)
     name = f"{program}_stage_{stage}"
     steps = list(run(name, compiled.lowered, passes, description))
     programs = {**compiled.programs, name: steps[-1].program}

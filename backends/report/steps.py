@@ -146,7 +146,7 @@ class _Page:
                 anchor=f"{program}-{i}",
                 name=step.name,
                 purpose=step.purpose,
-                told=step.told if i else "",
+                told=step.summary if i else "",
                 operators=sum(1 for g in step.program.graphs.values() for _ in g.walk()),
                 chips=tuple(self._chips(before, step, sizes, current)),
                 notes=tuple(f"{m.block}: {print_op(m.op)} stays: {m.reason}" for m in step.misses),

@@ -92,7 +92,7 @@ def done(compiled: Compiled, name: str, block: str | None) -> Iterator[str]:
         before, *steps = compiled.steps_of(program)
         for step in steps:
             if step.name == name:
-                yield f"\n{program}: {step.told}"
+                yield f"\n{program}: {step.summary}"
                 yield from _places(before, step, block)
             before = step
 

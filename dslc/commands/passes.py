@@ -93,7 +93,7 @@ def pass_table(compiled: Compiled) -> Iterator[str]:
 
 def _row(program: str, step: PassResult) -> tuple[str, ...]:
     count = sum(1 for graph in step.program.graphs.values() for _ in graph.walk())
-    what = "" if step.name == "lower" else step.told
+    what = "" if step.name == "lower" else step.summary
     return (program, step.name, str(count), f"{1000 * step.seconds:.1f}", what)
 
 

@@ -33,7 +33,7 @@ def test_every_pass_of_every_program_is_a_step(program: str) -> None:
     steps = compiled("deepseek_v3")[1].steps_of(program)
     for i, step in enumerate(steps):
         assert f"{program} {i}/{len(steps) - 1} {step.name}" in v3.text
-        assert step.told in v3.text
+        assert step.summary in v3.text
     assert all(one.purpose in v3.text for one in PIPELINES[program])
 
 

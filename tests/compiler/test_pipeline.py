@@ -12,7 +12,7 @@ from backends.build import package
 from compiler.analysis import summary
 from compiler.graph.core import Program
 from compiler.graph.equal import equal
-from compiler.pipeline import PIPELINES, Compiled, chosen, compile
+from compiler.pipeline import PIPELINES, Compiled, compile, select_passes
 from dsl.diagnostic import DiagnosticError
 from dsl.load import Description, load
 from tests.support.models import GQA
@@ -49,10 +49,10 @@ def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
 @pytest.mark.slow
 def test_a_step_says_it_in_words() -> None:
     steps = {s.name: s for s in compile(DESCRIPTION).steps_of("decode")}
-    assert steps["absorb"].told == "attention -1, head_linear +2, latent_attention +1"
-    assert steps["select_outputs"].told == "same operators"
+    assert steps["absorb"].summary == "attention -1, head_linear +2, latent_attention +1"
+    assert steps["select_outputs"].summary == "same operators"
     nothing = {s.name: s for s in compile(gqa()).steps_of("decode")}
-    assert nothing["absorb"].told == "no change"
+    assert nothing["absorb"].summary == "no change"
 
 
 def gqa() -> Description:
@@ -67,15 +67,15 @@ def test_why_a_rule_did_not_apply_is_kept_also_where_nothing_changed() -> None:
 
 
 def test_until_and_skip_leave_out_what_is_not_essential() -> None:
-    names = [p.name for p in chosen(PIPELINES["decode"], until="insert_cache")]
+    names = [p.name for p in select_passes(PIPELINES["decode"], until="insert_cache")]
     all_names = [p.name for p in PIPELINES["decode"]]
     before = all_names[: all_names.index("insert_cache") + 1]
     behind = [name for name in all_names[len(before) :] if name not in OPTIONAL]
     assert names == [*before, *behind] and "absorb" not in names
-    names = [p.name for p in chosen(PIPELINES["decode"], skip=["absorb"])]
+    names = [p.name for p in select_passes(PIPELINES["decode"], skip=["absorb"])]
     assert names == [p.name for p in PIPELINES["decode"] if p.name != "absorb"]
     # A pass that a program does not have changes nothing for it.
-    assert chosen(PIPELINES["train"], until="absorb") == list(PIPELINES["train"])
+    assert select_passes(PIPELINES["train"], until="absorb") == list(PIPELINES["train"])
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from compiler.graph.verify import verify
 from compiler.lower import lower
 from compiler.parallel.layout import Layout, Stage, units
 from compiler.parallel.mesh import Mesh
-from compiler.pipeline import before_cut, rank_passes, run
+from compiler.pipeline import rank_passes, run, shared_prefix
 from compiler.plan.check import problems
 from compiler.plan.schedule import schedule_from_json
 from compiler.roles import roles
@@ -29,7 +29,7 @@ DEEP = (
 
 
 def layout(of: Description, ends: list[int]) -> Layout:
-    found = units(before_cut("train", lower(of), of).main)
+    found = units(shared_prefix("train", lower(of), of).main)
     cuts = [0, *ends, len(found)]
     stages = tuple(Stage(i, found[a:b]) for i, (a, b) in enumerate(pairwise(cuts)))
     return Layout(Mesh(len(stages), 1, 2, 2), "1f1b", stages, 1, 1, 1)
@@ -40,7 +40,7 @@ def test_programs_of_all_stages_follow_from_those_of_their_roles() -> None:
     """Units: the embedding, layers 0 to 3, layers 4 to 10, head and MTP modules."""
     of = load(TINY, sets=[DEEP])
     where = layout(of, [2, 3, 4, 5, 7, 9, 11, 12])
-    shared = before_cut("train", lower(of), of)
+    shared = shared_prefix("train", lower(of), of)
     found = list(roles(of, lower(of), where))
     assert [r.name for r in found] == ["00", "01-03", "04", "05-06", "07", "08"]
     for role in found:

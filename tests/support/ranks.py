@@ -16,7 +16,7 @@ from compiler.lower import lower
 from compiler.parallel.layout import Layout, Stage, placement, units
 from compiler.parallel.mesh import Mesh
 from compiler.passes.optimizer_step import shared_weights, step_program
-from compiler.pipeline import before_cut, rank_passes
+from compiler.pipeline import rank_passes, shared_prefix
 from compiler.pipeline import run as run_passes
 from dsl.load import Description
 from dsl.source import Source
@@ -27,7 +27,7 @@ from tests.interpret.comm import Rank, World
 
 def uncut(of: Description) -> Program:
     """The train program where the passes of ranks begin to differ."""
-    return before_cut("train", lower(of), of)
+    return shared_prefix("train", lower(of), of)
 
 
 def layout(mesh: Mesh, of: Description, *cuts: int, schedule: str = "1f1b") -> Layout:
@@ -42,7 +42,7 @@ def layout(mesh: Mesh, of: Description, *cuts: int, schedule: str = "1f1b") -> L
 
 def rank_programs(of: Description, where: Layout, name: str = "train") -> list[Program]:
     """The program of each stage."""
-    shared = before_cut(name, lower(of), of)
+    shared = shared_prefix(name, lower(of), of)
     programs = []
     for stage in where.stages:
         passes = rank_passes(name, where, stage.index)
