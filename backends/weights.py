@@ -96,28 +96,28 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
     return Checkpoint(folder, tensors, config, _scale(config), None, prefix, beside, tuple(notes))
 
 
-def description_of(folder: Path) -> Description:
+def description_of(folder: Path, sets: Sequence[str] = ()) -> Description:
     """The model of a folder's config.json, called `imported`. Raises `DiagnosticError`.
 
-    Without MTP modules that it declares and no file holds a tensor of.
+    Without MTP modules that it declares and no file holds a tensor of. `sets` are as of `load`.
     """
     source = _config_source(folder)
     config = read_config(source)
-    description = _described(config, source)
+    description = _described(config, source, sets)
     if description.spec.architecture.mtp.depth:
         names, unread = _names(folder)
         part = language_model(config)
         if not unread and not _has_mtp(names, part["num_hidden_layers"]):
-            return _described({**part, DEPTH: 0}, source)
+            return _described({**part, DEPTH: 0}, source, sets)
     return description
 
 
-def _described(config: Mapping[str, Any], source: Source) -> Description:
+def _described(config: Mapping[str, Any], source: Source, sets: Sequence[str]) -> Description:
     """The model of a config.json, whose text is `source`."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "imported.yaml"
         path.write_text(spec_from_hf(config, source, "imported"), encoding="utf-8")
-        return load(path)
+        return load(path, sets=sets)
 
 
 def _names(folder: Path) -> tuple[list[str], bool]:

@@ -81,11 +81,11 @@ def using_run(run: Path, what: str = TRAIN) -> Iterator[Any]:
 
 @contextmanager
 def using_source(
-    source: Path, spec: str | None, what: str, *, cpu: bool = False
+    source: Path, spec: str | None, what: str, *, weights: str | None = None
 ) -> Iterator[tuple[Any, Any, Path, bool]]:
     """The same, with the folder that holds the package, for a run or a folder of weights; whether
-    it is a run. For weights the package is built, from their config.json or `spec`; with `cpu`, it
-    has a compiled step."""
+    it is a run. For weights the package is built, from their config.json or `spec`: where they
+    shall be quantized (`weights`), with a compiled step, which reads them."""
     from backends.build import build
     from backends.read import is_run
     from backends.weights import description_of
@@ -101,7 +101,9 @@ def using_source(
     with tempfile.TemporaryDirectory() as folder:
         parent = Path(folder)
         with reporting():
-            found = description_of(source) if spec is None else read(spec, None, None)
-            build(found, parent / found.spec.model, cpu=cpu)
+            # Files say which weights they hold in FP8, and nothing of products.
+            sets = ["precision.policy=fp8_blockwise"] if weights == "fp8" else []
+            found = description_of(source, sets) if spec is None else read(spec, sets, None)
+            build(found, parent / found.spec.model, cpu=weights is not None)
         with using(parent, found.spec.model, what) as (command, model):
             yield command, model, parent, False

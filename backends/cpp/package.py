@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from backends.cpp.emit import Emitter, Structure, comment, size
+from backends.cpp.emit import Emitter, Structure, size
 from backends.cpp.statements import MADE, STATEMENTS
+from backends.cpp.words import comment
 from backends.render import render
 from backends.torch.declare import joined_names
 from backends.torch.methods import Methods

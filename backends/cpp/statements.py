@@ -11,12 +11,12 @@ from backends.cpp.emit import (
     Member,
     Statement,
     Unsupported,
-    identifier,
     kind,
     numbers,
     place,
     size,
 )
+from backends.cpp.words import identifier
 from compiler.graph.core import Op
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of

@@ -95,8 +95,7 @@ def run(
         prompts = _prompts(prompt, file, chat, system)
     fields = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     printer = _Printer(prompts, format)
-    compiled = weights is not None
-    with using_source(source, spec, GENERATE, cpu=compiled) as (command, model, _, trained):
+    with using_source(source, spec, GENERATE, weights=weights) as (command, model, _, trained):
         stops = tuple(stop or ())
         asked = command.Asked(
             prompts, tokens, fields, seed, stops, device, speculate, chat_template, weights

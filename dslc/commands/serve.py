@@ -60,8 +60,8 @@ def run(
     with reporting():
         by = "`pip install 'dslc[torch,serve]'`"
         require("serving", "torch", "safetensors", "fastapi", "uvicorn", "prometheus_client", by=by)
-    quantized = given["weights"] is not None
-    with using_source(source, spec, SERVE, cpu=quantized) as (command, model, parent, trained):
+    found = using_source(source, spec, SERVE, weights=given["weights"])
+    with found as (command, model, parent, trained):
         # The process of the engine imports the package, too.
         sys.path.insert(0, str(parent.resolve()))
         if trained:

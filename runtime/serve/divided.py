@@ -10,6 +10,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -38,10 +39,11 @@ class Wires:
         self.prompts.close()
 
 
-def connect(group: Group) -> list[Wires]:
-    """Of rank 0 the wires to all others, of another that to rank 0."""
+def connect(group: Group, patience: float) -> list[Wires]:
+    """Of rank 0 the wires to all others, of another that to rank 0. They fail where nothing comes
+    for `patience` seconds, not even a sign of life."""
     found = []
-    limit = timedelta(seconds=group.patience)
+    limit = timedelta(seconds=patience)
     for rank in range(1, group.size):
         # A group for each direction: threads wait in each of them.
         ways = [dist.new_group([0, rank], timeout=limit, backend="gloo") for _ in range(2)]
@@ -76,7 +78,7 @@ class Divided:
             raise ValueError(f"there is a request {id!r} already")
         self.decode.engine.check(id, prompt, sampling, salt)
         rank = min(range(len(self._wires)), key=lambda i: len(self._prompts[i]))
-        self._wires[rank].asks.send(Ask(id, tuple(prompt), sampling, salt))
+        self._tell(rank, Ask(id, tuple(prompt), sampling, salt))
         self._prompts[rank].add(id)
         self._running.add(id)
         self._elsewhere["prompt_tokens"] += len(prompt)
@@ -85,10 +87,14 @@ class Divided:
         """Wherever the request is: here, on a rank, or on the way."""
         if id in self._running:
             self._aborted.add(id)
-            for wires, prompts in zip(self._wires, self._prompts, strict=True):
+            for rank, prompts in enumerate(self._prompts):
                 if id in prompts:
-                    wires.asks.send(Abort(id))
+                    self._tell(rank, Abort(id))
             self.decode.abort(id)
+
+    def _tell(self, rank: int, message: Ask | Abort) -> None:
+        with suppress(RuntimeError):  # the next step says that it has ended
+            self._wires[rank].asks.send(message)
 
     @property
     def busy(self) -> bool:
@@ -146,7 +152,7 @@ def make_divided(patience: float, make: Callable[[], Engine]) -> Divided:
     with group.telling():
         engine = make()
         group.meet()
-        return Divided(engine, connect(group), group.close)
+        return Divided(engine, connect(group, patience), group.close)
 
 
 def compute_prompts(patience: float, make: Callable[[], Engine]) -> None:
@@ -160,7 +166,7 @@ def compute_prompts(patience: float, make: Callable[[], Engine]) -> None:
         with group.telling():
             engine = make()
             group.meet()
-            (wires,) = connect(group)
+            (wires,) = connect(group, patience)
             leave_signals_to_server()
             follow_asks(PrefillEngine(engine, wires.prompts), wires)
         group.close()

@@ -70,7 +70,7 @@ class Abort:
     id: str
 
 
-ALIVE = 1.0
+ALIVE = 0.3
 """Seconds without a message after which one says so: the group has a time limit for each."""
 
 
@@ -176,7 +176,7 @@ class Gloo(Generic[M]):
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise RuntimeError(f"rank {self._other} has ended: {self._failure}")
+            raise RuntimeError(f"rank {self._other} has ended or hangs") from self._failure
 
 
 class PrefillEngine:

@@ -50,7 +50,7 @@ def test_pictures(dslc: Run) -> None:
 @pytest.mark.slow
 def test_a_page_of_all_passes(dslc: Run) -> None:
     outcome = dslc("graph", TINY, "--html", "--program", "decode", "--after", "absorb")
-    assert re.fullmatch(r"wrote deepseek_v3_tiny\.html: \d+ KB\n", outcome.out)
+    assert re.fullmatch(r"wrote deepseek_v3_tiny\.html: [\d,]+ KB\n", outcome.out)
     text = Path("deepseek_v3_tiny.html").read_text(encoding="utf-8")
     at = [one.name for one in PIPELINES["decode"]].index("absorb") + 1
     assert f'data-start="decode-{at}"' in text and text.count("<script>") == 1

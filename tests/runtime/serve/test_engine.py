@@ -230,8 +230,9 @@ def test_drafts_are_what_the_forward_pass_expects(either: Model) -> None:
     engine.add("a", prompt, Sampling(max_tokens=40))
     request = engine.scheduler.waiting[0]
     drafts: dict[int, int] = {}
+    told = []
     while engine.busy:
-        engine.step()
+        told += engine.step()
         if request.drafts:
             (drafts[request.known],) = request.drafts
     text = [*prompt, *request.output]
@@ -242,6 +243,8 @@ def test_drafts_are_what_the_forward_pass_expects(either: Model) -> None:
     right = sum(text[place] == draft for place, draft in drafts.items())
     stats = engine.stats()
     assert (stats["drafts"], stats["accepted_drafts"]) == (len(drafts), right)
+    assert sum(event.drafts for event in told) == len(drafts)
+    assert sum(len(event.tokens) - 1 for event in told if event.drafts) == right
     # Two steps for the prompt, of which the second gives a token; a right draft saves one.
     assert stats["steps"] == 1 + 40 - right
 

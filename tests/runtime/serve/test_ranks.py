@@ -175,7 +175,7 @@ def handed(group: Any, folder: Path) -> tuple[dict[str, list[Any]], int, Any]:
     """One rank computes prompts, the other answers."""
     handoff, divided = module("serve.handoff"), module("serve.divided")
     engine = module("serve.engine").Engine(importlib.import_module(NAME).load(folder), options(2))
-    (wires,) = divided.connect(group)
+    (wires,) = divided.connect(group, 60)
     found: dict[str, list[Any]] = {}
     if group.rank == 1:
         prefill = handoff.PrefillEngine(engine, lossy(wires).prompts)

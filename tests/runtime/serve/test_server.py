@@ -17,8 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runtime.serve.answer import usage
+from runtime.serve.choice import Choice
+from runtime.serve.request import Event, Sampling, Token
 from runtime.serve.service import Limits
-from runtime.serve.text import ByteVocabulary
+from runtime.serve.text import ByteVocabulary, StopStrings
 from tests.support.fake_engine import FAIL, NAN
 from tests.support.served import END, HTTP, Served, all_idle, byte_chat, serving
 from tests.support.tokenizers import vocabulary
@@ -50,6 +53,18 @@ def events(response: httpx.Response) -> list[Any]:
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
+def test_usage_says_which_drafts_were_right() -> None:
+    """Those behind a stop string are of no answer, and so were in vain."""
+    letters = [*b"ab.cd"]
+    choice = Choice(0, "0", [1], Sampling(9), ByteVocabulary(), StopStrings((".",)))
+    choice.feed(Event("0", (Token(letters[0]),), drafts=2))
+    choice.feed(Event("0", tuple(map(Token, letters[1:])), drafts=3))
+    found = usage([choice], 1)
+    assert "".join(choice.text) == "ab" and found["completion_tokens"] == 3
+    details = {"accepted_prediction_tokens": 2, "rejected_prediction_tokens": 3}
+    assert found["completion_tokens_details"] == details
+
+
 def test_completions(client: openai.OpenAI) -> None:
     found = client.completions.create(model="tiny", prompt="hello ", max_tokens=8, seed=0)
     (choice,) = found.choices
@@ -57,6 +72,8 @@ def test_completions(client: openai.OpenAI) -> None:
     assert found.usage is not None and found.object == "text_completion"
     used = found.usage
     assert (used.prompt_tokens, used.completion_tokens, used.total_tokens) == (6, 8, 14)
+    details = used.completion_tokens_details
+    assert details is not None and details.rejected_prediction_tokens == 0
     assert found.system_fingerprint == "print" and found.model_extra == {"seed": 0}
 
 
