@@ -261,10 +261,25 @@ def attention(
     [heads] are scores without a value, whose exponentials are in the sum that each head divides by.
     Raises ValueError when there are more queries than keys.
     """
+    if selected is not None and q.shape[1] == 1:
+        counting, (k, v) = read_selected(selected, k, v)
+        return attend(q, k, v, counting, scale, softcap=softcap, sinks=sinks)
     first = first_key(q.shape[1], k.shape[1], window)
     seen = attention_mask(q.shape[1], k.shape[1], q.device, window, mask, selected)
     causal = seen is None and q.shape[1] > 1
     return attend(q, k[:, first:], v[:, first:], seen, scale, causal, softcap, sinks)
+
+
+def read_selected(selected: Tensor, *parts: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The selected entries of parts [batch, key, ..] alone, for one query of each sequence: [batch,
+    n, ..] each; and which of them count, bool [batch, 1, 1, n], each once."""
+    device, keys = selected.device, parts[0].shape[1]
+    row = torch.arange(len(selected), device=device).unsqueeze(1)
+    place = selected[:, 0].where(selected[:, 0] >= 0, keys)
+    number = torch.arange(place.shape[1], device=device).expand_as(place)
+    one = number.new_zeros(len(place), keys + 1).scatter_(1, place, number).gather(1, place)
+    seen = (place < keys) & (one == number)
+    return seen[:, None, None], [part[row, place.clamp(max=keys - 1)] for part in parts]
 
 
 def first_key(queries: int, keys: int, window: int | None) -> int:
@@ -837,15 +852,19 @@ def latent_attention(
     `mask` and `selected` let it see, as in `attention`.
     """
     queries, keys = q_latent.shape[1], c_kv.shape[1]
-    first = first_key(queries, keys, window)
     heads, dtype = q_latent.shape[2], c_kv.dtype
-    c_kv, k_rope = c_kv[:, first:], k_rope[:, first:]
+    seen: Tensor | None
+    if selected is not None and queries == 1:
+        seen, (c_kv, k_rope) = read_selected(selected, c_kv, k_rope)
+    else:
+        first = first_key(queries, keys, window)
+        seen = attention_mask(queries, keys, c_kv.device, window, mask, selected)
+        c_kv, k_rope = c_kv[:, first:], k_rope[:, first:]
     if c_kv.numel() <= _WIDENED and c_kv.device.type == "cpu":
         q_latent, q_rope, c_kv, k_rope = (wide(t) for t in (q_latent, q_rope, c_kv, k_rope))
     score = torch.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
     score = torch.baddbmm(score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
     score = capped(wide(score) * scale, softcap)
-    seen = attention_mask(queries, keys, score.device, window, mask, selected)
     if seen is None and queries > 1:
         seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=score.device).tril()
     if seen is not None:

@@ -14,6 +14,7 @@ block SparseMLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [bat
   params yarn_mscale = 1, yarn_mscale_all_dim = 0
 
   require qk_rope_head_dim % 2 == 0, "qk_rope_head_dim ({qk_rope_head_dim}) is odd, but rotary embedding turns pairs of numbers", "make it {qk_rope_head_dim + 1}"
+  require q_lora_rank > 0, "q_lora_rank is {q_lora_rank}, but the indexer reads compressed queries", "make it at least 1"
   require index_head_dim > qk_rope_head_dim, "index_head_dim ({index_head_dim}) has no room beside the {qk_rope_head_dim} numbers that are turned", "make it at least {qk_rope_head_dim + 1}"
   require yarn_factor >= 1, "yarn_factor ({yarn_factor}) is below 1", "1 is plain rotary embedding"
 

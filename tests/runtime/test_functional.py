@@ -509,3 +509,21 @@ def test_attention_to_latents_is_attention_to_what_is_made_of_them(
     o_latent = F.latent_attention(q_latent, q_rope, c_kv, k_rope, 0.3, **scores)
     o = F.head_linear(o_latent, weight, (nope, nope + value), transposed=False)
     assert torch.allclose(o, expected, atol=1e-12)
+
+
+def test_one_query_reads_the_keys_that_it_selected_each_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    selected = torch.tensor([[[3, 3, -1, 8, 0]], [[8, 2, 2, 2, -1]]])
+    seen, sinks = F.attention_mask(1, 9, selected.device, None, None, selected), random(4)
+    assert seen is not None and seen.sum().item() == 5
+    q, k, v = random(2, 1, 4, 7), random(2, 9, 2, 7), random(2, 9, 2, 5)
+    found = F.attention(q, k, v, 0.3, selected=selected, sinks=sinks)
+    torch.testing.assert_close(found, F.attend(q, k, v, seen, 0.3, sinks=sinks))
+    c, rope = random(2, 9, 5), random(2, 9, 2)
+    found = F.latent_attention(*q.split([5, 2], -1), c, rope, 0.3, selected=selected, sinks=sinks)
+    k, v = torch.cat([c, rope], -1)[:, :, None], c[:, :, None]
+    torch.testing.assert_close(found, F.attend(q, k, v, seen, 0.3, sinks=sinks))

@@ -25,11 +25,12 @@ from tests.support.places import SPECS
 T = TypeVar("T")
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16])
+NSA = "NativeSparseAttention(nsa_block=2)"
 CAPPED = "CappedGQA(window=2, softcap=0.5)"
 ATTENTION = st.sampled_from([
     "MLA", "MLA(window=3)", "GQA", "MHA", CAPPED, "RandomAttention", "RandomAttention", "SparseMLA",
     "NormedGQA(partial_rotary_factor=0.5)", "SinkGQA(window=2)", "DifferentialAttention",
-    "NativeSparseAttention(nsa_block=2)", "BiasedAttention",
+    NSA, "BiasedAttention",
 ])  # fmt: skip
 FEED_FORWARD = st.sampled_from([
     "SwiGLU", "SwiGLU(intermediate_size=12)", "DeepSeekMoE", "SoftmaxMoE", "RandomFF", "RandomFF",
@@ -132,14 +133,25 @@ def fitted(spec: dict[str, Any]) -> dict[str, Any]:
     """The same with numbers that go together, so that it is accepted."""
     p = dict(spec["params"])
     p["num_key_value_heads"] = math.gcd(p["num_attention_heads"], p["num_key_value_heads"])
-    p["head_dim"] += p["head_dim"] % 2
+    p["head_dim"] += -p["head_dim"] % 4  # half of it is turned, in pairs
     p["qk_rope_head_dim"] += p["qk_rope_head_dim"] % 2
     p["n_group"] = math.gcd(p["n_routed_experts"] // 2, p["n_group"])  # two or more in each
     p["topk_group"] = min(p["topk_group"], p["n_group"])
     candidates = p["n_routed_experts"] // p["n_group"] * p["topk_group"]
     p["num_experts_per_tok"] = min(p["num_experts_per_tok"], candidates)
-    mtp = {**spec["mtp"], "depth": max(spec["mtp"]["depth"], 0)}
-    return {**spec, "params": p, "mtp": mtp, "wild": ""}
+    # The interpreter of graphs does not know the function of NSA.
+    layers, (mtp,) = (
+        [{**part, "attention": part["attention"].replace(NSA, "GQA")} for part in parts]
+        for parts in (spec["layers"], [spec["mtp"]])
+    )
+    mtp["depth"] = max(mtp["depth"], 0)
+    attends = {part["attention"].split("(")[0] for part in [*layers, mtp]}
+    if "SparseMLA" in attends:
+        p["q_lora_rank"] = p["q_lora_rank"] or 5
+        p["index_head_dim"] = max(p["index_head_dim"], p["qk_rope_head_dim"] + 1)
+    selects = "RandomAttention" in attends and "lightning_indexer" in str(spec["blocks"])
+    mask = spec["mask"] and not (selects or "SparseMLA" in attends)
+    return {**spec, "params": p, "layers": layers, "mtp": mtp, "mask": mask, "wild": ""}
 
 
 @cache
