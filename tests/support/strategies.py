@@ -232,7 +232,8 @@ def _attention(m: Maker) -> None:
 
 
 def _indexer(m: Maker) -> None:
-    q = m.pick(lambda t: t.dims == (BATCH, SEQ, Dim("heads", 4), Dim("head_dim", 6)))
+    shape = (BATCH, SEQ, Dim("heads", 4), Dim("head_dim", 6))
+    q = m.pick(lambda t: t.dtype in FLOATS and t.dims == shape)
     x = m.pick(lambda t: t.dtype == "bf16" and t.dims[:-1] == (BATCH, SEQ))
     if q and x:
         for dim in q.type.dims[:1:-1]:  # a key, then a weight for each head
