@@ -64,21 +64,35 @@ inline vec load(const float *x) {
   std::memcpy(&out, x, sizeof out);
   return out;
 }
-inline vec load(const bf16 *x) {
+// 16 bits in each lane, no sign. GCC 12 widens vectors of AVX-512 by halves, bytes one by one.
+inline words widened(const bf16 *x) {
+#if defined(__AVX512F__)
+  return (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__AVX2__)
+  return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
+#else
   halves bits;
   std::memcpy(&bits, x, sizeof bits);
-  return (vec)(__builtin_convertvector(bits, words) << 16);
+  return __builtin_convertvector(bits, words);
+#endif
 }
-inline vec load(const int8_t *x) {
+inline vec load(const bf16 *x) { return (vec)(widened(x) << 16); }
+// A byte in each lane, with its sign.
+inline ints widened(const int8_t *x) {
+#if defined(__AVX512F__)
+  return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x));
+#elif defined(__AVX2__)
+  return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x));
+#else
   bytes bits;
   std::memcpy(&bits, x, sizeof bits);
-  return __builtin_convertvector(__builtin_convertvector(bits, ints), vec);
+  return __builtin_convertvector(bits, ints);
+#endif
 }
+inline vec load(const int8_t *x) { return __builtin_convertvector(widened(x), vec); }
 // Where a float has its sign, and the last bits of its exponent: 2^120 times too small.
 inline vec load(const e4m3 *x) {
-  bytes bits;
-  std::memcpy(&bits, x, sizeof bits);
-  return (vec)((__builtin_convertvector(bits, ints) << 20) & int32_t(0x87f00000)) * 0x1p120f;
+  return (vec)((widened(&x->bits) << 20) & int32_t(0x87f00000)) * 0x1p120f;
 }
 inline void store(float *out, vec x) { std::memcpy(out, &x, sizeof x); }
 
