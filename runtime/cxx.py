@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 FLAGS = (
@@ -66,7 +67,7 @@ def _compiler() -> list[str]:
 
 def _key(command: list[str], source: Path) -> str:
     """A hash of the texts, the flags, and what the compiler says of itself and this CPU."""
-    macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull], "cannot be asked")
+    macros = _macros(tuple(command))
     digest = hashlib.sha256(repr(command[1:]).encode())
     for text in (
         macros.encode(),
@@ -74,6 +75,11 @@ def _key(command: list[str], source: Path) -> str:
     ):
         digest.update(hashlib.sha256(text).digest())
     return digest.hexdigest()[:20]
+
+
+@cache
+def _macros(command: tuple[str, ...]) -> str:
+    return _run([*command, "-dM", "-E", "-x", "c++", os.devnull], "cannot be asked")
 
 
 def _text(path: Path) -> bytes:
