@@ -39,12 +39,17 @@ class Size:
             f"architecture.layers.1.repeat={self.layers - 3}",
             f"params.n_routed_experts={self.experts}",
         ]
+        if self != WHOLE:
+            sets.append("parallel=null")  # the layout is V3's
         flags = [argument for value in sets for argument in ("--set", value)]
         return [sys.executable, "-m", "dslc", "build", str(SPEC), "-o", str(out), *flags]
 
     def peer(self) -> list[str]:
         """The same model by the peer, without multi-token prediction, which it leaves out."""
         return [sys.executable, "-c", PEER.format(layers=self.layers, experts=self.experts)]
+
+
+WHOLE = Size(61, 256)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def run(command: list[str]) -> Cost:
 
 
 def main() -> None:
-    sizes = [Size(4, 16), Size(61, 256), Size(1000, 256), Size(61, 4096), Size(1000, 4096)]
+    sizes = [Size(4, 16), WHOLE, Size(1000, 256), Size(61, 4096), Size(1000, 4096)]
     print("layers experts            dslc build  transformers on meta   peer takes")
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:

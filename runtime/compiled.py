@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
@@ -146,11 +147,25 @@ class CompiledModel:
         plain = dict.fromkeys(names, ELEMENTS[dtype])
         elements = {**plain, **QUANTIZED[self.model.quantized]}
         library = compiled(source.path, elements)
+        self.threads = 0
+        """Of a step; 0: as many as torch has."""
         self.positions = self.config.sequence.max_position_embeddings + 1
         self._programs = {
             name: _Bound(self, program, getattr(library, name))
             for name, program in source.programs.items()
         }
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Between steps torch computes on one thread: its others wait awake for work, on the cores
+        that threads of the next step need."""
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self.threads)
+            self.threads = 0
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Pages) -> Tensor:
         """What the model's own `decode` computes with pages: logits [scored, vocab]."""
@@ -196,7 +211,7 @@ class _Bound:
             self._bind_weights()
         if cache is not self._pages:
             self._bind_pools(cache)
-        n, threads = tokens.numel(), torch.get_num_threads()
+        n, threads = tokens.numel(), self.owner.threads or torch.get_num_threads()
         scored = rows.scored.to(torch.int32)
         blocks, table, longest = _tables(rows)
         logits = torch.empty(len(scored), call.vocab)

@@ -7,13 +7,14 @@ whatever its prompt was cut into, found of in the prefix cache, or computed agai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import matmul
-from ..compiled import served
+from ..compiled import CompiledModel, served
 from ..config import Config
 from ..pages import Draft, PagedAttention, Pages, make_rows
 from .blocks import Blocks
@@ -80,6 +81,9 @@ class Engine:
             )
         self.vocab_size = model.config.params.vocab_size
         self.decoder = served(model)  # one call a step, where the build has one for this CPU
+        self._alone: Callable[[], AbstractContextManager[None]] = nullcontext
+        if isinstance(self.decoder, CompiledModel):
+            self._alone = self.decoder.alone
         kernel = model.paged_latent_attention if model.device.type == "cuda" else None
         one = Pages(1, options.page, kernel)
         self._compute_one(one)
@@ -234,7 +238,7 @@ class Engine:
         planned = in_order(self.scheduler.plan())
         if not planned:
             return ended
-        with torch.inference_mode(), matmul.batch_invariant():
+        with torch.inference_mode(), matmul.batch_invariant(), self._alone():
             firsts = [request.computed for request, _ in planned]
             logits = self._compute(planned)
             events = self._events(planned, logits)
