@@ -80,17 +80,12 @@ def _need_memory(op: Op) -> None:
         if forgotten
         else f"{name} reads several tokens of a sequence, and a decoder has the new ones only"
     )
-    raise DiagnosticError(
-        [
-            Diagnostic(
-                "E412",
-                f"a decoder cannot compute this: {why}",
-                op.spans[0] if op.spans else None,
-                "remembered and new tokens meet here",
-                help="let it take what it reads of earlier tokens over `context`, and give it what"
-                ' `cache(..)` gives; or write `per = "token"` if it treats each token by itself',
-            )
-        ]
+    raise _refusal(
+        op,
+        why,
+        "remembered and new tokens meet here",
+        help="let it take what it reads of earlier tokens over `context`, and give it what"
+        ' `cache(..)` gives; or write `per = "token"` if it treats each token by itself',
     )
 
 
@@ -102,18 +97,18 @@ def _need_tokens(program: Program, description: Description) -> None:
     needed = copy_program(program)  # `--skip simplify` leaves losses in
     SIMPLIFY.run(needed, description)
     for op in filter(_is_over_tokens, _operators(needed)):
-        raise DiagnosticError(
-            [
-                Diagnostic(
-                    "E412",
-                    f"a decoder cannot compute this: {op.kind} is over all tokens of a batch, and "
-                    "a decoder has the new ones only",
-                    op.spans[0] if op.spans else None,
-                    "scores depend on it",
-                    help="use it for losses, or on what has no tokens, as parameters",
-                )
-            ]
+        raise _refusal(
+            op,
+            f"{op.kind} is over all tokens of a batch, and a decoder has the new ones only",
+            "scores depend on it",
+            help="use it for losses, or on what has no tokens, as parameters",
         )
+
+
+def _refusal(op: Op, why: str, label: str, help: str) -> DiagnosticError:
+    span = op.spans[0] if op.spans else None
+    why = f"a decoder cannot compute this: {why}"
+    return DiagnosticError([Diagnostic("E412", why, span, label, help=help)])
 
 
 def _operators(program: Program) -> Iterator[Op]:
@@ -124,7 +119,7 @@ def _is_over_tokens(op: Op) -> bool:
     """Whether it gives a number for tokens of any number; a call does what its operators do."""
     read = any(dim.size is None for v in op.operands for dim in v.type.dims)
     made = any(dim.size is None for v in op.results for dim in v.type.dims)
-    return read and bool(op.results) and not made and op.kind != "call"
+    return read and bool(op.results) and not made and not op.callee
 
 
 def retype(graph: Graph, program: Program) -> None:
