@@ -126,7 +126,7 @@ class Divided:
         for wires, prompts in zip(self._wires, self._prompts, strict=True):
             for message in wires.prompts.receive():
                 if isinstance(message, Handoff):
-                    prompts.discard(message.id)
+                    prompts.discard(message.asked.id)
                     self._elsewhere["cached_tokens"] += message.event.cached
                     self._elsewhere["generated_tokens"] += len(message.event.tokens)
                 found.append(message)

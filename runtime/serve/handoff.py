@@ -25,13 +25,20 @@ from .scheduler import Request
 
 
 @dataclass(frozen=True)
-class Handoff:
-    """A request whose prompt is computed, and how many blocks of it follow."""
+class Ask:
+    """A request whose prompt another rank shall compute."""
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     salt: bytes
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A request whose prompt is computed, and how many blocks of it follow."""
+
+    asked: Ask
     event: Event
     """What the prefill engine says of it: its first token, or more where it had drafted, and its
     end if it has ended with them."""
@@ -51,16 +58,6 @@ class BlockOf:
 
 
 Message = Handoff | BlockOf
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request whose prompt another rank shall compute."""
-
-    id: str
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    salt: bytes
 
 
 @dataclass(frozen=True)
@@ -184,12 +181,12 @@ class PrefillEngine:
 
     def __init__(self, engine: Engine, transport: Sink) -> None:
         self.engine, self.transport = engine, transport
-        self._asked: dict[str, tuple[tuple[int, ...], Sampling, bytes]] = {}
+        self._asked: dict[str, Ask] = {}
 
     def add(self, id: str, prompt: Sequence[int], sampling: Sampling, salt: bytes = b"") -> None:
         """Raises ValueError as `Engine.add`."""
         self.engine.add(id, prompt, sampling, salt)
-        self._asked[id] = tuple(prompt), sampling, salt
+        self._asked[id] = Ask(id, tuple(prompt), sampling, salt)
 
     def ask(self, asked: Ask) -> None:
         """The same for another rank, which is answered that the request cannot run."""
@@ -197,7 +194,7 @@ class PrefillEngine:
             self.add(asked.id, asked.prompt, asked.sampling, asked.salt)
         except ValueError as error:
             event = Event(asked.id, finish="error", message=str(error))
-            self.transport.send(Handoff(asked.id, asked.prompt, asked.sampling, asked.salt, event))
+            self.transport.send(Handoff(asked, event))
 
     def abort(self, id: str) -> None:
         self.engine.abort(id)
@@ -209,15 +206,13 @@ class PrefillEngine:
     def step(self) -> None:
         """One step, after which requests with a token are on their way."""
         for event in self.engine.step():
+            asked = self._asked.pop(event.id)
             if event.finish is not None:
-                prompt, sampling, salt = self._asked.pop(event.id)
-                self.transport.send(Handoff(event.id, prompt, sampling, salt, event))
+                self.transport.send(Handoff(asked, event))
                 continue
-            del self._asked[event.id]
             request, pages = self.engine.hand_over(event.id)
-            given = event.id, request.prompt, request.sampling, request.salt, event
             drafts, tails = tuple(request.drafts), request.tails
-            self.transport.send(Handoff(*given, len(pages), drafts, tails))
+            self.transport.send(Handoff(asked, event, len(pages), drafts, tails))
             for index, data in enumerate(pages):
                 self.transport.send(BlockOf(event.id, index, data))
 
@@ -280,7 +275,8 @@ class DecodeEngine:
         if told.event.finish is not None:
             return told.event
         try:
-            request = self.engine.check(told.id, told.prompt, told.sampling, told.salt)
+            asked = told.asked
+            request = self.engine.check(asked.id, asked.prompt, asked.sampling, asked.salt)
         except ValueError as error:
             return replace(told.event, finish="error", message=str(error))
         request.cached = told.event.cached
@@ -289,7 +285,8 @@ class DecodeEngine:
             request.output.append(token.id)
             if request.matcher is not None:
                 request.matcher.consume(token.id)
-        self._arriving[told.id] = _Arriving(request, told.blocks, time.monotonic() + self.seconds)
+        until = time.monotonic() + self.seconds
+        self._arriving[asked.id] = _Arriving(request, told.blocks, until)
         return told.event
 
     def _go_on(self, one: _Arriving) -> bool:
