@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from compiler.plan.schedule import Chunk, Entry, Message, Receive, Schedule, Send, word
-from compiler.plan.simulate import ChunkCosts, gives, simulate
+from compiler.plan.simulate import ChunkCosts, simulate
 
 
 def problems(given: Schedule) -> list[str]:
@@ -20,7 +20,7 @@ def problems(given: Schedule) -> list[str]:
     seen: Counter[tuple[str, int, int]] = Counter()
     for rank in range(len(given.rows)):
         for chunk in (a for step in given.steps(rank) for a in step):
-            seen.update(gives(chunk))
+            seen.update(_computed(chunk))
             if given.holder(chunk.stage, chunk.batch) != rank:
                 found.append(f"{chunk} is on rank {rank}, which does not hold the stage")
     for stage in range(given.stages):
@@ -36,6 +36,12 @@ def problems(given: Schedule) -> list[str]:
     if not found and (waiting := blocked(given)):
         found.append(f"ranks wait for one another: {', '.join(waiting)}")
     return found
+
+
+def _computed(chunk: Chunk) -> Iterator[tuple[str, int, int]]:
+    """A forward pass, gradients of inputs or those of weights; B is both kinds of gradients."""
+    for kind in "IW" if chunk.kind == "B" else chunk.kind:
+        yield kind, chunk.stage, chunk.batch
 
 
 def _transfer_problems(given: Schedule) -> Iterator[str]:

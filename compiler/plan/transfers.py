@@ -11,7 +11,8 @@ order: no order of this kind can deadlock. Compare NVIDIA/nccl#784, pytorch/pyto
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
 from compiler.plan.simulate import ChunkCosts, simulate
@@ -23,22 +24,22 @@ def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule
     Raises ValueError where ranks wait for one another even if no message takes time.
     """
     ends = [[end for _, end in times] for times in simulate(given, costs or ChunkCosts()).ranks]
-    made = sorted(_made(given, ends), key=lambda one: (one.end, one.message.sender, one.chunk))
+    made = sorted(_made(given, ends))
     own: list[list[int]] = [[] for _ in given.rows]
     for number, one in enumerate(made):
-        own[one.message.sender].append(number)
+        own[one.sender].append(number)
         own[one.message.receiver].append(number)
     rows = (_row(given, rank, own[rank], made, ends[rank]) for rank in range(len(given.rows)))
     return replace(given, rows=tuple(rows), messages=tuple(one.message for one in made))
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A message, when the chunk that makes it ends, and which of its rank's chunks that is."""
+class _Made(NamedTuple):
+    """A message after when the chunk that makes it ends, and which of its rank's chunks that is."""
 
-    message: Message
     end: float
+    sender: int
     chunk: tuple[int, int]
+    message: Message
 
 
 def _made(given: Schedule, ends: list[list[float]]) -> Iterator[_Made]:
@@ -47,7 +48,7 @@ def _made(given: Schedule, ends: list[list[float]]) -> Iterator[_Made]:
             for j, chunk in enumerate(step):
                 message = given.message(chunk)
                 if message is not None:
-                    yield _Made(message, ends[rank][i], (i, j))
+                    yield _Made(ends[rank][i], rank, (i, j), message)
 
 
 def _row(
