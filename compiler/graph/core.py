@@ -8,7 +8,7 @@ are in `README.md` beside this file; `verify.py` checks them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from compiler.graph.types import Dim, Type
@@ -357,7 +357,7 @@ def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
             if fd.size is None and ad.size is None and ad.offset >= fd.offset:
                 if fd.axes != ad.axes:
                     raise ValueError(f"expects {fd}, got {ad}")
-                whole = replace(ad, offset=ad.offset - fd.offset)
+                whole = ad._replace(offset=ad.offset - fd.offset)
                 if bound.setdefault(fd.name, whole) == whole:
                     continue
                 first = bound[fd.name]
