@@ -39,7 +39,7 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
     those, and those that call them, are checked again, and what holds of all graphs together.
     """
     problems: list[Diagnostic] = []
-    names: dict[str, Sequence[PublishedName]] = {}
+    names = _Names(program)
     for key, graph in program.graphs.items():
         check = _Check(program, graph)
         checked = changed is None or key in changed or not changed.isdisjoint(graph.calls())
@@ -47,11 +47,22 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
             check.run(key)
         problems += check.problems
         # Names mean something only where every operator is what it should be.
-        names[key] = [] if check.problems else names_of(graph)
-        problems += check.clashes(names[key]) if checked else []
+        problems += check.clashes(names[key]) if checked and not check.problems else []
     problems += _recursion(program) or ([] if problems else _outside(program, names))
     if problems:
         raise DiagnosticError(problems)
+
+
+class _Names(dict[str, Sequence[PublishedName]]):
+    """What the graphs of a program name, found when it is looked up."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+
+    def __missing__(self, key: str) -> Sequence[PublishedName]:
+        self[key] = names_of(self.program.graphs[key])
+        return self[key]
 
 
 def spans_missing(program: Program) -> list[str]:
