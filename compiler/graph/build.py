@@ -20,6 +20,17 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
 
     Raises `TypeMismatch` where it names a weight or a graph that does not exist.
     """
+    types, weights, regions, callee, saved = _types_around(op, graph, graphs)
+    return Site(types, weights, op.attrs, regions, callee, saved)
+
+
+# Types of operands and weights, of regions, of what is called, and of what was saved.
+_TypesAround = tuple[
+    tuple[Type, ...], tuple[Type, ...], tuple[Signature, ...], Signature | None, tuple[Type, ...]
+]
+
+
+def _types_around(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> _TypesAround:
     for symbol in op.symbols:
         if symbol not in graph.weights:
             raise TypeMismatch(f"there is no weight @{symbol}")
@@ -32,7 +43,7 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
     regions = tuple([(_types(r.args), _types(r.yielded)) for r in op.regions])
     saved = _types(op.results) if op.kind == "saved" else ()
     weights = tuple([graph.weights[symbol].type for symbol in op.symbols])
-    return Site(_types(op.operands), weights, op.attrs, regions, callee, saved)
+    return _types(op.operands), weights, regions, callee, saved
 
 
 def _types(values: Sequence[Value]) -> tuple[Type, ...]:
@@ -41,22 +52,15 @@ def _types(values: Sequence[Value]) -> tuple[Type, ...]:
 
 def infer(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> tuple[Type, ...]:
     """Types of an operator's results. Raises `TypeMismatch`."""
-    at = site_of(op, graph, graphs)
-    attrs = tuple(op.attrs.items())
-    return _infer(op.kind, at.types, at.weights, attrs, at.regions, at.callee, at.saved)
+    return _infer(op.kind, tuple(op.attrs.items()), _types_around(op, graph, graphs))
 
 
 @cache
 def _infer(
-    kind: str,
-    types: tuple[Type, ...],
-    weights: tuple[Type, ...],
-    attrs: tuple[tuple[str, Attr], ...],
-    regions: tuple[Signature, ...],
-    callee: Signature | None,
-    saved: tuple[Type, ...],
+    kind: str, attrs: tuple[tuple[str, Attr], ...], around: _TypesAround
 ) -> tuple[Type, ...]:
     """Types of the results of an operator at such a site: after most passes it is there again."""
+    types, weights, regions, callee, saved = around
     site, operator = Site(types, weights, dict(attrs), regions, callee, saved), OPS[kind]
     return placed(operator, site, operator.infer(site))
 

@@ -163,7 +163,7 @@ class Graph:
 
     def calls(self) -> Iterator[str]:
         """Names of the graphs that this one calls, in order, each once."""
-        return iter(dict.fromkeys(op.callee for op in self.walk() if op.callee))
+        return iter(dict.fromkeys([op.callee for op in self.walk() if op.kind == "call"]))
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every operator that reads `old` read `new`."""
@@ -296,7 +296,7 @@ class Program:
         """Every call of a graph, and the graph that it is in."""
         for graph in self.graphs.values():
             for op in graph.walk():
-                if op.callee == name:
+                if op.kind == "call" and op.callee == name:
                     yield graph, op
 
     def backward_of(self, name: str) -> Graph | None:
@@ -411,7 +411,10 @@ def _copy_graph(graph: Graph) -> Graph:
     values: dict[Value, Value] = {}
 
     def value(old: Value) -> Value:
-        return values.setdefault(old, Value(old.name, old.type))
+        new = values.get(old)
+        if new is None:
+            new = values[old] = Value(old.name, old.type)
+        return new
 
     def ops(old: Sequence[Op]) -> list[Op]:
         return [

@@ -40,15 +40,16 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
     """
     problems: list[Diagnostic] = []
     names = _Names(program)
+    calls = {key: [*graph.calls()] for key, graph in program.graphs.items()}
     for key, graph in program.graphs.items():
         check = _Check(program, graph)
-        checked = changed is None or key in changed or not changed.isdisjoint(graph.calls())
+        checked = changed is None or key in changed or not changed.isdisjoint(calls[key])
         if checked:
             check.run(key)
         problems += check.problems
         # Names mean something only where every operator is what it should be.
         problems += check.clashes(names[key]) if checked and not check.problems else []
-    problems += _recursion(program) or ([] if problems else _outside(program, names))
+    problems += _recursion(program, calls) or ([] if problems else _outside(program, names))
     if problems:
         raise DiagnosticError(problems)
 
@@ -334,12 +335,9 @@ GROUPED = {
 # ---- rules about all graphs together -----------------------------------------------------------
 
 
-def _recursion(program: Program) -> list[Diagnostic]:
+def _recursion(program: Program, calls: Mapping[str, Sequence[str]]) -> list[Diagnostic]:
     """A graph that calls itself by way of others."""
-    left = {
-        name: [c for c in graph.calls() if c in program.graphs]
-        for name, graph in program.graphs.items()
-    }
+    left = {name: [c for c in callees if c in program.graphs] for name, callees in calls.items()}
     while done := [name for name, callees in left.items() if not any(c in left for c in callees)]:
         for name in done:
             del left[name]

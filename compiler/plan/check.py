@@ -60,7 +60,7 @@ def _transfer_problems(given: Schedule) -> Iterator[str]:
                         yield f"rank {rank} computes {chunk} before it receives what that reads"
                 continue
             if entry.number <= last:
-                yield f"rank {rank}: {entry} behind {last}, not in ascending numbers"
+                yield f"rank {rank}: {word(entry)} after {last}, not in ascending numbers"
             last = entry.number
             message = given.messages[entry.number]
             if isinstance(entry, Receive) and message.receiver == rank:
@@ -68,7 +68,7 @@ def _transfer_problems(given: Schedule) -> Iterator[str]:
             elif isinstance(entry, Send) and message in made:
                 sent.add(entry.number)
             else:
-                yield f"rank {rank}: {entry}, which it does not have or need"
+                yield f"rank {rank}: {word(entry)}, which it does not have or need"
         lost = [number for message in made if (number := numbers.get(message)) not in sent]
         yield from (f"rank {rank} does not send message {number}" for number in lost)
 
@@ -108,8 +108,8 @@ def blocked(given: Schedule, members: int = 1) -> list[str]:
             for other in together:
                 at[other] += 1
             ready += together
-    waiting = {(rank, e): None for rank, m in at if (e := entry((rank, m))) is not None}
-    return [f"rank {rank} at {word(e)}" for rank, e in waiting]
+    left = [(place[0], e) for place in at if (e := entry(place)) is not None]
+    return [*dict.fromkeys(f"rank {rank} at {word(e)}" for rank, e in left)]
 
 
 def _is_one(a: Entry, b: Entry | None) -> bool:

@@ -40,24 +40,18 @@ Step = tuple[Chunk, ...]
 communication of the other."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """The rank sends the message of this number."""
 
     number: int
 
-    def __str__(self) -> str:
-        return f"send {self.number}"
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Receive:
     """The rank receives the message of this number."""
 
     number: int
-
-    def __str__(self) -> str:
-        return f"receive {self.number}"
 
 
 Entry = Step | Send | Receive
@@ -144,7 +138,9 @@ class Schedule:
 
 def word(entry: Entry) -> str:
     """An entry of a row as texts say it: `3F2`, `3F2&0B1`, `send 7`."""
-    return "&".join([str(chunk) for chunk in entry]) if isinstance(entry, tuple) else str(entry)
+    if isinstance(entry, tuple):
+        return "&".join([f"{stage}{kind}{batch}" for kind, stage, batch in entry])
+    return f"send {entry.number}" if isinstance(entry, Send) else f"receive {entry.number}"
 
 
 def schedule_from_json(text: str) -> Schedule:
