@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -81,8 +82,10 @@ def application(word: str) -> typer.Typer:
 
 def main() -> None:
     """Runs the command line and exits; no traceback unless DSLC_DEBUG is set."""
-    # The process lives for half a second: garbage collection would take a sixth of it.
+    # The process lives for half a second: garbage collection would take a sixth of it, and a
+    # collection at its end searches in vain what is freed next.
     gc.disable()
+    atexit.register(gc.freeze)
     # Threads that wait for one another in a loop keep other runs on the machine from the cores:
     # of two trainings at once each was tens of times slower. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
