@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -817,9 +818,9 @@ def head_linear(x: Tensor, weight: Tensor, rows: tuple[int, int], *, transposed:
     # By hand what einsum would do: a decoding step is as long as its calls are many.
     flat = x.flatten(0, 1)
     if matmul.is_batch_invariant():
-        out = matmul.by_rows(_by_head, flat, part)
+        out = matmul.in_float32(partial(matmul.by_rows, _by_head), flat, part)
     else:
-        out = _by_head(flat, part)
+        out = matmul.in_float32(_by_head, flat, part)
     return out.view(*x.shape[:3], -1)
 
 
@@ -862,15 +863,15 @@ def latent_attention(
         c_kv, k_rope = c_kv[:, first:], k_rope[:, first:]
     if c_kv.numel() <= _WIDENED and c_kv.device.type == "cpu":
         q_latent, q_rope, c_kv, k_rope = (wide(t) for t in (q_latent, q_rope, c_kv, k_rope))
-    score = torch.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
-    score = torch.baddbmm(score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
+    score = matmul.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
+    score = matmul.in_float32(torch.baddbmm, score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
     score = capped(wide(score) * scale, softcap)
     if seen is None and queries > 1:
         seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=score.device).tril()
     if seen is not None:
         score = score.masked_fill(~seen[:, 0].repeat_interleave(heads, 1), -math.inf)
     share = probabilities(score, None if sinks is None else sinks.repeat(queries).unsqueeze(-1))
-    return torch.bmm(share.to(c_kv.dtype), c_kv).view(q_latent.shape).to(dtype)
+    return matmul.bmm(share.to(c_kv.dtype), c_kv).view(q_latent.shape).to(dtype)
 
 
 def paged_latent_attention(
