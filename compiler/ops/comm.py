@@ -7,7 +7,6 @@ Every rank runs the same program on its own part; these operators are where it m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -232,7 +231,7 @@ class _Collective(Operator):
         x, axes = site.types[0], cls.group(site)
         if not axes or not {*axes} <= {*x.partial}:
             raise TypeMismatch(f"{cls.kind} over {', '.join(axes)} of what is no such sum: {x}", 0)
-        return replace(x, partial=tuple(a for a in x.partial if a not in axes))
+        return x.with_partial(tuple(a for a in x.partial if a not in axes))
 
     @classmethod
     def once(cls, site: Site, whole: int) -> CommBytes:
@@ -274,7 +273,7 @@ class ReduceScatter(_Collective):
         if any(dim.size is None for dim in x.dims):
             raise TypeMismatch(f"reduce_scatter needs known sizes, got {x.words}", 0)
         share = Dim("shard", -(-x.count() // site.number("ranks")), axes=axes)
-        return (x.with_dims(replace(share, axes=ordered((*axes, *x.axes)))),)
+        return (x.with_dims(share._replace(axes=ordered((*axes, *x.axes)))),)
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
@@ -294,7 +293,7 @@ class AllGather(_Collective):
         if len(x.dims) != 1 or x.last.size != share or not {*axes} <= {*x.axes}:
             raise TypeMismatch(f"all_gather takes a share of {share}, got {x}", 0)
         left = tuple(axis for axis in x.axes if axis not in axes)
-        return (x.with_dims(replace(into[0], axes=left), *into[1:]),)
+        return (x.with_dims(into[0]._replace(axes=left), *into[1:]),)
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:

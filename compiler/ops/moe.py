@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 from compiler.graph.core import Op, Value
@@ -191,7 +190,7 @@ class Permute(Operator):
         (experts,) = dims_of(site.attrs["count"])
         # Each rank counts the slots of its own experts.
         spread = tuple(axis for axis in topk_indices.axes if axis == "expert")
-        offs = Type("i32", (replace(experts, axes=spread),))
+        offs = Type("i32", (experts._replace(axes=spread),))
         return (Type(x.dtype, (slot, x.last)), offs, Type("i64", (slot,)))
 
     @classmethod
