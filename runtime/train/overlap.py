@@ -36,7 +36,7 @@ class Overlap(Protocol):
         """The exchange by which chunks send tokens."""
 
     def both(
-        self, first: Callable[[], First], second: Callable[[], Second]
+        self, forward: Callable[[], First], backward: Callable[[], Second]
     ) -> tuple[First, Second]:
         """What two chunks that are paired give."""
 
@@ -63,9 +63,9 @@ class InOrder:
         return exchange
 
     def both(
-        self, first: Callable[[], First], second: Callable[[], Second]
+        self, forward: Callable[[], First], backward: Callable[[], Second]
     ) -> tuple[First, Second]:
-        return first(), second()
+        return forward(), backward()
 
     def mark(self) -> None:
         return None
@@ -160,15 +160,17 @@ class SideStreams:
         return SideExchange(exchange, self)
 
     def both(
-        self, first: Callable[[], First], second: Callable[[], Second]
+        self, forward: Callable[[], First], backward: Callable[[], Second]
     ) -> tuple[First, Second]:
         computes = self.current()
 
-        def there() -> Second:
+        def there() -> First:
             with self.entered(computes):
-                return second()
+                return forward()
 
-        return self.turns.both(first, there)
+        # The backward chunk begins: gradients can go to the last experts almost at once.
+        second, first = self.turns.both(backward, there)
+        return first, second
 
     def exchange(self, function: Callable[..., Found], *given: Any) -> Found:
         """What `function` gives, on the stream of exchanges, while the other chunk computes."""

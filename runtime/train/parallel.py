@@ -27,7 +27,7 @@ from ..stage import ModelShare, StageLoss, StagePlan, is_inside
 from ..weights import Stack
 from .balance import Balance, ExpertUtilization
 from .overlap import Overlap, overlap_on
-from .pipeline import Chunk, Execution, Held, Pair, Row, rounds
+from .pipeline import Chunk, ChunkPair, Execution, Held, Row, rounds
 from .ranks import ProcessGroups, all_gather_objects, new_training_group
 from .sequences import Sequences
 from .settings import Settings, TrainError
@@ -282,7 +282,7 @@ class MeshTrainer(Trainer):
         row, sums = self.rows[len(batches)], self._zeros()
         step = self.execution(row, self.held, batches, tokens_seen)
         for entry in row.entries:
-            if isinstance(entry, Pair):
+            if isinstance(entry, ChunkPair):
                 self._add(step.pair(entry, share), entry.forward.stage, share, sums)
                 self.optimizer.collect()
             elif not isinstance(entry, Chunk):
@@ -351,7 +351,7 @@ class MeshTrainer(Trainer):
         for entry in row.entries:
             if isinstance(entry, Chunk):
                 sums += self._terms(step.forward(entry)) * self.mesh.experts
-            elif not isinstance(entry, Pair):
+            elif not isinstance(entry, ChunkPair):
                 step.transfer(entry)
         self.held.overlap.finish()
         return sums

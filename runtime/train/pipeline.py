@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
         return f"chunk {self.stage}{self.kind}{self.batch}"
 
 
-class Pair(NamedTuple):
+class ChunkPair(NamedTuple):
     """Two chunks, each of which computes while the other's tokens are under way."""
 
     forward: Chunk
@@ -50,7 +50,7 @@ class Pair(NamedTuple):
         return f"pair of {self.forward} and {self.backward}"
 
 
-Entry = Chunk | Pair | tuple[str, int]
+RowEntry = Chunk | ChunkPair | tuple[str, int]
 """Of a row: what is computed, or `send N` and `receive N`."""
 
 
@@ -80,13 +80,13 @@ def rounds(count: int, parallel: Config) -> list[int]:
 class Row:
     """What one pipeline rank does in a step, in order."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[RowEntry, ...]
     messages: tuple[Message, ...]
 
     @classmethod
     def read(cls, schedule: Path, rank: int) -> Row:
         values = json.loads(schedule.read_text(encoding="utf-8"))
-        entries: list[Entry] = []
+        entries: list[RowEntry] = []
         for word in values["rows"][rank]:
             kind, _, number = word.partition(" ")
             if number:
@@ -96,7 +96,7 @@ class Row:
                 Chunk(letter, int(stage), int(batch))
                 for stage, letter, batch in re.findall(r"(\d+)([FBIW])(\d+)", word)
             ]
-            entries.append(Pair(*chunks) if len(chunks) > 1 else chunks[0])
+            entries.append(ChunkPair(*chunks) if len(chunks) > 1 else chunks[0])
         return cls(tuple(entries), tuple(Message(*one) for one in values["messages"]))
 
     @classmethod
@@ -108,7 +108,7 @@ class Row:
             if sender != receiver
         ]
         numbers = {message.stage: n for n, message in enumerate(messages)}
-        entries: list[Entry] = []
+        entries: list[RowEntry] = []
         for stage in (s for s, holder in enumerate(holders) if holder == rank):
             entries += [("receive", numbers[stage])] if stage in numbers else []
             entries.append(Chunk("F", stage, 0))
@@ -196,7 +196,7 @@ class Execution:
         device = self.batches[message.batch].device
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like]
 
-    def pair(self, pair: Pair, share: float) -> StageLoss:
+    def pair(self, pair: ChunkPair, share: float) -> StageLoss:
         """Both chunks, each of which computes while the other's tokens are under way."""
         with self.held.waits.computing(pair):
             loss, _ = self.held.overlap.both(
