@@ -230,7 +230,7 @@ def _topk_groups(frame: Scope, given: Given) -> list[Value]:
 
 
 def _experts(frame: Scope, given: Given) -> list[Value]:
-    """Experts that compute nothing have no rows: a token is added to itself, times their weights."""
+    """Experts that compute nothing have no rows: they add the token, times their weights."""
     ref: BlockRef = given.keywords["expert"]
     name, count, identity = (given.keywords[n] for n in ("name", "count", "identity"))
     if identity < 0:
