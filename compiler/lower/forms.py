@@ -240,10 +240,11 @@ def _experts(frame: Scope, given: Given) -> list[Value]:
     if not identity:
         return frame.experts(given.tensors, count, ref, name)
     (y,) = frame.experts(given.tensors, count, ref, name, identity=identity)
-    (share,) = frame.op("identity_weight", [topk_indices, weight], count=count.size or 1)
+    kind = "identity_weight"
+    (share,) = frame.op(kind, [topk_indices, weight], wish=kind, count=count.size or 1)
     if share.type.dtype != x.type.dtype:
-        (share,) = frame.op("cast", [share], dtype=x.type.dtype)
-    (itself,) = frame.op("mul", [x, share])
+        (share,) = frame.op("cast", [share], wish=kind, dtype=x.type.dtype)
+    (itself,) = frame.op("mul", [x, share], wish="itself")
     return frame.op("add", [y, itself])
 
 
@@ -254,7 +255,7 @@ def _need_all_chosen(frame: Scope, topk_indices: Value, count: Dim, identity: in
             among, there = op.operands[0].type.last, (count.size or 0) + identity
             if among.size != there:
                 raise TypeMismatch(
-                    f"the router chooses among {among.words}, of {there} experts",
+                    f"the router chooses among {among.words}, and there are {there} experts",
                     1,
                     "experts that compute are `count`, those that compute nothing `identity`",
                 )
