@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,17 +33,17 @@ def runtime(package: Any, name: str) -> Any:
 
 
 @pytest.mark.slow
-def test_a_loop_over_experts_computes_the_same(model: Any, tmp_path: Any) -> None:
-    """Also without the backward pass that the compiler derives."""
+def test_a_loop_over_experts_computes_the_same(model: Any, tmp_path: Path) -> None:
+    """Also without the backward pass that the compiler derives; gates are in float32."""
     skip = ("fuse_experts", "differentiate")
     plain = built(tmp_path, "zero_experts_loop", skip=skip).Model(dtype=torch.float64, seed=5)
     losses = [m.loss(TOKENS[:, :-1], TOKENS[:, 1:]).total for m in (model, plain)]
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-7)
     for loss in losses:
         loss.backward()
     theirs = {name: p.grad for name, p in plain.named_parameters()}
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, theirs[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(p.grad, theirs[name], rtol=1e-4, atol=1e-6)
     model.zero_grad()
 
 
@@ -62,16 +63,21 @@ def test_loads_and_the_bias_that_balances_them_are_of_all_experts(package: Any) 
         torch.testing.assert_close(layer.mlp.router.e_score_correction_bias, moved)
 
 
-def test_an_engine_serves_it_and_counts_the_rows_of_experts_that_compute(package: Any) -> None:
+def test_an_engine_serves_it_and_counts_the_rows_of_experts_that_compute(
+    package: Any, tmp_path: Path
+) -> None:
     """A row is where its expert is; the tokens that are given back go nowhere."""
     model = package.Model(dtype=torch.float32, seed=5)
     whole = model(TOKENS).logits
-    text = model.generate(TOKENS[:, :5], max_new_tokens=8, temperature=0, ignore_eos=True)
+    text = model.generate(TOKENS[:, :5], max_new_tokens=8, temperature=0, eos_token_id=None)
     scores = model(text[:, :-1]).logits[:, 4:].argmax(-1)
     assert scores.tolist() == text[:, 5:].tolist()
     spread = runtime(package, "serve.spread")
-    layers = spread.spread(model, None, spread.Balancing())
-    assert torch.equal(model(TOKENS).logits, whole)
+    model.save(tmp_path)
+    loaded = package.Model(device="meta", dtype=torch.float32)
+    layers = spread.spread(loaded, None, spread.Balancing())
+    runtime(package, "checkpoint").load(loaded, tmp_path, whole=package.Model(device="meta"))
+    torch.testing.assert_close(loaded(TOKENS).logits, whole)
     taken = [layer.take_load() for layer in layers]
     chosen = [int(one.sum()) for one in taken]
     assert all(len(one) == EXPERTS for one in taken)
@@ -79,7 +85,7 @@ def test_an_engine_serves_it_and_counts_the_rows_of_experts_that_compute(package
 
 
 @pytest.mark.slow
-def test_in_fp8_it_computes_about_the_same(model: Any, tmp_path: Any) -> None:
+def test_in_fp8_it_computes_about_the_same(model: Any, tmp_path: Path) -> None:
     """Tokens are quantized before they are sorted, and the sum with the token itself is not."""
     fp8 = built(tmp_path, "zero_experts_fp8", "precision.policy=fp8_blockwise").Model(seed=5)
     assert "permute_quantized_local" in (tmp_path / "zero_experts_fp8" / "model.py").read_text()
