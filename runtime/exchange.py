@@ -64,7 +64,7 @@ class Exchange:
 
         Returns the rows that arrived, [arrived, width], rank by rank in the order of their tokens,
         the last of them with experts counted from this rank's first and -1 for those of others;
-        then the handle. Experts of -1 are on no rank of the group.
+        then the handle. Experts of -1, and from `count` on, are on no rank of the group.
         """
         *others, experts = rows
         handle = self._route(experts)
@@ -78,7 +78,8 @@ class Exchange:
         flat = experts.flatten(0, -2)
         nowhere = self.ranks
         to = torch.zeros(len(flat), nowhere + 1, dtype=torch.bool, device=flat.device)
-        to.scatter_(1, torch.where(flat < 0, nowhere, flat // self.each), True)
+        absent = (flat < 0) | (flat >= self.ranks * self.each)
+        to.scatter_(1, torch.where(absent, nowhere, flat // self.each), True)
         to = to[:, :nowhere].t().contiguous()
         counts = to.sum(1)
         arriving = torch.empty_like(counts)

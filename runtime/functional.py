@@ -643,7 +643,8 @@ choices it was; int64 [n] each."""
 def dispatch(index: Tensor, experts: int) -> list[Chosen]:
     """For each expert the tokens that chose it, in order; no token is dropped.
 
-    index [..., k] as `topk_groups` gives it. Raises ValueError where experts are on several ranks.
+    index [..., k] as `topk_groups` gives it; from `experts` on none are listed. Raises ValueError
+    where experts are on several ranks.
     """
     if routing.current() is not None:
         raise ValueError("experts that are computed one by one cannot be spread over ranks")
@@ -652,7 +653,7 @@ def dispatch(index: Tensor, experts: int) -> list[Chosen]:
     counts = torch.bincount(flat, minlength=experts).tolist()
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     choice = sort_indices % index.shape[-1]
-    return list(zip(token.split(counts), choice.split(counts), strict=True))
+    return list(zip(token.split(counts), choice.split(counts), strict=True))[:experts]
 
 
 def gather_tokens(x: Tensor, chosen: Chosen) -> Tensor:
@@ -752,12 +753,23 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
 
 def permute_local(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the experts of one rank: those of others, -1 in `index`, get no rows."""
+    """The same where not all have rows: -1 in `index` is an expert of another rank, and experts
+    from `experts` on give back their tokens (`identity_weight`)."""
+    if (ranks := routing.current()) is not None:
+        (rows,), offs, sort_indices = ranks.send((x,), index)
+        return rows, offs, sort_indices
     flat = index.flatten()
-    sort_indices = flat.argsort(stable=True)[int((flat < 0).sum()) :]
-    counts = torch.bincount(flat[sort_indices], minlength=experts)
+    counts = torch.bincount(flat + 1, minlength=experts + 1)
+    before, here = int(counts[0]), counts[1 : experts + 1]
+    sort_indices = flat.argsort(stable=True)[before : before + int(here.sum())]
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
-    return x.index_select(0, token), counts.cumsum(0).to(torch.int32), sort_indices
+    rows = x.flatten(0, -2).index_select(0, token)
+    return rows, here.cumsum(0).to(torch.int32), sort_indices
+
+
+def identity_weight(index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The sum of each token's weights [..., k] of experts from `count` on: [..., 1]."""
+    return torch.where(index >= count, weight, 0).sum(-1, keepdim=True)
 
 
 def grouped_linear(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:

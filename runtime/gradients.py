@@ -475,6 +475,11 @@ def gate_grad(
     return through(d_affinity + chosen, affinity)
 
 
+def identity_weight_grad(d: Tensor, topk_indices: Tensor, count: int) -> Tensor:
+    """`d` [..., 1] for the weights of experts from `count` on, 0 for others: [..., k]."""
+    return torch.where(topk_indices >= count, d, 0)
+
+
 def permute_grad(d: Tensor, sort_indices: Tensor, topk_indices: Tensor) -> Tensor:
     """Rows d [slots, hidden] back at their tokens, summed: [..., hidden]."""
     ones = d.new_ones(topk_indices.shape).flatten(0, -2)

@@ -222,8 +222,7 @@ def _permute_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     x, topk_indices = at.op.operands
     moved = at.add(
         "permute_quantized", [*_cast_of(at, x, cast), topk_indices],
-        names=[v.name for v in (*cast.results, offs, sort_indices)],
-        count=dims_attr(*offs.type.dims),
+        names=[v.name for v in (*cast.results, offs, sort_indices)], **at.op.attrs,
     )  # fmt: skip
     at.erase(cast, moved[:2])
     return [moved[0], *moved[2:]]
