@@ -13,18 +13,20 @@ from typing import Any, ClassVar
 from compiler.graph.core import Op, Value
 from compiler.graph.types import BYTES, Dim, Type, ordered, parse_type
 from compiler.ops.base import Adjoint, CommBytes, Operator, Site, TypeMismatch, dims_of
+from compiler.ops.moe import computing
 
 
 class _Exchange(Operator):
     """Between the ranks that tokens are on and those that hold their experts.
 
     Of `ranks` ranks on `nodes` nodes each holds `count / ranks` experts that follow each other. The
-    experts of a token lie on at most `limit` of the nodes.
+    experts of a token lie on at most `limit` of the nodes. Experts from `count` on, of which there
+    are `identity`, lie on no rank.
     """
 
     variadic = True
     sums = "own"
-    attrs: ClassVar = {"count": int, "ranks": int, "nodes": int, "limit": int}
+    attrs: ClassVar = {"count": int, "ranks": int, "nodes": int, "limit": int, "identity?": int}
 
     @classmethod
     def check(cls, site: Site) -> None:
@@ -107,8 +109,9 @@ class Dispatch(_Exchange):
         """As many as every rank gets when all experts get the same number of tokens, at most."""
         topk_indices = site.types[-1]
         k = topk_indices.last.size or 1
-        slots = topk_indices.count(sizes)
-        return {"slot": slots, "arrived": slots // k * min(k, site.number("ranks"))}
+        choices = topk_indices.count(sizes)
+        arrived = choices // k * min(computing(site, k), site.number("ranks"))
+        return {"slot": computing(site, choices), "arrived": arrived}
 
 
 class DispatchAgain(_Exchange):

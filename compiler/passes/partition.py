@@ -125,6 +125,7 @@ class _Sharder:
             "limit": self.layout.nodes_of_token(
                 router_of(self.producers, topk_indices), topk_indices.type.last.size or 1, count
             ),
+            **{name: n for name, n in op.attrs.items() if name == "identity"},
         }
         names = ["arrived", "arrived_weight", "arrived_route", "handle"]
         *there, handle = self._add(op, "dispatch", [x, weight, topk_indices], names, **sizes)

@@ -108,7 +108,7 @@ def _routers(model: nn.Module) -> Iterator[Router]:
     """The layers with experts, in the order of their loads.
 
     They are the modules that hold a stack of experts; a bias is a buffer in them with one number
-    per expert.
+    per expert, those included that give back their tokens and have no weights.
     """
     for name, module in model.named_modules():
         for child in module.children():
@@ -120,6 +120,6 @@ def _bias(module: nn.Module, experts: int) -> Tensor | None:
     for group in module.children():
         if isinstance(group, Tensors):
             for name, declared in group.declarations.items():
-                if declared.buffer and declared.shape == (experts,):
+                if declared.buffer and len(declared.shape) == 1 and declared.shape[0] >= experts:
                     return getattr(group, name)  # type: ignore[no-any-return]
     return None

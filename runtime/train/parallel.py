@@ -26,7 +26,8 @@ from ..model import LanguageModel
 from ..stage import ModelShare, StageLoss, StagePlan, is_inside
 from ..weights import Stack
 from .balance import Balance, ExpertUtilization
-from .pipeline import Chunk, Execution, Held, Row, rounds
+from .overlap import Overlap, overlap_on
+from .pipeline import Chunk, ChunkPair, Execution, Held, Row, rounds
 from .ranks import ProcessGroups, all_gather_objects, new_training_group
 from .sequences import Sequences
 from .settings import Settings, TrainError
@@ -185,12 +186,17 @@ def make_trainer(
     ranks: ProcessGroups,
     mesh: RankMesh | None,
     waits: Waits,
+    overlap: Overlap | None = None,
 ) -> Trainer:
-    """The trainer of a fresh model, or of what a rank of a mesh holds of it."""
+    """The trainer of a fresh model, or of what a rank of a mesh holds of it.
+
+    What runs beside computing there, `overlap`, is by default all that the device can do.
+    """
     zero = model.config.parallel is not None and model.config.parallel.zero
     if mesh is None:
         whole, group = model(device, seed=seed), ranks.training
         return Trainer(whole, settings, sequences, group, sharded=zero, waits=waits)
+    overlap = overlap or overlap_on(device)
     module = stages_of(model)
     plans: Sequence[StagePlan] = module.STAGES
     here = [s for s in range(len(plans)) if mesh.pipeline in _holders(model.config, s)]
@@ -207,7 +213,7 @@ def make_trainer(
         if spread is not None:
             (stack,) = (child for child in one.children() if isinstance(child, Stack))
             one.__class__ = spread
-            one.exchange = mesh.spread(stack.total, exchanging)
+            one.exchange = overlap.spread(mesh.spread(stack.total, exchanging))
     holders = {
         name: Holders(
             next(one for module, one in modules.items() if is_inside(name, module)),
@@ -224,7 +230,7 @@ def make_trainer(
     parallel = model.config.parallel
     sizes = {size for count in parallel.micro_batches for size in rounds(count, parallel)}
     rows = {size: Row.read(graphs / f"schedule-{size}.json", mesh.pipeline) for size in sizes}
-    trainer.attach(mesh, plans, here, rows)
+    trainer.attach(mesh, plans, here, rows, overlap)
     return trainer
 
 
@@ -239,6 +245,7 @@ class MeshTrainer(Trainer):
         plans: Sequence[StagePlan],
         here: Sequence[int],
         rows: Mapping[int, Row],
+        overlap: Overlap,
     ) -> None:
         """Gives the trainer its place; `here` are the numbers of its stages, `rows` are by the
         count of micro-batches of a schedule."""
@@ -246,7 +253,7 @@ class MeshTrainer(Trainer):
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
-        self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world, self.waits)
+        self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world, self.waits, overlap)
         self.balances = {s: Balance(self.model, plans[s].holds) for s in here}
         self.stage_holders = {s: Holders(frozenset(_holders(config, s))) for s in here}
 
@@ -275,18 +282,25 @@ class MeshTrainer(Trainer):
         row, sums = self.rows[len(batches)], self._zeros()
         step = self.execution(row, self.held, batches, tokens_seen)
         for entry in row.entries:
-            if not isinstance(entry, Chunk):
+            if isinstance(entry, ChunkPair):
+                self._add(step.pair(entry, share), entry.forward.stage, share, sums)
+                self.optimizer.collect()
+            elif not isinstance(entry, Chunk):
                 step.transfer(entry)
             elif entry.kind == "F":
-                loss = step.forward(entry)
-                sums += self._terms(loss) * share
-                if loss.load:
-                    self.balances[entry.stage].add(loss.load)
+                self._add(step.forward(entry), entry.stage, share, sums)
             elif entry.kind in "BI":
                 # Gradients of weights are computed with those of inputs: W has nothing to do.
                 step.backward(entry, share)
                 self.optimizer.collect()
+        self.held.overlap.finish()
         return sums
+
+    def _add(self, loss: StageLoss, stage: int, share: float, sums: Tensor) -> None:
+        """Adds a stage's terms, of which `share` counts, and its loads of experts."""
+        sums += self._terms(loss) * share
+        if loss.load:
+            self.balances[stage].add(loss.load)
 
     def _terms(self, loss: StageLoss) -> Tensor:
         """A stage's terms of `losses_of`."""
@@ -337,6 +351,7 @@ class MeshTrainer(Trainer):
         for entry in row.entries:
             if isinstance(entry, Chunk):
                 sums += self._terms(step.forward(entry)) * self.mesh.experts
-            else:
+            elif not isinstance(entry, ChunkPair):
                 step.transfer(entry)
+        self.held.overlap.finish()
         return sums
