@@ -47,7 +47,9 @@ def main() -> None:
     for size, spec in SPECS.items():
         with tempfile.TemporaryDirectory() as folder:
             built = dict(zip(POLICIES, models(spec, Path(folder)), strict=True))
-            made = sum([count_casts(model) for model in built.values()], [])
+            made: list[str] = []
+            for model in built.values():
+                count_casts(model, made)
             runs: dict[tuple[str, str], Run] = {}
             for policy, model in built.items():
                 runs["torch", policy] = by_torch(model)
@@ -77,13 +79,11 @@ def models(spec: Path, folder: Path) -> tuple[Any, Any]:
     return usual, packages[1].load(folder / "weights", weights="fp8")
 
 
-def count_casts(model: Any) -> list[str]:
-    """The list to which every module of a model adds its name when it quantizes a weight."""
-    made: list[str] = []
+def count_casts(model: Any, made: list[str]) -> None:
+    """Lets every module of a model add its name to `made` when it quantizes a weight."""
     for name, module in model.named_modules():
         if hasattr(module, "quantize_weight"):
             module.quantize_weight = partial(_counted, module.quantize_weight, made, name)
-    return made
 
 
 def _counted(
@@ -94,7 +94,8 @@ def _counted(
 
 
 def megabytes(model: Any) -> float:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e6
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors) / 1e6
 
 
 def prompt_of(model: Any) -> Tensor:
