@@ -28,10 +28,10 @@ from dsl.load import load
 ROOT = Path(__file__).parent.parent
 SPECS = {"tiny": ROOT / "specs/deepseek_v3_tiny.yaml", "100M": ROOT / "benchmarks/v3_100m.yaml"}
 POLICIES = ("bf16", "fp8_blockwise")
-PROMPT, PAGE = 8, 64
+STEPS = ("torch", "C++")
 
-Run = Callable[[int], object]
-"""Decodes so many tokens after a prompt."""
+Key = tuple[str, str]
+"""What computes the steps, and the policy of the build."""
 
 
 def main() -> None:
@@ -45,38 +45,37 @@ def main() -> None:
     clock = time.process_time if asked.cpu_time else time.perf_counter
     print(f"{'model':6} {'step':6} {'weights':14} {'ms a token':>10} {'MB':>8}")
     for size, spec in SPECS.items():
+        made: list[str] = []
         with tempfile.TemporaryDirectory() as folder:
-            built = dict(zip(POLICIES, models(spec, Path(folder)), strict=True))
-            made: list[str] = []
+            built = models(spec, Path(folder))
             for model in built.values():
                 count_casts(model, made)
-            runs: dict[tuple[str, str], Run] = {}
-            for policy, model in built.items():
-                runs["torch", policy] = by_torch(model)
-                runs["C++", policy] = by_compiled_step(model)
-            times = race(runs, asked.tokens, asked.rounds, clock)
-        for step in ("torch", "C++"):
-            usual, held = (times[step, policy] for policy in POLICIES)
-            for policy in POLICIES:
-                row = f"{times[step, policy] * 1e3:10.2f} {megabytes(built[policy]):8.1f}"
-                print(f"{size:6} {step:6} {policy:14} {row}")
-            less = megabytes(built[POLICIES[1]]) / megabytes(built[POLICIES[0]])
-            print(f"{size:6} {step:6} {'ratio':14} {held / usual:10.2f} {less:8.2f}", flush=True)
+            times = race(built, asked.tokens, asked.rounds, clock)
+        for step in STEPS:
+            (usual, more), (held, less) = (
+                (times[step, policy], megabytes(built[step, policy])) for policy in POLICIES
+            )
+            print(f"{size:6} {step:6} {POLICIES[0]:14} {usual * 1e3:10.2f} {more:8.1f}")
+            print(f"{size:6} {step:6} {POLICIES[1]:14} {held * 1e3:10.2f} {less:8.1f}")
+            print(f"{size:6} {step:6} {'ratio':14} {held / usual:10.2f} {less / more:8.2f}")
         print(f"{size:6} weights quantized while decoding: {len(made)}", flush=True)
 
 
-def models(spec: Path, folder: Path) -> tuple[Any, Any]:
-    """The same weights in a BF16 build, and in FP8 only in an FP8 build."""
+def models(spec: Path, folder: Path) -> dict[Key, Any]:
+    """The same weights in BF16 builds, and in FP8 only in FP8 builds."""
     sys.path.insert(0, str(folder))
-    packages = []
-    for policy in POLICIES:
-        name = f"decode_{spec.stem}_{policy}"
-        description = load(spec, sets=[f"precision.policy={policy}", f"model={name}"])
-        build(description, folder / name, cpu=True)
-        packages.append(importlib.import_module(name))
-    usual = packages[0].Model(seed=0)
-    usual.save(folder / "weights")
-    return usual, packages[1].load(folder / "weights", weights="fp8")
+    found: dict[Key, Any] = {}
+    for step in STEPS:
+        for policy in POLICIES:
+            name = f"decode_{spec.stem}_{policy}_{step.replace('+', 'p').lower()}"
+            description = load(spec, sets=[f"precision.policy={policy}", f"model={name}"])
+            build(description, folder / name, cpu=step == "C++")
+            package = importlib.import_module(name)
+            if not found:
+                package.Model(seed=0).save(folder / "weights")
+            form = "fp8" if policy != "bf16" else None
+            found[step, policy] = package.load(folder / "weights", weights=form)
+    return found
 
 
 def count_casts(model: Any, made: list[str]) -> None:
@@ -98,55 +97,21 @@ def megabytes(model: Any) -> float:
     return sum(tensor.nbytes for tensor in tensors) / 1e6
 
 
-def prompt_of(model: Any) -> Tensor:
-    vocab = model.config.params.vocab_size
-    return torch.randint(vocab, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-
-
-def by_torch(model: Any) -> Run:
-    """Decodes with the programs of the model."""
-    prompt = prompt_of(model)
-    return lambda tokens: model.generate(prompt, tokens, eos_token_id=None)
-
-
-def by_compiled_step(model: Any) -> Run:
-    """Decodes with the step in C++, on pages."""
-    runtime = f"{type(model).__module__.partition('.')[0]}.runtime"
-    steps = importlib.import_module(f"{runtime}.compiled").served(model)
-    pages = importlib.import_module(f"{runtime}.pages")
-    if steps is model:
-        raise SystemExit("the step was not compiled")
-    prompt = prompt_of(model)
-
-    @torch.inference_mode()
-    def run(tokens: int) -> None:
-        cache = pages.Pages(2 + (PROMPT + tokens) // PAGE, PAGE)
-        blocks = list(range(1, cache.blocks))
-        new, first = prompt, 0
-        for _ in range(tokens):
-            rows = new.shape[1]
-            step, position = pages.make_rows([(blocks, first, rows)], [rows - 1], PAGE)
-            cache.begin(step)
-            first += rows
-            new = steps.decode(new, position, cache).argmax(-1, keepdim=True)
-
-    return run
-
-
 def race(
-    runs: Mapping[Any, Run], tokens: int, rounds: int, clock: Callable[[], float]
-) -> dict[Any, float]:
+    models: Mapping[Key, Any], tokens: int, rounds: int, clock: Callable[[], float]
+) -> dict[Key, float]:
     """Seconds of a token by each: the difference of two lengths is decoding alone."""
-    short, long = ({name: float("inf") for name in runs} for _ in range(2))
-    for run in runs.values():
-        run(2)
-    for _ in range(rounds):
+    short, long = ({key: float("inf") for key in models} for _ in range(2))
+    for turn in range(rounds + 1):  # the first compiles steps, and does not count
         for length, best in ((1, short), (tokens + 1, long)):
-            for name, run in runs.items():
+            for key, model in models.items():
+                vocab = model.config.params.vocab_size
+                prompt = torch.randint(vocab, (1, 8), generator=torch.manual_seed(0))
                 begin = clock()
-                run(length)
-                best[name] = min(best[name], clock() - begin)
-    return {name: (long[name] - short[name]) / tokens for name in runs}
+                model.generate(prompt, length, eos_token_id=None)
+                if turn:
+                    best[key] = min(best[key], clock() - begin)
+    return {key: (long[key] - short[key]) / tokens for key in models}
 
 
 if __name__ == "__main__":
