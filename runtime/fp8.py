@@ -37,6 +37,8 @@ WIDE = 2.0**8
 """By how much E4M3 numbers are divided where they are widened."""
 LITTLE = 2**13
 """Numbers that are converted one by one as fast as all at once."""
+AT_ONCE = 2**19
+"""Numbers of a weight that are widened at once: what is made of more leaves the caches."""
 FEW = 16
 """Rows of a product whose time is that of calls, not of arithmetic."""
 
@@ -278,9 +280,21 @@ def _product(
     Products of E4M3 numbers have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
     sum of 128 of them exactly, in whatever order a library adds.
     """
-    wide_a, wide_b = _wide(a), _wide(b)
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    if len(a) <= FEW and not parts and a.shape[1] % RUN == 0:
+    wide_a, step = _wide(a), max(RUN, AT_ONCE // b.shape[0])
+    if b.shape[1] <= step:
+        return _wide_product(wide_a, a_scale, b, b_scale, parts)
+    # The result's columns do not depend on one another.
+    cut = zip(b.split(step, 1), b_scale.split(step, 1), strict=True)
+    return torch.cat([_wide_product(wide_a, a_scale, *columns, parts) for columns in cut], 1)
+
+
+def _wide_product(
+    wide_a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, parts: Sequence[int]
+) -> Tensor:
+    """`_product` with a widened already."""
+    wide_b = _wide(b)
+    total = torch.zeros(len(wide_a), b.shape[1], dtype=torch.float32, device=b.device)
+    if len(wide_a) <= FEW and not parts and len(b) % RUN == 0:
         # The same numbers in fewer calls, which take most of the time of few rows.
         cut = wide_a.unflatten(1, (-1, RUN)).transpose(0, 1), wide_b.unflatten(0, (-1, RUN))
         dots = torch.bmm(*cut).mul_(WIDE**2).float()
@@ -288,7 +302,7 @@ def _product(
             total += term
         return total
     start = 0
-    for i, length in enumerate(_lengths(a.shape[1], parts)):
+    for i, length in enumerate(_lengths(len(b), parts)):
         run = slice(start, start + length)
         dot = (wide_a[:, run] @ wide_b[run]).mul_(WIDE**2).float()
         total += dot * a_scale[:, i, None] * b_scale[i]
@@ -319,12 +333,18 @@ def _wide(q: Tensor) -> Tensor:
     The bits of an E4M3 number, moved by 7, are those of a float16 number 2^8 times as small; the
     NaN alone is another. Torch converts float16 by way of float32 faster than at once.
     """
-    if q.numel() < LITTLE or (q.view(torch.uint8) & 0x7F).amax().item() == 0x7F:
+    if q.numel() < LITTLE or _has_nan(q):
         return q.float().double().div_(WIDE)
     bits = q.view(torch.int8).to(torch.int16)
     bits <<= 7
     bits &= ~0x4000  # where the sign was copied to
     return bits.view(torch.float16).float().double()
+
+
+def _has_nan(q: Tensor) -> bool:
+    """Whether any of at least one E4M3 number is NaN: 0x7F or 0xFF, the largest with and without a
+    sign."""
+    return q.view(torch.int8).max().item() == 0x7F or q.view(torch.uint8).max().item() == 0xFF
 
 
 def _lengths(size: int, parts: Sequence[int]) -> list[int]:
