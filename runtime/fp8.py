@@ -280,7 +280,7 @@ def _product(
     Products of E4M3 numbers have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
     sum of 128 of them exactly, in whatever order a library adds.
     """
-    wide_a, step = _wide(a), max(RUN, AT_ONCE // b.shape[0])
+    wide_a, step = _wide(a), max(RUN, AT_ONCE // max(1, b.shape[0]))
     if b.shape[1] <= step:
         return _wide_product(wide_a, a_scale, b, b_scale, parts)
     # The result's columns do not depend on one another.
