@@ -254,7 +254,7 @@ def _sha256(data: bytes) -> str:
 def install(files: Mapping[str, bytes], out: Path) -> bool:
     """Puts a folder of `files` at `out`. False when it was there already, byte for byte.
 
-    The folder is written beside and renamed, so that it is never half there. Raises
+    The folder is written under another name and renamed, so that it is never half there. Raises
     `DiagnosticError` when `out` holds something that a build did not write.
     """
     place = Path(os.path.abspath(out))

@@ -49,7 +49,7 @@ Quantized = tuple[Tensor, Tensor]
 def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
     """x [.., n] with a scale for each run of 128 in a row: [.., n], [.., runs].
 
-    With `parts`, sizes that add up to n, runs begin anew in each part.
+    With `parts`, sizes that add up to n, runs restart in each part.
     """
     x = without_gradient(x).float()
     if parts:
@@ -67,9 +67,9 @@ def quantize_columns(x: Tensor, offs: Tensor | None = None, *, scale: str = "fp3
     The 128 numbers of a scale lie next to one another, as a product that sums over tokens reads
     them; zeros fill the last tile.
 
-    With `offs`, x is [slots, n] and tiles begin anew with each expert: tile i of expert e is number
+    With `offs`, x is [slots, n] and tiles restart with each expert: tile i of expert e is number
     `begin_e // 128 + e + i` of `slots // 128 + experts`, begin_e being its first slot. No two meet,
-    and where one is follows from `offs` alone, so that nobody has to wait for a sum of counts.
+    and where one is follows from `offs` alone, without waiting for a sum of counts.
     Tiles that hold no slot are those of zeros.
     """
     rows = without_gradient(x).float().flatten(0, -2)
@@ -96,7 +96,7 @@ def dequantize(q: Tensor, s: Tensor, *, dtype: torch.dtype = torch.float32) -> T
 def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
     """weight [.., out, in] with a scale for each 128 x 128: [.., out, in], [.., blocks, blocks].
 
-    With `parts`, sizes that add up to `out`, blocks begin anew in each part.
+    With `parts`, sizes that add up to `out`, blocks restart in each part.
     """
     if parts:
         cut = [quantize_weight(part, scale) for part in weight.split(list(parts), dim=-2)]
@@ -135,7 +135,7 @@ def swiglu_quantize(gate: Tensor, up: Tensor, scale: str = "fp32") -> Quantized:
 def swiglu_grad_quantize(
     d: Tensor, gate: Tensor, up: Tensor, offs: Tensor | None = None, *, scale: str = "fp32"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_both` of the gradients of gate and up [.., n] behind one another.
+    """`quantize_both` of the concatenated gradients of gate and up [.., n].
 
     n is a multiple of 128.
     """
@@ -240,7 +240,7 @@ def permute_quantized_local(
     return rows, s.flatten(0, -2)[token], offs, sort_indices
 
 
-# ---- pieces ---------------------------------------------------------------------------------
+# ---- parts ----------------------------------------------------------------------------------
 
 
 def scale_of(amax: Tensor, scale: str, largest: float = E4M3_MAX) -> Tensor:
@@ -278,7 +278,7 @@ def _product(
     """a b for E4M3 a [m, k], b [k, n] with scales a_scale [m, runs], b_scale [runs, n]: float32.
 
     Products of E4M3 numbers have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
-    sum of 128 of them exactly, in whatever order a library adds.
+    sum of 128 of them exactly, in any order of additions.
     """
     wide_a, step = _wide(a), max(RUN, AT_ONCE // max(1, b.shape[0]))
     if b.shape[1] <= step:

@@ -74,5 +74,5 @@ class _Pairs:
 
 
 def _equal_attributes(a: Attr, b: Attr) -> bool:
-    # `repr` tells 1, 1.0 and True apart.
+    # `repr` distinguishes 1, 1.0 and True.
     return a is b or repr(a) == repr(b)
