@@ -9,14 +9,25 @@ the published interface, never with the library.**
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+
+@cache
+def deep_ep_buffer(group: ProcessGroup, **sizes: int) -> Any:
+    """DeepEP's memory for exchanges over a group: layers alike have the same, one after the other.
+
+    All ranks of the group call it together. Raises ModuleNotFoundError where there is no DeepEP.
+    """
+    return import_module("deep_ep").ElasticBuffer(group, **sizes)
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,7 @@ class DeepEPExchange:
         assert isinstance(handle, DeepEPHandle)
         x = [row for row in rows if isinstance(row, Tensor)]
         with self.waiting():
-            found, *_ = self.buffer.dispatch(
-                _packed(x), handle=handle.own, num_experts=self.count
-            )
+            found, *_ = self.buffer.dispatch(_packed(x), handle=handle.own, num_experts=self.count)
         several: tuple[Tensor, ...] = _several(found)
         return several[0] if len(several) == 1 else several
 
