@@ -234,4 +234,3 @@ class _Inputs:
         state = [self._state] if drafts else []
         logits = program(*state, self.tokens, self.position, cache)
         return logits, cache.states, cache.broken
-

@@ -82,9 +82,7 @@ class Trainer:
         self.balance = Balance(self.model)
         self._add_gradients: Gradients = self._micro_batch
         if captures(self.model):
-            self._add_gradients = CapturedGradients(
-                self._micro_batch, self.model, self.optimizer
-            )
+            self._add_gradients = CapturedGradients(self._micro_batch, self.model, self.optimizer)
         self.average = None
         if self.settings.ema:
             self.average = Average(self.model, self.optimizer, self.settings.ema)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from tests.support.host_waits import HostWait, no_waits, wait_of
+from tests.support.host_waits import HostWait, in_parts, no_waits, wait_of
 
 WAITS = "called a synchronizing CUDA operation"
 """What torch warns of."""
@@ -95,6 +95,9 @@ class _Capture(TorchDispatchMode):
     ) -> Any:
         graph, kwargs = StandInGraph.now, kwargs or {}
         assert graph is not None
+        parts = in_parts(self, func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         why = wait_of(func, args, kwargs)
         if why:
             raise HostWait(f"operation not permitted when stream is capturing: {func}: {why}")

@@ -43,9 +43,9 @@ def wait_of(func: Any, args: Sequence[Any], kwargs: Any) -> str:
     packet = func.overloadpacket
     if packet in READS:
         return READS[packet]
-    if packet in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_):
-        if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-            return "sizes depend on a mask"
+    by_index = packet in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_)
+    if by_index and any(isinstance(i, Tensor) and i.dtype is torch.bool for i in args[1]):
+        return "sizes depend on a mask"
     if packet is ATEN.repeat_interleave:
         size = kwargs.get("output_size", args[1] if len(args) > 1 else None)
         if func is ATEN.repeat_interleave.Tensor and size is None:
@@ -69,10 +69,23 @@ class NoWaits(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        why = wait_of(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        parts = in_parts(self, func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
+        why = wait_of(func, args, kwargs)
         if why:
             self.found(f"{func}: {why}")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def in_parts(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    """A function that torch composes of others, within the mode; NotImplemented for all others.
+
+    Where gradients are recorded torch takes it apart by itself, in inference mode it does not.
+    """
+    with mode:
+        return func.decompose(*args, **kwargs)
 
 
 def _refuse(why: str) -> None:
@@ -81,19 +94,26 @@ def _refuse(why: str) -> None:
 
 @contextmanager
 def no_waits(found: Callable[[str], None] | None = None) -> Iterator[None]:
-    """`NoWaits`, and what tells no dispatch mode: `tolist`, `numpy`, `cpu`."""
+    """`NoWaits`, and what torch tells no such mode of."""
     with pytest.MonkeyPatch.context() as patch, NoWaits(found) as mode:
-        for name in ("tolist", "numpy", "cpu"):
-            patch.setattr(Tensor, name, _telling(getattr(Tensor, name), name, mode.found))
+        for owner, name, why in (
+            (Tensor, "tolist", "a tensor is read"),
+            (Tensor, "numpy", "a tensor is read"),
+            (Tensor, "cpu", "a tensor is read"),
+            (torch, "tensor", "numbers of the host are copied to the GPU"),
+            (torch, "as_tensor", "numbers of the host are copied to the GPU"),
+        ):
+            method = getattr(owner, name)
+            patch.setattr(owner, name, _telling(method, f"{name}: {why}", mode.found))
         yield
 
 
 def _telling(
-    method: Callable[..., Any], name: str, found: Callable[[str], None]
+    method: Callable[..., Any], what: str, found: Callable[[str], None]
 ) -> Callable[..., Any]:
-    def call(self: Tensor, *arguments: Any, **named: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         if _len_torch_dispatch_stack():  # not inside of what stands for a kernel
-            found(f"Tensor.{name}: a tensor is read")
-        return method(self, *arguments, **named)
+            found(what)
+        return method(*arguments, **named)
 
     return call
