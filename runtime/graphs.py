@@ -43,7 +43,7 @@ def captures(model: object) -> bool:
     """Whether steps of a model are captured: of a whole one on a GPU."""
     if not isinstance(model, nn.Module) or getattr(model, "share", None) is not None:
         return False
-    return model.device.type == "cuda" and wanted()
+    return torch.device(model.device).type == "cuda" and wanted()  # type: ignore[arg-type]
 
 
 class Graphs:
@@ -88,8 +88,8 @@ class Graphs:
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         before = torch.cuda.current_stream()
         self._stream.wait_stream(before)
-        watched = _waits() if calls == WARM_UP else nullcontext([])
-        with torch.cuda.stream(self._stream), watched as lines:
+        lines: list[str] = []
+        with torch.cuda.stream(self._stream), _waits(lines) if calls == WARM_UP else nullcontext():
             results = step()
         before.wait_stream(self._stream)
         if lines:
@@ -114,15 +114,14 @@ class Graphs:
 
 
 @contextmanager
-def _waits() -> Iterator[list[str]]:
-    """The lines that wait for the GPU within, once it is left; other warnings pass."""
-    lines: list[str] = []
+def _waits(lines: list[str]) -> Iterator[None]:
+    """Adds the lines that wait for the GPU within; other warnings pass."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield lines
+            yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for one in told:
