@@ -29,7 +29,8 @@ def compile_kernels(
     target: Target,
     save: Path | None = None,
 ) -> list[Row]:
-    """Every kernel that the cases of `files` launch. `texts` is what `kernels_package` made.
+    """Every kernel that the cases of `files` launch; libraries have none. `texts` is what
+    `kernels_package` made.
 
     With `save`, the sources are kept in that folder, with PTX and SASS of each kernel beside them.
     Raises CompilerFailed.
@@ -37,7 +38,8 @@ def compile_kernels(
     with tempfile.TemporaryDirectory() as temporary:
         folder = save or Path(temporary)
         write(texts, folder)
-        shares = _shares(files, os.cpu_count() or 1)
+        own = [file for file in files if not file.library]
+        shares = _shares(own, os.cpu_count() or 1)
         with ThreadPoolExecutor(len(shares) or 1) as pool:
             parts = pool.map(lambda names: _compile(folder, target, names, bool(save)), shares)
             rows = [row for part in parts for row in part]

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from check import checked, reference_of  # noqa: E402
 from peers import peers_of  # noqa: E402
 
+from backends.triton.agreement import checked, reference_of  # noqa: E402
 from backends.triton.arguments import CaseRecord, arguments_of  # noqa: E402
 from backends.triton.compiled import compile_kernels, floor  # noqa: E402
 from backends.triton.launches import load  # noqa: E402
