@@ -23,8 +23,8 @@ WIDE = ("latent_attention",)
 CPU (1.4e-4 for 4,096 keys): it is given the same numbers in float32, and its result is rounded."""
 
 WITHOUT_LSE = ("attention_saving",)
-"""Functions whose reference gives no log-sum-exp where there is no CPU: it is computed here. That of
-a library must be the same, since another kernel may take the gradient."""
+"""Functions whose reference gives no log-sum-exp where there is no CPU: it is computed here. A
+library must give the same, since another kernel may take the gradient."""
 
 
 def results_of(value: Any) -> list[Tensor]:
@@ -99,7 +99,8 @@ def checked(kernel: Any, reference: Any, case: CaseRecord, device: str = "cuda")
             arguments = [x.float() if isinstance(x, torch.Tensor) else x for x in arguments]
         results = results_of(function(*arguments, **keywords))
         if function is reference and case["function"] in WITHOUT_LSE and device != "cpu":
-            results[1] = log_sum_exp(*arguments[:2], arguments[3])
+            q, k, _, scale = arguments
+            results[1] = log_sum_exp(q, k, scale)
         return results
 
     found = run(kernel)

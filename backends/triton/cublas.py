@@ -1,4 +1,4 @@
-"""Products in bfloat16 by torch, whose library on NVIDIA GPUs is cuBLAS, and CUTLASS for experts."""
+"""Products in bfloat16 by torch, which calls cuBLAS on NVIDIA GPUs, and CUTLASS for experts."""
 
 from __future__ import annotations
 

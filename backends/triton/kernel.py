@@ -36,8 +36,8 @@ class Case:
     `flops` and `bytes` count every input read once and every output written once. `bound_by` says
     what limits it: FP8 or BF16 matrix instructions, or memory. `access` is the least width in bits
     of the widest load and store, in the kernel that is called like the function or `main`.
-    `tuning_key` is the entry of `TuningTable` that decided its tile, `size_key` the one that decides
-    between this kernel and libraries.
+    `tuning_key` is the entry of `TuningTable` that decided its tile, `size_key` the one that
+    decides between this kernel and libraries.
     """
 
     name: str
@@ -71,8 +71,8 @@ class KernelFile:
     """`kernels/NAME.py`: its text, and the functions that it replaces.
 
     `serves` maps `F.rms_norm` (`F`, `G`, `fp8`: the modules of `runtime/`) to the element type of
-    the first tensor that its launcher takes. `library` names what its launchers call, if they launch
-    no kernel of dslc; `when` says of a function for which arguments they do.
+    the first tensor that its launcher takes. `library` names what its functions call, if they
+    launch no kernel of dslc; `when` says of a function for which arguments they do.
     """
 
     name: str

@@ -58,11 +58,9 @@ FAMILIES = (
     cross_entropy,
     adamw,
 )
-"""Each has `kernel_file(instances, target)`: a file of kernels, or None where no operator needs it."""
+"""Each has `kernel_file(instances, target)`: a file of kernels, or None where none is needed."""
 
-LIBRARIES = tuple(
-    module.LIBRARY for module in (deep_gemm, flash_mla, cublas, fp8_cublas, sdpa)
-)
+LIBRARIES = tuple(module.LIBRARY for module in (deep_gemm, flash_mla, cublas, fp8_cublas, sdpa))
 """What is called instead of a kernel, where it is faster or asked for: it is asked first."""
 
 CALLERS = {"optimizer": "functions"}
@@ -126,7 +124,7 @@ def _functions(namespace: str, files: Sequence[KernelFile], callers: str) -> lis
 
 
 def _assignment(path: str, serving: Sequence[KernelFile]) -> list[str]:
-    """`rms_norm = kernel(torch_F.rms_norm, torch.bfloat16, "norm")`, in 96 columns, behind a comment
+    """`rms_norm = kernel(torch_F.rms_norm, torch.bfloat16, "norm")`, in 96 columns, below a comment
     that says when it is which of several files."""
     name, reference = path.rpartition(".")[2], f"torch_{path}"
     if not serving:

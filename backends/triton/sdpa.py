@@ -14,7 +14,7 @@ WIDTHS = (192, 128)
 
 
 def _fits(case: Case) -> bool:
-    """As many queries as keys and as many heads: torch's causal mask lets query i see key i last."""
+    """As many queries as keys: by torch's causal mask, key i is the last one of query i."""
     q, k, v = (arg.shape for arg in case.arguments[:3])
     widths = q[3], v[3]
     known = widths == WIDTHS or (widths[0] == widths[1] <= 128 and widths[0] % 8 == 0)

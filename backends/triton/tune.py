@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from backends.triton.agreement import checked, reference_of
@@ -86,14 +87,39 @@ def _times(
         write(kernels_package(files, target), Path(folder))
         record = json.loads(Path(folder, "kernels.json").read_text(encoding="utf-8"))
         for file in record["files"]:
-            place = Path(folder, file["name"])
-            for case in file["cases"]:
-                if (key := case.get("tuning_key")) in taken:
-                    kernel = getattr(load(place), case["function"])
-                    sums[key] += _time(kernel, case, timer)
-                elif taken.get(key := case.get("size_key")) == place.stem:
-                    sums[key] += _time_checked(place, file, case, timer, check)
+            name = Path(file["name"]).stem
+            timed = [case for case in file["cases"] if _key(case, name, taken)]
+            module = _loaded(Path(folder, file["name"])) if timed else None
+            for case in timed:
+                kernel = getattr(module, case["function"], None)
+                compared = case.get("tuning_key") not in taken
+                wrong = compared and _wrong(kernel, file, case, check)
+                us = math.inf if kernel is None or wrong else _time(kernel, case, timer)
+                sums[_key(case, name, taken)] += us
     return dict(sums)
+
+
+def _key(case: CaseRecord, file: str, taken: Mapping[str, str]) -> str:
+    """The key of the round for which a case of a file is measured, or nothing."""
+    if (tile := case.get("tuning_key", "")) in taken:
+        return str(tile)
+    size = case.get("size_key", "")
+    return str(size) if taken.get(size) == file else ""
+
+
+def _loaded(file: Path) -> ModuleType | None:
+    """A file of kernels, or None where its library is not installed, which then does not win."""
+    try:
+        return load(file)
+    except ModuleNotFoundError:
+        return None
+
+
+def _wrong(kernel: Any, file: CaseRecord, case: CaseRecord, check: Check) -> str:
+    try:
+        return check(kernel, reference_of(file, case), case)
+    except Exception as error:  # whatever a library raises, it does not serve
+        return str(error) or type(error).__name__
 
 
 def _time(kernel: Callable[..., Any], case: CaseRecord, timer: Timer) -> float:
@@ -105,18 +131,6 @@ def _time(kernel: Callable[..., Any], case: CaseRecord, timer: Timer) -> float:
         return timer(lambda: kernel(*arguments, **keywords))
     except RuntimeError:  # what does not fit the GPU does not win
         return math.inf
-
-
-def _time_checked(
-    place: Path, file: CaseRecord, case: CaseRecord, timer: Timer, check: Check
-) -> float:
-    """A library that is not installed does not win, nor one whose results are not good enough."""
-    try:
-        kernel = getattr(load(place), case["function"])
-        wrong = check(kernel, reference_of(file, case), case)
-    except Exception:  # whatever a library raises, it does not serve
-        return math.inf
-    return math.inf if wrong else _time(kernel, case, timer)
 
 
 def on_gpu(call: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""What was measured on a GPU: the fastest tile of a kernel, the fastest of a kernel and libraries."""
+"""What was measured on a GPU: the fastest tile of a kernel, and whether a library is faster."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class TuningTable:
 
     There are two kinds of keys. `fp8_linear n7168 m4096` decides between the tiles of a kernel.
     `fp8.linear 7168x2048 m4096` decides between the files that serve a function, at a size and a
-    number of rows: a kernel of dslc, or a library. `asked` and `files` hold the keys that a build
-    has looked up of the first and of the second, with the names of their candidates: what `dslc tune` has to measure.
+    number of rows: a kernel of dslc, or a library. `asked` holds the keys of the first kind that a
+    build has looked up, `files` those of the second, with the names of their candidates: what
+    `dslc tune` has to measure.
     """
 
     def __init__(self, measured: Mapping[str, str] | None = None, source: str = "") -> None:
@@ -51,7 +52,7 @@ class TuningTable:
         return candidates[name]
 
     def ranges(self, what: str, files: Sequence[str]) -> list[RowRange]:
-        """Which of `files` serves `fp8.linear 7168x2048`, by rows; the first where none was measured.
+        """Which of `files` serves `fp8.linear 7168x2048`, by rows; the first if none was measured.
 
         A number of rows between two that were measured is served as the larger one, more than the
         largest as that. Raises `DiagnosticError` where what was measured is none of the files.

@@ -150,12 +150,12 @@ class Kernels(Section):
 
     products: Annotated[Products, choice(*get_args(Products))] = Field(
         "fastest",
-        description="fastest: a library where it was measured to be faster; triton: kernels of dslc; "
+        description="fastest: a library where it was measured to be faster; triton: own kernels; "
         "deep_gemm: DeepGEMM for products with weights in FP8",
     )
     attention: Annotated[Attention, choice(*get_args(Attention))] = Field(
         "fastest",
-        description="fastest: a library where it was measured to be faster; triton: kernels of dslc; "
+        description="fastest: a library where it was measured to be faster; triton: own kernels; "
         "flash_mla: FlashMLA for decoding in the latent space",
     )
 
