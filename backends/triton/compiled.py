@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from backends.triton.kernel import KernelFile
+from backends.triton.kernel import KernelFile, write
 from backends.triton.launches import Row
-from backends.triton.package import write
 from backends.triton.target import Target
 
 

@@ -10,8 +10,8 @@ ALIGNED = 16
 """Sizes of FP8 matrices that torch takes are multiples of this."""
 
 SCALES = 4
-"""Scales of a weight come in rows of a multiple of so many, along what is summed over. Rows of other
-lengths would have to be padded at each call."""
+"""Scales of a weight come in rows of a multiple of so many, along what is summed over. Others
+would have to be padded at each call."""
 
 
 def _fits(case: Case) -> bool:

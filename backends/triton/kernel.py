@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 BoundBy = Literal["fp8", "bf16", "memory"]
@@ -85,6 +86,13 @@ class KernelFile:
 
 MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
 """What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
+
+
+def write(texts: Mapping[str, str], folder: Path) -> None:
+    """The files of `kernels_package` side by side in a folder, to be compiled or run from there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        (folder / Path(path).name).write_text(text, encoding="utf-8")
 
 
 def of_parts(parts: Sequence[int]) -> str:

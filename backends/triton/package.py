@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from textwrap import wrap
 
 from backends.render import render
@@ -104,13 +103,6 @@ def kernels_package(
     return texts
 
 
-def write(texts: Mapping[str, str], folder: Path) -> None:
-    """The files of `kernels_package` side by side in a folder, to be compiled or run from there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        (folder / Path(path).name).write_text(text, encoding="utf-8")
-
-
 def _functions(namespace: str, files: Sequence[KernelFile], callers: str) -> list[str]:
     """A class of `kernels/__init__.py`: an assignment for each of its functions."""
     called = re.findall(rf"\b{CALLERS.get(namespace, namespace)}\.(\w+)[(,]", callers)
@@ -148,6 +140,7 @@ def _record(files: Sequence[KernelFile], target: Target) -> str:
         "files": [
             {
                 "name": f"{file.name}.py",
+                **({"library": file.library} if file.library else {}),
                 "sha256": hashlib.sha256(file.text.encode()).hexdigest(),
                 "serves": sorted(file.serves),
                 "cases": [_case(asdict(case)) for case in file.cases],

@@ -15,9 +15,9 @@ from typing import Any
 
 from backends.triton.agreement import checked, reference_of
 from backends.triton.arguments import CaseRecord, arguments_of
-from backends.triton.kernel import KernelFile
+from backends.triton.kernel import KernelFile, write
 from backends.triton.launches import load
-from backends.triton.package import kernel_files, kernels_package, write
+from backends.triton.package import kernel_files, kernels_package
 from backends.triton.target import Target
 from backends.triton.tuning_table import TuningTable
 from compiler.graph.core import Program
