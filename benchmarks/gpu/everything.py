@@ -4,8 +4,8 @@
     python benchmarks/gpu/everything.py build/gpu --minutes 8     where the GPU is
 
 Both from the repository's root. The first builds kernels, cases and packages into a folder; the
-second needs that folder, this repository, torch and Triton, and neither a network nor dslc. Each step
-is a process of its own with a limit: one that fails or hangs is a row, and the next one runs.
+second needs that folder, this repository, torch and Triton, and neither a network nor dslc. Each
+step is a process of its own with a limit: one that fails or hangs is a row, and the next one runs.
 `gpu.json`, `gpu.md` and `tuned.json`, which `dslc build --tuned` reads, are written after each row.
 """
 

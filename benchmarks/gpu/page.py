@@ -17,8 +17,8 @@ def page(content: Row) -> str:
     lines = [
         f"# {content['spec']} on {machine}",
         "",
-        f"`{content['command']}`, commit {content['commit'] or 'unknown'}. Rooflines are made of what"
-        " this card gave at most in `ceilings`. A ratio of a library is its time over ours.",
+        f"`{content['command']}`, commit {content['commit'] or 'unknown'}. Rooflines are made of"
+        " what this card gave at most in `ceilings`. Ratios are the time of a library over ours.",
     ]
     for step in content["steps"]:
         lines += ["", f"## {step['step']}", ""]

@@ -15,13 +15,15 @@ LOSS = 1e-3
 """How far losses may be apart, relative to the reference."""
 
 GRADIENTS = {"bf16": 0.03, "fp8": 0.08}
-"""How far all gradients may be from the reference, in parts of its norm: roundings to bfloat16 fall
-otherwise, and those of FP8 send a token to another expert now and then. Wrong kernels are far off."""
+"""How far all gradients may be from the reference, in parts of its norm: sums are rounded in other
+places, and in FP8 a token goes to another expert now and then. Wrong kernels are far off."""
 
 
 def compare(package: str, precision: str, device: str) -> dict[str, Any]:
-    """Losses, gradients and tokens of a package, and whether two runs give the same bits. `check` is
-    `ok`, or says what is wrong."""
+    """Losses, gradients and tokens of a package, and whether two runs give the same bits.
+
+    `check` is `ok`, or says what is wrong.
+    """
     module = importlib.import_module(package)
     found, again, expected = (outcome(module, where) for where in (device, device, "cpu"))
     row: dict[str, Any] = {"row": f"small model {precision}", "loss": found[0]}

@@ -1,7 +1,7 @@
 """The steps of `everything.py`, each run as a process of its own: a JSON line for each row.
 
-`python steps.py NAME FOLDER DEVICE OUT SECONDS`. They need torch, Triton, and of this repository only
-what needs no more.
+`python steps.py NAME FOLDER DEVICE OUT SECONDS`. They need torch, Triton, and of this repository
+only what needs no more.
 """
 
 from __future__ import annotations
