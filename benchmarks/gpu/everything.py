@@ -144,7 +144,7 @@ def run(asked: argparse.Namespace) -> None:
             continue
         command = [sys.executable, str(Path(__file__).parent / "steps.py"), name]
         command += [str(asked.folder), asked.device, str(asked.out)]
-        limit = min(STEPS[name], left)
+        limit = min(STEPS[name], left) if asked.device == "cuda" else left
         for row in rows_of([*command, str(limit)], limit):
             record.add(row)
         step["seconds"] = round(60 * asked.minutes - (end - time.monotonic()), 1)
