@@ -149,18 +149,22 @@ class Parallel(Section):
     )
 
 
-Products = Literal["triton", "deep_gemm"]
-Attention = Literal["triton", "flash_mla"]
+Products = Literal["fastest", "triton", "deep_gemm"]
+Attention = Literal["fastest", "triton", "flash_mla"]
 
 
 class Kernels(Section):
     """Whose kernels a build with `--target sm_90` calls; dslc's own where a library is missing."""
 
     products: Annotated[Products, choice(*get_args(Products))] = Field(
-        "triton", description="triton, or deep_gemm: DeepGEMM for products with weights in FP8"
+        "fastest",
+        description="fastest: a library where it was measured to be faster; triton: own kernels; "
+        "deep_gemm: DeepGEMM for products with weights in FP8",
     )
     attention: Annotated[Attention, choice(*get_args(Attention))] = Field(
-        "triton", description="triton, or flash_mla: FlashMLA for decoding in the latent space"
+        "fastest",
+        description="fastest: a library where it was measured to be faster; triton: own kernels; "
+        "flash_mla: FlashMLA for decoding in the latent space",
     )
 
 
