@@ -747,7 +747,8 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
         return rows, offs, sort_indices
     flat = index.flatten()
     sort_indices = flat.argsort(stable=True)
-    offs = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
+    # Not `bincount`, for which the host would wait for a GPU.
+    offs = expert_load(flat, experts).cumsum(0).to(torch.int32)
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     return x.flatten(0, -2).index_select(0, token), offs, sort_indices
 

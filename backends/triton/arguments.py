@@ -67,13 +67,18 @@ def arguments_of(
 
 
 def _saved(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What `attention_saving` gives: a gradient takes results, which must be those of q, k and v.
+    """What `attention_saving` gives: a gradient takes results, which must be of q, k and v."""
+    from runtime import functional
+
+    return functional.attention(q, k, v, scale), log_sum_exp(q, k, scale)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The natural logarithm of each query's sum of exponentials: float32 [batch, query, heads].
 
     Head by head, since the scores of all of them are 8 GiB for a sequence of V3's training.
     """
     import torch
-
-    from runtime import functional
 
     times, tail = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
     levels = []
@@ -81,7 +86,7 @@ def _saved(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         score = q[:, :, head].float() @ k[:, :, head // times].float().transpose(1, 2) * scale
         hidden = torch.ones_like(score, dtype=torch.bool).triu(tail + 1)
         levels.append(score.masked_fill(hidden, -torch.inf).logsumexp(-1))
-    return functional.attention(q, k, v, scale), torch.stack(levels, -1)
+    return torch.stack(levels, -1)
 
 
 PIECE = 1 << 26

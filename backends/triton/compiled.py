@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from backends.triton.kernel import KernelFile
+from backends.triton.kernel import KernelFile, write
 from backends.triton.launches import Row
-from backends.triton.package import write
 from backends.triton.target import Target
 
 
@@ -29,7 +28,8 @@ def compile_kernels(
     target: Target,
     save: Path | None = None,
 ) -> list[Row]:
-    """Every kernel that the cases of `files` launch. `texts` is what `kernels_package` made.
+    """Every kernel that the cases of `files` launch; libraries have none. `texts` is what
+    `kernels_package` made.
 
     With `save`, the sources are kept in that folder, with PTX and SASS of each kernel beside them.
     Raises CompilerFailed.
@@ -37,7 +37,8 @@ def compile_kernels(
     with tempfile.TemporaryDirectory() as temporary:
         folder = save or Path(temporary)
         write(texts, folder)
-        shares = _shares(files, os.cpu_count() or 1)
+        own = [file for file in files if not file.library]
+        shares = _shares(own, os.cpu_count() or 1)
         with ThreadPoolExecutor(len(shares) or 1) as pool:
             parts = pool.map(lambda names: _compile(folder, target, names, bool(save)), shares)
             rows = [row for part in parts for row in part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 BoundBy = Literal["fp8", "bf16", "memory"]
@@ -36,7 +37,8 @@ class Case:
     `flops` and `bytes` count every input read once and every output written once. `bound_by` says
     what limits it: FP8 or BF16 matrix instructions, or memory. `access` is the least width in bits
     of the widest load and store, in the kernel that is called like the function or `main`.
-    `tuning_key` is the entry of `TuningTable` that decided its tile.
+    `tuning_key` is the entry of `TuningTable` that decided its tile, `size_key` the one that
+    decides between this kernel and libraries.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Case:
     access: int = 128
     spans: tuple[str, ...] = ()
     tuning_key: str = ""
+    size_key: str = ""
     main: str = ""
 
 
@@ -69,13 +72,27 @@ class KernelFile:
     """`kernels/NAME.py`: its text, and the functions that it replaces.
 
     `serves` maps `F.rms_norm` (`F`, `G`, `fp8`: the modules of `runtime/`) to the element type of
-    the first tensor that its launcher takes.
+    the first tensor that its launcher takes. `library` names what its functions call, if they
+    launch no kernel of dslc; `when` says of a function for which arguments they do.
     """
 
     name: str
     text: str
     serves: Mapping[str, str]
     cases: tuple[Case, ...]
+    library: str = ""
+    when: Mapping[str, str] = field(default_factory=dict)
+
+
+MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
+"""What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
+
+
+def write(texts: Mapping[str, str], folder: Path) -> None:
+    """The files of `kernels_package` side by side in a folder, to be compiled or run from there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        (folder / Path(path).name).write_text(text, encoding="utf-8")
 
 
 def of_parts(parts: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from textwrap import wrap
 
 from backends.render import render
 from backends.triton import (
@@ -15,8 +15,10 @@ from backends.triton import (
     attention,
     balance,
     cross_entropy,
+    cublas,
     deep_gemm,
     flash_mla,
+    fp8_cublas,
     fp8_grouped_linear,
     fp8_linear,
     gate,
@@ -27,18 +29,18 @@ from backends.triton import (
     permute,
     quantize,
     rope,
+    sdpa,
     swiglu,
 )
 from backends.triton.instances import OpInstances
-from backends.triton.kernel import KernelFile
+from backends.triton.kernel import MODULES, KernelFile
+from backends.triton.libraries import with_libraries
 from backends.triton.target import Target
-from backends.triton.tuning_table import TuningTable
+from backends.triton.tuning_table import TuningTable, shipped
 from compiler.graph.core import Program
 from dsl.load import Description
 
 FAMILIES = (
-    deep_gemm,
-    flash_mla,
     attention,
     latent_attention,
     norm,
@@ -55,11 +57,10 @@ FAMILIES = (
     cross_entropy,
     adamw,
 )
-"""Each has `kernel_file(instances, target)`: a file of kernels, or None where no operator needs it.
-Where two serve a function the earlier one is asked first: libraries stand before own kernels."""
+"""Each has `kernel_file(instances, target)`: a file of kernels, or None where none is needed."""
 
-MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
-"""What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
+LIBRARIES = tuple(module.LIBRARY for module in (deep_gemm, flash_mla, cublas, fp8_cublas, sdpa))
+"""What is called instead of a kernel, where it is faster or asked for: it is asked first."""
 
 CALLERS = {"optimizer": "functions"}
 """Who calls functions by another name: `runtime/train/optimizer.py` those of the optimizer."""
@@ -71,13 +72,16 @@ def kernel_files(
     target: Target,
     tuning: TuningTable | None = None,
 ) -> list[KernelFile]:
-    """The families that a model needs, in the order of `FAMILIES`.
+    """The libraries and families that a model needs, in the order of `LIBRARIES` and `FAMILIES`.
 
-    `tuning` holds what was measured on a GPU. Raises `DiagnosticError` if it does not fit.
+    `tuning` holds what was measured on a GPU, or else what is shipped does. Raises
+    `DiagnosticError` if it does not fit.
     """
-    instances = OpInstances(programs, description, tuning or TuningTable())
+    table = tuning if tuning is not None else shipped(target.name)
+    instances = OpInstances(programs, description, table)
     files = (family.kernel_file(instances, target) for family in FAMILIES)
-    return [file for file in files if file is not None]
+    own = [file for file in files if file is not None]
+    return with_libraries(own, LIBRARIES, instances, target)
 
 
 def kernels_package(
@@ -99,13 +103,6 @@ def kernels_package(
     return texts
 
 
-def write(texts: Mapping[str, str], folder: Path) -> None:
-    """The files of `kernels_package` side by side in a folder, to be compiled or run from there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        (folder / Path(path).name).write_text(text, encoding="utf-8")
-
-
 def _functions(namespace: str, files: Sequence[KernelFile], callers: str) -> list[str]:
     """A class of `kernels/__init__.py`: an assignment for each of its functions."""
     called = re.findall(rf"\b{CALLERS.get(namespace, namespace)}\.(\w+)[(,]", callers)
@@ -119,14 +116,22 @@ def _functions(namespace: str, files: Sequence[KernelFile], callers: str) -> lis
 
 
 def _assignment(path: str, serving: Sequence[KernelFile]) -> list[str]:
-    """`rms_norm = kernel(torch_F.rms_norm, torch.bfloat16, "norm")`, in 96 columns."""
+    """`rms_norm = kernel(torch_F.rms_norm, torch.bfloat16, "norm")`, in 96 columns, below a comment
+    that says when it is which of several files."""
     name, reference = path.rpartition(".")[2], f"torch_{path}"
     if not serving:
         return [f"{name} = {reference}"]
+    comment = [
+        line
+        for file in serving
+        if path in file.when
+        for line in wrap(f"{file.name}: {file.when[path]}", 92, subsequent_indent="  ")
+    ]
     dtype = f"torch.{serving[0].serves[path]}"
     operands = ", ".join([reference, dtype, *(f'"{file.name}"' for file in serving)])
     line = f"{name} = kernel({operands})"
-    return [line] if len(line) <= 96 else [f"{name} = kernel(", f"    {operands}", ")"]
+    made = [line] if len(line) <= 96 else [f"{name} = kernel(", f"    {operands}", ")"]
+    return [*(f"# {line}" for line in comment), *made]
 
 
 def _record(files: Sequence[KernelFile], target: Target) -> str:
@@ -135,6 +140,7 @@ def _record(files: Sequence[KernelFile], target: Target) -> str:
         "files": [
             {
                 "name": f"{file.name}.py",
+                **({"library": file.library} if file.library else {}),
                 "sha256": hashlib.sha256(file.text.encode()).hexdigest(),
                 "serves": sorted(file.serves),
                 "cases": [_case(asdict(case)) for case in file.cases],

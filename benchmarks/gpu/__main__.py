@@ -10,35 +10,28 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import inspect
 import json
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from check import checked, reference_of  # noqa: E402
-from peers import peers_of  # noqa: E402
+from cases import by_importance, libraries, line, row_of  # noqa: E402
 
-from backends.triton.arguments import CaseRecord, arguments_of  # noqa: E402
-from backends.triton.compiled import compile_kernels, floor  # noqa: E402
+from backends.triton.arguments import CaseRecord  # noqa: E402
+from backends.triton.compiled import compile_kernels  # noqa: E402
+from backends.triton.kernel import write as put  # noqa: E402
 from backends.triton.launches import load  # noqa: E402
 from backends.triton.package import kernel_files, kernels_package  # noqa: E402
-from backends.triton.package import write as put  # noqa: E402
 from backends.triton.target import TARGETS, Target  # noqa: E402
 from compiler.pipeline import compile  # noqa: E402
 from dslc.specs import read  # noqa: E402
 from runtime.dispatch import name_of  # noqa: E402
-
-DEVICE = "cuda"
 
 
 def main() -> None:
@@ -90,76 +83,6 @@ def prepared(
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     found = [(f, case) for f in record["files"] for case in f["cases"] if match in case["name"]]
     return by_importance(found, target)
-
-
-def by_importance(
-    cases: list[tuple[CaseRecord, CaseRecord]], target: Target
-) -> list[tuple[CaseRecord, CaseRecord]]:
-    """The longest case of each function, then the second longest of each, and so on."""
-    ranked: list[tuple[int, float, tuple[CaseRecord, CaseRecord]]] = []
-    seen: Counter[str] = Counter()
-    for file, case in sorted(cases, key=lambda pair: -floor(pair[1], target)[0]):
-        function = f"{file['name']}: {case['function']}"
-        ranked.append((seen[function], -floor(case, target)[0], (file, case)))
-        seen[function] += 1
-    return [pair for _, _, pair in sorted(ranked, key=lambda entry: entry[:2])]
-
-
-def row_of(
-    module: ModuleType, file: CaseRecord, case: CaseRecord, target: Target
-) -> dict[str, Any]:
-    """One case, checked twice and timed. A failure is a row, too."""
-    row = {"case": case["name"], "file": file["name"], "sha256": file["sha256"]}
-    try:
-        kernel, reference = getattr(module, case["function"]), reference_of(file, case)
-        row["check"] = checked(kernel, reference, case, DEVICE) or "ok"
-        arguments, keywords = arguments_of(case, torch.device(DEVICE))
-        row["us"] = timed(lambda: kernel(*arguments, **keywords))
-        row["floor_us"], _ = floor(case, target)
-        row["roofline"] = row["floor_us"] / row["us"]
-        named = inspect.signature(reference).bind(*arguments, **keywords).arguments
-        row["peers_us"] = dict(peers(case["function"], named))
-    except Exception as error:  # whatever a kernel or a library raises is what the row says
-        row["check"] = f"{row.get('check', '')} {message(error)}".strip()
-    torch.cuda.empty_cache()
-    return row
-
-
-def peers(function: str, named: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
-    """Microseconds of each library, or why it has none."""
-    for name, run in peers_of(function, named):
-        try:
-            yield name, timed(run)
-        except Exception as error:
-            yield name, message(error)
-
-
-def message(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Microseconds: the median of many runs within 40 ms."""
-    from triton.testing import do_bench
-
-    return 1e3 * float(do_bench(run, warmup=8, rep=40, return_mode="median"))
-
-
-def line(row: dict[str, Any]) -> str:
-    if "roofline" not in row:
-        return f"{row['case']:<44} {row['check']}"
-    return (
-        f"{row['case']:<44} {row['us']:10.1f} us  {row['roofline']:6.1%} of roofline  "
-        f"{row['check']}  {libraries(row)}"
-    )
-
-
-def libraries(row: dict[str, Any]) -> str:
-    """The time of each library over ours, or its error."""
-    return ", ".join(
-        f"{name} {us}" if isinstance(us, str) else f"{name} x{us / row['us']:.2f}"
-        for name, us in row.get("peers_us", {}).items()
-    )
 
 
 class Report:

@@ -5,6 +5,7 @@ model is a slice of V3: its widths, 1 dense and 2 MoE layers of 64 experts, 7 B 
 those of the built packages with kernels, in BF16 and FP8; decoding is greedy, behind 512 tokens,
 by a contiguous cache, and by the engine's pages. Each row is printed and written to
 `gpu_models.json` as it comes; a row that fails says why. `--device cpu` shows that it runs.
+With `--packages DIR` it takes packages that `prepare` has built, and needs nothing of dslc.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from backends.build import build  # noqa: E402
-from backends.triton.target import TARGETS  # noqa: E402
-from dslc.specs import read  # noqa: E402
 from runtime.dispatch import name_of  # noqa: E402
 
 SLICE = (
@@ -58,6 +56,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--packages", type=Path, help="a folder that has them already")
     parser.add_argument("--out", type=Path, default=Path("build"))
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -110,20 +109,45 @@ def jobs(asked: argparse.Namespace) -> Iterator[Job]:
 # ---- dslc ----------------------------------------------------------------------------------------
 
 
+PACKAGES = {
+    "gpu_bf16_all": "precision.policy=bf16",
+    "gpu_fp8_all": "precision.policy=fp8_blockwise",
+    "gpu_fp8_fp8": "precision.policy=fp8_blockwise",
+}
+"""By precision and by how weights are held; what the spec is set to."""
+
+
+def prepare(folder: Path, spec: str, target: str | None) -> None:
+    """Builds every package that the rows need."""
+    from backends.build import build
+    from backends.triton.target import TARGETS
+    from dslc.specs import read
+
+    gpu = TARGETS.get(target) if target else None
+    cut = SLICE if spec == "deepseek_v3" else ()
+    for name, policy in PACKAGES.items():
+        sets = [*cut, policy, f"model={name}"]
+        build(read(spec, sets, None), folder / name, target=gpu)
+    peer = [*(cut or ("architecture.mtp.depth=0",)), "model=gpu_peer"]
+    build(read(spec, peer, None), folder / "gpu_peer")
+
+
+def package(asked: argparse.Namespace, name: str) -> Any:
+    """A package of `--packages`, or of a folder that is made at first use."""
+    if asked.packages is None:
+        asked.packages = Path(tempfile.mkdtemp())
+        prepare(asked.packages, asked.spec, name_of(0) if asked.device == "cuda" else None)
+    if str(asked.packages) not in sys.path:
+        sys.path.insert(0, str(asked.packages))
+    return importlib.import_module(name)
+
+
 class Ours:
     """A built package in one precision, and its model, made when it is first asked for."""
 
     def __init__(self, asked: argparse.Namespace, precision: str, held: str | None = None) -> None:
-        policy = "fp8_blockwise" if precision == "fp8" else "bf16"
-        package = f"gpu_{precision}_{held or 'all'}"
-        cut = SLICE if asked.spec == "deepseek_v3" else ()
-        sets = [*cut, f"precision.policy={policy}", f"model={package}"]
-        target = TARGETS.get(name_of(0)) if asked.device == "cuda" else None
-        folder = Path(tempfile.mkdtemp())
-        build(read(asked.spec, sets, None), folder / package, target=target)
-        sys.path.insert(0, str(folder))
-        self.module = importlib.import_module(package)
-        self.package = package
+        self.package = f"gpu_{precision}_{held or 'all'}"
+        self.module = package(asked, self.package)
         self.model = self.module.Model(
             device=asked.device, dtype=torch.bfloat16, seed=0, weights=held
         )
@@ -215,11 +239,7 @@ def peer_model(asked: argparse.Namespace) -> Any:
     """Transformers' model of the same numbers, with random weights made on the device."""
     from transformers import AutoConfig, DeepseekV3ForCausalLM
 
-    cut = SLICE if asked.spec == "deepseek_v3" else ("architecture.mtp.depth=0",)
-    folder = Path(tempfile.mkdtemp())
-    build(read(asked.spec, [*cut, "model=gpu_peer"], None), folder / "gpu_peer")
-    sys.path.insert(0, str(folder))
-    config = importlib.import_module("gpu_peer").Model.hf_config
+    config = package(asked, "gpu_peer").Model.hf_config
     values = {**config, "quantization_config": None}
     name = values.pop("model_type")
     made = AutoConfig.for_model(name, **{k: v for k, v in values.items() if v is not None})

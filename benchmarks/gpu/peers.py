@@ -91,6 +91,25 @@ def _attention(named: Named) -> Iterator[tuple[str, Run]]:
     yield "SDPA flash", by(SDPBackend.FLASH_ATTENTION)
 
 
+def _attention_grad(named: Named) -> Iterator[tuple[str, Run]]:
+    """cuDNN's, for which forward runs once, with the graph of autograd kept. Its sums have no fixed
+    order as torch calls it, so that it is only compared with, never called by a build."""
+    q, k, v, d = (named[name].transpose(1, 2).detach() for name in ("q", "k", "v", "d"))
+    if q.shape[:3] != k.shape[:3]:
+        return
+    made: list[Tensor] = []
+
+    def run() -> Any:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.enable_grad():
+            if not made:
+                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+                attend = scaled_dot_product_attention
+                made.extend([attend(*leaves, is_causal=True, scale=named["scale"]), *leaves])
+            return torch.autograd.grad(made[0], made[1:], d, retain_graph=True)
+
+    yield "SDPA cuDNN", run
+
+
 def _latent_attention(named: Named) -> Iterator[tuple[str, Run]]:
     c_kv, k_rope = named["c_kv"], named["k_rope"]
     batch, keys, width = c_kv.shape
@@ -117,5 +136,6 @@ PEERS: dict[str, Callable[[Named], Iterator[tuple[str, Run]]]] = {
     "grouped_linear": _grouped_linear,
     "attention": _attention,
     "attention_saving": _attention,
+    "attention_grad": _attention_grad,
     "latent_attention": _latent_attention,
 }

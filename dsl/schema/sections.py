@@ -112,6 +112,9 @@ class Precision(Section):
     )
 
 
+ExchangeName = Literal["torch", "deep_ep"]
+
+
 class Parallel(Section):
     """How training is spread over a cluster. Sizes count ranks, one to a GPU."""
 
@@ -139,20 +142,29 @@ class Parallel(Section):
     micro_batch: Annotated[int, Number("micro_batch", 1)] = Field(
         1, description="Sequences that go through the pipeline at a time"
     )
+    exchange: Annotated[ExchangeName, choice(*get_args(ExchangeName))] = Field(
+        "torch",
+        description="What moves tokens to the ranks of their experts: torch, or deep_ep: DeepEP, "
+        "which has to be installed",
+    )
 
 
-Products = Literal["triton", "deep_gemm"]
-Attention = Literal["triton", "flash_mla"]
+Products = Literal["fastest", "triton", "deep_gemm"]
+Attention = Literal["fastest", "triton", "flash_mla"]
 
 
 class Kernels(Section):
     """Whose kernels a build with `--target sm_90` calls; dslc's own where a library is missing."""
 
     products: Annotated[Products, choice(*get_args(Products))] = Field(
-        "triton", description="triton, or deep_gemm: DeepGEMM for products with weights in FP8"
+        "fastest",
+        description="fastest: a library where it was measured to be faster; triton: own kernels; "
+        "deep_gemm: DeepGEMM for products with weights in FP8",
     )
     attention: Annotated[Attention, choice(*get_args(Attention))] = Field(
-        "triton", description="triton, or flash_mla: FlashMLA for decoding in the latent space"
+        "fastest",
+        description="fastest: a library where it was measured to be faster; triton: own kernels; "
+        "flash_mla: FlashMLA for decoding in the latent space",
     )
 
 

@@ -105,13 +105,13 @@ def measured(tuned: Path | None, target: Target | None) -> TuningTable | None:
     if tuned is None:
         return None
 
-    from backends.triton import tune
+    from backends.triton import tuning_table
     from dsl.diagnostic import Diagnostic, DiagnosticError
 
     if target is None:
-        why = "--tuned sets the tiles of kernels, which only a build with --target has"
+        why = "--tuned chooses between kernels, which only a build with --target has"
         raise DiagnosticError([Diagnostic("E607", why, help="add --target")])
-    return tune.read(tuned, target)
+    return tuning_table.tuned(tuned, target.name)
 
 
 def summary_lines(result: BuildResult) -> list[str]:

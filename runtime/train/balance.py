@@ -80,14 +80,19 @@ class Balance:
         """
         if self.load is None:
             return {}
-        found = {}
         for router, load in zip(self.routers, self.load.split(self._sizes), strict=True):
             if router.bias is not None:
                 missing = load.sum() - len(load) * load
                 router.bias.add_(missing.sign().to(router.bias), alpha=speed)
-            found[router.name] = utilization(load, router.bias)
+        # Of all layers at once: for each by itself the host would wait for a GPU.
+        biases = [one.bias for one in self.routers if one.bias is not None]
+        ranges = iter(torch.cat(biases).cpu().split([*map(len, biases)]) if biases else ())
+        loads = self.load.cpu().split(self._sizes)
         self.load = None
-        return found
+        return {
+            router.name: utilization(load, None if router.bias is None else next(ranges))
+            for router, load in zip(self.routers, loads, strict=True)
+        }
 
 
 def utilization(load: Tensor, bias: Tensor | None) -> ExpertUtilization:

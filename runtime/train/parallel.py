@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 
 from ..config import Config
+from ..deepep import DeepEPExchange, deep_ep_buffer
 from ..exchange import Exchange, NodeExchange
 from ..model import LanguageModel
 from ..stage import ModelShare, StageLoss, StagePlan, is_inside
@@ -40,6 +42,11 @@ def check_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     if parallel is None:
         return
+    if parallel.exchange == "deep_ep" and find_spec("deep_ep") is None:
+        raise TrainError(
+            "`parallel.exchange` is deep_ep, and there is no module deep_ep here: install DeepEP "
+            "(https://github.com/deepseek-ai/DeepEP), or leave the key out"
+        )
     size = parallel.pipeline * parallel.replicas * parallel.expert
     if size != world_size:
         sizes = (f"{parallel[name]} {name}" for name in ("pipeline", "replicas", "expert"))
@@ -130,8 +137,12 @@ class RankMesh:
             across, inside,
         )  # fmt: skip
 
-    def spread(self, count: int, waiting: Callable[[], AbstractContextManager[None]]) -> Any:
-        """An exchange for `count` experts."""
+    def spread(
+        self, count: int, waiting: Callable[[], AbstractContextManager[None]], tokens: int | None
+    ) -> Any:
+        """An exchange for `count` experts; by DeepEP where a rank sends at most `tokens`."""
+        if tokens is not None:
+            return DeepEPExchange(deep_ep_buffer, self.exchange, count, tokens, waiting)
         if self.across is not None and self.inside is not None:
             return NodeExchange(self.across, self.inside, count, waiting)
         return Exchange(self.exchange, count, waiting)
@@ -204,7 +215,9 @@ def make_trainer(
     own = model(device, seed=seed, share=ModelShare(holds, mesh.expert, mesh.experts))
     modules = _module_holders(model.config, plans)
     experts: set[str] = set()
-    others = get_process_group_ranks(mesh.exchange)
+    others, tokens = get_process_group_ranks(mesh.exchange), None
+    if model.config.parallel.exchange == "deep_ep" and device.type != "meta":
+        tokens = (settings.micro_batch or 1) * settings.sequence_length
     exchanging = partial(waits.waiting, "the exchange of tokens", others)
     for name, one in own.named_modules():
         if isinstance(one, Stack):
@@ -213,7 +226,7 @@ def make_trainer(
         if spread is not None:
             (stack,) = (child for child in one.children() if isinstance(child, Stack))
             one.__class__ = spread
-            one.exchange = overlap.spread(mesh.spread(stack.total, exchanging))
+            one.exchange = overlap.spread(mesh.spread(stack.total, exchanging, tokens))
     holders = {
         name: Holders(
             next(one for module, one in modules.items() if is_inside(name, module)),

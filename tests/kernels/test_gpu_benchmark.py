@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import json
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from backends.triton.agreement import checked, reference_of
 from backends.triton.arguments import read, without_memory
 from backends.triton.kernel import Case
 from backends.triton.target import TARGETS
@@ -24,12 +24,6 @@ from tests.support.places import ROOT
 
 SMALL = 40_000
 """Numbers in the arguments of a case that is worth interpreting here."""
-
-
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/gpu"))
-    return importlib.import_module("check")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -44,7 +38,7 @@ def test_without_a_gpu_it_claims_nothing() -> None:
 @pytest.mark.parametrize("policy", ["bf16", "fp8_blockwise"])
 @pytest.mark.parametrize("name", FILES)
 def test_cases_are_checked_against_the_reference(
-    name: str, policy: str, kernels: KernelLoader, check: ModuleType
+    name: str, policy: str, kernels: KernelLoader
 ) -> None:
     """One small case of each function, interpreted; that of a wrong kernel is found out."""
     sets = (f"precision.policy={policy}",)
@@ -57,15 +51,16 @@ def test_cases_are_checked_against_the_reference(
             if case["function"] in seen or numbers(case) > SMALL:
                 continue
             seen.add(case["function"])
-            kernel, reference = getattr(module, case["function"]), check.reference_of(file, case)
-            assert check.checked(kernel, reference, case, "cpu") == "", case["name"]
-            assert check.checked(broken(kernel), reference, case, "cpu"), case["name"]
+            kernel, reference = getattr(module, case["function"]), reference_of(file, case)
+            assert checked(kernel, reference, case, "cpu") == "", case["name"]
+            assert checked(broken(kernel), reference, case, "cpu"), case["name"]
         assert seen
 
 
 @pytest.fixture
-def benchmark(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`benchmarks/gpu/__main__.py`, with a CPU for the GPU and a clock that stands still."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/gpu"))
     path = ROOT / "benchmarks/gpu/__main__.py"
     spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
     assert spec is not None and spec.loader is not None

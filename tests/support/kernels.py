@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.triton.kernel import KernelFile
-from backends.triton.package import FAMILIES, kernel_files, kernels_package
+from backends.triton.package import FAMILIES, LIBRARIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tiles import GemmTile
 from compiler.pipeline import compile
@@ -29,7 +29,10 @@ COMPILED = [
 
 
 FILES = [family.__name__.rpartition(".")[2] for family in FAMILIES]
-"""Every file that a build may have."""
+"""Every file of kernels that a build may have."""
+
+LIBRARY_FILES = [library.name for library in LIBRARIES]
+"""Every file that calls a library."""
 
 
 KernelLoader = Callable[..., ModuleType]

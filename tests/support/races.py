@@ -161,6 +161,10 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.races = races
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is none: to skip it, torch would load it
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
