@@ -59,7 +59,7 @@ class BuildResult:
     left_to_torch: tuple[str, ...] = ()
     """With a target: operators of a kind that has kernels, which none of them serves."""
     missing: str = ""
-    """What a compiled step for CPUs was asked for and cannot have."""
+    """The operator that keeps a build for CPUs from having a compiled step."""
 
     @property
     def user_code(self) -> list[str]:

@@ -225,8 +225,8 @@ class Joined(Tensors):
     """Weights that meet the same input, stored as one: concatenated by rows.
 
     `Joined(gate_proj=normal(8, 4, std=0.02), up_proj=normal(8, 4, std=0.02))` holds `weight`
-    [16, 4], published as `gate_proj.weight` and `up_proj.weight` at the same level, each with its own
-    initial values. In a `Stack`, each has the dimension of the experts before the two.
+    [16, 4], published as `gate_proj.weight` and `up_proj.weight` at the same level, each with its
+    own initial values. In a `Stack`, each has the dimension of the experts before the two.
     """
 
     def __init__(self, **parts: Declaration) -> None:
