@@ -67,9 +67,7 @@ def train(
             if lack is None:
                 raise
             kept = f"; {options.out} resumes from its newest checkpoint"
-            raise TrainError(
-                f"{reason}; {LESS}{kept if read_record(options.out) else ''}"
-            ) from None
+            raise TrainError(f"{lack}; {LESS}{kept if read_record(options.out) else ''}") from None
     return 128 + stopped if stopped else 0
 
 
