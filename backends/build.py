@@ -59,7 +59,7 @@ class BuildResult:
     left_to_torch: tuple[str, ...] = ()
     """With a target: operators of a kind that has kernels, which none of them serves."""
     missing: str = ""
-    """What a compiled step for CPUs was asked for and cannot have."""
+    """The operator that keeps a build for CPUs from having a compiled step."""
 
     @property
     def user_code(self) -> list[str]:
@@ -254,7 +254,7 @@ def _sha256(data: bytes) -> str:
 def install(files: Mapping[str, bytes], out: Path) -> bool:
     """Puts a folder of `files` at `out`. False when it was there already, byte for byte.
 
-    The folder is written beside and renamed, so that it is never half there. Raises
+    The folder is written under another name and renamed, so that it is never half there. Raises
     `DiagnosticError` when `out` holds something that a build did not write.
     """
     place = Path(os.path.abspath(out))

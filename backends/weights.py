@@ -1,7 +1,7 @@
 """Weights between checkpoints: which folder holds those of which model, and how they are stored.
 
-The work is done by `runtime/convert.py`; here it is told what a model consists of, which its spec
-says, and the `config.json` that stands beside weights in BF16 or FP8.
+The work is done by `runtime/convert.py`; this module gives it what a model consists of, which its
+spec says, and the `config.json` that is written next to weights in BF16 or FP8.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FP8 = {
 }
 """`quantization_config` of DeepSeek-V3: which weights are FP8 is known from their scales."""
 SCALES = "scale_fmt"
-"""In `quantization_config`, as DeepSeek-V3.1; beside weights in BF16 a key of its own."""
+"""In `quantization_config`, as in DeepSeek-V3.1; next to weights in BF16 a key of its own."""
 PREFIX = "language_model."
 """Of the weights of a language model that is a part of a larger one."""
 BESIDE = (
@@ -151,7 +151,7 @@ def _names(folder: Path) -> tuple[list[str], bool]:
 
 
 def _has_mtp(names: Iterable[str], layers: int) -> bool:
-    """Whether a layer behind the last is among the names of tensors.
+    """Whether a layer after the last is among the names of tensors.
 
     transformers declares such layers in what it saves, 1 by default, and never saves them.
     """
@@ -297,7 +297,7 @@ HELP = {
 
 
 def _problems(problems: Iterable[Problem], checkpoint: Checkpoint) -> Iterator[Diagnostic]:
-    """One for each thing that is wrong; names that differ only in numbers are told as one."""
+    """One for each thing that is wrong; names that differ only in numbers are reported as one."""
     from runtime.shards import gather
 
     by_text: dict[str, list[str]] = {}

@@ -37,7 +37,7 @@ Key = tuple[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of a run")
-    parser.add_argument("--rounds", type=int, default=7, help="runs, of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=5, help="runs, of which the fastest counts")
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time, for a machine busy with other work"
     )

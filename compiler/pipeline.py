@@ -212,7 +212,7 @@ def without_fp8(
 def select_passes(
     passes: Sequence[Pass], skip: Collection[str] = (), until: str | None = None
 ) -> list[Pass]:
-    """The passes of a program without those in `skip` and those behind the last `until`.
+    """The passes of a program without those in `skip` and those after the last `until`.
 
     Essential passes run in any case. `until` counts for programs that have it.
     """

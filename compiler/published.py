@@ -121,6 +121,6 @@ def _layers(op: Op) -> Iterator[tuple[int, ...]]:
 
 def _written(name: str, numbers: Sequence[int]) -> str:
     """A name with each `*` replaced; the last star belongs to the last number."""
-    pieces = name.split("*")
-    used = numbers[len(numbers) - len(pieces) + 1 :]
-    return pieces[0] + "".join(f"{n}{p}" for n, p in zip(used, pieces[1:], strict=True))
+    parts = name.split("*")
+    used = numbers[len(numbers) - len(parts) + 1 :]
+    return parts[0] + "".join(f"{n}{p}" for n, p in zip(used, parts[1:], strict=True))

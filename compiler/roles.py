@@ -78,7 +78,7 @@ def roles(description: Description, lowered: Program, layout: Layout) -> Iterato
 
 
 def _shape(stage: Stage, layout: Layout) -> tuple[object, ...]:
-    """What the program of a stage depends on, beside the numbers of its layers."""
+    """What the program of a stage depends on, besides the indices of its layers."""
     earlier = [u.ops for s in layout.stages[: stage.index] for u in s.units]
     inside = {u.ops for u in stage.units if u.layer is not None}
     whole = all(u.layer is not None for u in stage.units) and len(inside) == 1

@@ -18,13 +18,13 @@ def read_load(path: Path, experts: int) -> Load:
     """The loads of a file, of `experts` each. Raises `DiagnosticError`: E100, E101, E102, E122."""
     source = read_source(path, str(path))
     try:
-        told = json.loads(source.text)
+        values = json.loads(source.text)
     except json.JSONDecodeError as error:
         span = source.span(error.pos, error.pos + 1)
         raise DiagnosticError([Diagnostic("E122", f"not valid JSON: {error.msg}", span)]) from None
     except (ValueError, RecursionError) as error:
         raise DiagnosticError([Diagnostic("E122", f"not valid JSON: {error}")]) from None
-    loads = told.get("load") if isinstance(told, dict) else None
+    loads = values.get("load") if isinstance(values, dict) else None
     if not isinstance(loads, dict) or not loads:
         message = f"{path} has no loads: a JSON object with `load`, and in it a list for each layer"
         raise DiagnosticError([Diagnostic("E122", message, source.span(0, 1))])

@@ -1,7 +1,7 @@
 """The function of an `extern`: its settings, and its file, which is read and never run.
 
-A file of Python beside the block file is parsed with `ast`, to find the function and what it takes.
-Builds hold a copy of the file; whoever imports a build runs it.
+A file of Python in the folder of the block file is parsed with `ast`, to find the function and its
+arguments. Builds hold a copy of the file; importing a build runs it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class UserFiles:
         return ast.Function(module, name, gradient, texts["per"], numbers, settings["flops"].value)
 
     def _module(self, file: str, at: ast.Setting) -> str:
-        """The module name of a file beside the block file."""
+        """The module name of a file in the folder of the block file."""
         match = _FILE.fullmatch(file)
         if match is None or keyword.iskeyword(match[1]):
             help = 'the file lies beside the block file: `file = "activations.py"`'
@@ -249,7 +249,7 @@ def _parse(source: Source, at: ast.Setting) -> python.Module:
 
 
 def _check_imports(tree: python.Module, folder: Path, source: Source, at: ast.Setting) -> None:
-    """Only the file itself is copied: it imports no file beside it."""
+    """Only the file itself is copied: it imports no other file of its folder."""
     for node in python.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, python.Import) else []
         if isinstance(node, python.ImportFrom):

@@ -1,7 +1,7 @@
 """The parser of the block language, loaded from tables that are computed in advance.
 
 Computing the LALR tables of `block.lark` takes longer than compiling a small model. They are stored
-beside it, as JSON rather than Lark's own pickle. After a change of the grammar `make golden`, or
+next to it, as JSON rather than Lark's own pickle. After a change of the grammar `make golden`, or
 `python -m dsl.grammar`, writes them again; a test compares them with the grammar.
 """
 

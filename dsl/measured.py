@@ -1,4 +1,4 @@
-"""Calibrations: from a file, or from the one beside a cluster file, to measured rates."""
+"""Calibrations: from a file, or from the one next to a cluster file, to measured rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_calibration(path: Path, name: str, cluster: str) -> Calibration:
 
 
 def calibration_of(description: Description, given: str | None) -> tuple[Calibration, str] | None:
-    """The calibration in the file `given`, or in that beside the cluster file; and its name.
+    """The calibration in the file `given`, or in the one next to the cluster file; and its name.
 
     None where there is none. Raises `DiagnosticError`.
     """
@@ -47,8 +47,8 @@ def calibration_of(description: Description, given: str | None) -> tuple[Calibra
     if not isinstance(named, yaml.Scalar):
         return None
     path, shown = cluster_file(named)
-    beside = path.with_name(path.name.removesuffix(".yaml") + SUFFIX)
-    if not beside.is_file():
+    found = path.with_name(path.name.removesuffix(".yaml") + SUFFIX)
+    if not found.is_file():
         return None
     shown = shown.removesuffix(".yaml") + SUFFIX
-    return read_calibration(beside, shown, cluster), shown
+    return read_calibration(found, shown, cluster), shown

@@ -106,9 +106,9 @@ def report(error: Exception) -> int:
     """Prints an error that no command expected; returns the exit status."""
     from runtime.train.memory import shortage
 
-    told = shortage(error)
-    if told is not None:
-        print(f"dslc: {told}", file=sys.stderr)
+    message = shortage(error)
+    if message is not None:
+        print(f"dslc: {message}", file=sys.stderr)
         return 1
     print(
         f"dslc: internal error: {type(error).__name__}: {error}\n"

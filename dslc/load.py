@@ -121,7 +121,7 @@ def _problem(message: str) -> DiagnosticError:
 
 
 def prompts(load: Load, text: Sequence[int] | None) -> list[list[int]]:
-    """Ids of every prompt: pieces of a tokenized text, or random ids of the first 256."""
+    """Ids of every prompt: slices of a tokenized text, or random ids of the first 256."""
     draw = random.Random(load.seed)
 
     def tokens(count: int) -> list[int]:

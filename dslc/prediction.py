@@ -1,4 +1,4 @@
-"""How `dslc plan` shows a predicted step, term by term, and beside what a run measured."""
+"""How `dslc plan` shows a predicted step, term by term, and compared with what a run measured."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def line(prediction: Prediction, name: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """Two digits behind the point, or three that say something."""
+    """Two digits after the point, or three significant ones."""
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 

@@ -24,7 +24,7 @@ def serving_text(
     from dslc.commands.show import table, wrapped
 
     parts = [
-        table(_heads(served, model, cluster, traffic), "<<"),
+        table(_heads(model, cluster, traffic), "<<"),
         table(_decoding(served), "<" + ">" * len(served.steps)),
         table(_prompts(served), "<>"),
         table(_nodes(served, traffic), "<><"),
@@ -35,7 +35,7 @@ def serving_text(
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _heads(served: ServingPlan, model: str, cluster: Cluster, traffic: Traffic) -> Iterator[Row]:
+def _heads(model: str, cluster: Cluster, traffic: Traffic) -> Iterator[Row]:
     yield ("model", model)
     yield ("cluster", f"{cluster.cluster}, nodes of {cluster.gpus_per_node} GPUs")
     yield ("traffic", f"{traffic.traffic}: {traffic.about}".rstrip(": "))

@@ -119,8 +119,8 @@ def save(
 
     One model.safetensors, or several files of at most `max_shard_bytes` (a larger tensor has one
     to itself) and an index. Copies (`model.aliases`) are written out, as in the published
-    checkpoint. The folder is written beside and renamed: it is there complete or not at all. It
-    may exist if it is empty or holds such files and no others.
+    checkpoint. The folder is written under another name and renamed, so that it is complete or
+    absent. It may exist if it is empty or holds such files and no others.
 
     Raises FileExistsError for any other folder, ValueError for a model without weights, OSError
     when it cannot be written.
@@ -130,8 +130,8 @@ def save(
     target = Path(folder).resolve()
     _refuse_to_destroy(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    fresh, old = beside.with_suffix(".new"), beside.with_suffix(".old")
+    name = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    fresh, old = name.with_suffix(".new"), name.with_suffix(".old")
     try:
         fresh.mkdir()
         _write(model, fresh, max_shard_bytes)
@@ -183,7 +183,7 @@ def _write(model: CheckpointModule, folder: Path, max_shard_bytes: int) -> None:
     config = {**model.hf_config, key: dtype}
     held = next((p.declaration for p in published(model) if p.scales is not None), None)
     if held is not None:
-        # Beside weights in BF16 it is a key of its own.
+        # Next to weights in BF16 it is a key of its own.
         kept = {name: config.pop(name) for name in (KEPT,) if name in config}
         config["quantization_config"] = quantization_config(held.fp8) | kept
     _write_json(folder / "config.json", config)

@@ -155,14 +155,14 @@ def lay_out(
     A larger tensor has a file to itself. Scales are in the file of their weight.
     """
     groups: list[list[TensorSpec]] = [[]]
-    room = max_shard_bytes
+    left = max_shard_bytes
     for one in wanted:
         size = sum(Extent(dtype, shape, 0).size for _, dtype, shape in form.parts(one))
-        if groups[-1] and size > room:
+        if groups[-1] and size > left:
             groups.append([])
-            room = max_shard_bytes
+            left = max_shard_bytes
         groups[-1].append(one)
-        room -= size
+        left -= size
     if len(groups) == 1:
         return [_shard("model.safetensors", groups[0], form)]
     names = (f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1))
@@ -316,7 +316,7 @@ def _asked(shards: Shards, layout: Sequence[OutputFile], form: StorageFormat) ->
 
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
-    """Nobody else works in the folder. The system lets go of it when the process ends."""
+    """Locks the folder. The system releases the lock when the process ends."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

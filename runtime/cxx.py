@@ -1,4 +1,4 @@
-"""C++ of a build, compiled at first use for the CPU at hand, and kept beside its source."""
+"""C++ of a build, compiled at first use for this CPU, and stored next to its source."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NotCompiled(Exception):
 
 
 def compiled(source: Path, definitions: Mapping[str, str]) -> ctypes.CDLL:
-    """The library made of a source and the headers beside it, with macros defined.
+    """The library made of a source and the headers in its folder, with macros defined.
 
     It is compiled if there is none of these texts, flags, this compiler and this CPU yet. Raises
     `NotCompiled`.
@@ -45,7 +45,7 @@ def compiled(source: Path, definitions: Mapping[str, str]) -> ctypes.CDLL:
 
 
 def identity(source: Path) -> str:
-    """A hash of a source, the headers beside it, the compiler and this CPU; else why not."""
+    """A hash of a source, the headers in its folder, the compiler and this CPU; else why not."""
     try:
         return _key([*_compiler(), *FLAGS], source)
     except NotCompiled as reason:
@@ -90,7 +90,7 @@ def _text(path: Path) -> bytes:
 
 
 def _folders(source: Path) -> list[Path]:
-    """Where compiled code may lie: beside its source, or in the cache of the user."""
+    """Where compiled code may lie: next to its source, or in the cache of the user."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return [source.parent / "__pycache__", Path(home) / "dslc"]
 

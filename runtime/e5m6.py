@@ -20,7 +20,7 @@ from . import fp8
 
 LARGEST = 65024.0
 FRACTION, LEAST_EXPONENT = 6, -14
-"""Bits behind the point of a normal number, and the exponent of the least of them."""
+"""Mantissa bits of a normal number, and the exponent of the least of them."""
 
 
 def pack(x: Tensor) -> tuple[Tensor, Tensor]:

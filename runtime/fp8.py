@@ -37,6 +37,8 @@ WIDE = 2.0**8
 """By how much E4M3 numbers are divided where they are widened."""
 LITTLE = 2**13
 """Numbers that are converted one by one as fast as all at once."""
+AT_ONCE = 2**19
+"""Numbers of a weight that are widened at once: what is made of more leaves the caches."""
 FEW = 16
 """Rows of a product whose time is that of calls, not of arithmetic."""
 
@@ -47,7 +49,7 @@ Quantized = tuple[Tensor, Tensor]
 def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
     """x [.., n] with a scale for each run of 128 in a row: [.., n], [.., runs].
 
-    With `parts`, sizes that add up to n, runs begin anew in each part.
+    With `parts`, sizes that add up to n, runs restart in each part.
     """
     x = without_gradient(x).float()
     if parts:
@@ -65,9 +67,9 @@ def quantize_columns(x: Tensor, offs: Tensor | None = None, *, scale: str = "fp3
     The 128 numbers of a scale lie next to one another, as a product that sums over tokens reads
     them; zeros fill the last tile.
 
-    With `offs`, x is [slots, n] and tiles begin anew with each expert: tile i of expert e is number
+    With `offs`, x is [slots, n] and tiles restart with each expert: tile i of expert e is number
     `begin_e // 128 + e + i` of `slots // 128 + experts`, begin_e being its first slot. No two meet,
-    and where one is follows from `offs` alone, so that nobody has to wait for a sum of counts.
+    and where one is follows from `offs` alone, without waiting for a sum of counts.
     Tiles that hold no slot are those of zeros.
     """
     rows = without_gradient(x).float().flatten(0, -2)
@@ -94,7 +96,7 @@ def dequantize(q: Tensor, s: Tensor, *, dtype: torch.dtype = torch.float32) -> T
 def quantize_weight(weight: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quantized:
     """weight [.., out, in] with a scale for each 128 x 128: [.., out, in], [.., blocks, blocks].
 
-    With `parts`, sizes that add up to `out`, blocks begin anew in each part.
+    With `parts`, sizes that add up to `out`, blocks restart in each part.
     """
     if parts:
         cut = [quantize_weight(part, scale) for part in weight.split(list(parts), dim=-2)]
@@ -133,7 +135,7 @@ def swiglu_quantize(gate: Tensor, up: Tensor, scale: str = "fp32") -> Quantized:
 def swiglu_grad_quantize(
     d: Tensor, gate: Tensor, up: Tensor, offs: Tensor | None = None, *, scale: str = "fp32"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_both` of the gradients of gate and up [.., n] behind one another.
+    """`quantize_both` of the concatenated gradients of gate and up [.., n].
 
     n is a multiple of 128.
     """
@@ -238,7 +240,7 @@ def permute_quantized_local(
     return rows, s.flatten(0, -2)[token], offs, sort_indices
 
 
-# ---- pieces ---------------------------------------------------------------------------------
+# ---- parts ----------------------------------------------------------------------------------
 
 
 def scale_of(amax: Tensor, scale: str, largest: float = E4M3_MAX) -> Tensor:
@@ -276,11 +278,24 @@ def _product(
     """a b for E4M3 a [m, k], b [k, n] with scales a_scale [m, runs], b_scale [runs, n]: float32.
 
     Products of E4M3 numbers have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
-    sum of 128 of them exactly, in whatever order a library adds.
+    sum of 128 of them exactly, in any order of additions.
     """
-    wide_a, wide_b = _wide(a), _wide(b)
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-    if len(a) <= FEW and not parts and a.shape[1] % RUN == 0:
+    wide_a, step = _wide(a), max(RUN, AT_ONCE // max(1, b.shape[0]))
+    if b.shape[1] <= step:
+        return _wide_product(wide_a, a_scale, b, b_scale, parts)
+    # The result's columns do not depend on one another.
+    cut = zip(b.split(step, 1), b_scale.split(step, 1), strict=True)
+    return torch.cat([_wide_product(wide_a, a_scale, *columns, parts) for columns in cut], 1)
+
+
+def _wide_product(
+    wide_a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, parts: Sequence[int]
+) -> Tensor:
+    """`_product` with a widened already."""
+    # In the order in which it is stored: several times as fast.
+    wide_b = _wide(b.T).T if b.stride(0) == 1 else _wide(b)
+    total = torch.zeros(len(wide_a), b.shape[1], dtype=torch.float32, device=b.device)
+    if len(wide_a) <= FEW and not parts and len(b) % RUN == 0:
         # The same numbers in fewer calls, which take most of the time of few rows.
         cut = wide_a.unflatten(1, (-1, RUN)).transpose(0, 1), wide_b.unflatten(0, (-1, RUN))
         dots = torch.bmm(*cut).mul_(WIDE**2).float()
@@ -288,7 +303,7 @@ def _product(
             total += term
         return total
     start = 0
-    for i, length in enumerate(_lengths(a.shape[1], parts)):
+    for i, length in enumerate(_lengths(len(b), parts)):
         run = slice(start, start + length)
         dot = (wide_a[:, run] @ wide_b[run]).mul_(WIDE**2).float()
         total += dot * a_scale[:, i, None] * b_scale[i]
@@ -319,12 +334,18 @@ def _wide(q: Tensor) -> Tensor:
     The bits of an E4M3 number, moved by 7, are those of a float16 number 2^8 times as small; the
     NaN alone is another. Torch converts float16 by way of float32 faster than at once.
     """
-    if q.numel() < LITTLE or (q.view(torch.uint8) & 0x7F).amax().item() == 0x7F:
+    if q.numel() < LITTLE or _has_nan(q):
         return q.float().double().div_(WIDE)
     bits = q.view(torch.int8).to(torch.int16)
     bits <<= 7
     bits &= ~0x4000  # where the sign was copied to
     return bits.view(torch.float16).float().double()
+
+
+def _has_nan(q: Tensor) -> bool:
+    """Whether any of at least one E4M3 number is NaN: 0x7F or 0xFF, the largest with and without a
+    sign."""
+    return q.view(torch.int8).max().item() == 0x7F or q.view(torch.uint8).max().item() == 0xFF
 
 
 def _lengths(size: int, parts: Sequence[int]) -> list[int]:

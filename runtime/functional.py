@@ -450,7 +450,7 @@ def _attend_scores(
     groups = q.shape[2] // kv_heads
     if causal:
         seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
-    # Queries that share a head of keys, one behind the other: [batch, kv_heads, g * query, dim].
+    # Queries that share a head of keys, concatenated: [batch, kv_heads, g * query, dim].
     grouped = wide(q).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     score = grouped @ wide(k).permute(0, 2, 3, 1) * scale
     score = capped(score, softcap).unflatten(2, (groups, queries)).flatten(1, 2)

@@ -111,7 +111,7 @@ def swiglu_grad_joined(d: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 def join_rotated_grad(d: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """From gradients of keys, d [.., heads, k + r], as `join_rotated` made them, and of values.
 
-    Gives those of what each head had of both, behind one another, and of what all heads share,
+    Gives those of what each head had of both, concatenated, and of what all heads share,
     turned back: [.., heads, k + v], [.., r].
     """
     own, shared = d.split([d.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], -1)
@@ -533,7 +533,7 @@ def linear_cross_entropy(
     rows, label = x.flatten(0, -2), labels.flatten()
     loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     dx = torch.empty_like(rows) if gradients else None
-    # Added up in float32: in bfloat16 the sum of some hundred pieces keeps no eight bits.
+    # Added up in float32: in bfloat16 the sum of some hundred terms loses its low bits.
     dw = torch.zeros_like(weight, dtype=loss.dtype) if gradients else None
     size = max(1, CHUNK // weight.shape[0])
     for start in range(0, len(rows), size):

@@ -1,8 +1,8 @@
 """The paged KV cache: what a decoder remembers of many sequences, in blocks that tables list.
 
-A step computes tokens of several sequences at once, one behind the other in a batch of one, and no
-row's bits depend on the rows beside it: scores, sums and products have one order, whatever else is
-computed, so that a request gives the same in any company.
+A step computes tokens of several sequences at once, packed into a batch of one. No row's bits
+depend on the other rows: scores, sums and products have one order in any batch, so that a request
+always gives the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUMBERS = 2**22
 """So many numbers are in memory at once, about, on the way through attention; at least a row's."""
 
 FEW = 5
-"""Rows of a sequence that attend like rows of as many sequences, beside others: those of drafts."""
+"""Rows of a sequence that attend like rows of as many sequences: those of drafts."""
 
 
 PagedAttention = Callable[..., Tensor]
@@ -61,8 +61,8 @@ class Rows:
 class Pages:
     """The cache of up to `blocks - 1` blocks of `page` tokens, for every module that appends to it.
 
-    Block 0 belongs to nobody: tables are filled up with it. Memory is allocated when a module first
-    appends, with the dtype and device of the entry. `begin` comes before each step.
+    Block 0 belongs to no sequence: tables are padded with it. Memory is allocated when a module
+    first appends, with the dtype and device of the entry. `begin` comes before each step.
     """
 
     rows: Rows
@@ -225,7 +225,7 @@ def latent_attention(
 
 def lightning_indexer(rows: Rows, q: Tensor, k: Tensor, weight: Tensor, topk: int) -> Tensor:
     """q [1, n, heads, d], k [blocks, page, d], weight [1, n, heads]: int64 [1, n, topk], places in
-    the sequence of each row. As in attention, no row's scores depend on the rows beside it."""
+    the sequence of each row. As in attention, no row's scores depend on the other rows."""
     (heads, _), page = q.shape[2:], k.shape[1]
     parts = []
     for group in rows.groups:
@@ -299,7 +299,7 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, how: Scores) -> T
     """Softmax attention of each row to as many keys as `lengths` says, block by block in order.
 
     q [n, kv_heads, g, dim], k [n or 1, blocks, kv_heads, page, dim], v likewise: [n, kv_heads, g,
-    v_dim]. Every product is of the same shape whatever the number of rows and blocks, every sum
+    v_dim]. Every product is of the same shape for any number of rows and blocks, every sum
     over blocks runs from the first to the last, and blocks that a row does not see add zeros: its
     bits depend on its own sequence alone.
     """
@@ -356,7 +356,7 @@ def make_rows(
 
     A sequence is its blocks, the position of its first new token, and how many are new; it has
     blocks for all of them. `scored` are numbers of rows. Sequences of few new tokens that have
-    about the same length, one behind the other, attend together.
+    about the same length, packed, attend together.
     """
     slots: list[int] = []
     position: list[int] = []

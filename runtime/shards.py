@@ -40,14 +40,14 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and with which tensor or file; equal texts are told together."""
+    """What is wrong, and with which tensor or file; equal texts are reported together."""
 
     text: str
     name: str
 
 
 class LoadError(Exception):
-    """A folder that cannot be loaded. `problems` holds every one; the message tells them in few
+    """A folder that cannot be loaded. `problems` holds every one; the message lists them in few
     lines, names that differ only in numbers as one."""
 
     def __init__(self, folder: Path, problems: Iterable[Problem]) -> None:

@@ -1,4 +1,4 @@
-"""Which tensor of a folder each weight of a model is read from, and what stands against it."""
+"""Which tensor of a folder each weight of a model is read from, and what is wrong with it."""
 
 from __future__ import annotations
 

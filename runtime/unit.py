@@ -1,6 +1,6 @@
 """Blocks whose backward pass was derived when they were generated, inside torch's autograd.
 
-A *unit* is what the outermost block calls: a layer, or what stands between layers. Autograd sees
+A *unit* is what the outermost block calls: a layer, or what lies between layers. Autograd sees
 one function for each, hence optimizers, hooks and sharding (`fully_shard`) find what they expect
 of a module, while inside of a unit the generated methods `compute` and `backward` do all the work:
 the one saves what the other needs, and nothing else is remembered.
@@ -76,7 +76,7 @@ def _without_autocast(weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
 
 @dataclass
 class _Call:
-    """One use of a unit. `places[i]` is where result i stands among the distinct ones."""
+    """One use of a unit. `places[i]` is the index of result i among the distinct ones."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]

@@ -222,11 +222,11 @@ class _Copy:
 
 
 class Joined(Tensors):
-    """Weights that meet the same input, stored as one: the rows of each behind those of the former.
+    """Weights that meet the same input, stored as one: concatenated by rows.
 
     `Joined(gate_proj=normal(8, 4, std=0.02), up_proj=normal(8, 4, std=0.02))` holds `weight`
-    [16, 4], published as `gate_proj.weight` and `up_proj.weight` beside it, each with first values
-    of its own. In a `Stack`, each has the dimension of the experts before the two.
+    [16, 4], published as `gate_proj.weight` and `up_proj.weight` at the same level, each with its
+    own initial values. In a `Stack`, each has the dimension of the experts before the two.
     """
 
     def __init__(self, **parts: Declaration) -> None:
@@ -387,7 +387,7 @@ def _held(module: nn.Module) -> bool:
 
 
 def _around(prefix: str) -> str:
-    """The prefix of what is beside the module whose prefix is given: `mlp.gate_up.` -> `mlp.`."""
+    """The prefix of the parent of the module whose prefix is given: `mlp.gate_up.` -> `mlp.`."""
     before, dot, _ = prefix[:-1].rpartition(".")
     return before + dot
 
@@ -438,7 +438,7 @@ def _stored(stack: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _views(joined: Joined) -> list[tuple[str, Tensor]]:
-    """Its parts by their names beside it, and their scales where it is quantized."""
+    """Its parts by their names at the same level, and their scales where it is quantized."""
     return [
         (f"{name}.{tensor}", view)
         for tensor, rows in _cuts(joined).items()

@@ -113,7 +113,7 @@ class Emitter:
         self._base: dict[Value, Value] = {}
         self.apart: set[Value] = set()  # heads with something else between them
         self._written: dict[Value, str] = {}
-        self._given: set[Value] = set()  # results, which the caller has made room for
+        self._given: set[Value] = set()  # results, whose memory the caller has allocated
         self._names: dict[Value, str] = {}
         self._remark = ""
 
@@ -197,7 +197,7 @@ class Emitter:
         raise Unsupported(f"a value of type {type}")
 
     def make(self, value: Value) -> str:
-        """Room for a value, unless the caller has made it; its name."""
+        """Allocates a value, unless the caller has; its name."""
         name = self.name(value)
         if value in self._given:
             return name
@@ -238,7 +238,7 @@ class Emitter:
     def put(
         self, call: str, reads: Sequence[Value], writes: Sequence[Value] = (), by: str = "rows"
     ) -> None:
-        """A call of an operator, behind a barrier where it needs one.
+        """A call of an operator, after a barrier where it needs one.
 
         `by` says what each thread computes of it: `rows` or `slots`, each the same in all of these
         calls, or else something that only a barrier makes known to others.
@@ -340,7 +340,7 @@ class Emitter:
         return self.base(value) is value and value not in self.graph.args
 
     def joined_heads(self, value: Value) -> str:
-        """A value as rows, in which heads lie one behind the other."""
+        """A value as rows, in which the heads are contiguous, in order."""
         if kind(value.type) == "Rows":
             return self.name(value)
         if value in self.apart:

@@ -2,7 +2,7 @@
 //
 // Weights keep the element type in which they are stored and are widened to float32 in registers;
 // everything else is float32. Every number of a row is computed by the same operations in the same
-// order, whatever other rows there are and whichever thread computes it: products sum over their
+// order, independent of other rows and of the thread that computes it: products sum over their
 // inner dimension in LANES partial sums, from the first number to the last, and join those in one
 // order; sums over keys run from the first key to the last.
 #pragma once

@@ -22,7 +22,7 @@ from compiler.graph.types import Type
 from compiler.ops.base import dims_of
 
 MOST_GROUPS = 1024
-"""Groups of experts that `op::gate` has room for."""
+"""The most groups of experts that `op::gate` takes."""
 
 
 def real(value: object) -> str:
@@ -199,7 +199,7 @@ def _flatten(e: Emitter, op: Op) -> None:
 
 
 def _cast(e: Emitter, op: Op) -> None:
-    """Values are float32, whatever the graph calls them."""
+    """Values are float32, also where the graph has another type."""
     x, y = op.operands[0], op.result
     if {x.type.dtype, y.type.dtype} - {"f32", "bf16"}:
         raise Unsupported(f"cast to {y.type.dtype}{place(op)}")
@@ -311,4 +311,4 @@ MADE = frozenset(STATEMENTS) - {
     "permute", "split", "unflatten", "flatten", "cast", "last_entry", "cache_append", "repeat",
     "rope_table",
 }  # fmt: skip
-"""Operators whose results are memory of their own, which a caller can make room for."""
+"""Operators whose results are memory of their own, which a caller can allocate."""

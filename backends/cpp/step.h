@@ -70,7 +70,7 @@ template <class T> struct Matrix {
   }
 };
 
-// One matrix for each expert, one behind the other, and so are their scales.
+// One matrix for each expert, contiguous in order of the experts, and so are their scales.
 template <class T> struct Matrices {
   const T *data;
   int experts, out, in;
@@ -107,7 +107,7 @@ struct Call {
   int64_t vocab, positions;  // above all tokens and positions
   const int64_t *tokens, *position, *slots, *lengths;  // of each row
   const int32_t *scored_rows;
-  const int64_t *blocks;   // tables of blocks, one behind the other
+  const int64_t *blocks;   // block tables, concatenated
   const int64_t *table;    // where in `blocks` that of each row begins
   void *const *weights;    // in the order of the package's list
   void *const *products;   // likewise: numbers, their scales, the block of each row
@@ -285,7 +285,7 @@ class Arena {
   float *take(int64_t floats) {
     float *const taken = next;
     next += (floats + 15) / 16 * 16;
-    if (next > end) __builtin_trap();  // the caller was told how much it is
+    if (next > end) __builtin_trap();  // the caller knows the size
     return taken;
   }
   float *next, *end;

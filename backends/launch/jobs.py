@@ -72,7 +72,7 @@ def variables(cluster: Cluster) -> Iterator[Variable]:
 
 
 def on_gpus(cluster: Cluster) -> bool:
-    """Whether a cluster file tells of GPUs: it has a rate or a size of memory."""
+    """Whether a cluster file describes GPUs: it has a rate or a size of memory."""
     return cluster.flops.bf16 is not None or cluster.memory is not None
 
 

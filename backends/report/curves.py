@@ -52,7 +52,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class AxisLabel:
-    """A label on an axis, and where it stands."""
+    """A label on an axis, and its position."""
 
     place: float
     text: str

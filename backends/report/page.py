@@ -89,7 +89,7 @@ def _shares(numbers: Summary) -> Iterator[Share]:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """A module or a weight of the tree, with the numbers of all the equal ones it stands for."""
+    """A module or a weight of the tree, with the totals of all equal ones that it represents."""
 
     name: str
     what: str

@@ -1,6 +1,6 @@
 """The page that steps through the passes of every program; `steps.html.jinja` is its shape.
 
-A block is shown once for each way in which a pass left it, beside what it was before; a step names
+A block is shown once for each way in which a pass left it, next to what it was before; a step names
 the blocks as they are after it. Programs share what they have in common, so that the page grows
 with what the passes do, not with programs times passes times blocks.
 """
@@ -22,7 +22,7 @@ from compiler.pipeline import Compiled, PassResult
 from dsl.load import Description
 from dsl.source import Source, Span
 
-TOKENS = 4096  # of the one sequence that bytes and FLOPs are told for
+TOKENS = 4096  # of the one sequence that bytes and FLOPs are given for
 SCRIPT, STYLE = "steps.js", "steps.css"
 
 
@@ -57,7 +57,7 @@ class GraphRow:
 
 @dataclass(frozen=True)
 class Version:
-    """A block as one or several steps show it: after a pass, beside what it was before."""
+    """A block as one or several steps show it: after a pass, next to what it was before."""
 
     anchor: str
     name: str
@@ -116,7 +116,7 @@ def render_steps(description: Description, compiled: Compiled, *, version: str, 
 
 
 def _text(name: str) -> str:
-    """A file beside the template, of ours and so not escaped."""
+    """A file next to the template, of ours and so not escaped."""
     loader = environment().loader
     assert loader is not None
     return loader.get_source(environment(), name)[0]
@@ -238,7 +238,7 @@ class _Page:
 def _callers_first(blocks: Sequence[Comparison], program: Program) -> Iterator[Comparison]:
     """The outermost block first, and those that are gone last."""
     here = [block for block in blocks if block.name in program.graphs]
-    # The gradients behind what they are of.
+    # Each backward graph after its forward graph.
     yield from sorted(
         reversed(here), key=lambda block: program.forward_of(block.name) != block.name
     )

@@ -62,7 +62,7 @@ def _differing(a: Graph, b: Graph) -> dict[str, tuple[int, int]] | None:
 
 
 def class_names(classes: Sequence[Class]) -> dict[str, str]:
-    """By graph: a class is called as its graph, without numbers where that tells it from others."""
+    """By graph: the name of its graph, without numbers where that is unique."""
     short = [re.sub(r"_\d+(?=_|$)", "", one.graph) for one in classes]
     names: dict[str, str] = {}
     for one, name in zip(classes, short, strict=True):

@@ -1,4 +1,4 @@
-"""Any graph as Python: its statements, names of values, and the line of the block beside them."""
+"""Any graph as Python: its statements, names of values, and the line of the block as a remark."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from backends.torch.sizes import Sizes
 from compiler.graph.core import Attr, Graph, Op
 from compiler.graph.types import Dim, Type
 
-MARGIN = 62  # column of the remarks, where there is room
+MARGIN = 62  # column of the remarks, where the line is short enough
 
 
 @dataclass(frozen=True)
 class Callee:
     """How a called graph is reached: by a method, or, without a name, by calling the module.
 
-    `trailing` is what the method takes behind its tensors: the cache, saved activations. Of its
-    results, the graph has those in `results`; none: all of them, and no others.
+    `trailing` are the arguments of the method after its tensors: the cache, saved activations. Of
+    its results, the graph has those in `results`; none: all of them, and no others.
     """
 
     method: str = ""
@@ -31,7 +31,7 @@ class Callee:
 
 @dataclass(frozen=True)
 class Subgraph:
-    """What autograd is told of a part of the outermost block: its weights and `Gradients`."""
+    """What autograd needs of a part of the outermost block: its weights and `Gradients`."""
 
     weights: tuple[str, ...]
     gradients: str
@@ -88,7 +88,7 @@ class Emitter:
     # ---- lines ----------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
-        """Adds a line; the remark stands beside it, or above it where there is no room."""
+        """Adds a line; the remark is on the same line, or above it where that would be too long."""
         text = "    " * self.indent + text
         remark, self._remark = self._remark, ""
         lines = wrap(text)
@@ -116,14 +116,14 @@ class Emitter:
             self.context.statements[op.kind](self, op)
 
     def remark(self, op: Op) -> None:
-        """Puts the place of `op` in the block beside the next line; once for its statements."""
+        """Adds the place of `op` in the block to the next line; once for its statements."""
         if op.kind in ("save", "saved", "accumulate_grad", "parameter"):
             return
         remark = margin(op)
         self._remark = remark if remark != self._last_remark else ""
         self._last_remark = remark
 
-    # ---- pieces of expressions ---------------------------------------------------------------
+    # ---- parts of expressions ----------------------------------------------------------------
 
     def operand(self, op: Op, index: int) -> str:
         return self.names[op.operands[index]]
@@ -219,12 +219,12 @@ def _walk(op: Op) -> Iterator[Op]:
 
 
 def constants(op: Op) -> str:
-    """What tells an operator with its attributes from others."""
+    """Identifies an operator with its attributes."""
     return f"{op.kind} {sorted(op.attrs.items())!r}"
 
 
 def margin(op: Op) -> str:
-    """What stands beside a statement: the remark of the block's line, and the line itself."""
+    """The remark of a statement: that of the block's line, and the line itself."""
     if not op.spans:
         return ""
     span = op.spans[0]

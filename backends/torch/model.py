@@ -275,7 +275,7 @@ class Emission:
         )
 
     def segment_graphs(self) -> Iterator[Graph]:
-        """The parts of the outermost block, each with its gradients behind it."""
+        """The parts of the outermost block, each followed by its gradients."""
         for name in self.served.segments:
             yield self.train.graphs[name]
             backward = self.train.backward_of(name)

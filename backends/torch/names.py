@@ -24,7 +24,7 @@ _GLOBALS = _PYTHON | {
 }  # fmt: skip
 
 
-# What tells values of one name apart in a graph.
+# What distinguishes values of one name in a graph.
 _NUMBER = re.compile(r"_\d+(?=_|$)")
 
 
@@ -110,7 +110,7 @@ class Names:
         return name
 
 
-# What the result of an operator is called behind the name of its equation, where that is taken.
+# What the result of an operator is called after the name of its equation, where that is taken.
 _ROLES = {
     "rms_norm": "normed",
     "flatten": "flat",

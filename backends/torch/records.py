@@ -1,4 +1,4 @@
-"""What fills `model.py.jinja`: classes and methods as text, and how single pieces are written."""
+"""What fills `model.py.jinja`: classes and methods as text, and how single parts are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backends.torch.names import identifier
 from compiler.graph.core import Graph
 from compiler.graph.types import Type
 
-# What methods take behind their tensors.
+# Arguments of methods after their tensors.
 TRAILING = {
     "cache": "cache: Cache",
     "saved": "saved: Saved",

@@ -217,8 +217,8 @@ def _about(role: Role) -> str:
     numbers = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else ""
     numbers = numbers or (f"layer {layers[0]}" if layers else "no layers")
     before = "the embedding, " if first.units[0].layer is None and layers else ""
-    behind = ", and what follows the layers" if first.units[-1].layer is None else ""
-    return f"Stage {first.index}: {before}{numbers}{behind}."
+    after = ", and what follows the layers" if first.units[-1].layer is None else ""
+    return f"Stage {first.index}: {before}{numbers}{after}."
 
 
 def _empty(value: Value, emit: Emission) -> str:

@@ -26,7 +26,7 @@ _OF_ALL_EXPERTS = ("grouped_linear", "grouped_parameter", "fp8_weight")
 @dataclass(frozen=True)
 class TensorCount:
     """`count` equal weights, of which one token meets `active`: experts that it is not sent to
-    do not count. `name` is relative to the module; `{0..255}` stands for experts or layers."""
+    do not count. `name` is relative to the module; `{0..255}` is a range of experts or layers."""
 
     name: str
     dims: tuple[Dim, ...]
@@ -106,7 +106,7 @@ class Module:
 
 @dataclass(frozen=True)
 class _Many:
-    """What a `*` in a name stands for: layers, or experts of which a token meets `active`."""
+    """What a `*` in a name is an index of: layers, or experts of which a token meets `active`."""
 
     items: range
     active: int
@@ -253,13 +253,13 @@ def _expanded(name: str, many: tuple[_Many, ...]) -> tuple[str, int, int]:
 
     The last `*` belongs to the innermost repeat or experts.
     """
-    pieces = name.split("*")
-    stars = many[len(many) - len(pieces) + 1 :]
+    parts = name.split("*")
+    stars = many[len(many) - len(parts) + 1 :]
     count = active = 1
-    text = pieces[0]
-    for star, piece in zip(stars, pieces[1:], strict=True):
+    text = parts[0]
+    for star, part in zip(stars, parts[1:], strict=True):
         first, last = star.items[0], star.items[-1]
-        text += (str(first) if first == last else f"{{{first}..{last}}}") + piece
+        text += (str(first) if first == last else f"{{{first}..{last}}}") + part
         count *= len(star.items)
         active *= star.active
     return text, count, active

@@ -53,7 +53,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class PublishedRange:
-    """`count` tensors of a checkpoint. `{3..60}` in the name stands for each number of the range.
+    """`count` tensors of a checkpoint. `{3..60}` in the name is any number of the range.
 
     `original` names the tensor that these are a copy of.
     """

@@ -98,7 +98,7 @@ def _compared(
 
 
 def _lines(graph: Graph | None, program: Program) -> list[DiffLine]:
-    """Those of a graph, behind the signature what the program says of it."""
+    """Those of a graph, after the signature what the program says of it."""
     if graph is None:
         return []
     signature, *lines = lines_of(graph)
@@ -175,7 +175,7 @@ def _stem(name: str) -> str:
 
 
 def _merged(old: Sequence[DiffLine], new: Sequence[DiffLine]) -> Iterator[DiffLine]:
-    """The lines of both in the order of `new`; what is gone stands where it stood."""
+    """The lines of both in the order of `new`; what was removed keeps its place."""
     before = {line.key: line for line in old}
     after = {line.key for line in new}
     matcher = SequenceMatcher(None, [x.key for x in old], [x.key for x in new], autojunk=False)

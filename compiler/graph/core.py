@@ -2,7 +2,7 @@
 
 A `Program` is a set of graphs, one for each distinct block, that call one another; layers and
 experts are regions, so that its size grows with the number of distinct blocks only. The invariants
-are in `README.md` beside this file; `verify.py` checks them.
+are in `README.md` in this folder; `verify.py` checks them.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Op(Attributes):
 class Weight:
     """A tensor of the model, named as in the published checkpoint, relative to its block.
 
-    A `*` in the name stands for the expert; `stack` is then their number and `type` that of one.
-    It starts as N(value, std^2), or as ones or zeros.
+    A `*` in the name is the index of the expert; `stack` is then their number and `type` that of
+    one. It starts as N(value, std^2), or as ones or zeros.
     With `axis` each rank of that axis of the mesh holds `stack` experts of its own, in order.
     `decay` says that weight decay applies to it if it is a matrix: not to a free parameter, unless
     its block says so.
@@ -275,7 +275,7 @@ class Program:
 
     @property
     def update(self) -> str:
-        """The graph that updates weights behind the root, of a program that ends a step."""
+        """The graph that updates weights after the root, of a program that ends a step."""
         found = (step.update for step in self.steps.values() if step.reduce == self.root)
         return next(found, "")
 
@@ -345,7 +345,7 @@ def list_of(graph: Graph, op: Op) -> list[Op]:
 
 
 def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
-    """Which run-time dimension of the caller each one of the callee stands for.
+    """Which run-time dimension of the caller each one of the callee is bound to.
 
     Raises ValueError with the two dimensions that do not meet.
     """

@@ -26,7 +26,7 @@ class Box:
     y: float = 0.0
     layer: int = 0
     floor: float = 0.0  # where its layer ends
-    # Boxes that arrows come from and go to, those that only keep room for an arrow included.
+    # Boxes that arrows come from and go to, those that only reserve space for an arrow included.
     above: list[Box] = field(default_factory=list, repr=False)
     below: list[Box] = field(default_factory=list, repr=False)
 

@@ -1,7 +1,7 @@
 """Names of weights in a checkpoint, without writing out every layer and every expert.
 
-A graph names its own weights and, by the scopes of its calls, those of other graphs. A `*` stands
-for a layer or an expert and is kept as a range of numbers: `model.layers.3..60.mlp`.
+A graph names its own weights and, by the scopes of its calls, those of other graphs. A `*` is the
+index of a layer or an expert and is kept as a range: `model.layers.3..60.mlp`.
 """
 
 from __future__ import annotations

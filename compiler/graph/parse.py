@@ -181,19 +181,19 @@ class _Reader:
         graph.result_names = tuple(map(str, head[::2]))
         declared = [self._type(t) for t in head[1::2]]
         returned = [v.type for v in graph.ops[-1].operands] if graph.ops else []
-        # An unknown type or value above would be told a second time here.
+        # An unknown type or value above would be reported a second time here.
         if declared != returned and not self.problems:
             says, gives = (", ".join(map(str, types)) for types in (declared, returned))
             self._problem("E506", f"{name} says it gives ({says}), and returns ({gives})", name)
 
     def _weight(self, tensor: Type, node: Syntax) -> Weight:
-        told = self._attributes(node, 0)
+        given = self._attributes(node, 0)
         for attribute in node.children if node else ():
             key = attribute.children[0]
-            if key not in WEIGHT or type(told[key]) is not type(WEIGHT[key]):
+            if key not in WEIGHT or type(given[key]) is not type(WEIGHT[key]):
                 self._problem("E507", f"a weight has no such {key}", key, "as in <stack=256>")
                 return Weight(tensor)
-        return Weight(tensor, **told)  # type: ignore[arg-type]
+        return Weight(tensor, **given)  # type: ignore[arg-type]
 
     def _operators(self, tree: Syntax, scope: dict[str, Value], depth: int) -> list[Op]:
         ops: list[Op] = []

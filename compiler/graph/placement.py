@@ -22,7 +22,7 @@ def placed(operator: type[Operator], site: Site, results: tuple[Type, ...]) -> t
 
 
 def _check(operator: type[Operator], site: Site) -> None:
-    """Raises `PartialSum` where a partial sum stands in an operand that needs the whole."""
+    """Raises `PartialSum` where an operand that needs the whole is a partial sum."""
     partial = [i for i, t in enumerate(site.types) if t.partial]
     if not partial:
         return

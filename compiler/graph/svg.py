@@ -69,7 +69,7 @@ _STYLES = {
 
 @dataclass
 class _Node:
-    """A box with its text; `inside` is what stands in it below the text."""
+    """A box with its text; `inside` is its content below the text."""
 
     style: str
     lines: list[str]
@@ -132,7 +132,7 @@ def _drawn(graph: Graph) -> tuple[str, float, float]:
     return _draw(diagram), diagram.layout.width, diagram.layout.height
 
 
-# ---- what stands in a picture ---------------------------------------------------------------
+# ---- the content of a picture ---------------------------------------------------------------
 
 
 def _diagram(

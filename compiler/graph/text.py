@@ -82,7 +82,7 @@ def _print_fields(record: Derivative | Boundary, keys: Sequence[str]) -> str:
 
 
 def print_graph(graph: Graph, locs: bool = False) -> str:
-    """One graph as it stands in the text of a program."""
+    """One graph as the text of a program has it."""
     return "".join(f"{line}\n" for _, line in graph_lines(graph, locs))
 
 
@@ -112,8 +112,8 @@ def print_op(op: Op) -> str:
 
 def print_weight(name: str, weight: Weight) -> str:
     """A weight with what is not as usual of it."""
-    told = {k: getattr(weight, k) for k, v in WEIGHT.items() if getattr(weight, k) != v}
-    return f"@{name} : {weight.type}{print_attributes(told)}"
+    given = {k: getattr(weight, k) for k, v in WEIGHT.items() if getattr(weight, k) != v}
+    return f"@{name} : {weight.type}{print_attributes(given)}"
 
 
 def _op_lines(ops: Sequence[Op], indent: str, locs: bool) -> Iterator[tuple[Op | None, str]]:

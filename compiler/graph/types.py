@@ -152,7 +152,7 @@ def parse_type(text: str) -> Type:
     if match is None:
         raise ValueError(f"`{text}` is no type")
     dtype, dims, partial = match.groups()
-    # A comma inside of parentheses stands between axes.
+    # A comma inside of parentheses separates axes.
     parts = re.split(r",(?![^(]*\))", dims) if dims.strip() else []
     return Type(dtype, tuple(_parse_dim(p.strip()) for p in parts), _words(partial))
 

@@ -81,7 +81,7 @@ class _Scope:
     """What is around an operator. `experts` is their number inside an expert, else None."""
 
     visible: set[Value]
-    end: str = "return"  # the operator that stands last
+    end: str = "return"  # the operator that ends the list
     repeats: int = 0
     experts: int | None = None
     outermost: bool = True

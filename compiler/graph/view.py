@@ -82,7 +82,7 @@ def to_dot(program: Program) -> str:
 
 
 class _Dot:
-    """Lines of one graph. Names of nodes are numbers behind the prefix of the graph."""
+    """Lines of one graph. Names of nodes are the prefix of the graph and a number."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix

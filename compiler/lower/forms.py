@@ -70,8 +70,8 @@ class Form:
         parts += ["dim, .."] if self.dims else []
         parts += [f"{name} = {kind.name.lower()}" for name, kind in self.required.items()]
         for name, (kind, default) in self.optional.items():
-            told = "none" if default is None else default
-            parts.append(f"{name} = {str(told).lower() if kind is Kind.FLAG else told}")
+            shown = "none" if default is None else default
+            parts.append(f"{name} = {str(shown).lower() if kind is Kind.FLAG else shown}")
         return ", ".join(parts)
 
 
@@ -179,13 +179,13 @@ def _attention(frame: Scope, given: Given) -> list[Value]:
     also = [given.keywords[name] for name in ALSO if given.keywords[name] is not None]
     if also:
         scores["also"] = tuple(name for name in ALSO if given.keywords[name] is not None)
-    told = len(given.tensors) == len(DocumentAttention.operands)
-    if told:
+    documents = len(given.tensors) == len(DocumentAttention.operands)
+    if documents:
         types = tuple(v.type for v in [*given.tensors, *also])
         DocumentAttention.infer(Site(types, attrs=scores))
     if not frame.low.description.spec.train.document_mask:
         return frame.op("attention", [*given.tensors[:3], *also], **scores)
-    if not told:
+    if not documents:
         raise TypeMismatch(
             "train.document_mask is true, and this attention has no positions to tell documents by",
             help="give it the positions of its tokens: `attention(q, k, v, position, scale = ..)`",

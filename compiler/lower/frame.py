@@ -172,7 +172,7 @@ class Frame(Expressions):
     def results(self, use: Span, leading: tuple[Dim, ...], dims: Mapping[str, Dim]) -> list[Value]:
         """What the block returns, of the types that it declares. Raises `Stop` if it does not.
 
-        `leading` is what `..` stands for here, `dims` what its run-time dimensions do.
+        `leading` is what `..` is bound to here, `dims` what its run-time dimensions are bound to.
         """
         block, low = self.bound.block, self.low
         with low.nested(use):

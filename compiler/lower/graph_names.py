@@ -11,7 +11,7 @@ MAX_NAME = 60
 
 
 def graph_names(bounds: Mapping[str, Bound]) -> dict[str, str]:
-    """A name for each graph: that of its block, and what tells it from others of the same block."""
+    """A name for each graph: that of its block, and what distinguishes it from others."""
     by_block: dict[str, list[str]] = {}
     for graph, bound in bounds.items():
         by_block.setdefault(bound.block.name.value, []).append(graph)

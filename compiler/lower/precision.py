@@ -106,7 +106,7 @@ def _widened(products: Mapping[Weight, str]) -> Callable[[Rewriter], Sequence[Va
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A name as an override gives it: parts between dots, in each of which `*` stands for anything.
+    """A name as an override gives it: parts between dots, in each of which `*` matches anything.
 
     It fits all names that hold these parts in a row: `o_proj` is the weight of that module, and
     `layers.61` all in that layer. `at` are the parts that the name read so far may have reached.
@@ -199,7 +199,7 @@ class _Uses:
 
 
 def _with_experts(ops: Sequence[Op], inside: bool = False) -> Iterator[tuple[Op, bool]]:
-    """Every operator, and whether it stands in an expert."""
+    """Every operator, and whether it is inside an expert."""
     for op in ops:
         yield op, inside
         for region in op.regions:

@@ -23,7 +23,7 @@ _DIM_NAME = re.compile(r"[A-Za-z_0-9]+([*+][A-Za-z_0-9]+)*")
 
 
 class Poison:
-    """Stands for what could not be made; what follows from it is not reported again."""
+    """The result of what failed; what follows from it is not reported again."""
 
 
 POISON = Poison()

@@ -87,7 +87,7 @@ class Lowering:
         raise Stop
 
     def match_arguments(self, bound: Bound, operands: Sequence[Value]) -> dict[str, Dim]:
-        """What each run-time dimension of a block stands for with these operands.
+        """What each run-time dimension of a block is bound to with these operands.
 
         Raises `TypeMismatch` where a tensor does not fit what the block declares.
         """
@@ -158,7 +158,7 @@ class Lowering:
 
 
 def leading_dims(block: ast.Block, operands: Sequence[Value]) -> tuple[Dim, ...]:
-    """What `..` stands for in the signature of a block with these operands."""
+    """What `..` is bound to in the signature of a block with these operands."""
     for argument, value in zip(block.arguments, operands, strict=False):
         if any(dim.value == ".." for dim in argument.type.dims):
             return value.type.dims[:-1]

@@ -34,8 +34,8 @@ class _Elementwise(Operator):
 def _broadcast(kind: str, x: Type, y: Type) -> tuple[Dim, ...]:
     """The dimensions that both have in the end. Raises `TypeMismatch` that names two of them."""
     longer, shorter = (x, y) if len(x.dims) >= len(y.dims) else (y, x)
-    behind = len(longer.dims) - len(shorter.dims)
-    dims = list(longer.dims[:behind])
+    leading = len(longer.dims) - len(shorter.dims)
+    dims = list(longer.dims[:leading])
     for a, b in zip(x.dims[len(x.dims) - len(shorter.dims) :],
                     y.dims[len(y.dims) - len(shorter.dims) :], strict=True):  # fmt: skip
         if a == b or (_repeats(b) and a.name != "1"):

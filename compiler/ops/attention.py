@@ -118,7 +118,7 @@ SCORES: Mapping[str, type] = {
 """How products of queries and keys become scores, alike for every kind of attention. A query sees
 itself and the `window - 1` keys before it, all without; of these those that `mask` holds for, a
 condition over the positions q and k. `softcap` c makes c tanh(s / c) of each score s. `also` names
-the operands behind those that every attention has, among `ALSO`."""
+the operands after those that every attention has, among `ALSO`."""
 
 ALSO = ("selected", "sinks")
 """`selected` i64 [batch, seq, n]: the keys that a query sees, by position, -1 for none. `sinks`
@@ -144,7 +144,7 @@ def also_types(site: Site) -> dict[str, Type]:
 
 def need_scores(site: Site, operands: int, q: Type) -> None:
     """Raises `TypeMismatch` for values of `SCORES` that no attention can have, and for operands
-    behind the first `operands` that do not go with queries q."""
+    after the first `operands` that do not match queries q."""
     if not 1 <= site.attrs.get("window", 1) < 2**31:  # type: ignore[operator]
         raise TypeMismatch(
             f"attention needs a window of 1 to 2**31 - 1 tokens, got {site.number('window')}",
@@ -265,7 +265,7 @@ class Attention(Operator):
 class DocumentAttention(Attention):
     """`attention` of whole sequences, in which a query sees keys of its own document only.
 
-    position [batch, seq] counts on within a document and begins anew with the next one.
+    position [batch, seq] counts up within a document and restarts at 0 with the next one.
     """
 
     kind = "document_attention"
@@ -435,7 +435,7 @@ class CacheEntry(Operator):
 
 
 class CacheAppend(Operator):
-    """Writes new entries behind those in the cache and gives all: `seq` becomes `context`."""
+    """Appends new entries to the cache and gives all: `seq` becomes `context`."""
 
     kind = "cache_append"
     variadic = True

@@ -36,7 +36,7 @@ class PartialSum(TypeMismatch):
 
 @dataclass(slots=True)
 class Site(Attributes):
-    """The place where an operator stands, as its rules see it.
+    """The place of an operator, as its rules see it.
 
     `regions` and `callee` give the types of arguments and results of what is inside or called,
     `saved` those of the values that a graph of gradients reads.
@@ -79,7 +79,7 @@ class Operator:
 
     kind: ClassVar[str]
     operands: ClassVar[tuple[str, ...]] = ()
-    # A name that ends in "?" may be left out, and one that ends in "*" stands for one or more.
+    # A name that ends in "?" may be left out, and one that ends in "*" is one or more.
     symbols: ClassVar[tuple[str, ...]] = ()
     attrs: ClassVar[Mapping[str, type]] = {}  # likewise: a name that ends in "?" may be left out
     regions: ClassVar[int] = 0

@@ -45,7 +45,7 @@ class _Exchange(Operator):
         the `tokens` has `k` experts.
         """
         nodes, limit = site.number("nodes"), site.number("limit")
-        others = site.number("ranks") // nodes - 1  # on a node, beside the one that it arrives at
+        others = site.number("ranks") // nodes - 1  # on a node, besides the one that it arrives at
         across = min(k, limit, nodes - 1)
         return CommBytes(
             tokens * min(k, limit * others) * bytes_a_token, tokens * across * bytes_a_token
@@ -118,7 +118,7 @@ class DispatchAgain(_Exchange):
     """Other rows of the same tokens, sent as an earlier `dispatch` sent its rows.
 
     rows [.., width], any number of them, then its handle [arrived] -> for each [arrived, width], in
-    the same order. No rank needs to be told how many come. A token has `k` experts.
+    the same order. No rank needs the counts. A token has `k` experts.
     """
 
     kind = "dispatch_again"

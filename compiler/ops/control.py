@@ -93,7 +93,7 @@ class RepeatBackward(Operator):
 
 
 class Save(Operator):
-    """Saves values for the graph of gradients that follows, in order; stands once, outermost."""
+    """Saves values for the graph of gradients that follows, in order; once, outermost."""
 
     kind = "save"
     sums = "own"

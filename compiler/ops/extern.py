@@ -122,7 +122,7 @@ def flops_text(node: ast.Expr, numbers: Mapping[str, int | float | bool | str]) 
 
 
 def _operands(site: Site) -> tuple[Type, ...]:
-    """Those of the function itself, behind the gradients of its results."""
+    """Those of the function itself, after the gradients of its results."""
     return site.types[len(site.types) - len(site.texts("takes")) :]
 
 

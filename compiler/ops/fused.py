@@ -1,7 +1,7 @@
 """Neighbours as one operator, so that tensors between them are neither written nor read.
 
 Each computes what its parts compute one after the other, to the bit; `runtime/` says so. They are
-made behind the gradients, so that they need none.
+made after the gradients, so that they need none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RotateLast(Operator):
 
 
 class JoinRotated(Operator):
-    """Each head's own part, and behind it `rotate` of a part that all heads share: keys, eq. 4.
+    """Each head's own part, followed by `rotate` of a part that all heads share: keys, eq. 4.
 
     x [batch, seq, heads, d], shared [batch, seq, r] -> [batch, seq, heads, d + r].
     """
@@ -59,7 +59,7 @@ class JoinRotated(Operator):
 
 
 class JoinRotatedGrad(Operator):
-    """From gradients of keys and values: of both own parts of each head, behind one another, and of
+    """From gradients of keys and values: of both own parts of each head, concatenated, and of
     the shared part, turned back and summed over heads.
 
     d [batch, seq, heads, k + r], d_v [batch, seq, heads, v], the table of the forward pass ->
@@ -83,7 +83,7 @@ class JoinRotatedGrad(Operator):
 
 
 class SwiGLUGradJoined(Operator):
-    """`swiglu_grad`: the gradient of gate, and behind it that of up: [.., 2 n]."""
+    """`swiglu_grad`: the gradients of gate and up, concatenated: [.., 2 n]."""
 
     kind = "swiglu_grad_joined"
     operands = ("d", "gate", "up")

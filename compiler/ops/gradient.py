@@ -419,7 +419,7 @@ class SumTo(Operator):
     """The gradient of what was broadcast: x summed over its first `leading` dimensions, and over
     each dimension of `ones`, which stays with size 1.
 
-    `ones` holds its place, counted from the end as -1, and its name, one behind the other.
+    `ones` holds its place, counted from the end as -1, and its name, concatenated.
     """
 
     kind = "sum_to"
@@ -493,7 +493,7 @@ class PadFirst(_Pad):
 
 
 class PadLast(_Pad):
-    """Zeros behind x along a run-time dimension: the gradient of `drop_last`."""
+    """Zeros after x along a run-time dimension: the gradient of `drop_last`."""
 
     kind = "pad_last"
 

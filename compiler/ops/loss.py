@@ -49,7 +49,7 @@ class CrossEntropy(Operator):
 
 
 class LinearCrossEntropy(Operator):
-    """`cross_entropy` of a head's scores x W^T, which are made in pieces and never kept.
+    """`cross_entropy` of a head's scores x W^T, which are made in chunks and never stored.
 
     x [batch, seq, hidden_size], labels [batch, seq], weight [vocab_size, hidden_size]. Since the
     scores are gone afterwards, the gradients of x and of the weight are made along with the loss,

@@ -222,7 +222,7 @@ def blind_query(node: ast.Expr, positions: int) -> int | None:
 
 
 def _always_sees_itself(node: ast.Expr) -> bool:
-    """Whether a mask holds for q = k, told without trying positions: all windows do."""
+    """Whether a mask holds for q = k, decided without trying positions: all windows do."""
     match node:
         case ast.Binary(operator="or"):
             return _always_sees_itself(node.left) or _always_sees_itself(node.right)

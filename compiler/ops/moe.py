@@ -99,7 +99,7 @@ SCORINGS = ("sigmoid", "softmax")
 
 
 class Gate(TopkGroups):
-    """The whole gate behind its product with the tokens: affinity and choice in one.
+    """The whole gate after its product with the tokens: affinity and choice in one.
 
     x [.., experts] -> the affinities by `scoring`, sigmoid or softmax; then `topk_groups` of them.
     """

@@ -6,7 +6,7 @@ activations and gradients, for each 128 x 128 of weights, for each run of 128 to
 tokens are summed over. Scales are `fp32`, or `ue8m0`: powers of two. DeepSeek-V3 report, section
 3.3; `runtime/fp8.py` defines every bit.
 
-`parts` are the sizes of weights that stand below one another; runs begin anew in each. It is empty
+`parts` are the sizes of weights that are concatenated by rows; runs restart in each. It is empty
 where runs of the whole are the same.
 """
 
@@ -56,7 +56,7 @@ class QuantizeColumns(Operator):
     """x in E4M3, a scale for each number of 128 tokens in a row (128 x 1).
 
     x [.., n] -> [tile, n, 128], [tile, n]: the 128 numbers of a scale lie together. With `offs`, x
-    is [slot, n] and the tiles begin anew with each expert: [slot_tile, n, 128].
+    is [slot, n] and the tiles restart with each expert: [slot_tile, n, 128].
     """
 
     kind = "quantize_columns"
@@ -97,7 +97,7 @@ class Requantize(Operator):
 
 
 class QuantizeWeight(Operator):
-    """Makes the FP8 copy of a weight anew: once in an optimizer step, after its update.
+    """Makes the FP8 copy of a weight again: once in an optimizer step, after its update.
 
     `experts` is their dimension where the weight is that of all experts.
     """
@@ -226,7 +226,7 @@ class _Fp8LinearWeightGrad(Operator):
 
     @classmethod
     def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        """Those of whole tiles of tokens; of experts, whose tiles have room to spare, of slots."""
+        """Those of whole tiles of tokens; of experts, whose tiles are padded, of slots."""
         tile, out, run = site.types[0].dims
         rows = tile.at(sizes) * run.at(sizes) if tile.name == "tile" else sizes["slot"]
         return 2 * rows * out.at(sizes) * site.types[2].dims[1].at(sizes)
@@ -258,7 +258,7 @@ class Fp8GroupedLinearInputGrad(_Fp8LinearInputGrad):
 
 
 class Fp8GroupedLinearWeightGrad(_Fp8LinearWeightGrad):
-    """`grouped_linear_weight_grad` in FP8; the runs of tokens begin anew with each expert."""
+    """`grouped_linear_weight_grad` in FP8; the runs of tokens restart with each expert."""
 
     kind = "fp8_grouped_linear_weight_grad"
     operands = ("dq", "ds", "q", "s", "offs")

@@ -23,7 +23,7 @@ from compiler.ops.base import (
 
 
 class Cast(Operator):
-    """x in another element type; `bf16` stands for the model's own."""
+    """x in another element type; `bf16` means the model's own."""
 
     kind = "cast"
     cheap = True

@@ -25,7 +25,7 @@ class Unit:
 def units(main: Graph) -> tuple[Unit, ...]:
     """The units of an outermost block, in order; together they are all of it but `return`.
 
-    What stands before the first layer (the embedding) is a unit, and so is all that follows the
+    What comes before the first layer (the embedding) is a unit, and so is all that follows the
     last one: norm, head, losses and the modules of multi-token prediction.
     """
     found: list[Unit] = []
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def words(self) -> str:
-        """As tables name its layers: `4..7`; `+` stands for units before or behind all layers."""
+        """As tables name its layers: `4..7`; `+` means units before or after all layers."""
         layers = self.layers
         ends = f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
         before = "+" if self.units[0].layer is None else ""

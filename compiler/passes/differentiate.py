@@ -30,7 +30,7 @@ from compiler.rewrite import Miss
 from dsl.load import Description
 from dsl.source import Span
 
-# By convention the graph of gradients is called so, behind the name of its forward graph.
+# By convention the suffix of a graph of gradients, after the name of its forward graph.
 SUFFIX = "_backward"
 
 Gradients = dict[Value, Value]
@@ -51,7 +51,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
         return ()
     between = [op for op in program.main.ops[:-1] if not OPS[op.kind].calls]
     if between:
-        return (Miss("stands between the layers, in no graph of its own", between[0]),)
+        return (Miss("lies between the layers, in no graph of its own", between[0]),)
     made = copy_program(program)
     try:
         _Derivation(made).run()
@@ -80,7 +80,7 @@ class _Derivation:
         self.made: dict[str, Graph] = {}
 
     def run(self) -> None:
-        """Adds the backward graphs, each behind the graphs that it calls; or changes nothing."""
+        """Adds the backward graphs, each after the graphs that it calls; or changes nothing."""
         program = self.program
         forward = list(program.graphs.values())
         for graph in forward:
@@ -382,7 +382,7 @@ def _arguments_requiring_grad(program: Program, results: RequiresGrad) -> Requir
     found: RequiresGrad = {name: set() for name in program.graphs}
     received = program.boundary.received
     found[program.root] = {i for i, v in enumerate(program.main.args) if v.name in received}
-    for name, graph in reversed(program.graphs.items()):  # callers stand behind their callees
+    for name, graph in reversed(program.graphs.items()):  # callers come after their callees
         values = _requires_grad(graph, found[name], results)
         for op in graph.walk():
             if op.callee:

@@ -51,8 +51,8 @@ def _made_and_cast(at: Rewriter) -> Sequence[Value] | Miss:
 def _both(at: Rewriter) -> Sequence[Value] | Miss:
     (x,) = at.op.operands
     ops = list_of(at.builder.graph, at.op)
-    behind = ops[ops.index(at.op) + 1 :]
-    columns = next((o for o in at.uses[x] if o.kind == "quantize_columns" and o in behind), None)
+    later = ops[ops.index(at.op) + 1 :]
+    columns = next((o for o in at.uses[x] if o.kind == "quantize_columns" and o in later), None)
     if columns is None:
         return Miss("what is cast is not cast in runs of tokens next", at.op)
     if columns.attrs["scale"] != at.op.attrs["scale"]:

@@ -5,7 +5,7 @@
 - Keys of latent attention, a part of each head's own and one that all share: rotate, broadcast,
   concat are `join_rotated`. Their gradients come with those of values, which the same product
   made: split, sum over heads, rotate, concat are `join_rotated_grad`.
-- The gradients of gate and up, which one product made, are behind one another: swiglu_grad, concat
+- The gradients of gate and up, which one product made, are concatenated: swiglu_grad, concat
   are `swiglu_grad_joined`.
 """
 

@@ -1,4 +1,4 @@
-"""Head and loss in one: the scores of all words are made in pieces, and never all there at once.
+"""Head and loss in one: the scores of the vocabulary are made in chunks, never all at once.
 
 For DeepSeek-V3 the scores of one sequence of 4,096 tokens are 1 GB in bf16, and their gradients as
 much again, several times what a layer keeps.
@@ -20,7 +20,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
 
 FUSE_LOSS = Pass(
     "fuse_loss",
-    "head and cross entropy in one, in pieces of the vocabulary's scores",
+    "head and cross entropy in one, in chunks of the vocabulary's scores",
     _run,
     ensures="no scores that only a loss reads",
 )

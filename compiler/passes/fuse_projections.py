@@ -1,7 +1,7 @@
 """Products with the same input as one: a wider product, cut into the former results.
 
 q_a with kv_a of latent attention, q with k and v, gate with up. The weights of such a product lie
-behind one another in memory, in every program of the model alike. This holds because the pass comes
+adjacent in memory, in every program of the model alike. This holds because the pass comes
 first in every pipeline and so decides on the same graph, and because it joins weights only if no
 program needs one without the others:
 

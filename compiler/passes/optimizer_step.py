@@ -22,7 +22,7 @@ from compiler.parallel.layout import Layout, units
 from compiler.passes.differentiate import save
 from compiler.passes.partition import group_attrs
 
-# By convention the graphs that end a step are called so, behind the name of their forward graph.
+# By convention the suffixes of the graphs that end a step, after the name of their forward graph.
 REDUCE, UPDATE = "_reduce", "_update"
 # What results are called, after the weight.
 NAMES = {

@@ -1,6 +1,6 @@
-"""What stands between the layers becomes graphs of its own, so that the outermost block only calls.
+"""What lies between the layers becomes graphs of its own, so that the outermost block only calls.
 
-Embedding before the layers, head and losses behind them: each run of operators between two calls
+Embedding before the layers, head and losses after them: each run of operators between two calls
 is a part of the same module. A part is then differentiated like any block, and can be a stage of a
 pipeline by itself.
 """
@@ -45,7 +45,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
 
 OUTLINE = Pass(
     "outline",
-    "what stands between the layers becomes parts of their own",
+    "what lies between the layers becomes parts of their own",
     _run,
     ensures="the outermost block holds nothing but calls and loops of calls",
 )
@@ -67,7 +67,7 @@ def _runs(ops: Sequence[Op]) -> list[list[Op]]:
 
 
 def _part(name: str, run: list[Op], main: Graph) -> tuple[Graph, Op]:
-    """A graph of some operators, and the call that stands in their place."""
+    """A graph of some operators, and the call that replaces them."""
     made = {v for op in run for v in op.results}
     inputs = dict.fromkeys(v for op in run for v in op.operands if v not in made)
     outside = {v for op in main.ops if op not in run for v in op.operands}

@@ -192,8 +192,8 @@ def _save_quantized(program: Program) -> None:
             readers = uses.get(value, [])
             if [op.kind for op in readers] == ["quantize"]:
                 at, (cast,) = read.index(value), readers
-                before, x, behind = forward.saved[:at], forward.saved[at], forward.saved[at + 1 :]
-                save(forward, [*before, *_quantized(x, cast, forward, program), *behind])
+                before, x, after = forward.saved[:at], forward.saved[at], forward.saved[at + 1 :]
+                save(forward, [*before, *_quantized(x, cast, forward, program), *after])
                 read[at : at + 1] = cast.results
                 backward.ops.remove(cast)
 

@@ -1,6 +1,6 @@
 """What the backward pass recomputes instead of saving it, by bytes freed for each FLOP.
 
-1. Views are never saved beside their base, and what a caller has is not saved by the callee.
+1. Views are never saved in addition to their base, what a caller has is not saved by the callee.
 2. Norms and pointwise functions are recomputed: no matrix product, hence almost free.
 3. So are products that widen: q_b_proj and kv_b_proj of MLA, and down_proj of fine-grained experts,
    free several times the bytes for each FLOP that a product with the hidden state would
@@ -82,7 +82,7 @@ class _Pair:
         self.taken |= {v.name for v in self.backward.args}
 
     def local(self, value: Value) -> Value:
-        """What stands for a forward value in the backward graph; if nothing does, it is saved."""
+        """The value of a forward value in the backward graph; without one it is saved."""
         if value.name in self.made:
             return self.made[value.name]
         if value.name not in self.saved:
@@ -176,7 +176,7 @@ class _Pair:
                 follow = [n for n in follow if self._follows(self.values[n], op)]
 
     def _place(self) -> None:
-        """Every recomputed operator stands right before the first one that reads it."""
+        """Every recomputed operator is put right before the first one that reads it."""
         placed: list[Op] = []
         done: set[int] = set()
 

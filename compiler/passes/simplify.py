@@ -82,7 +82,7 @@ def _share(graph: Graph, ops: list[Op], above: Mapping[Computation, Op]) -> bool
             changed |= _share(graph, region.ops, known)
         if op.regions or not OPS[op.kind].pure:
             continue
-        # `repr` tells 1, 1.0 and True apart.
+        # `repr` distinguishes 1, 1.0 and True.
         computation = (op.kind, tuple(op.operands), op.symbols, repr(sorted(op.attrs.items())))
         first = known.setdefault(computation, op)
         if first is not op:

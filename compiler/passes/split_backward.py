@@ -17,7 +17,7 @@ from compiler.passes.differentiate import save
 from compiler.rewrite import Miss
 from dsl.load import Description
 
-# By convention the graph of gradients of weights is called so, behind its forward graph's name.
+# By convention the suffix of the graph of gradients of weights, after its forward graph's name.
 SUFFIX = "_weights"
 
 

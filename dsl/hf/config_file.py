@@ -1,4 +1,4 @@
-"""`config.json` files: JSON with exact positions, and keys that nobody may overlook."""
+"""`config.json` files: JSON with exact positions, in which every key must be read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_config(source: Source) -> dict[str, Any]:
 
 
 def spans_of(source: Source) -> Spans:
-    """Where each key of a JSON object stands, by path; () is the object itself.
+    """The place of each key of a JSON object, by path; () is the object itself.
 
     Exact for a text that `read_config` accepts; of another text as much as can be read.
     """
@@ -87,7 +87,7 @@ def _walk(
     while text[at] != "}":
         key, end = decode(text, at)
         spans[*path, key] = source.span(at, end)
-        value = _skip(text, _skip(text, end) + 1)  # behind the colon
+        value = _skip(text, _skip(text, end) + 1)  # after the colon
         at = _skip(text, _walk(source, value, (*path, key), spans))
         if text[at] == ",":
             at = _skip(text, at + 1)
@@ -100,7 +100,7 @@ def _skip(text: str, at: int) -> int:
 
 
 class Reader:
-    """Takes keys from a JSON object; what nobody took is refused by name at the end."""
+    """Takes keys from a JSON object; what was not taken is refused by name at the end."""
 
     def __init__(
         self,

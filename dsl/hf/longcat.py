@@ -13,7 +13,7 @@ _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.(gate|up)_proj\.
 
 
 def longcat_latents(reader: Reader, q_lora_rank: int | float | bool) -> dict[str, bool]:
-    """transformers compresses queries and scales both latents, whatever the config says."""
+    """transformers compresses queries and scales both latents, which the config has no key for."""
     reader.only("attention_method", ["MLA"], "attention is latent")
     if not q_lora_rank:
         message = "LongCat-Flash compresses its queries"

@@ -388,8 +388,9 @@ def _generation(reader: Reader) -> list[str]:
         if value is not None and value != default:
             # Of text a stranger could end the comment by.
             changed.append(f"{key} {value}" if isinstance(value, int | float) else key)
-    told = "# The config.json has settings of generation, which specs have no keys for: "
-    return textwrap.wrap(told + ", ".join(changed), 100, subsequent_indent="# ") if changed else []
+    remark = "# The config.json has settings of generation, which specs have no keys for: "
+    text = remark + ", ".join(changed)
+    return textwrap.wrap(text, 100, subsequent_indent="# ") if changed else []
 
 
 def _blocks(family: str, layers: Layers, attention: str) -> list[str]:

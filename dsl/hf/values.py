@@ -38,7 +38,7 @@ class Values:
         }
 
     def shared(self, name: str, uses: Iterable[BlockUse]) -> Constant:
-        """The one value that all uses have; a config has no room for several."""
+        """The one value that all uses have; a config can hold only one."""
         found = {self._value(name, use) for use in uses}
         require(len(found) == 1)
         return found.pop()

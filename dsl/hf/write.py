@@ -36,7 +36,7 @@ YARN = (
 
 
 def hf_config(description: Description) -> dict[str, Any]:
-    """The `config.json` that stands beside the weights of the model.
+    """The `config.json` that is written next to the weights of the model.
 
     For a model of the DeepSeek V2/V3 family and its relatives it is the inverse of `spec_from_hf`,
     in the keys of the published files, which transformers loads. Any other model gets
@@ -185,7 +185,7 @@ def _expert_keys(values: Values, uses: Sequence[BlockUse], kind: str) -> dict[st
 
 
 def _of_longcat(description: Description) -> dict[str, Any]:
-    """LongCat-Flash: of one kind of layer, which holds two attentions and the experts beside."""
+    """LongCat-Flash: of one kind of layer: two attentions and, in parallel, the experts."""
     architecture = description.spec.architecture
     groups, around = list(architecture.layers), [architecture.block]
     layers = [group.block for group in groups]

@@ -21,5 +21,5 @@ class Section(BaseModel):
     def _without_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        # An unknown key stays, and is told.
+        # An unknown key stays, and is reported.
         return {k: v for k, v in data.items() if k not in cls.model_fields or not yaml.is_null(v)}

@@ -19,7 +19,7 @@ Examples:
 
 \b
 Servers of vLLM take the same requests. `answers` is a hash of all texts: dslc gives equal answers
-to equal requests, whatever the load.
+to equal requests, independent of the load.
 """
 
 MOST_TEXT = 2**20

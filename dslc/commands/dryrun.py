@@ -94,8 +94,8 @@ def execute_rows(
         return 1 if wrong else 0
     print("\n".join(table(list(row_rows(found, plan)), "<<>>>>>>")))
     messages = sum(one.kind == "send" for row in found for one in row.transfers)
-    told = wrong or [f"all {messages:,} messages are received in the order in which they are sent"]
-    print("\n" + "\n".join(told))
+    lines = wrong or [f"all {messages:,} messages are received in the order in which they are sent"]
+    print("\n" + "\n".join(lines))
     return 1 if wrong else 0
 
 

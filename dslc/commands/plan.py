@@ -162,8 +162,8 @@ def plan_serving(description: Description, name: str, load: Path | None, format:
         loads = read_load(load, experts.count)
         found = balances(loads.values(), traffic, cluster.gpus_per_node, experts.groups)
     if format is Format.json:
-        told = {"model": model, "traffic": traffic.traffic, **asdict(served)}
-        print_json(told | ({"balance": [asdict(one) for one in found]} if found else {}))
+        values = {"model": model, "traffic": traffic.traffic, **asdict(served)}
+        print_json(values | ({"balance": [asdict(one) for one in found]} if found else {}))
     else:
         print(serving_text(served, model, cluster, traffic, found))
 

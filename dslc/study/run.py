@@ -147,7 +147,7 @@ def _wait_for_end(run: StudyRun) -> None:
 
 
 def _end_with_parent() -> None:
-    """In the child: a study that is killed leaves no trainings behind; they save and end."""
+    """In the child: when a study is killed, its trainings save and end."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGTERM)
 
@@ -170,9 +170,9 @@ def _record(run: StudyRun) -> Result | None:
         spec=run.planned.spec.read_text(encoding="utf-8"),
     )
     place = run.folder / RESULT
-    beside = place.with_name(f".{RESULT}.new")
-    beside.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    beside.replace(place)
+    new = place.with_name(f".{RESULT}.new")
+    new.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    new.replace(place)
     return result
 
 

@@ -34,7 +34,7 @@ class Blocks:
         return len(self._holders)
 
     def take(self) -> int:
-        """A block that nobody holds. Raises IndexError when there is none."""
+        """A free block. Raises IndexError when there is none."""
         if self._free:
             block = self._free.popleft()
         elif self._cached:
@@ -55,7 +55,7 @@ class Blocks:
         return found
 
     def resting(self, blocks: Sequence[int]) -> int:
-        """How many of these are held by nobody, so that holding them makes fewer available."""
+        """How many of these are free, so that holding them makes fewer available."""
         return sum(block in self._cached for block in blocks)
 
     def hold(self, blocks: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ PLAIN_STOPS = ("\nUser:", "\nSystem:")
 # Characters that no text has (Unicode, noncharacters): they mark places in what is rendered.
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
-# Variables that `{% generation %}` shows before and behind what the assistant says.
+# Variables that `{% generation %}` shows before and after what the assistant says.
 _BEGINS, _ENDS = "_generation_begins", "_generation_ends"
 
 Message = Mapping[str, str]
@@ -305,7 +305,7 @@ class Chat:
         kept = [
             (start, end, id)
             for start, end, id in special
-            # No mark within it, and none that says that it stands in a content.
+            # No mark within it, and none that says that it is in a content.
             if start not in contents
             and bisect_right(borders, start) == bisect_right(borders, end - 1)
         ]

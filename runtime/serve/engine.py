@@ -1,7 +1,7 @@
 """The engine: requests in, steps of the model, tokens out.
 
 Each request gives the same tokens and log-probabilities, bit for bit, alone or in any company,
-whatever its prompt was cut into, found of in the prefix cache, or computed again.
+independent of how its prompt was cut, of hits in the prefix cache, and of recomputation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..pages import Draft, PagedAttention, Pages, make_rows
 from .blocks import Blocks
 from .options import Options
 from .request import Event, FinishReason, Sampling, Token
-from .sampler import choose, told
+from .sampler import choose, with_logprobs
 from .scheduler import Matcher, Planned, Request, Scheduler, in_order
 from .speculate import Drafter
 
@@ -313,7 +313,7 @@ class Engine:
                     request.matcher.consume(id)
                 except ValueError as error:  # nothing may come: a fault of this answer alone
                     return self._end(request, tuple(tokens), "error", str(error))
-            tokens.append(told(logits, id, sampling.logprobs))
+            tokens.append(with_logprobs(logits, id, sampling.logprobs))
             request.output.append(id)
             self._counts["generated_tokens"] += 1
             if id in sampling.end_tokens and len(request.output) > sampling.min_tokens:

@@ -41,9 +41,9 @@ class RankEngine:
 def follow(rank: RankEngine) -> None:
     """Steps whenever rank 0 does, until it says that there is no further one."""
     assert rank.group is not None
-    told: tuple[list[list[Message]], bool] | None
-    while (told := rank.group.broadcast()) is not None:
-        messages, take_loads = told
+    command: tuple[list[list[Message]], bool] | None
+    while (command := rank.group.broadcast()) is not None:
+        messages, take_loads = command
         rank.group.gather(rank.step(messages[rank.group.rank], take_loads))
 
 
@@ -83,13 +83,13 @@ class Front:
     def step(self) -> list[Event]:
         """A step of all ranks. Raises RankFailure where one does not follow."""
         messages, self._messages = self._messages, [[] for _ in range(self._ranks)]
-        told = messages, self.rank.rebalance.due(idle=not self.busy)
+        command = messages, self.rank.rebalance.due(idle=not self.busy)
         if self.group is None:
-            found = [self.rank.step(messages[0], told[1])]
+            found = [self.rank.step(messages[0], command[1])]
         else:
             try:
-                self.group.broadcast(told)
-                found = self.group.gather(self.rank.step(messages[0], told[1]))
+                self.group.broadcast(command)
+                found = self.group.gather(self.rank.step(messages[0], command[1]))
             except Exception as error:
                 self.group.fail(error)
                 raise

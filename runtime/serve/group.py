@@ -128,7 +128,7 @@ class Group:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Tells the others of a failure within it."""
+        """Reports a failure within it to the others."""
         try:
             yield
         except BaseException as error:

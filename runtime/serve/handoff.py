@@ -271,23 +271,23 @@ class DecodeEngine:
             del self._arriving[id]
         return [*events, *self.engine.step()]
 
-    def _begin(self, told: Handoff) -> Event:
-        if told.event.finish is not None:
-            return told.event
+    def _begin(self, handoff: Handoff) -> Event:
+        if handoff.event.finish is not None:
+            return handoff.event
         try:
-            asked = told.asked
+            asked = handoff.asked
             request = self.engine.check(asked.id, asked.prompt, asked.sampling, asked.salt)
         except ValueError as error:
-            return replace(told.event, finish="error", message=str(error))
-        request.cached = told.event.cached
-        request.drafts, request.tails = list(told.drafts), dict(told.tails)
-        for token in told.event.tokens:
+            return replace(handoff.event, finish="error", message=str(error))
+        request.cached = handoff.event.cached
+        request.drafts, request.tails = list(handoff.drafts), dict(handoff.tails)
+        for token in handoff.event.tokens:
             request.output.append(token.id)
             if request.matcher is not None:
                 request.matcher.consume(token.id)
         until = time.monotonic() + self.seconds
-        self._arriving[asked.id] = _Arriving(request, told.blocks, until)
-        return told.event
+        self._arriving[asked.id] = _Arriving(request, handoff.blocks, until)
+        return handoff.event
 
     def _go_on(self, one: _Arriving) -> bool:
         if len(one.pages) == one.wanted:

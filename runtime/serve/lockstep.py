@@ -34,7 +34,7 @@ class Lockstep:
     ) -> None:
         self.model, self.layers, self.group = model, layers, group
         self.steps = 0
-        self._pages = Pages(1, page)  # block 0 alone, which is nobody's
+        self._pages = Pages(1, page)  # block 0 alone, which belongs to no sequence
 
     @property
     def config(self) -> Config:
@@ -95,7 +95,7 @@ class Lockstep:
 
     @torch.inference_mode()
     def _join(self, call: int) -> None:
-        """A call with one row, whose result nobody reads."""
+        """A call with one row, whose result is not read."""
         rows, position = make_rows([([0], 0, 1)], [0], self._pages.page, self.device)
         self._pages.begin(rows)
         given = [torch.zeros_like(position), position, self._pages]

@@ -68,7 +68,7 @@ class Metrics(Collector):
             yield CounterMetricFamily(name, text, value=self._stats.get(key, 0))
         places = CounterMetricFamily(
             "dslc:spec_decode_num_accepted_tokens_per_pos",
-            "Drafts that were right, by their place behind the known tokens.",
+            "Drafts that were right, by their place after the known tokens.",
             labels=["position"],
         )
         for place in range(1, MOST_DRAFTS + 1):

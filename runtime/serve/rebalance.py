@@ -96,8 +96,8 @@ def _average(before: Sequence[int], new: Sequence[int]) -> list[int]:
 
 def write_loads(path: Path, model: str, steps: int, loads: Mapping[str, Sequence[int]]) -> None:
     """What `dslc plan --serve TRAFFIC --load FILE` reads, whole or not at all. Raises OSError."""
-    told = {"model": model, "steps": steps, "load": loads}
-    replace_text(path, json.dumps(told) + "\n")
+    values = {"model": model, "steps": steps, "load": loads}
+    replace_text(path, json.dumps(values) + "\n")
 
 
 def read_loads(path: Path) -> dict[str, list[int]]:

@@ -88,7 +88,7 @@ def _filtered(score: Tensor, sampling: Sampling) -> Tensor:
     return out
 
 
-def told(logits: Tensor, id: int, logprobs: int | None) -> Token:
+def with_logprobs(logits: Tensor, id: int, logprobs: int | None) -> Token:
     """A chosen token, with log-probabilities of the model's own logits [vocab] if asked for."""
     if logprobs is None:
         return Token(id)

@@ -71,7 +71,7 @@ class Request:
         return self.known - self.computed
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Of prompt and output together, and of the drafts behind them."""
+        """Of prompt and output together, and of the drafts after them."""
         found: list[int] = []
         for part in (self.prompt, self.output, self.drafts):
             found += part[max(start, 0) : max(stop, 0)]
@@ -88,7 +88,7 @@ class Request:
 
 
 Planned = tuple[Request, int]
-"""A request and how many of its tokens a step computes; those behind the known ones are drafts."""
+"""A request and how many of its tokens a step computes; those after the known ones are drafts."""
 
 
 class Scheduler:
@@ -179,7 +179,7 @@ class Scheduler:
         return True
 
     def reserve(self, request: Request, tokens: int) -> int:
-        """Blocks for so many tokens behind the known ones, as far as there are any: nobody is
+        """Blocks for so many tokens after the known ones, as far as there are any: nobody is
         preempted. For how many there is room now."""
         page = self.options.page
         while len(request.blocks) * page < request.known + tokens and self.blocks.available:

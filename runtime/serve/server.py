@@ -205,7 +205,7 @@ async def _complete(
 
 
 async def _echoes(service: Service, body: protocol.Request, count: int) -> list[str]:
-    """What stands in front of the text of each choice: that of its prompt where it is asked for."""
+    """What comes before the text of each choice: that of its prompt where it is asked for."""
     if not isinstance(body, CompletionRequest) or not body.echo:
         return [""] * count
     texts = [one if isinstance(one, str) else await service.text(one) for one in body.prompt]

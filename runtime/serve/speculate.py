@@ -102,7 +102,7 @@ class Drafter:
         return len(text.states) > 0
 
     def _go_on(self, text: _Text, depth: int) -> bool:
-        """Behind the last module its last state stands for that of the next token."""
+        """After the last module its last state serves as that of the next token."""
         text.start += len(text.states)
         text.states = text.states[-1:]
         ahead = text.start + 1 - text.request.known
@@ -119,7 +119,7 @@ class Drafter:
             request, first = text.request, text.start + module
             tokens += request.tokens(first, first + len(text.states))
             left = request.sampling.max_tokens - len(request.output)
-            # Only behind a draft, and in front of a token that will be chosen.
+            # Only after a draft, and in front of a token that will be chosen.
             text.drafting &= len(request.drafts) == depth - 1 and left > depth
             if text.drafting:
                 drafting.append(text)

@@ -1,7 +1,7 @@
 """Routed experts on several ranks: each holds some, and copies of those with most load.
 
 A row goes to one rank for each choice of its token, and what comes of it goes back: products do not
-depend on the rows beside them, and the sum over choices is made at the token's own rank, in their
+depend on the other rows, and the sum over choices is made at the token's own rank, in their
 order. So bits depend neither on the number of ranks nor on which copy computed a row.
 """
 

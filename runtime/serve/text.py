@@ -36,7 +36,7 @@ class Vocabulary(ABC):
         """The bytes of a token; None if they depend on the tokens around it."""
 
     def detokenizer(self) -> Detokenizer:
-        """For one answer; it begins behind the prompt."""
+        """For one answer; it begins after the prompt."""
         return BytesDetokenizer(self)
 
 

@@ -165,7 +165,7 @@ class Worker:
             self._later(self._ended, f"the engine ended with status {self._process.exitcode}")
 
     def _later(self, call: Callable[[Any], None], argument: Any) -> None:
-        with suppress(RuntimeError):  # the loop has closed: nobody is left to be told
+        with suppress(RuntimeError):  # the loop has closed: there is nobody to report to
             self._loop.call_soon_threadsafe(call, argument)
 
     def _received(self, message: tuple[Any, ...]) -> None:
@@ -207,12 +207,12 @@ class Worker:
 
 
 def _run(connection: Connection, make: Callable[[], Engine]) -> None:
-    """The process. It ends when told to, when the engine fails, and with the server."""
+    """The process. It ends on request, when the engine fails, and with the server."""
     # A signal to the whole group is for the server, which lets requests end first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_server, daemon=True).start()
-    with suppress(EOFError, OSError):  # the server is gone, and nobody is left to be told
+    with suppress(EOFError, OSError):  # the server is gone: there is nobody to report to
         try:
             engine = make()
         except ValueError as error:  # what was asked for does not fit
@@ -242,7 +242,7 @@ def _end_with_server() -> None:
 
 
 def _failure(error: Exception) -> str:
-    """What clients are told; the log has more."""
+    """The message for clients; the log has more."""
     traceback.print_exception(error)
     return f"the engine failed: {type(error).__name__}: {error}"
 

@@ -59,7 +59,7 @@ def calibrate(
     """All ranks call it. Products are those of the first rank; messages are between all.
 
     `expert` are the ranks of an expert group, `limit` is the largest message in bytes, `budget`
-    about how many seconds each figure may take. `said` is told what comes next.
+    about how many seconds each figure may take. `said` is called with what comes next.
     """
     clock = Clock(device, budget)
     said(f"{len(figures.products)} products")

@@ -113,7 +113,7 @@ class Checkpoints:
                 raise TrainError(f"{folder} has no {name}/")
             reader = HuggingFaceStorageReader(str(folder / name))
             try:
-                # Of what is in pieces whole tensors are read, which are then dropped.
+                # Of what is sharded whole tensors are read, which are then dropped.
                 views = {
                     key: one.values.new_empty(one.shape) if isinstance(one, Piece) else one
                     for key, one in tensors.items()

@@ -63,11 +63,11 @@ def train(
             reason = error.strerror or error
             raise TrainError(f"cannot write {options.out}: {reason}") from None
         except (MemoryError, RuntimeError) as error:
-            told = shortage(error)
-            if told is None:
+            lack = shortage(error)
+            if lack is None:
                 raise
             kept = f"; {options.out} resumes from its newest checkpoint"
-            raise TrainError(f"{told}; {LESS}{kept if read_record(options.out) else ''}") from None
+            raise TrainError(f"{lack}; {LESS}{kept if read_record(options.out) else ''}") from None
     return 128 + stopped if stopped else 0
 
 
@@ -83,7 +83,7 @@ def dryrun_rows(
 ) -> tuple[list[DryRun], list[str]]:
     """The same of one rank for each pipeline rank, and which messages do not match.
 
-    `done` is told each as soon as it is known. Raises TrainError.
+    `done` is called with each as soon as it is known. Raises TrainError.
     """
     from .dryrun import rows, unmatched
 

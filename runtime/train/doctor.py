@@ -67,7 +67,7 @@ class RankReport:
 def examine(
     checks: Checks, ranks: ProcessGroups, device: torch.device, said: Callable[[str], None]
 ) -> list[RankReport]:
-    """The reports of all ranks; all call it. `said` is told what comes next."""
+    """The reports of all ranks; all call it. `said` is called with what comes next."""
     control = ranks.control
     rank = control.rank() if control is not None else 0
     mine = RankReport(rank, socket.gethostname(), versions(device), memory_of(device))

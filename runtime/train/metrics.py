@@ -106,7 +106,7 @@ class Wandb:
     """A run of Weights & Biases, the same one whenever the run in `folder` is resumed."""
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
-        """`config` is shown beside the curves. Raises TrainError where it cannot start."""
+        """`config` is shown next to the curves. Raises TrainError where it cannot start."""
         place = folder / WANDB_ID
         if not place.exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -204,7 +204,7 @@ class AdamW:
         """Takes what other ranks have of the weights; all ranks call it together."""
         for bucket in self.buckets if self.sharded else ():
             bucket.gather()
-        # Kernels and buckets write behind autograd's back: FP8 copies must notice.
+        # Kernels and buckets write without autograd: FP8 copies must notice.
         for weight in self.weights:
             increment_version(weight.tensor)
 

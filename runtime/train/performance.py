@@ -71,7 +71,7 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def profiled(steps: int | None, trace: Path) -> Iterator[Callable[[], None]]:
-    """Writes a trace for Perfetto or chrome://tracing of so many steps behind the first.
+    """Writes a trace for Perfetto or chrome://tracing of so many steps after the first.
 
     Yields what has to be called after each step.
     """

@@ -52,8 +52,8 @@ def assemble(
     pieces = {name: one for name, one in tensors.items() if isinstance(one, Piece)}
     own = 0 if group is None else group.rank()
     found: dict[str, list[tuple[int, int, int]]] = {}
-    told = {name: (one.start, one.values.numel()) for name, one in pieces.items()}
-    for rank, every in enumerate(all_gather_objects(group, told)):
+    extents = {name: (one.start, one.values.numel()) for name, one in pieces.items()}
+    for rank, every in enumerate(all_gather_objects(group, extents)):
         for name, (start, count) in every.items():
             found.setdefault(name, []).append((start, rank, count))
     # In an order that all ranks have, so that none waits for ever.

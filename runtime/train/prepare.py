@@ -101,5 +101,5 @@ def token_settings(config: Config) -> dict[str, object]:
 
 
 def end_of_document(config: Config) -> int | None:
-    """The token behind each document."""
+    """The token after each document."""
     return next(iter(end_tokens(config)), None)

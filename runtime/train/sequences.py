@@ -16,7 +16,7 @@ from .settings import TrainError
 from .tokens import Masked
 
 Part = Tensor | Masked
-"""Tokens of whole documents, one behind the other."""
+"""Tokens of whole documents, concatenated."""
 
 
 class Sequences:

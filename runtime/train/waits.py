@@ -64,7 +64,7 @@ class Waits:
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank told the others: its host, and for what it waits; None: it computes."""
+    """What a rank reported to the others: its host, and for what it waits; None: it computes."""
 
     host: str
     what: str | None
@@ -79,7 +79,7 @@ class RankState:
 
 
 def report(rank: int, seconds: float, states: Mapping[int, RankState], hosts: Sequence[str]) -> str:
-    """One line on why `rank` waits, from what each rank told; ranks without a state are silent.
+    """One line on why `rank` waits, from what each rank reported; ranks without a state are silent.
 
     Named is a rank that it waits for, maybe through others, and that itself does not wait: if there
     are several one that is silent, for it may have died.
@@ -141,7 +141,7 @@ class HangReport:
 
     def _ask(self, now: Wait) -> None:
         """Collects what all ranks do and prints the line, unless another rank does so already."""
-        with suppress(RuntimeError):  # the store has gone: `_watch` tells what this rank knows
+        with suppress(RuntimeError):  # the store has gone: `_watch` reports what this rank knows
             if self.store.add("asked", 1) > 1:
                 time.sleep(8 * self.tick)  # `_answer` ends the process
                 return
@@ -156,7 +156,7 @@ class HangReport:
             self._end(line)
 
     def _answer(self) -> None:
-        """Tells what this rank does once any has asked, and ends when that has reported."""
+        """Reports what this rank does once any requests it, and ends when that has reported."""
         with suppress(RuntimeError):  # the store ends with the rank or torchrun that has it
             while not self.ended.wait(self.tick):
                 if self.store.check(["asked"]):

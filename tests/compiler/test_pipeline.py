@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from backends.build import package
 from compiler.analysis import summary
 from compiler.graph.core import Program
-from compiler.graph.equal import equal
 from compiler.pipeline import PIPELINES, Compiled, compile, select_passes
 from dsl.diagnostic import DiagnosticError
 from dsl.load import Description, load
+from tests.support.differences import equal
 from tests.support.models import GQA
 from tests.support.places import TINY
 

@@ -413,3 +413,23 @@ def test_few_rows_are_multiplied_as_many_are() -> None:
     for rows in (1, 7, 16):
         few = fp8.linear(x[0][:rows], x[1][:rows], *w, dtype=torch.float32)
         assert torch.equal(few, many[:rows])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_weight_that_is_widened_in_parts_has_the_same_product(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = fp8.quantize(torch.randn(rows, 200, generator=generator))
+    weight = fp8.quantize_weight(torch.randn(500, 200, generator=generator))
+    whole = fp8.linear(*x, *weight, dtype=torch.float32)
+    monkeypatch.setattr(fp8, "AT_ONCE", 1)
+    assert torch.equal(fp8.linear(*x, *weight, dtype=torch.float32), whole)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_nan_in_a_large_weight_reaches_the_product(byte: int) -> None:
+    weight, scales = fp8.quantize_weight(torch.ones(128, 128))
+    weight.view(torch.uint8)[5, 7] = byte
+    y = fp8.linear(*fp8.quantize(torch.ones(1, 128)), weight, scales, dtype=torch.float32)
+    assert y.isnan().nonzero().tolist() == [[0, 5]]

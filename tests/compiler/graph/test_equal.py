@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 
 from compiler.graph.core import Boundary, CacheType, Derivative, Op, Program, Step, copy_program
-from compiler.graph.equal import changed_graphs, equal, equal_graphs, first_difference
+from compiler.graph.equal import changed_graphs, equal_graphs
 from compiler.graph.types import Dim, Type
 from compiler.lower import lower
 from dsl.load import load
 from dsl.source import Source
 from specs import SPECS
+from tests.support.differences import equal, first_difference
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from functools import cache
 import pytest
 
 from compiler.graph.core import Attr, Program
-from compiler.graph.equal import first_difference
 from compiler.graph.parse import parse_program
 from compiler.graph.text import print_graph, print_program
 from compiler.graph.types import Dim
@@ -18,6 +17,7 @@ from compiler.lower import lower
 from dsl.load import load
 from dsl.source import Source
 from specs import SPECS
+from tests.support.differences import first_difference
 from tests.support.golden import Golden
 from tests.support.places import GOLDEN, TINY
 

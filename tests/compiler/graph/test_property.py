@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.graph.core import Program
-from compiler.graph.equal import equal, first_difference
 from compiler.graph.names import NamePart, PublishedName, clashes, parts_of
 from compiler.graph.parse import parse_program
 from compiler.graph.text import print_program
@@ -18,6 +17,7 @@ from compiler.ops import OPS, fused, gradient
 from compiler.ops.pointwise import POINTWISE
 from dsl.diagnostic import DiagnosticError, render
 from dsl.source import Source
+from tests.support.differences import equal, first_difference
 from tests.support.places import GOLDEN
 from tests.support.strategies import programs
 

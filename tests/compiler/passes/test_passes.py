@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from compiler.graph.core import Graph, Op, Program, copy_program
-from compiler.graph.equal import first_difference
 from compiler.graph.parse import parse_program
 from compiler.graph.text import print_graph, print_program
 from compiler.graph.verify import spans_missing, verify
@@ -20,6 +19,7 @@ from compiler.passes.simplify import SIMPLIFY
 from compiler.pipeline import PIPELINES, after
 from compiler.rewrite import rewrite
 from dsl.source import Source
+from tests.support.differences import first_difference
 from tests.support.golden import Golden
 from tests.support.models import GQA, VARIANTS, description, model, published
 

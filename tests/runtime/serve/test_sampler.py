@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from runtime.normal import tensor_key, uniform
 from runtime.serve.request import Sampling, Token
-from runtime.serve.sampler import choose, told
+from runtime.serve.sampler import choose, with_logprobs
 
 LOGITS = torch.tensor([0.0, 2.0, -1.0, 1.0, 1.0, -3.0])
 DRAWS = 4000
@@ -91,11 +91,11 @@ def test_no_end_before_the_least_number_of_tokens() -> None:
 
 
 def test_log_probabilities_are_the_model_s_own() -> None:
-    assert told(LOGITS, 3, None) == Token(3)
-    token = told(LOGITS, 4, 3)
+    assert with_logprobs(LOGITS, 3, None) == Token(3)
+    token = with_logprobs(LOGITS, 4, 3)
     assert token.logprob == pytest.approx(float(LOGITS.log_softmax(0)[4]))
     assert [id for id, _ in token.top] == [1, 3, 4]
-    assert sum(math.exp(p) for _, p in told(LOGITS, 0, 6).top) == pytest.approx(1)
+    assert sum(math.exp(p) for _, p in with_logprobs(LOGITS, 0, 6).top) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
