@@ -271,7 +271,8 @@ def _dispatch_gradients_quantized(at: Rewriter) -> Sequence[Value] | Miss:
         else:
             sent.append(row)
             names.append(result.name)
-    moved = at.add("dispatch_again", [*sent, handle], names=names, **at.op.attrs)
+    attrs = {**at.op.attrs}
+    moved = at.add("dispatch_again", [*sent, handle], (), names=names, like=None, **attrs)
     found, left = [], iter(moved)
     for result, cast in zip(at.op.results, casts, strict=True):
         arrived = next(left)
