@@ -3,8 +3,8 @@
 `python benchmarks/gpu/models.py` from the repository's root; `--help` lists how to run less. The
 model is a slice of V3: its widths, 1 dense and 2 MoE layers of 64 experts, 7 B weights. Steps are
 those of the built packages with kernels, in BF16 and FP8, launched one by one and as CUDA graphs;
-decoding is greedy, behind 512 tokens, by a contiguous cache, by pages, and by the engine. The host's
-time (`host_ms`) is that until all of a step is launched. Each row is printed and written to
+decoding is greedy, behind 512 tokens, by a contiguous cache, by pages, and by the engine. The
+host's time (`host_ms`) is that until all of a step is launched. Each row is printed and written to
 `gpu_models.json` as it comes; a row that fails says why. `--device cpu` shows that it runs.
 """
 
