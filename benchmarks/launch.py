@@ -42,7 +42,7 @@ TORCH = {"linear_cross_entropy"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("spec", nargs="?", default="deepseek_v3")
+    parser.add_argument("spec", nargs="?", default="deepseek_v3_tiny")
     parser.add_argument(
         "--target", choices=[name for name in TARGETS if name != "cpu"], default="sm_90"
     )

@@ -104,7 +104,8 @@ class Graphs:
     def _capture(self, step: Callable[[], R]) -> tuple[torch.cuda.CUDAGraph, R]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # What other threads do meanwhile, a checkpoint or NCCL's watchdog, is none of it.
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 return graph, step()
         except RuntimeError as error:
             raise RuntimeError(
