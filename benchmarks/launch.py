@@ -72,7 +72,8 @@ def functions(asked: argparse.Namespace) -> Iterator[tuple[str, Call]]:
     build(read(asked.spec, sets, None), folder / package, target=TARGETS[asked.target])
     sys.path.insert(0, str(folder))
     kernels = importlib.import_module(f"{package}.kernels")
-    importlib.import_module(f"{package}.runtime.dispatch").serves = lambda target, device: True
+    dispatch: Any = importlib.import_module(f"{package}.runtime.dispatch")
+    dispatch.serves = lambda target, device: True
     record = json.loads((folder / package / "kernels" / "kernels.json").read_text())
     spaces = [space for space in vars(kernels).values() if isinstance(space, type)]
     for file in record["files"]:

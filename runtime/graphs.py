@@ -43,7 +43,8 @@ def captures(model: object) -> bool:
     """Whether steps of a model are captured: of a whole one on a GPU."""
     if not isinstance(model, nn.Module) or getattr(model, "share", None) is not None:
         return False
-    return torch.device(model.device).type == "cuda" and wanted()  # type: ignore[arg-type]
+    device: Any = getattr(model, "device", None)
+    return isinstance(device, torch.device) and device.type == "cuda" and wanted()
 
 
 class Graphs:
