@@ -199,7 +199,7 @@ def our_decoding(asked: argparse.Namespace, precision: str) -> Iterator[Job]:
 @torch.inference_mode()
 def contiguous(asked: argparse.Namespace, ours: Ours, batch: int) -> Row:
     """By `decode` and a contiguous cache."""
-    cache = ours.part("cache").Cache(batch, asked.context + DECODED * (asked.rounds + 2))
+    cache = ours.part("cache").Cache(batch, asked.context + DECODED * (asked.rounds + 2) + 1)
     place = torch.arange(asked.context, device=asked.device).expand(batch, -1)
     ours.model.prefill(prompt(asked, ours.vocab, batch), place, cache)
     token = torch.full((batch, 1), 7, device=asked.device)
