@@ -23,6 +23,7 @@ from backends.torch.records import docstring
 from backends.torch.stages import stages_py
 from backends.values import values
 from compiler.analysis import Summary, summary
+from compiler.graph.core import Graph
 from compiler.graph.text import print_program
 from compiler.lower.state import DTYPES
 from compiler.pipeline import Compiled, compile, without_fp8
@@ -187,11 +188,12 @@ def package(
         kernels = kernel_files(compiled.programs, description, target, tuning)
         callers = texts["model.py"] + texts["runtime/train/optimizer.py"]
         texts |= kernels_package(kernels, target, callers)
+    printed: dict[Graph, str] = {}
     for i, one in enumerate(one for one in compiled.steps if one.changed):
         name = f"graph/{i:02d}-{one.program_name}-{one.name}.graph"
-        texts[name] = print_program(one.program)
+        texts[name] = print_program(one.program, printed=printed)
     for name, program in compiled.programs.items():
-        texts[f"graph/{name}.graph"] = print_program(program)
+        texts[f"graph/{name}.graph"] = print_program(program, printed=printed)
     if plan is not None:
         values = record(description.spec.model, plan)
         texts["plan.json"] = json.dumps(values, indent=2) + "\n"

@@ -21,7 +21,14 @@ from compiler.graph.core import Program
 from compiler.lower import lower
 from compiler.published import Published, kept_modules, published
 from dsl.diagnostic import Diagnostic, DiagnosticError
-from dsl.hf import KEPT, hf_config, language_model, read_config, spec_from_hf
+from dsl.hf import (
+    KEPT,
+    hf_config,
+    language_model,
+    read_config,
+    spec_from_hf,
+    unread_tensors,
+)
 from dsl.load import Description, load
 from dsl.read import read_source
 from dsl.source import Source
@@ -60,7 +67,8 @@ class Checkpoint:
 
     `seed` is what their first values came from, where it is known; `scale` how its FP8 scales are
     kept, `fp32` or `ue8m0`; `prefix` what names in the folder begin with, where the model is a part
-    of a larger one; `beside` are files that go along; `notes` are for people.
+    of a larger one; `unread` are tensors there that are no part of it; `beside`
+    are files that go along; `notes` are for people.
     """
 
     folder: Path
@@ -69,6 +77,7 @@ class Checkpoint:
     scale: str
     seed: int | None = None
     prefix: str = ""
+    unread: frozenset[str] = frozenset()
     beside: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -92,8 +101,21 @@ def checkpoint_in(folder: Path, spec: Description | None = None) -> Checkpoint:
     others = sum(not name.startswith(prefix) for name in names)
     if others:
         notes.append(f"{folder} has {others} tensors besides {prefix}*, the model: left out")
-    beside = _files(folder, BESIDE)
-    return Checkpoint(folder, tensors, config, _scale(config), None, prefix, beside, tuple(notes))
+    unread = unread_tensors(config, (name.removeprefix(prefix) for name in names))
+    notes += [
+        f"{folder} has {len(found)} tensors {what}: left out" for what, found in unread.items()
+    ]
+    return Checkpoint(
+        folder,
+        tensors,
+        config,
+        _scale(config),
+        None,
+        prefix,
+        frozenset(name for found in unread.values() for name in found),
+        _files(folder, BESIDE),
+        tuple(notes),
+    )
 
 
 def description_of(folder: Path, sets: Sequence[str] = ()) -> Description:
@@ -254,6 +276,7 @@ def convert(
             form,
             files,
             prefix=checkpoint.prefix,
+            unread=checkpoint.unread,
             beside=checkpoint.beside,
             max_shard_bytes=max_file,
             report=report,

@@ -53,6 +53,7 @@ class Layout:
 
 
 ONE = Layout("1 process, 2 threads", threads=2)
+ALONE = Layout("1 process")
 FOUR = Layout("2 pipeline x 2 expert", 4, "pipeline: 2, expert: 2")
 OTHER = Layout("4 expert", 4, "pipeline: 1, expert: 4")
 PAIRS = (
@@ -102,7 +103,10 @@ class Bench:
 
     def train(self, layout: Layout, steps: int, run: Path, *more: str) -> Path:
         """A run to its end; ends the program if it fails."""
-        if self.start(layout, steps, run, *more).wait():
+        return self.finish(layout, self.start(layout, steps, run, *more), run)
+
+    def finish(self, layout: Layout, process: subprocess.Popen[bytes], run: Path) -> Path:
+        if process.wait():
             log = (run.parent / f"{run.name}.log").read_text(encoding="utf-8")
             sys.exit(f"{layout.name} failed:\n{log[-3000:]}")
         return run
@@ -153,9 +157,13 @@ def held_out(run: Path) -> float:
 def quality(bench: Bench, folder: Path, steps: int, save: int, share: float) -> bool:
     """Losses of one process with two seeds, and of four that are killed and go on otherwise."""
     often = ["--save-every", str(save), "--eval-every", str(steps), "--held-out", str(share)]
+    runs = [folder / f"seed{seed}" for seed in (0, 1)]
+    processes = [  # both at once: a thread each
+        bench.start(ALONE, steps, run, "--seed", str(seed), *often) for seed, run in enumerate(runs)
+    ]
     first, second = (
-        held_out(bench.train(ONE, steps, folder / f"seed{seed}", "--seed", str(seed), *often))
-        for seed in (0, 1)
+        held_out(bench.finish(ALONE, process, run))
+        for process, run in zip(processes, runs, strict=True)
     )
     run = folder / "four"
     newest = bench.kill_one(FOUR, steps, run, steps // 2, "--seed", "0", *often)

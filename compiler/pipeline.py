@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from compiler.graph.core import Program, copy_program
-from compiler.graph.equal import changed_graphs, equal
+from compiler.graph.core import Op, Program, copy_program
+from compiler.graph.equal import changed_graphs, equal_links
 from compiler.graph.verify import verify
 from compiler.lower import lower
 from compiler.parallel.layout import Layout
@@ -225,7 +225,7 @@ def select_passes(
 def run(
     name: str, lowered: Program, passes: Sequence[Pass], description: Description
 ) -> Iterator[PassResult]:
-    """The program after each pass."""
+    """The program after each pass. Graphs that a pass does not change are those of before."""
     program = lowered
     for one in passes:
         start = time.perf_counter()
@@ -234,16 +234,21 @@ def run(
         graphs = changed_graphs(program, after)
         verify(after, graphs)
         seconds = time.perf_counter() - start
-        delta = _delta(program, after)
-        changed = bool(graphs) or not equal(program, after)
+        delta = _delta(program, after, graphs)
+        changed = bool(graphs) or not equal_links(program, after)
+        after.graphs |= {n: g for n, g in program.graphs.items() if n not in graphs}
         yield PassResult(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
         program = after
 
 
-def _delta(before: Program, after: Program) -> dict[str, int]:
-    counts = Counter(op.kind for graph in after.graphs.values() for op in graph.walk())
-    counts.subtract(op.kind for graph in before.graphs.values() for op in graph.walk())
+def _delta(before: Program, after: Program, changed: Set[str]) -> dict[str, int]:
+    counts = Counter(op.kind for name in changed for op in _ops(after, name))
+    counts.subtract(op.kind for name in changed for op in _ops(before, name))
     return {kind: n for kind, n in sorted(counts.items()) if n}
+
+
+def _ops(program: Program, name: str) -> Iterable[Op]:
+    return program.graphs[name].walk() if name in program.graphs else ()
 
 
 def after(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from lark import Token, Transformer, v_args
@@ -14,12 +15,13 @@ from dsl import ast
 from dsl.diagnostic import Diagnostic, DiagnosticError, Diagnostics
 from dsl.grammar import grammar
 from dsl.source import Source, Span
-from dsl.syntax import syntax_error
+from dsl.syntax import KEYWORDS, syntax_error
 from dsl.units import parse_quantity
 
 # Deep nesting is refused before a recursive walk over the tree could exhaust Python's stack.
 MAX_NESTING = 60
 MAX_EXPRESSION = 2_000
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # `NAME` of the grammar
 
 
 def parse_expression(source: Source, start: int, end: int) -> ast.Expr:
@@ -29,9 +31,23 @@ def parse_expression(source: Source, start: int, end: int) -> ast.Expr:
     """
     if end - start > MAX_EXPRESSION:
         _fail("E204", "this expression is too long", source.span(start, end), "", "split it up")
+    atom = _atom(source.span(start, end))
+    if atom is not None:
+        return atom
     result = _parse(source, start, end, "expression_only")
     assert isinstance(result, ast.Expr)
     return result
+
+
+def _atom(span: Span) -> ast.Number | ast.Name | None:
+    """A number or a name by itself, as most values of a spec are: it needs no parser."""
+    text = span.text
+    if _NAME.fullmatch(text):
+        return ast.Name(text, span) if text not in KEYWORDS else None
+    if text[:1].isdigit():
+        with suppress(ValueError):  # no number by itself, or a wrong one, which the parser reports
+            return ast.Number(parse_quantity(text), span)
+    return None
 
 
 def parse_blocks(source: Source) -> tuple[ast.Block, ...]:

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
 import traceback
+from importlib import import_module
+from keyword import iskeyword
 from typing import Annotated
 
 import typer
 
 from backends import VERSION
-from dslc.commands import (
-    bench_serve,
-    build,
-    calibrate,
-    check,
-    diff,
-    doctor,
-    dryrun,
-    eval,
-    explain,
-    export,
-    generate,
-    graph,
-    import_,
-    init,
-    kernels,
-    launch,
-    ops,
-    passes,
-    plan,
-    plot,
-    schema,
-    serve,
-    show,
-    study,
-    tokenizer,
-    train,
-    tune,
-)
+
+# In the order of `dslc --help`; each is a module of `dslc.commands`.
+COMMANDS = (
+    "check", "show", "plan", "dryrun", "calibrate", "doctor", "graph", "passes", "diff", "build",
+    "kernels", "tune", "tokenizer", "train", "launch", "study", "eval", "generate", "serve",
+    "bench-serve", "plot", "import", "export", "init", "schema", "ops", "explain",
+)  # fmt: skip
+FORMER = {"sample": "generate"}  # former names
 
 EXAMPLES = """
 \b
@@ -60,16 +42,6 @@ Examples:
 Exit status: 0 success, 1 wrong input, 2 wrong usage, 70 internal error, 130 interrupted.
 """
 
-app = typer.Typer(
-    name="dslc",
-    help="Compiles declarative specs of DeepSeek-V3-class models to readable PyTorch packages.",
-    epilog=EXAMPLES,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-
 
 def print_version(wanted: bool) -> None:
     if wanted:
@@ -77,7 +49,6 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[
         bool,
@@ -87,21 +58,34 @@ def options(
     pass
 
 
-COMMANDS = (
-    check, show, plan, dryrun, calibrate, doctor, graph, passes, diff, build, kernels, tune,
-    tokenizer, train, launch, study, eval, generate, serve, bench_serve, plot, import_, export,
-    init, schema, ops, explain,
-)  # fmt: skip
-for command in COMMANDS:
-    name = command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
-    app.command(name, epilog=command.EXAMPLES)(command.run)
-app.command("sample", hidden=True)(generate.run)  # its former name
+def application(word: str) -> typer.Typer:
+    """The program as its first argument needs it: with the one command of that name, or with all.
+
+    A command imports what it takes to declare its options, which the others need not wait for.
+    """
+    app = typer.Typer(
+        name="dslc",
+        help="Compiles declarative specs of DeepSeek-V3-class models to readable PyTorch packages.",
+        epilog=EXAMPLES,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(options)
+    for name in [word] if word in COMMANDS else [*COMMANDS, *FORMER]:
+        module = FORMER.get(name, name).replace("-", "_")
+        command = import_module(f"dslc.commands.{module}{'_' * iskeyword(module)}")
+        app.command(name, epilog=command.EXAMPLES, hidden=name in FORMER)(command.run)
+    return app
 
 
 def main() -> None:
     """Runs the command line and exits; no traceback unless DSLC_DEBUG is set."""
-    # The process lives for half a second: garbage collection would take a sixth of it.
+    # The process lives for half a second: garbage collection would take a sixth of it, and a
+    # collection at its end searches in vain what is freed next.
     gc.disable()
+    atexit.register(gc.freeze)
     # Threads that wait for one another in a loop keep other runs on the machine from the cores:
     # of two trainings at once each was tens of times slower. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -140,7 +124,7 @@ def run() -> str | int | None:
     status: str | int | None = 0
     try:
         try:
-            app(prog_name="dslc")
+            application(" ".join(sys.argv[1:2]))(prog_name="dslc")
         except SystemExit as stop:
             status = stop.code
         sys.stdout.flush()

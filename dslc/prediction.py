@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 
 OVERLAP = (
-    "A forward and a backward chunk that the schedule pairs compute while the other one's tokens"
-    " travel; a chunk alone hides nothing of its dispatch and combine. Messages between stages are"
-    " sent beside computing. Sums of gradients, update and gathering of weights come after the"
-    " last chunk. Experts are in balance.",
+    "A forward and a backward chunk that the schedule pairs compute in turn, while the other one's"
+    " tokens travel; a chunk alone hides nothing of its dispatch and combine. Gradients of weights"
+    " are computed with those of inputs. Messages between stages are sent beside computing. Sums"
+    " of gradients, update and gathering of weights come after the last chunk. Experts are in"
+    " balance.",
 )
 
 

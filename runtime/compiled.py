@@ -24,6 +24,7 @@ from .config import Config
 from .cxx import NotCompiled, compiled, identity
 from .dispatch import wanted
 from .fp8 import E4M3, RUN
+from .graphs import CapturedModel, captures
 from .pages import Draft, Pages, Rows
 from .weights import SCALES, blocks_of
 
@@ -73,12 +74,14 @@ class Source:
 M = TypeVar("M")
 
 
-def served(model: M) -> M | CompiledModel:
-    """The compiled programs of a model; the model itself where there are none.
+def served(model: M) -> M | CompiledModel | CapturedModel:
+    """The compiled programs of a model, or on a GPU its own, captured; else the model itself.
 
-    `DSLC_KERNELS=torch` asks for the latter, and so does a class with a `decode` of its own; any
-    other reason is told in one line. Raises ValueError where the model cannot do without them.
+    `DSLC_KERNELS=torch` asks for no compiled ones, and so does a class with a `decode` of its own;
+    any other reason is told in one line. Raises ValueError where the model cannot do without them.
     """
+    if captures(model):
+        return CapturedModel(model)
     source: Source | None = getattr(model, "compiled", None)
     try:
         if source is None or not _is_for_cpu(model):

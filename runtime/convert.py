@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +93,15 @@ def convert(
     files: Mapping[str, str],
     *,
     prefix: str = "",
+    unread: Collection[str] = (),
     beside: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     report: Callable[[ConversionProgress], None] = lambda _: None,
 ) -> Table:
     """Writes the `wanted` tensors of a folder to `target`, as `form` asks; gives the audit.
 
-    Where the model is a part of a larger one, `prefix` is what its names begin with in the folder.
+    Where the model is a part of a larger one, `prefix` is what its names begin with in the folder;
+    `unread` are tensors there that are no part of it.
     The target gets the texts of `files` besides, those `beside` unchanged, and an index.
 
     Raises ConversionError with all problems: tensors missing, left over, of the wrong shape or type
@@ -120,6 +122,7 @@ def convert(
             shards,
             {one.name: one.shape for one in wanted if not one.copy_of},
             {one.name: one.copy_of for one in wanted if one.copy_of},
+            unread,
         )
         known, unread = known_hashes(folder)
         if problems := [*sources.problems, *unread]:

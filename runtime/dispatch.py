@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
 from inspect import signature
 from types import ModuleType
@@ -32,21 +32,26 @@ def with_kernel(
     first call, so that a machine without Triton needs none.
     """
 
+    launchers: list[tuple[Function, frozenset[str] | None]] = []
+    """With the names of their parameters, None for any; found at the first call for them."""
+
+    # Every operator of a decoding step comes by here: it takes as long as a launch may not.
     @wraps(reference)
     def function(*arguments: Any, **keywords: Any) -> Any:
         first = arguments[0] if arguments else None
-        if isinstance(first, list | tuple):
+        if isinstance(first, (list, tuple)):  # noqa: UP038  a union is ten times as slow
             first = first[0] if first else None
-        if not isinstance(first, Tensor) or first.dtype != dtype:
+        if (
+            not isinstance(first, Tensor)
+            or first.dtype is not dtype
+            or not serves(target, first.device)
+            or _records_gradient(arguments)
+        ):
             return reference(*arguments, **keywords)
-        if not serves(target, first.device) or _records_gradient(arguments):
-            return reference(*arguments, **keywords)
-        for file in files:
-            module = _file(f"{package}.{file}")
-            if module is None:
-                continue
-            launcher = getattr(module, reference.__name__)
-            if not keywords.keys() <= _parameters(launcher):
+        if not launchers:
+            launchers.extend(_launchers(reference.__name__, package, files))
+        for launcher, parameters in launchers:
+            if keywords and parameters is not None and not keywords.keys() <= parameters:
                 continue
             result = launcher(*arguments, **keywords)
             if result is not NotImplemented:
@@ -56,9 +61,16 @@ def with_kernel(
     return function
 
 
-@cache
-def _parameters(launcher: Function) -> frozenset[str]:
-    return frozenset(signature(launcher).parameters)
+def _launchers(
+    name: str, package: str, files: Sequence[str]
+) -> Iterator[tuple[Function, frozenset[str] | None]]:
+    for file in files:
+        module = _file(f"{package}.{file}")
+        if module is not None:
+            launcher = getattr(module, name)
+            parameters = signature(launcher).parameters.values()
+            any_name = any(one.kind is one.VAR_KEYWORD for one in parameters)
+            yield launcher, None if any_name else frozenset(one.name for one in parameters)
 
 
 @cache

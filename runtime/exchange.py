@@ -64,7 +64,7 @@ class Exchange:
 
         Returns the rows that arrived, [arrived, width], rank by rank in the order of their tokens,
         the last of them with experts counted from this rank's first and -1 for those of others;
-        then the handle. Experts of -1 are on no rank of the group.
+        then the handle. Experts of -1, and from `count` on, are on no rank of the group.
         """
         *others, experts = rows
         handle = self._route(experts)
@@ -78,13 +78,17 @@ class Exchange:
         flat = experts.flatten(0, -2)
         nowhere = self.ranks
         to = torch.zeros(len(flat), nowhere + 1, dtype=torch.bool, device=flat.device)
-        to.scatter_(1, torch.where(flat < 0, nowhere, flat // self.each), True)
-        ranks, tokens = to[:, :nowhere].t().nonzero(as_tuple=True)
-        sent = torch.bincount(ranks, minlength=self.ranks)
-        arrived = torch.empty_like(sent)
+        absent = (flat < 0) | (flat >= self.ranks * self.each)
+        to.scatter_(1, torch.where(absent, nowhere, flat // self.each), True)
+        to = to[:, :nowhere].t().contiguous()
+        counts = to.sum(1)
+        arriving = torch.empty_like(counts)
         with self.waiting():
-            all_to_all_single(arrived, sent, group=self.group)
-        return Handle(tokens, sent.tolist(), arrived.tolist(), experts.shape[:-1])
+            all_to_all_single(arriving, counts, group=self.group)
+        # The host waits here, and nowhere else: sizes of what is sent and allocated are its own.
+        sent, arrived = torch.stack([counts, arriving]).tolist()
+        tokens = torch.nonzero_static(to, size=sum(sent))[:, 1]
+        return Handle(tokens, sent, arrived, experts.shape[:-1])
 
     def dispatch_again(self, *given: Tensor | Way) -> Tensor | tuple[Tensor, ...]:
         """Rows of the tokens by the way of an earlier dispatch; the handle comes last."""

@@ -230,9 +230,12 @@ def permute_quantized_local(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same as `functional.permute_local` sorts them."""
+    if (ranks := routing.current()) is not None:
+        (rows, scales), offs, sort_indices = ranks.send((q, s), index)
+        return rows, scales, offs, sort_indices
     rows, offs, sort_indices = F.permute_local(q, index, experts)
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
-    return rows, s[token], offs, sort_indices
+    return rows, s.flatten(0, -2)[token], offs, sort_indices
 
 
 # ---- pieces ---------------------------------------------------------------------------------

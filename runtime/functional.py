@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -642,7 +643,8 @@ choices it was; int64 [n] each."""
 def dispatch(index: Tensor, experts: int) -> list[Chosen]:
     """For each expert the tokens that chose it, in order; no token is dropped.
 
-    index [..., k] as `topk_groups` gives it. Raises ValueError where experts are on several ranks.
+    index [..., k] as `topk_groups` gives it; from `experts` on none are listed. Raises ValueError
+    where experts are on several ranks.
     """
     if routing.current() is not None:
         raise ValueError("experts that are computed one by one cannot be spread over ranks")
@@ -651,7 +653,7 @@ def dispatch(index: Tensor, experts: int) -> list[Chosen]:
     counts = torch.bincount(flat, minlength=experts).tolist()
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     choice = sort_indices % index.shape[-1]
-    return list(zip(token.split(counts), choice.split(counts), strict=True))
+    return list(zip(token.split(counts), choice.split(counts), strict=True))[:experts]
 
 
 def gather_tokens(x: Tensor, chosen: Chosen) -> Tensor:
@@ -745,18 +747,30 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
         return rows, offs, sort_indices
     flat = index.flatten()
     sort_indices = flat.argsort(stable=True)
-    offs = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
+    # Not `bincount`, for which the host would wait for a GPU.
+    offs = expert_load(flat, experts).cumsum(0).to(torch.int32)
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     return x.flatten(0, -2).index_select(0, token), offs, sort_indices
 
 
 def permute_local(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the experts of one rank: those of others, -1 in `index`, get no rows."""
+    """The same where not all have rows: -1 in `index` is an expert of another rank, and experts
+    from `experts` on give back their tokens (`identity_weight`)."""
+    if (ranks := routing.current()) is not None:
+        (rows,), offs, sort_indices = ranks.send((x,), index)
+        return rows, offs, sort_indices
     flat = index.flatten()
-    sort_indices = flat.argsort(stable=True)[int((flat < 0).sum()) :]
-    counts = torch.bincount(flat[sort_indices], minlength=experts)
+    counts = torch.bincount(flat + 1, minlength=experts + 1)
+    before, here = int(counts[0]), counts[1 : experts + 1]
+    sort_indices = flat.argsort(stable=True)[before : before + int(here.sum())]
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
-    return x.index_select(0, token), counts.cumsum(0).to(torch.int32), sort_indices
+    rows = x.flatten(0, -2).index_select(0, token)
+    return rows, here.cumsum(0).to(torch.int32), sort_indices
+
+
+def identity_weight(index: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The sum of each token's weights [..., k] of experts from `count` on: [..., 1]."""
+    return torch.where(index >= count, weight, 0).sum(-1, keepdim=True)
 
 
 def grouped_linear(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
@@ -817,9 +831,9 @@ def head_linear(x: Tensor, weight: Tensor, rows: tuple[int, int], *, transposed:
     # By hand what einsum would do: a decoding step is as long as its calls are many.
     flat = x.flatten(0, 1)
     if matmul.is_batch_invariant():
-        out = matmul.by_rows(_by_head, flat, part)
+        out = matmul.in_float32(partial(matmul.by_rows, _by_head), flat, part)
     else:
-        out = _by_head(flat, part)
+        out = matmul.in_float32(_by_head, flat, part)
     return out.view(*x.shape[:3], -1)
 
 
@@ -862,15 +876,15 @@ def latent_attention(
         c_kv, k_rope = c_kv[:, first:], k_rope[:, first:]
     if c_kv.numel() <= _WIDENED and c_kv.device.type == "cpu":
         q_latent, q_rope, c_kv, k_rope = (wide(t) for t in (q_latent, q_rope, c_kv, k_rope))
-    score = torch.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
-    score = torch.baddbmm(score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
+    score = matmul.bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
+    score = matmul.in_float32(torch.baddbmm, score, q_latent.flatten(1, 2), c_kv.transpose(1, 2))
     score = capped(wide(score) * scale, softcap)
     if seen is None and queries > 1:
         seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=score.device).tril()
     if seen is not None:
         score = score.masked_fill(~seen[:, 0].repeat_interleave(heads, 1), -math.inf)
     share = probabilities(score, None if sinks is None else sinks.repeat(queries).unsqueeze(-1))
-    return torch.bmm(share.to(c_kv.dtype), c_kv).view(q_latent.shape).to(dtype)
+    return matmul.bmm(share.to(c_kv.dtype), c_kv).view(q_latent.shape).to(dtype)
 
 
 def paged_latent_attention(

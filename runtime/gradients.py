@@ -348,15 +348,15 @@ def _attend_grad_by_products(
         seen = seen.expand(len(q), *seen.shape[1:])
     for b in range(len(q)):
         qh, kh, vh, dh, oh = (t[b].transpose(0, 1) for t in (q, k, v, d, o))
-        score = F.wide(torch.bmm(qh, kh.transpose(1, 2)))
+        score = F.wide(matmul.bmm(qh, kh.transpose(1, 2)))
         p = score.mul_(scale).sub_(lse[b].t().unsqueeze(-1)).exp_()
         p = p.tril_() if seen is None else p.masked_fill_(~seen[b], 0)
         share = (F.wide(dh) * oh).sum(-1, keepdim=True)
-        ds = F.wide(torch.bmm(dh, vh.transpose(1, 2))).sub_(share).mul_(p).mul_(scale).to(q.dtype)
+        ds = F.wide(matmul.bmm(dh, vh.transpose(1, 2))).sub_(share).mul_(p).mul_(scale).to(q.dtype)
         found = (
-            torch.bmm(ds, kh),
-            torch.bmm(ds.transpose(1, 2), qh),
-            torch.bmm(p.to(d.dtype).transpose(1, 2), dh),
+            matmul.bmm(ds, kh),
+            matmul.bmm(ds.transpose(1, 2), qh),
+            matmul.bmm(p.to(d.dtype).transpose(1, 2), dh),
         )
         for grad, part in zip(grads, found, strict=True):
             grad[b] = part.transpose(0, 1)
@@ -473,6 +473,11 @@ def gate_grad(
     chosen = topk_groups_grad(d, affinity, topk_indices, normalize=normalize, scale=scale)
     through = sigmoid_grad if scoring == "sigmoid" else softmax_grad
     return through(d_affinity + chosen, affinity)
+
+
+def identity_weight_grad(d: Tensor, topk_indices: Tensor, count: int) -> Tensor:
+    """`d` [..., 1] for the weights of experts from `count` on, 0 for others: [..., k]."""
+    return torch.where(topk_indices >= count, d, 0)
 
 
 def permute_grad(d: Tensor, sort_indices: Tensor, topk_indices: Tensor) -> Tensor:

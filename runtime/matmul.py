@@ -2,15 +2,18 @@
 
 Where torch has a choice on the CPU, its matmul takes MKL for float32, and MKL keeps to AVX2 on
 processors that are not Intel's: oneDNN takes half of the time there (2048 x 256 by 256 x 96: 0.40
-ms against 0.97 on one core of a Zen 5), and for bfloat16 torch takes it anyway.
+ms against 0.97 on one core of a Zen 5), and for bfloat16 torch takes it anyway. Without AVX-512
+there is neither, and torch's own loops for bfloat16 take ten times as long as float32.
 """
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as torch_f
@@ -21,6 +24,9 @@ FEW = 8
 
 LARGE = 2**19
 """With this many numbers, oneDNN also reads the weight faster (8192 x 512: 0.73 ms, MKL 1.13)."""
+
+NARROW_ROWS = 2
+"""Up to this many rows of bfloat16 torch's own loops keep up: they read half of the bytes."""
 
 BUCKET = 32
 """oneDNN makes a kernel for each new number of rows, which takes as long as to multiply some 500
@@ -51,7 +57,30 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     many = x.numel() > FEW * x.shape[-1] or weight.numel() >= LARGE
     if many and x.numel() and _suits_onednn(x):
         return _onednn(x, weight)
-    return torch_f.linear(x, weight)
+    return linear(x, weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W^T` for x [..., in] and weight [out, in], by torch, in float32 where that is faster."""
+    few = x.numel() <= NARROW_ROWS * x.shape[-1]
+    return torch_f.linear(x, weight) if few else in_float32(torch_f.linear, x, weight)
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, i, j] times b [n, j, k], by torch, in float32 where that is faster: [n, i, k]."""
+    return in_float32(torch.bmm, a, b)
+
+
+def in_float32(compute: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """`compute(*factors)`; for bfloat16 in float32 where torch's own loops are slow.
+
+    Either way sums are float32, and rounded once. `by_rows` goes within: rounded results would hide
+    most of the sums that are made in another order.
+    """
+    first = factors[0]
+    if not _BFLOAT16_IS_SLOW or first.dtype is not torch.bfloat16 or first.device.type != "cpu":
+        return compute(*factors)
+    return compute(*(factor.float() for factor in factors)).to(torch.bfloat16)
 
 
 def grouped_product(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
@@ -78,7 +107,7 @@ def grouped_product(x: Tensor, offs: Tensor, weight: Tensor) -> Tensor:
         return torch_f.grouped_mm(x, weight.transpose(-1, -2), offs=offs)
     counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
     parts = zip(x.split(counts), weight.unbind(), strict=True)
-    return torch.cat([torch_f.linear(rows, matrix) for rows, matrix in parts])
+    return torch.cat([linear(rows, matrix) for rows, matrix in parts])
 
 
 def _row_by_row(x: Tensor, offs: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -139,7 +168,7 @@ def _parts(offs: Tensor, slots: int) -> Iterator[_Part]:
 def _row_invariant(x: Tensor, weight: Tensor) -> Tensor:
     """`product`, each row with the bits that it has in any call."""
     rows = x.reshape(-1, x.shape[-1])
-    out = by_rows(torch_f.linear, rows, weight)
+    out = in_float32(partial(by_rows, torch_f.linear), rows, weight)
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -261,6 +290,11 @@ _HAS_ONEDNN = (
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+
+
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_BFLOAT16_IS_SLOW = _X86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+"""A CPU without AVX-512: 256 rows by 512 x 512 take 15.0 ms on a core, and 1.6 in float32."""
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:

@@ -138,12 +138,7 @@ class LanguageModel(CheckpointModule, ABC):
             setattr(self, method, _refusal(f"a model with weights={form!r} {why}"))
 
     def _of_fp8_products(self) -> list[Tensors]:
-        found = [
-            module
-            for module in self.modules()
-            if isinstance(module, Tensors) and "weight" in module.declarations
-            if module.declarations["weight"].fp8
-        ]
+        found = [one for one in self.modules() if isinstance(one, Tensors) and one.has_fp8]
         if not found:
             raise ValueError(
                 f"weights='fp8': no product of {self.config.model} is in FP8; build it with "

@@ -52,6 +52,11 @@ class Rows:
     scored: Tensor
     """int64 [scored]: the rows whose next token is asked for."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether each row attends by its own table."""
+        return all(len(g.table) == g.rows.stop - g.rows.start for g in self.groups)
+
 
 class Pages:
     """The cache of up to `blocks - 1` blocks of `page` tokens, for every module that appends to it.

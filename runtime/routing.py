@@ -22,12 +22,12 @@ class Routing(Protocol):
         """Rows [.., width] of each token to the ranks of its experts, `index` int64 [.., k].
 
         Gives the rows that came for the experts here, sorted by them; int32 [experts here], where
-        those of each end; and int64 [tokens * k], the places in the flattened `index` in the order
-        in which `give_back` brings results.
+        those of each end; and int64, the places in the flattened `index` in the order in which
+        `give_back` brings results. Experts that give back their tokens have no rows.
         """
 
     def give_back(self, y: Tensor) -> Tensor:
-        """Results of the rows that came, to where they came from: [tokens * k, width]."""
+        """Results of the rows that came, to where they came from: [places, width]."""
 
 
 _state = threading.local()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +35,18 @@ class Sources:
     """
 
     def __init__(
-        self, shards: Shards, shapes: Mapping[str, Shape], copies: Mapping[str, str]
+        self,
+        shards: Shards,
+        shapes: Mapping[str, Shape],
+        copies: Mapping[str, str],
+        unread: Collection[str] = (),
     ) -> None:
-        """`copies`: copy -> original, of which only the originals are among `shapes`."""
+        """`copies`: copy -> original, of which only the originals are among `shapes`; `unread`:
+        tensors of the files that are known to be no part of the model."""
         self.shards = shards
         self.problems = list(shards.problems)
         self.of: dict[str, TensorSource] = {}
-        self._left = dict(shards.entries)
+        self._left = {n: one for n, one in shards.entries.items() if n not in unread}
         for name, shape in shapes.items():
             self._take(name, shape)
         found = {copy: o for copy, o in copies.items() if copy in self._left}

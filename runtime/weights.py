@@ -111,6 +111,9 @@ class Tensors(Block):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    keeps_copy = False
+    """Whether the FP8 copy stays where it is, for CUDA graphs that read it."""
+
     quantize_weight: Callable[..., Fp8] = staticmethod(fp8.quantize_weight)
     """How the FP8 copy is made; kernels stand in its place where a build has them."""
 
@@ -130,8 +133,15 @@ class Tensors(Block):
             scale = self.declarations["weight"].fp8
             with torch.no_grad():
                 q, s = self.quantize_weight(weight.detach(), scale=scale, parts=self.parts_of_rows)
+                if self._copy is not None and self.keeps_copy:
+                    q, s = self._copy.q.copy_(q), self._copy.s.copy_(s)
             self._copy = _Copy(weight, weight.data_ptr(), version, q, s)
         return self._copy.q, fp8.refuse_gradient(self._copy.s, weight)
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether products read the FP8 copy."""
+        return "weight" in self.declarations and bool(self.declarations["weight"].fp8)
 
     @property
     def quantized(self) -> bool:

@@ -60,7 +60,7 @@ def _numbers(description: Description, plan: Plan | None) -> dict[str, Any]:
 
 def _parallel(description: Description, plan: Plan) -> dict[str, Any]:
     """What the trainer reads of a plan."""
-    layout, mesh = plan.layout, plan.layout.mesh
+    layout, mesh, parallel = plan.layout, plan.layout.mesh, plan.parallel
     return {
         "pipeline": mesh.pipeline,
         "replicas": mesh.replicas,
@@ -68,6 +68,7 @@ def _parallel(description: Description, plan: Plan) -> dict[str, Any]:
         "gpus_per_node": mesh.node_size,
         "zero": layout.zero,
         "schedule": layout.schedule,
+        "exchange": parallel.exchange,
         "micro_batches": step_counts(description, layout),
         "longest_schedule": longest(mesh.pipeline),
         "stages": placement(layout.schedule, mesh.pipeline),

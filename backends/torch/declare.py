@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -67,6 +68,11 @@ def joined_names(graph: Graph, versions: Iterable[Graph]) -> dict[str, str]:
 def stored_name(symbol: str, joined: Mapping[str, str]) -> str:
     """The name of the tensor that holds a weight, alone or with others; a `*` is the expert."""
     return f"{joined[symbol]}.weight" if symbol in joined else symbol
+
+
+def attribute(name: str) -> str:
+    """How code reaches what has this name: numbers are places in lists, `norm.0.weight`."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)
 
 
 def folded(names: Sequence[str]) -> str:
@@ -173,6 +179,9 @@ class Declarations:
             return self.made[node.block]
         if node.layers:
             return self._list(node)
+        if "0" in node.children:
+            items = [("", self._expression(child)) for child in node.children.values()]
+            return CallText("nn.ModuleList([", tuple(items), "])")
         items = [(f"{name}=", self._expression(child)) for name, child in node.children.items()]
         if node.stack:
             return CallText("Stack(", (("", self._stack(node)), *items))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backends.torch.declare import TORCH_DTYPES, stored_name
+from backends.torch.declare import TORCH_DTYPES, attribute, stored_name
 from backends.torch.layout import WIDTH, lay_out, parse_call
 from backends.torch.names import Names
 from backends.torch.sizes import Sizes
@@ -155,14 +155,15 @@ class Emitter:
 
     def stored(self, op: Op) -> str:
         """The stored tensor of an operator's weights; of all experts where it is for all."""
-        return f"self.{stored_name(op.symbols[0], self.context.joined).replace('.*.', '.')}"
+        name = stored_name(op.symbols[0], self.context.joined).replace(".*.", ".")
+        return f"self.{attribute(name)}"
 
     def weight(self, symbol: str) -> str:
         """The stored tensor, or the part of it that belongs to the expert at hand."""
         name = stored_name(symbol, self.context.joined)
         if name in self.parts:
             return f"{self.parts[name]}[expert]"
-        return f"self.{name}"
+        return f"self.{attribute(name)}"
 
 
 class TrainingEmitter(Emitter):

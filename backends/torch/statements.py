@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from backends.torch.declare import stored_name
+from backends.torch.declare import attribute, stored_name
 from backends.torch.emit import Callee, Emit, Emitter, Subgraph, call_f, call_fp8, index_of
 from backends.torch.names import identifier
 from backends.torch.records import numbers_text
@@ -71,8 +71,13 @@ def _experts(e: Emitter, op: Op) -> None:
 
 def _permute(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    local = "_local" if op.operands[0].type.dims[0].name == "arrived" else ""
-    e.assign(op, f"F.permute{local}({e.operands(op)}, {e.size(count)})")
+    e.assign(op, f"F.permute{_local(op)}({e.operands(op)}, {e.size(count)})")
+
+
+def _local(op: Op) -> str:
+    """Whether not all choices have rows: some experts are on other ranks, or compute nothing."""
+    arrived = op.operands[0].type.dims[0].name == "arrived"
+    return "_local" if arrived or "identity" in op.attrs else ""
 
 
 def _exchange(e: Emitter, op: Op) -> None:
@@ -95,8 +100,7 @@ def _fp8_weight(e: Emitter, op: Op) -> None:
 
 def _permute_quantized(e: Emitter, op: Op) -> None:
     (count,) = dims_of(op.attrs["count"])
-    local = "_local" if op.operands[0].type.dims[0].name == "arrived" else ""
-    e.assign(op, f"fp8.permute_quantized{local}({e.operands(op)}, {e.size(count)})")
+    e.assign(op, f"fp8.permute_quantized{_local(op)}({e.operands(op)}, {e.size(count)})")
 
 
 def _head_linear(e: Emitter, op: Op) -> None:
@@ -254,7 +258,7 @@ def _targets(e: Emitter, op: Op, callee: Callee) -> str:
 def _call_segment(e: Emitter, op: Op, segment: Subgraph, arguments: Sequence[str]) -> None:
     name = e.context.callees[op.callee].method
     methods = [f"self.{name}", f"self.{name}_backward"]
-    weights = f"[{', '.join(f'self.{w}' for w in segment.weights)}]"
+    weights = f"[{', '.join(f'self.{attribute(w)}' for w in segment.weights)}]"
     given = [*methods, segment.gradients, weights, *arguments]
     e.assign(op, f"differentiable({', '.join(given)})")
 
@@ -263,14 +267,8 @@ def _call(e: Emitter, op: Op) -> None:
     if not op.attrs["scope"]:
         _call_graph(e, op, "self")
         return
-    scope = op.text("scope").split(".")
-    if scope[-1] == "*":
-        _call_graph(e, op, "layer")
-        return
-    module = "self"
-    for part in scope:
-        module += f"[{part}]" if part.isdigit() else f".{part}"
-    _call_graph(e, op, module)
+    scope = op.text("scope")
+    _call_graph(e, op, "layer" if scope.endswith("*") else f"self.{attribute(scope)}")
 
 
 def _repeat(e: Emitter, op: Op) -> None:
@@ -341,6 +339,7 @@ STATEMENTS: Mapping[str, Emit] = {
     "combine": _exchange,
     "grouped_linear": _grouped,
     "grouped_parameter": _grouped,
+    "identity_weight": call_f("identity_weight", "count"),
     "unpermute": call_f("unpermute"),
     "quantize": call_fp8("quantize", "scale"),
     "rms_norm_quantize": call_f("rms_norm_quantize", "eps", "scale", module="fp8"),

@@ -157,6 +157,7 @@ GRADIENTS: Mapping[str, Emit] = {
     "document_attention_saving": _attention,
     "document_attention_grad": _attention,
     "indexer_loss_grad": _call_g("indexer_loss_grad", "scale"),
+    "identity_weight_grad": _call_g("identity_weight_grad", "count"),
     "topk_groups_grad": _call_g("topk_groups_grad", "normalize", "scale"),
     "gate_grad": _call_g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _call_g("permute_grad"),

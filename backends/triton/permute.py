@@ -55,8 +55,9 @@ class PermuteTile:
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/permute.py`, with the functions that occur."""
     found = {kind: instances.of(kind) for kind in FUNCTIONS if instances.of(kind)}
-    if not found:
-        return None
+    sorts = (one for kind in ("permute", "permute_quantized") for one in found.get(kind, ()))
+    if not found or any("identity" in one.op.attrs for one in sorts):
+        return None  # kernels sort every choice; experts that give back tokens have no rows
     widths = {_hidden(u) for kind in found if kind != "expert_load" for u in found[kind]}
     text = render(
         "triton/permute.py.jinja",

@@ -15,6 +15,7 @@ from compiler.graph.build import site_of
 from compiler.graph.core import Graph, Op, Program, Value, sizes_inside
 from compiler.graph.types import BYTES, Dim
 from compiler.ops import OPS
+from compiler.ops.moe import computing
 
 Sizes = Mapping[str, int]
 
@@ -180,13 +181,14 @@ class Modules:
         """From here on `slot` is known, and weights of all experts are used at once."""
         site = site_of(op, graph, self._program.graphs)
         route, ends = op.operands[-1].type, op.results[-2].type
-        experts = _Many(range(ends.last.size or 0), route.last.size or 0)
+        experts = _Many(range(ends.last.size or 0), computing(op, route.last.size or 0))
         sizes = {**place.sizes, **OPS[op.kind].sizes(site, place.sizes)}
         return replace(place, sizes=sizes, experts=experts)
 
     def _in_experts(self, graph: Graph, op: Op, place: _Context) -> _Context:
         site = site_of(op, graph, self._program.graphs)
-        experts = _Many(range(site.number("count")), op.operands[1].type.last.size or 0)
+        chosen = computing(op, op.operands[1].type.last.size or 0)
+        experts = _Many(range(site.number("count")), chosen)
         return replace(
             place,
             sizes=OPS[op.kind].inner_sizes(site, place.sizes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from compiler.graph.core import Attr, Graph, Op, Region, Value
 from compiler.graph.placement import placed
@@ -19,28 +20,48 @@ def site_of(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> Site:
 
     Raises `TypeMismatch` where it names a weight or a graph that does not exist.
     """
-    weights: list[Type] = []
+    types, weights, regions, callee, saved = _types_around(op, graph, graphs)
+    return Site(types, weights, op.attrs, regions, callee, saved)
+
+
+# Types of operands and weights, of regions, of what is called, and of what was saved.
+_TypesAround = tuple[
+    tuple[Type, ...], tuple[Type, ...], tuple[Signature, ...], Signature | None, tuple[Type, ...]
+]
+
+
+def _types_around(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> _TypesAround:
     for symbol in op.symbols:
         if symbol not in graph.weights:
             raise TypeMismatch(f"there is no weight @{symbol}")
-        weights.append(graph.weights[symbol].type)
     callee: Signature | None = None
     if op.kind == "call":
         called = graphs.get(op.callee)
         if called is None:
             raise TypeMismatch(f"there is no graph @{op.callee}")
-        callee = (tuple(v.type for v in called.args), tuple(v.type for v in called.results))
-    regions = tuple(
-        (tuple(v.type for v in r.args), tuple(v.type for v in r.yielded)) for r in op.regions
-    )
-    saved = tuple(v.type for v in op.results) if op.kind == "saved" else ()
-    operands = tuple(v.type for v in op.operands)
-    return Site(operands, tuple(weights), op.attrs, regions, callee, saved)
+        callee = (_types(called.args), _types(called.results))
+    regions = tuple([(_types(r.args), _types(r.yielded)) for r in op.regions])
+    saved = _types(op.results) if op.kind == "saved" else ()
+    weights = tuple([graph.weights[symbol].type for symbol in op.symbols])
+    return _types(op.operands), weights, regions, callee, saved
+
+
+def _types(values: Sequence[Value]) -> tuple[Type, ...]:
+    return tuple([value.type for value in values])
 
 
 def infer(op: Op, graph: Graph, graphs: Mapping[str, Graph]) -> tuple[Type, ...]:
     """Types of an operator's results. Raises `TypeMismatch`."""
-    site, operator = site_of(op, graph, graphs), OPS[op.kind]
+    return _infer(op.kind, tuple(op.attrs.items()), _types_around(op, graph, graphs))
+
+
+@cache
+def _infer(
+    kind: str, attrs: tuple[tuple[str, Attr], ...], around: _TypesAround
+) -> tuple[Type, ...]:
+    """Types of the results of an operator at such a site: after most passes it is there again."""
+    types, weights, regions, callee, saved = around
+    site, operator = Site(types, weights, dict(attrs), regions, callee, saved), OPS[kind]
     return placed(operator, site, operator.infer(site))
 
 

@@ -8,7 +8,7 @@ are in `README.md` beside this file; `verify.py` checks them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from compiler.graph.types import Dim, Type
@@ -163,7 +163,7 @@ class Graph:
 
     def calls(self) -> Iterator[str]:
         """Names of the graphs that this one calls, in order, each once."""
-        return iter(dict.fromkeys(op.callee for op in self.walk() if op.callee))
+        return iter(dict.fromkeys([op.callee for op in self.walk() if op.kind == "call"]))
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every operator that reads `old` read `new`."""
@@ -296,7 +296,7 @@ class Program:
         """Every call of a graph, and the graph that it is in."""
         for graph in self.graphs.values():
             for op in graph.walk():
-                if op.callee == name:
+                if op.kind == "call" and op.callee == name:
                     yield graph, op
 
     def backward_of(self, name: str) -> Graph | None:
@@ -357,7 +357,7 @@ def bind_dims(formal: Sequence[Type], actual: Sequence[Type]) -> dict[str, Dim]:
             if fd.size is None and ad.size is None and ad.offset >= fd.offset:
                 if fd.axes != ad.axes:
                     raise ValueError(f"expects {fd}, got {ad}")
-                whole = replace(ad, offset=ad.offset - fd.offset)
+                whole = ad._replace(offset=ad.offset - fd.offset)
                 if bound.setdefault(fd.name, whole) == whole:
                     continue
                 first = bound[fd.name]
@@ -411,7 +411,10 @@ def _copy_graph(graph: Graph) -> Graph:
     values: dict[Value, Value] = {}
 
     def value(old: Value) -> Value:
-        return values.setdefault(old, Value(old.name, old.type))
+        new = values.get(old)
+        if new is None:
+            new = values[old] = Value(old.name, old.type)
+        return new
 
     def ops(old: Sequence[Op]) -> list[Op]:
         return [

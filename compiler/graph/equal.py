@@ -16,6 +16,15 @@ def equal(a: Program, b: Program) -> bool:
     return first_difference(a, b) is None
 
 
+def equal_links(a: Program, b: Program) -> bool:
+    """Whether two programs say the same of their graphs together."""
+    return _links(a) == _links(b)
+
+
+def _links(program: Program) -> tuple[object, ...]:
+    return program.name, program.root, [*program.graphs], [*link_lines(program)]
+
+
 def changed_graphs(before: Program, after: Program) -> set[str]:
     """Names of the graphs that differ, or that only one of the programs has."""
     a, b = before.graphs, after.graphs

@@ -14,7 +14,6 @@ from compiler.graph.core import Attr, Op
 from compiler.graph.types import BYTES, MESH_AXES, RUNTIME_DIMS, Dim, Type
 from compiler.ops import Operator
 
-IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SYMBOL = re.compile(r"([A-Za-z0-9_]+|\*)(\.([A-Za-z0-9_]+|\*))*")
 _DIM = re.compile(r"[A-Za-z0-9_]+([*+][A-Za-z0-9_]+)*")
 _MAX_INT = 2**63
@@ -31,6 +30,11 @@ class Broken(Exception):
 def no_end(end: str) -> None:
     """Raises `Broken`: a list of operators is empty, where at least `end` belongs."""
     raise Broken("E514", f"there is no `{end}`")
+
+
+def is_identifier(name: str) -> bool:
+    """Whether a name is one of a value, a graph or a cache: letters, digits and `_`."""
+    return name.isascii() and name.isidentifier()
 
 
 def need_symbol(name: str) -> None:

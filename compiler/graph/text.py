@@ -36,12 +36,21 @@ CORRESPONDING = ("results", "lifted", "arguments")
 CROSSING = ("received", "sent")
 
 
-def print_program(program: Program, locs: bool = False) -> str:
-    """All of a program. `locs` adds the source places. `parse_program` reads it back."""
+def print_program(
+    program: Program, locs: bool = False, printed: dict[Graph, str] | None = None
+) -> str:
+    """All of a program. `locs` adds the source places. `parse_program` reads it back.
+
+    `printed` holds the texts of graphs that other programs share with this one.
+    """
+    printed = {} if printed is None else printed
+    for graph in program.graphs.values():
+        if graph not in printed:
+            printed[graph] = print_graph(graph, locs)
     head = f"program @{program.name} root @{program.root}"
     links = "".join(f"{INDENT}{line}\n" for line in link_lines(program))
     head += f" {{\n{links}}}" if links else ""
-    return "\n\n".join([head, *(print_graph(g, locs)[:-1] for g in program.graphs.values())]) + "\n"
+    return "\n".join([f"{head}\n", *(printed[graph] for graph in program.graphs.values())])
 
 
 def link_lines(program: Program) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 BYTES = {"u8": 1, "f8e4m3": 1, "bf16": 2, "f32": 4, "i32": 4, "i64": 8, "bool": 1}
 FLOATS = ("bf16", "f32")
@@ -36,8 +37,7 @@ _DIM = re.compile(
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]\n]*)\](?: partial\(([a-z_, ]+)\))?")
 
 
-@dataclass(frozen=True, slots=True)
-class Dim:
+class Dim(NamedTuple):
     """A named dimension. `size` is None for a run-time dimension, which may lack `offset` items.
 
     The ranks of `axes` hold parts of their own of it, in the order of the ranks; `size` is that of
@@ -67,8 +67,7 @@ class Dim:
         return self.size if self.size is not None else sizes[self.name] - self.offset
 
 
-@dataclass(frozen=True, slots=True)
-class Type:
+class Type(NamedTuple):
     """Element type and dimensions of a tensor, as one rank holds it.
 
     The whole is the sum over the ranks of the axes in `partial`.
@@ -79,8 +78,7 @@ class Type:
     partial: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.dtype}[{', '.join(map(str, self.dims))}]"
-        return f"{text} partial({', '.join(self.partial)})" if self.partial else text
+        return _text(self)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -95,24 +93,24 @@ class Type:
     @property
     def whole(self) -> Type:
         """The type of a sum of which this one has parts; and that of the parts' gradient."""
-        return replace(self, partial=()) if self.partial else self
+        return self._replace(partial=()) if self.partial else self
 
     def with_dims(self, *dims: Dim) -> Type:
-        return replace(self, dims=dims)
+        return self._replace(dims=dims)
 
     def with_last(self, *dims: Dim) -> Type:
         """The same type with the last dimension replaced."""
-        return replace(self, dims=(*self.dims[:-1], *dims))
+        return self._replace(dims=(*self.dims[:-1], *dims))
 
     def with_partial(self, axes: tuple[str, ...]) -> Type:
-        return replace(self, partial=axes) if axes != self.partial else self
+        return self._replace(partial=axes) if axes != self.partial else self
 
     def spread_first(self, axes: tuple[str, ...]) -> Type:
         """The same type with the first dimension spread over ranks."""
-        return self.with_dims(replace(self.dims[0], axes=axes), *self.dims[1:])
+        return self.with_dims(self.dims[0]._replace(axes=axes), *self.dims[1:])
 
     def with_dtype(self, dtype: str) -> Type:
-        return replace(self, dtype=dtype)
+        return self._replace(dtype=dtype)
 
     @property
     def last(self) -> Dim:
@@ -127,6 +125,12 @@ class Type:
 
     def bytes(self, sizes: Mapping[str, int] | None = None) -> int:
         return self.count(sizes) * BYTES[self.dtype]
+
+
+@cache
+def _text(type: Type) -> str:
+    text = f"{type.dtype}[{', '.join(map(str, type.dims))}]"
+    return f"{text} partial({', '.join(type.partial)})" if type.partial else text
 
 
 def ordered(axes: Iterable[str]) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from compiler.graph.core import REPEATS, Graph, Op, Program, Value, Weight
 from compiler.graph.interfaces import interface_problems
 from compiler.graph.names import PublishedName, clashes, is_weight, names_of
 from compiler.graph.rules import (
-    IDENTIFIER,
     SYMBOL,
     Broken,
+    is_identifier,
     need_attributes,
     need_axes,
     need_counts,
@@ -39,19 +39,31 @@ def verify(program: Program, changed: Set[str] | None = None) -> None:
     those, and those that call them, are checked again, and what holds of all graphs together.
     """
     problems: list[Diagnostic] = []
-    names: dict[str, Sequence[PublishedName]] = {}
+    names = _Names(program)
+    calls = {key: [*graph.calls()] for key, graph in program.graphs.items()}
     for key, graph in program.graphs.items():
         check = _Check(program, graph)
-        checked = changed is None or key in changed or not changed.isdisjoint(graph.calls())
+        checked = changed is None or key in changed or not changed.isdisjoint(calls[key])
         if checked:
             check.run(key)
         problems += check.problems
         # Names mean something only where every operator is what it should be.
-        names[key] = [] if check.problems else names_of(graph)
-        problems += check.clashes(names[key]) if checked else []
-    problems += _recursion(program) or ([] if problems else _outside(program, names))
+        problems += check.clashes(names[key]) if checked and not check.problems else []
+    problems += _recursion(program, calls) or ([] if problems else _outside(program, names))
     if problems:
         raise DiagnosticError(problems)
+
+
+class _Names(dict[str, Sequence[PublishedName]]):
+    """What the graphs of a program name, found when it is looked up."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+
+    def __missing__(self, key: str) -> Sequence[PublishedName]:
+        self[key] = names_of(self.program.graphs[key])
+        return self[key]
 
 
 def spans_missing(program: Program) -> list[str]:
@@ -132,11 +144,11 @@ class _Check:
 
     def _head(self, key: str) -> None:
         graph = self.graph
-        if key != graph.name or not IDENTIFIER.fullmatch(key):
+        if key != graph.name or not is_identifier(key):
             raise Broken("E510", f"is kept under the name {key!r}")
         self._define(graph.args)
         for name in graph.result_names:
-            if not IDENTIFIER.fullmatch(name):
+            if not is_identifier(name):
                 raise Broken("E510", f"the name of a result is no identifier: {name!r}")
         if not graph.ops:
             no_end("return")
@@ -206,7 +218,7 @@ class _Check:
             if value in self.defined:
                 raise Broken("E511", f"{value} is defined twice")
             self.defined.add(value)
-            if not IDENTIFIER.fullmatch(value.name):
+            if not is_identifier(value.name):
                 raise Broken("E511", f"the name of a value is no identifier: {value.name!r}")
             if value.name in self.names:
                 raise Broken("E511", f"the name {value} is taken by another value")
@@ -269,7 +281,7 @@ class _Check:
         if op.kind == "cache_entry" and self.graph.caches:
             raise Broken("E518", "marks what its graph keeps in caches already")
         for name, value in zip(names, op.operands, strict=True):
-            if name in self.cached or not IDENTIFIER.fullmatch(str(name)):
+            if name in self.cached or not is_identifier(str(name)):
                 raise Broken("E518", f"the cache {name!r} has this name a second time, or no name")
             self.cached.add(str(name))
             if op.kind == "cache_append":
@@ -323,12 +335,9 @@ GROUPED = {
 # ---- rules about all graphs together -----------------------------------------------------------
 
 
-def _recursion(program: Program) -> list[Diagnostic]:
+def _recursion(program: Program, calls: Mapping[str, Sequence[str]]) -> list[Diagnostic]:
     """A graph that calls itself by way of others."""
-    left = {
-        name: [c for c in graph.calls() if c in program.graphs]
-        for name, graph in program.graphs.items()
-    }
+    left = {name: [c for c in callees if c in program.graphs] for name, callees in calls.items()}
     while done := [name for name, callees in left.items() if not any(c in left for c in callees)]:
         for name in done:
             del left[name]
@@ -344,7 +353,7 @@ def _recursion(program: Program) -> list[Diagnostic]:
 
 def _outside(program: Program, names: Mapping[str, Sequence[PublishedName]]) -> list[Diagnostic]:
     """The root and the aliases, given sound graphs."""
-    if program.root not in program.graphs or not IDENTIFIER.fullmatch(program.name):
+    if program.root not in program.graphs or not is_identifier(program.name):
         known = ", ".join(program.graphs)
         message = f"program @{program.name} has no graph @{program.root} to begin with"
         return [Diagnostic("E510", message, help=f"it has {known or 'none'}")]

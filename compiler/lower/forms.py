@@ -230,8 +230,35 @@ def _topk_groups(frame: Scope, given: Given) -> list[Value]:
 
 
 def _experts(frame: Scope, given: Given) -> list[Value]:
+    """Experts that compute nothing have no rows: they add the token, times their weights."""
     ref: BlockRef = given.keywords["expert"]
-    return frame.experts(given.tensors, given.dim("count"), ref, given.keywords["name"])
+    name, count, identity = (given.keywords[n] for n in ("name", "count", "identity"))
+    if identity < 0:
+        raise TypeMismatch(f"identity ({identity}) is negative", help="0: every expert computes")
+    x, topk_indices, weight = given.tensors
+    _need_all_chosen(frame, topk_indices, count, identity)
+    if not identity:
+        return frame.experts(given.tensors, count, ref, name)
+    (y,) = frame.experts(given.tensors, count, ref, name, identity=identity)
+    kind = "identity_weight"
+    (share,) = frame.op(kind, [topk_indices, weight], wish=kind, count=count.size or 1)
+    if share.type.dtype != x.type.dtype:
+        (share,) = frame.op("cast", [share], wish=kind, dtype=x.type.dtype)
+    (itself,) = frame.op("mul", [x, share], wish="itself")
+    return frame.op("add", [y, itself])
+
+
+def _need_all_chosen(frame: Scope, topk_indices: Value, count: Dim, identity: int) -> None:
+    """Raises `TypeMismatch` where a router chooses among more or fewer experts than there are."""
+    for op in frame.builder.ops:
+        if topk_indices in op.results and op.kind == "topk_groups":
+            among, there = op.operands[0].type.last, (count.size or 0) + identity
+            if among.size != there:
+                raise TypeMismatch(
+                    f"the router chooses among {among.words}, and there are {there} experts",
+                    1,
+                    "experts that compute are `count`, those that compute nothing `identity`",
+                )
 
 
 def _expert_load(frame: Scope, given: Given) -> list[Value]:
@@ -415,6 +442,7 @@ FORMS: dict[str, Form] = {
         ("x", "topk_indices", "weight"),
         _experts,
         {"count": Kind.DIM, "expert": Kind.BLOCK, "name": Kind.PATH},
+        {"identity": (Kind.INT, 0)},
     ),
     "sequence_balance_loss": Form(
         "balance loss of each sequence, before its weight alpha",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Graph, Op, Region, Value, substitute
+from compiler.graph.core import Attr, Graph, Op, Region, Value, substitute
 from compiler.graph.types import Dim, Type
 from compiler.lower.bind import BlockRef, Bound, Const, SlotValue
 from compiler.lower.expressions import Expressions, tensors_of
@@ -263,7 +263,9 @@ class Frame(Expressions):
 
         return self.checked(make, node, use.spans, names)
 
-    def experts(self, tensors: list[Value], count: Dim, ref: BlockRef, path: str) -> list[Value]:
+    def experts(
+        self, tensors: list[Value], count: Dim, ref: BlockRef, path: str, **attrs: Attr
+    ) -> list[Value]:
         if self.prefix:
             raise TypeMismatch("an expert cannot hold experts of its own")
         x = tensors[0]
@@ -290,4 +292,4 @@ class Frame(Expressions):
             region.ops.append(Op("yield", results, spans=(ref.span,)))
         if inner.collected:
             raise TypeMismatch(f"an expert cannot collect {inner.collected[0][0]}")
-        return self.op("experts", tensors, regions=[region], count=count.size or 1)
+        return self.op("experts", tensors, regions=[region], count=count.size or 1, **attrs)

@@ -1,13 +1,13 @@
 """Which names weights and blocks may have: those of attributes of torch modules and their lists.
 
 `state_dict` gives a weight the path of attributes under which it lies, so the name in a checkpoint
-has to be such a path: words that no module needs itself, and numbers for the blocks of a list.
+has to be such a path: words that no module needs itself, and numbers for what is in a list.
 """
 
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from compiler.graph.core import Graph, Op
 from dsl.diagnostic import Diagnostic
@@ -43,23 +43,36 @@ def word_problem(word: str) -> str:
 def name_problems(graph: Graph) -> Iterator[Diagnostic]:
     """Names of a finished graph that its module could not have (E239), and loops over none (E240).
 
-    Numbers stand for the blocks of a list, which are counted from 0 in the order of their use.
+    Numbers are places in a list, of blocks or of modules that hold weights, which are counted from
+    0 in the order of their use.
     """
     lists: dict[str, int] = {}
+    blocks = {op.text("scope").rpartition(".")[0] for op in graph.walk() if op.callee}
     for op in graph.walk():
         for symbol in op.symbols:
-            yield from _weight(op, symbol)
+            yield from _weight(op, symbol, blocks, lists)
         if op.callee:
             yield from _call(op, lists)
         elif op.kind == "repeat":
             yield from _repeat(op, lists)
 
 
-def _weight(op: Op, symbol: str) -> Iterator[Diagnostic]:
-    for part in symbol.split("."):
-        if part.isdigit():
-            help = "put the equation into a block of its own, and number that"
-            yield _problem("E239", op, f"a weight cannot be numbered: {symbol}", help)
+def _weight(
+    op: Op, symbol: str, blocks: Collection[str], lists: dict[str, int]
+) -> Iterator[Diagnostic]:
+    parts = symbol.split(".")
+    for i, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        path = ".".join(parts[:i])
+        if not path or "*" in parts or i == len(parts) - 1:
+            help = "as in `norm.{0}`: a number has a name before it, and is none inside an expert"
+            yield _problem("E239", op, f"a weight cannot be numbered so: {symbol}", help)
+        elif path in blocks:
+            help = "give one of them another name"
+            yield _problem("E239", op, f"{path} is a list of blocks, and {symbol} a weight", help)
+        else:
+            yield from _listed(op, path, int(part), 1, lists, "modules")
 
 
 def _call(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
@@ -69,7 +82,7 @@ def _call(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
         help = "as in `model.layers.{index}`; what is inside is named by the block itself"
         yield _problem("E239", op, f"a number ends the name of a block, not so in {scope}", help)
     elif last.isdigit():
-        yield from _listed(op, ".".join(path), int(last), 1, lists)
+        yield from _listed(op, ".".join(path), int(last), 1, lists, "blocks")
 
 
 def _repeat(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
@@ -80,21 +93,21 @@ def _repeat(op: Op, lists: dict[str, int]) -> Iterator[Diagnostic]:
         help = "as in `h = layer(h, position, name = model.layers.{index})`"
         yield _problem("E240", op, message, help)
         return
-    yield from _listed(
-        op, numbered[0].removesuffix(".*"), op.number("start"), op.number("count"), lists
-    )
+    path = numbered[0].removesuffix(".*")
+    yield from _listed(op, path, op.number("start"), op.number("count"), lists, "blocks")
 
 
 def _listed(
-    op: Op, path: str, start: int, count: int, lists: dict[str, int]
+    op: Op, path: str, start: int, count: int, lists: dict[str, int], what: str
 ) -> Iterator[Diagnostic]:
     known = lists.get(path, 0)
     lists[path] = max(known, start + count)
-    # A block that is called once more under an old number is for the verifier to refuse.
+    # A block that is called once more under an old number is for the verifier to refuse; a weight
+    # is shared.
     if path and start <= known:
         return
-    message = f"{path}.{start} comes after {known} blocks of {path or 'a list without a name'}"
-    help = "number blocks from 0, in the order of their use, and leave none out"
+    message = f"{path}.{start} comes after {known} {what} of {path or 'a list without a name'}"
+    help = f"number {what} from 0, in the order of their use, and leave none out"
     yield _problem("E239", op, message, help)
 
 

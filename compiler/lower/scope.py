@@ -56,7 +56,9 @@ class Scope:
     returns: ast.Return | None = None
 
     @abstractmethod
-    def experts(self, tensors: list[Value], count: Dim, ref: BlockRef, path: str) -> list[Value]:
+    def experts(
+        self, tensors: list[Value], count: Dim, ref: BlockRef, path: str, **attrs: Attr
+    ) -> list[Value]:
         """The `experts` operator: one expert's equations as its region, weights under `path.*`."""
 
     @property

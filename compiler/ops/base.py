@@ -34,7 +34,7 @@ class PartialSum(TypeMismatch):
     """An operand that is a partial sum where the whole is needed; an `all_reduce` makes it one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Site(Attributes):
     """The place where an operator stands, as its rules see it.
 

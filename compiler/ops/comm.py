@@ -7,25 +7,26 @@ Every rank runs the same program on its own part; these operators are where it m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
 from compiler.graph.core import Op, Value
 from compiler.graph.types import BYTES, Dim, Type, ordered, parse_type
 from compiler.ops.base import Adjoint, CommBytes, Operator, Site, TypeMismatch, dims_of
+from compiler.ops.moe import computing
 
 
 class _Exchange(Operator):
     """Between the ranks that tokens are on and those that hold their experts.
 
     Of `ranks` ranks on `nodes` nodes each holds `count / ranks` experts that follow each other. The
-    experts of a token lie on at most `limit` of the nodes.
+    experts of a token lie on at most `limit` of the nodes. Experts from `count` on, of which there
+    are `identity`, lie on no rank.
     """
 
     variadic = True
     sums = "own"
-    attrs: ClassVar = {"count": int, "ranks": int, "nodes": int, "limit": int}
+    attrs: ClassVar = {"count": int, "ranks": int, "nodes": int, "limit": int, "identity?": int}
 
     @classmethod
     def check(cls, site: Site) -> None:
@@ -108,8 +109,9 @@ class Dispatch(_Exchange):
         """As many as every rank gets when all experts get the same number of tokens, at most."""
         topk_indices = site.types[-1]
         k = topk_indices.last.size or 1
-        slots = topk_indices.count(sizes)
-        return {"slot": slots, "arrived": slots // k * min(k, site.number("ranks"))}
+        choices = topk_indices.count(sizes)
+        arrived = choices // k * min(computing(site, k), site.number("ranks"))
+        return {"slot": computing(site, choices), "arrived": arrived}
 
 
 class DispatchAgain(_Exchange):
@@ -232,7 +234,7 @@ class _Collective(Operator):
         x, axes = site.types[0], cls.group(site)
         if not axes or not {*axes} <= {*x.partial}:
             raise TypeMismatch(f"{cls.kind} over {', '.join(axes)} of what is no such sum: {x}", 0)
-        return replace(x, partial=tuple(a for a in x.partial if a not in axes))
+        return x.with_partial(tuple(a for a in x.partial if a not in axes))
 
     @classmethod
     def once(cls, site: Site, whole: int) -> CommBytes:
@@ -274,7 +276,7 @@ class ReduceScatter(_Collective):
         if any(dim.size is None for dim in x.dims):
             raise TypeMismatch(f"reduce_scatter needs known sizes, got {x.words}", 0)
         share = Dim("shard", -(-x.count() // site.number("ranks")), axes=axes)
-        return (x.with_dims(replace(share, axes=ordered((*axes, *x.axes)))),)
+        return (x.with_dims(share._replace(axes=ordered((*axes, *x.axes)))),)
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:
@@ -294,7 +296,7 @@ class AllGather(_Collective):
         if len(x.dims) != 1 or x.last.size != share or not {*axes} <= {*x.axes}:
             raise TypeMismatch(f"all_gather takes a share of {share}, got {x}", 0)
         left = tuple(axis for axis in x.axes if axis not in axes)
-        return (x.with_dims(replace(into[0], axes=left), *into[1:]),)
+        return (x.with_dims(into[0]._replace(axes=left), *into[1:]),)
 
     @classmethod
     def moved(cls, site: Site, sizes: Mapping[str, int]) -> CommBytes:

@@ -308,6 +308,22 @@ class TopkGroupsGrad(Operator):
         return (site.types[1],)
 
 
+class IdentityWeightGrad(Operator):
+    """Gradient of the weights: d [.., 1] where the index is `count` or above, 0 elsewhere.
+
+    topk_indices [.., k].
+    """
+
+    kind = "identity_weight_grad"
+    operands = ("d", "topk_indices")
+    attrs: ClassVar = {"count": int}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        d, topk_indices = site.types
+        return (topk_indices.with_dtype(d.dtype),)
+
+
 class GateSaving(Gate):
     """`gate`, and the affinities [.., experts]."""
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar
 
-from compiler.graph.core import Op, Value
+from compiler.graph.core import Attributes, Op, Value
 from compiler.graph.types import Dim, Type
 from compiler.ops.base import (
     Adjoint,
@@ -21,13 +20,25 @@ from compiler.ops.base import (
 from compiler.ops.linear import out_dim
 
 
-def slots(topk_indices: Type, sizes: Mapping[str, int]) -> int:
+def slots(op: Attributes, topk_indices: Type, sizes: Mapping[str, int]) -> int:
     """Rows that the experts of one rank work on, all together: for each token its k choices.
 
     Tokens that arrived from other ranks chose experts elsewhere, too: `dispatch` knows the slots.
     """
-    arrived = any(dim.name == "arrived" for dim in topk_indices.dims)
-    return sizes["slot"] if arrived else topk_indices.count(sizes)
+    if any(dim.name == "arrived" for dim in topk_indices.dims):
+        return sizes["slot"]
+    return computing(op, topk_indices.count(sizes))
+
+
+def computing(op: Attributes, choices: int) -> int:
+    """Of so many choices those that fall on experts with weights, where all are chosen evenly.
+
+    `op` says how many experts there are, `count`, and how many more give back their tokens.
+    """
+    count, identity = op.attrs["count"], op.attrs.get("identity", 0)
+    each = count if isinstance(count, int) else dims_of(count)[0].size
+    assert isinstance(each, int) and isinstance(identity, int)
+    return round(choices * each / (each + identity))
 
 
 class TopkGroups(Operator):
@@ -131,12 +142,13 @@ class Experts(Operator):
 
     x [.., hidden], topk_indices and weight [.., k]. The region is one expert on its tokens
     [token, hidden]; its weights are named `experts.*`. No token is dropped. An index of -1 is an
-    expert of another rank, and adds nothing here. Equation 12.
+    expert of another rank, one from `count` on an expert that gives back its token, of which there
+    are `identity` (`identity_weight`): neither adds anything here. Equation 12.
     """
 
     kind = "experts"
     operands = ("x", "topk_indices", "weight")
-    attrs: ClassVar = {"count": int}
+    attrs: ClassVar = {"count": int, "identity?": int}
     regions = 1
 
     @classmethod
@@ -163,7 +175,36 @@ class Experts(Operator):
     @classmethod
     def inner_sizes(cls, site: Site, sizes: Mapping[str, int]) -> Mapping[str, int]:
         """All experts are counted together: each token k times."""
-        return {**sizes, "token": slots(site.types[1], sizes)}
+        return {**sizes, "token": slots(site, site.types[1], sizes)}
+
+
+class IdentityWeight(Operator):
+    """The weight with which each token is added to itself: the sum of those from `count` on.
+
+    topk_indices and weight [.., k] -> [.., 1]. Experts from `count` on compute nothing: what they
+    give is the token that they are given (LongCat-Flash, arXiv 2509.01322, section 2.1.1).
+    """
+
+    kind = "identity_weight"
+    cheap = True
+    operands = ("topk_indices", "weight")
+    attrs: ClassVar = {"count": int}
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        topk_indices, weight = site.types
+        if topk_indices.dims != weight.dims:
+            raise TypeMismatch(f"identity_weight: {weight.words} for {topk_indices.words}", 1)
+        return (weight.with_last(Dim("1", 1)),)
+
+    @classmethod
+    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
+        topk_indices, weight = op.operands
+        if d[0] is None:
+            return [None, None]
+        names, count = [f"d_{weight.name}"], op.number("count")
+        found = at.add("identity_weight_grad", [d[0], topk_indices], names=names, count=count)
+        return [None, *found]
 
 
 class Permute(Operator):
@@ -171,14 +212,15 @@ class Permute(Operator):
 
     -> sorted [slot, hidden]; offs [experts], the offset at which each expert's slots end, as in
     `torch.grouped_mm`; sort_indices [slot], the place in the flattened topk_indices that each slot
-    came from. The sort is stable. An index of -1 is an expert of another rank: no slot.
+    came from. The sort is stable. An index of -1 is an expert of another rank, one from `count` on
+    an expert that gives back its token, of which there are `identity`: no slot.
     """
 
     kind = "permute"
     tiled_twice = True
     sums = "own"
     operands = ("x", "topk_indices")
-    attrs: ClassVar = {"count": tuple}
+    attrs: ClassVar = {"count": tuple, "identity?": int}
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -191,12 +233,12 @@ class Permute(Operator):
         (experts,) = dims_of(site.attrs["count"])
         # Each rank counts the slots of its own experts.
         spread = tuple(axis for axis in topk_indices.axes if axis == "expert")
-        offs = Type("i32", (replace(experts, axes=spread),))
+        offs = Type("i32", (experts._replace(axes=spread),))
         return (Type(x.dtype, (slot, x.last)), offs, Type("i64", (slot,)))
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
-        return {"slot": slots(site.types[1], sizes)}
+        return {"slot": slots(site, site.types[1], sizes)}
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:

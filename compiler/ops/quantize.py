@@ -146,7 +146,7 @@ class PermuteQuantized(Operator):
     kind = "permute_quantized"
     sums = "own"
     operands = ("q", "s", "topk_indices")
-    attrs: ClassVar = {"count": tuple}
+    attrs: ClassVar = Permute.attrs
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -159,7 +159,7 @@ class PermuteQuantized(Operator):
 
     @classmethod
     def sizes(cls, site: Site, sizes: Mapping[str, int]) -> dict[str, int]:
-        return {"slot": slots(site.types[2], sizes)}
+        return {"slot": slots(site, site.types[2], sizes)}
 
 
 class _Fp8Linear(Operator):

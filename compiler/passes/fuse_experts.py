@@ -40,7 +40,7 @@ def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
             return Miss(f"an expert reads {outside[0]} from outside", inner)
     rows, offs, sort_indices = at.add(
         "permute", [x, topk_indices], names=["rows", "offs", "sort_indices"],
-        count=dims_attr(Dim("n_routed_experts", at.op.number("count"))),
+        **{**at.op.attrs, "count": dims_attr(Dim("n_routed_experts", at.op.number("count")))},
     )  # fmt: skip
     inside: dict[Value, Value] = {region.args[0]: rows}
     for inner in region.ops[:-1]:

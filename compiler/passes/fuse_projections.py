@@ -80,7 +80,8 @@ class _Joinable:
     def __call__(self, op: Op) -> bool:
         symbol, *more = op.symbols
         weight = self.graph.weights[symbol]
-        named = len(symbol.split(".")) > 1 and symbol.endswith(".weight")
+        *_, module, last = ("", *symbol.split("."))
+        named = last == "weight" and bool(module) and not module.isdigit()
         same_type = weight.type.dtype == op.operands[0].type.dtype
         return not more and named and same_type and symbol not in self.alone
 

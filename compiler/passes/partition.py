@@ -61,7 +61,7 @@ class _Sharder:
     def _local_batch(self, type: Type) -> Type:
         """The type on one data rank, which has a part of the batch."""
         axes = self.mesh.data_axes
-        spread = (replace(d, axes=axes) if d.name == "batch" else d for d in type.dims)
+        spread = (d._replace(axes=axes) if d.name == "batch" else d for d in type.dims)
         return type.with_dims(*spread)
 
     def _ops(self, ops: list[Op], reduced: dict[Value, Value]) -> None:
@@ -125,6 +125,7 @@ class _Sharder:
             "limit": self.layout.nodes_of_token(
                 router_of(self.producers, topk_indices), topk_indices.type.last.size or 1, count
             ),
+            **{name: n for name, n in op.attrs.items() if name == "identity"},
         }
         names = ["arrived", "arrived_weight", "arrived_route", "handle"]
         *there, handle = self._add(op, "dispatch", [x, weight, topk_indices], names, **sizes)

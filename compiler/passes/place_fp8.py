@@ -40,6 +40,7 @@ def _run(program: Program, description: Description) -> Sequence[Miss]:
     _save_quantized(program)
     rewrite(program, "permute", _permute_quantized)
     rewrite(program, "dispatch", _dispatch_quantized)
+    rewrite(program, "dispatch_again", _dispatch_gradients_quantized)
     _share(program)
     return misses
 
@@ -221,8 +222,7 @@ def _permute_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     x, topk_indices = at.op.operands
     moved = at.add(
         "permute_quantized", [*_cast_of(at, x, cast), topk_indices],
-        names=[v.name for v in (*cast.results, offs, sort_indices)],
-        count=dims_attr(*offs.type.dims),
+        names=[v.name for v in (*cast.results, offs, sort_indices)], **at.op.attrs,
     )  # fmt: skip
     at.erase(cast, moved[:2])
     return [moved[0], *moved[2:]]
@@ -249,6 +249,43 @@ def _dispatch_quantized(at: Rewriter) -> Sequence[Value] | Miss:
             at.erase(cast, left[:2])
         left = left[2 if cast else 1 :]
     return [*results, *left]
+
+
+def _dispatch_gradients_quantized(at: Rewriter) -> Sequence[Value] | Miss:
+    """Gradients travel to the experts in FP8, too: report, sections 3.2.3 and 3.3.3.
+
+    Each expert's share of a gradient is cast once more, for its product: the weight of the expert
+    is part of it.
+    """
+    *rows, handle = at.op.operands
+    casts = [_cast_of_share(at, value) for value in at.op.results]
+    if not any(casts):
+        return Miss("gradients are not only read in FP8", at.op)
+    sent: list[Value] = []
+    names: list[str] = []
+    for row, result, cast in zip(rows, at.op.results, casts, strict=True):
+        if cast:
+            scale = cast.attrs["scale"]
+            sent += at.add("quantize", [row], names=_names(row), scale=scale, parts=())
+            names += _names(result)
+        else:
+            sent.append(row)
+            names.append(result.name)
+    moved = at.add("dispatch_again", [*sent, handle], names=names, **at.op.attrs)
+    found, left = [], iter(moved)
+    for result, cast in zip(at.op.results, casts, strict=True):
+        arrived = next(left)
+        if cast:
+            pair, dtype = [arrived, next(left)], result.type.dtype
+            (arrived,) = at.add("dequantize", pair, names=[result.name], dtype=dtype)
+        found.append(arrived)
+    return found
+
+
+def _cast_of_share(at: Rewriter, gradient: Value) -> Op | None:
+    """The cast of the experts' shares of a gradient, where nothing else is made of them."""
+    shares = at.only_reader(gradient, "unpermute_grad")
+    return at.only_reader(shares.results[0], "quantize") if shares else None
 
 
 def _cast_of(at: Rewriter, x: Value, cast: Op) -> list[Value]:

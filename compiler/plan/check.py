@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from compiler.plan.schedule import Chunk, Entry, Message, Receive, Schedule, Send, word
-from compiler.plan.simulate import ChunkCosts, gives, simulate
+from compiler.plan.simulate import ChunkCosts, simulate
 
 
 def problems(given: Schedule) -> list[str]:
@@ -20,7 +20,7 @@ def problems(given: Schedule) -> list[str]:
     seen: Counter[tuple[str, int, int]] = Counter()
     for rank in range(len(given.rows)):
         for chunk in (a for step in given.steps(rank) for a in step):
-            seen.update(gives(chunk))
+            seen.update(_computed(chunk))
             if given.holder(chunk.stage, chunk.batch) != rank:
                 found.append(f"{chunk} is on rank {rank}, which does not hold the stage")
     for stage in range(given.stages):
@@ -36,6 +36,12 @@ def problems(given: Schedule) -> list[str]:
     if not found and (waiting := blocked(given)):
         found.append(f"ranks wait for one another: {', '.join(waiting)}")
     return found
+
+
+def _computed(chunk: Chunk) -> Iterator[tuple[str, int, int]]:
+    """A forward pass, gradients of inputs or those of weights; B is both kinds of gradients."""
+    for kind in "IW" if chunk.kind == "B" else chunk.kind:
+        yield kind, chunk.stage, chunk.batch
 
 
 def _transfer_problems(given: Schedule) -> Iterator[str]:
@@ -54,7 +60,7 @@ def _transfer_problems(given: Schedule) -> Iterator[str]:
                         yield f"rank {rank} computes {chunk} before it receives what that reads"
                 continue
             if entry.number <= last:
-                yield f"rank {rank}: {entry} behind {last}, not in ascending numbers"
+                yield f"rank {rank}: {word(entry)} after {last}, not in ascending numbers"
             last = entry.number
             message = given.messages[entry.number]
             if isinstance(entry, Receive) and message.receiver == rank:
@@ -62,7 +68,7 @@ def _transfer_problems(given: Schedule) -> Iterator[str]:
             elif isinstance(entry, Send) and message in made:
                 sent.add(entry.number)
             else:
-                yield f"rank {rank}: {entry}, which it does not have or need"
+                yield f"rank {rank}: {word(entry)}, which it does not have or need"
         lost = [number for message in made if (number := numbers.get(message)) not in sent]
         yield from (f"rank {rank} does not send message {number}" for number in lost)
 
@@ -102,8 +108,8 @@ def blocked(given: Schedule, members: int = 1) -> list[str]:
             for other in together:
                 at[other] += 1
             ready += together
-    waiting = {(rank, e): None for rank, m in at if (e := entry((rank, m))) is not None}
-    return [f"rank {rank} at {word(e)}" for rank, e in waiting]
+    left = [(place[0], e) for place in at if (e := entry(place)) is not None]
+    return [*dict.fromkeys(f"rank {rank} at {word(e)}" for rank, e in left)]
 
 
 def _is_one(a: Entry, b: Entry | None) -> bool:

@@ -27,9 +27,10 @@ CONVENTIONS = (
     " gradients. Buffers of libraries and fragmentation are not counted.",
     "FLOPs are three times those of the forward pass, without recomputation. Experts are"
     " chosen evenly.",
-    "Dispatch and combine are counted forward and backward, gradients in the model's element type:"
-    " a token goes once to each of its nodes, to the rank with the same place there, and on to the"
-    " ranks of its experts, with the weights and numbers of its experts.",
+    "Dispatch and combine are counted forward and backward, what comes back in the model's element"
+    " type: a token and its gradient go once to each of the token's nodes, to the rank with the"
+    " same place there, and on to the ranks of its experts; the token with their weights and"
+    " numbers.",
     "Gradients and parameters go around rings through the ranks that hold the same elements,"
     " gradients in FP32. A second is one at the full speed that the cluster file gives.",
 )

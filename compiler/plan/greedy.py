@@ -41,15 +41,26 @@ def greedy(name: str, pipeline: int, batches: int) -> Schedule:
     ends: dict[Chunk, float] = {}
     free = [0.0] * pipeline
     rows: list[list[Step]] = [[] for _ in range(pipeline)]
+    first: dict[int, _Candidate] = {}  # by rank, of those that can begin a chunk
+    changed = set(range(pipeline))
     for _ in range(2 * batches * len(where[0])):
-        start, rank, _, chunk, track = min(
-            (max(free[one.rank], ready), one.rank, chunk.kind, chunk, one)
-            for one in tracks
-            for chunk, ready in one.ready(ends)
-        )
+        for rank in changed:
+            found = [
+                (max(free[rank], ready), rank, chunk, one)
+                for one in tracks
+                if one.rank == rank
+                for chunk, ready in one.ready(ends)
+            ]
+            first.pop(rank, None)
+            if found:
+                first[rank] = min(found)
+        start, rank, chunk, track = min(first.values())
         free[rank] = ends[chunk] = start + COSTS.of((chunk,))
         rows[rank].append((chunk,))
         track.next[chunk.kind] += 1
+        # What ranks of the neighbouring stages can begin may have changed, and nothing else.
+        direction = where[chunk.batch // each]
+        changed = {rank, *direction[max(0, track.stage - 1) : track.stage + 2]}
     return Schedule(name, batches, where, tuple(map(tuple, rows)))
 
 
@@ -82,3 +93,7 @@ class _Track:
                 own = ends[Chunk("F", self.stage, backward.batch)]
                 found.append((backward, max(own, ends.get(before, 0.0))))
         return found
+
+
+# When a rank can begin a chunk, the rank, and the chunk of which track.
+_Candidate = tuple[float, int, Chunk, _Track]

@@ -16,34 +16,32 @@ class OverlapSegment:
 
 
 def paired(
-    forward: Sequence[OverlapSegment],
     backward: Sequence[OverlapSegment],
-    later: Sequence[OverlapSegment],
+    forward: Sequence[OverlapSegment],
+    later: float = 0.0,
 ) -> float:
-    """Seconds of both chunks on one queue of computing and one of sending.
+    """Seconds of two chunks that compute in turn, on one queue of computing and one of sending.
 
-    Whichever segment can begin first is computed next; gradients of weights, `later`, fill what
-    is left, and wait until as large a part of the backward chunk has been computed. What is sent
-    goes out in the order in which it was made.
+    A chunk whose turn it is waits for what its last segment sent; what is sent goes out in the
+    order in which it was made. So `runtime/train/overlap.py` issues them. `later` are seconds for
+    gradients of weights, which fill what is left, as far as the backward chunk has been computed.
     """
-    chains = (forward, backward)
+    chains = (backward, forward)
     place, ready = [0, 0], [0.0, 0.0]  # of each chunk: its next segment, and from when on
-    work = sum(one.computing for one in later)
     whole = sum(one.computing for one in backward)
     filled = computed = now = sent = 0.0
+    turn = 0
     while any(place[i] < len(chains[i]) for i in (0, 1)):
-        left = [i for i in (0, 1) if place[i] < len(chains[i])]
-        chosen = min(left, key=lambda i: ready[i])
-        if ready[chosen] > now:
-            allowed = work * computed / whole if whole else work
-            fill = min(ready[chosen] - now, max(0.0, allowed - filled))
-            filled += fill
-            now = ready[chosen]
-        segment = chains[chosen][place[chosen]]
-        now += segment.computing
-        computed += segment.computing if chosen else 0.0
-        ready[chosen] = now
-        if segment.sending:
-            sent = ready[chosen] = max(now, sent) + segment.sending
-        place[chosen] += 1
-    return max(now + work - filled, sent)
+        if place[turn] < len(chains[turn]):
+            segment = chains[turn][place[turn]]
+            if ready[turn] > now:
+                allowed = later * computed / whole if whole else later
+                filled += min(ready[turn] - now, max(0.0, allowed - filled))
+                now = ready[turn]
+            ready[turn] = now = now + segment.computing
+            computed += segment.computing if turn == 0 else 0.0
+            if segment.sending:
+                sent = ready[turn] = max(now, sent) + segment.sending
+            place[turn] += 1
+        turn = 1 - turn
+    return max(now + later - filled, sent)

@@ -1,10 +1,11 @@
 """How long a step takes: every operator of every stage at its rate, run by the schedule.
 
-What overlaps is stated here and in `overlap.py`, and nowhere else. A forward and a backward chunk
-that a schedule pairs (DualPipe, report, section 3.2.1) compute while the other one's tokens are
-under way. A chunk alone hides nothing. Messages between stages are sent beside computing, and what
-waits for one waits for all of it. The sums of gradients, the update and the gathering of weights
-follow the last chunk of a rank.
+What overlaps is stated here and in `overlap.py`, and nowhere else; it is what the executor does
+(`runtime/train/overlap.py`). A backward and a forward chunk that a schedule pairs (DualPipe,
+report, section 3.2.1) compute in turn, while the other one's tokens are under way. A chunk alone
+hides nothing. Gradients of weights are computed with those of inputs, where schedules let them fill
+gaps. Messages between stages are sent beside computing, and what waits for one waits for all of
+it. The sums of gradients, the update and the gathering of weights follow the last chunk of a rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from compiler.plan.memory import Kind
 from compiler.plan.overlap import OverlapSegment, paired
 from compiler.plan.plan import Plan, Rank
 from compiler.plan.rates import Rates, Term
-from compiler.plan.schedule import Schedule, Step, schedule
+from compiler.plan.schedule import Chunk, Schedule, Step, schedule
 from compiler.plan.simulate import Timeline, simulate
 from compiler.roles import Role
 
@@ -47,9 +48,12 @@ class StageTimes:
         terms: Sequence[Term] = ALL,
         *,
         perfect: bool = False,
+        gaps: bool = True,
     ) -> None:
-        """`perfect`: a pair takes the longer of its computing and its sending."""
-        self.stages, self.transfer, self.terms, self.perfect = stages, transfer, terms, perfect
+        """`perfect`: a pair takes the longer of its computing and its sending; `gaps`: gradients of
+        weights are where the schedule has them, else computed with those of inputs."""
+        self.stages, self.transfer, self.terms = stages, transfer, terms
+        self.perfect, self.gaps = perfect, gaps
         self._known: dict[tuple[tuple[str, int], ...], float] = {}
 
     def of(self, step: Step) -> float:
@@ -59,24 +63,40 @@ class StageTimes:
         return self._known[key]
 
     def _of(self, step: Step) -> float:
-        chains = [self._segments("I" if c.kind == "B" else c.kind, c.stage) for c in step]
-        later = [one for c in step if c.kind == "B" for one in self._segments("W", c.stage)]
-        every = [one for chain in (*chains, later) for one in chain]
-        computing = sum(one.computing for one in every)
-        sending = sum(one.sending for one in every)
+        chains = [self._segments(chunk.kind, chunk.stage) for chunk in step]
+        later = sum(self._later(chunk) for chunk in step)
+        computing = later + sum(one.computing for chain in chains for one in chain)
+        sending = sum(one.sending for chain in chains for one in chain)
         if len(step) == 1:
             return computing + sending
         if self.perfect:
             return max(computing, sending)
-        return paired(chains[0], chains[1], later)
+        forward, backward = chains
+        return paired(backward, forward, later)
 
     def _segments(self, kind: str, stage: int) -> list[OverlapSegment]:
-        computing = [term for term in COMPUTING if term in self.terms]
-        sends = Term.EXCHANGE in self.terms
-        return [
-            OverlapSegment(sum(part[t] for t in computing), part[Term.EXCHANGE] if sends else 0.0)
-            for part in self.stages[stage][kind]
-        ]
+        """Of a chunk, without what is computed later."""
+        if kind == "W":
+            return []
+        found, sends = [], Term.EXCHANGE in self.terms
+        parts = self.stages[stage]["F" if kind == "F" else "I"]
+        own = sum(map(self._computing, parts))
+        longer = 1.0
+        if not self.gaps and kind != "F" and own:  # by as much of the gradients of weights
+            longer += sum(map(self._computing, self.stages[stage]["W"])) / own
+        for part in parts:
+            sending = part[Term.EXCHANGE] if sends else 0.0
+            found.append(OverlapSegment(longer * self._computing(part), sending))
+        return found
+
+    def _later(self, chunk: Chunk) -> float:
+        """Seconds for the gradients of weights of a chunk, where they fill gaps."""
+        if not self.gaps or chunk.kind not in "BW":
+            return 0.0
+        return sum(map(self._computing, self.stages[chunk.stage]["W"]))
+
+    def _computing(self, part: Part) -> float:
+        return sum(part[term] for term in COMPUTING if term in self.terms)
 
     def of_chunk(self, kind: str, stage: int) -> Part:
         """The seconds of a whole chunk by what they are spent on."""
@@ -159,7 +179,7 @@ def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction:
         return simulate(order, StageTimes(stages, terms=terms)).end
 
     mixed = _with_products_of(at_peak, times)
-    complete = StageTimes(times, transfer)
+    complete = StageTimes(times, transfer, gaps=False)
     last = simulate(order, complete)
     whole = [ends[-1][1] if ends else 0.0 for ends in last.ranks]
     products = (Term.PRODUCTS, Term.ATTENTION)
@@ -179,6 +199,10 @@ def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction:
             simulate(order, StageTimes(times, perfect=True)).end,
         ),
         Added("dispatch and combine that pairs cannot hide", end(times, *ALL)),
+        Added(
+            "gradients of weights with those of inputs",
+            simulate(order, StageTimes(times, gaps=False)).end,
+        ),
         Added("messages between stages", last.end),
         Added(
             "sums of gradients, update, gathering of weights",

@@ -38,6 +38,7 @@ def record(name: str, plan: Plan) -> dict[str, Any]:
                 "nodes_of_a_token": one.nodes,
                 "dispatch_bytes": one.dispatch,
                 "combine_bytes": one.combine,
+                "gradient_bytes": one.gradient,
             }
             for one in plan.exchanges
         ],

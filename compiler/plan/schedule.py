@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from compiler.parallel.layout import placement
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """F, B, I or W of a stage on a micro-batch."""
 
     kind: str
@@ -28,9 +28,8 @@ class Chunk:
     @property
     def reads(self) -> tuple[str, int, int] | None:
         """The `key` of the message that it reads if that comes from another rank."""
-        return (
-            None if self.kind == "W" else ("F" if self.kind == "F" else "B", self.stage, self.batch)
-        )
+        kind, stage, batch = self
+        return None if kind == "W" else ("F" if kind == "F" else "B", stage, batch)
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.batch}"
@@ -41,31 +40,24 @@ Step = tuple[Chunk, ...]
 communication of the other."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """The rank sends the message of this number."""
 
     number: int
 
-    def __str__(self) -> str:
-        return f"send {self.number}"
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Receive:
     """The rank receives the message of this number."""
 
     number: int
 
-    def __str__(self) -> str:
-        return f"receive {self.number}"
-
 
 Entry = Step | Send | Receive
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What `stage` reads of a micro-batch from another pipeline rank.
 
     F: what the previous stage sends, B: the gradients that the next stage sends back.
@@ -103,16 +95,23 @@ class Schedule:
 
     def holder(self, stage: int, batch: int) -> int:
         """The pipeline rank that holds a stage for a micro-batch."""
-        return self.placement[batch * len(self.placement) // self.batches][stage]
+        return self.direction(batch)[stage]
+
+    def direction(self, batch: int) -> tuple[int, ...]:
+        """The pipeline rank of each stage for a micro-batch."""
+        return self.placement[batch * len(self.placement) // self.batches]
 
     def message(self, chunk: Chunk) -> Message | None:
         """What a chunk makes for another pipeline rank, if it does."""
-        stage = chunk.stage + (1 if chunk.kind == "F" else -1)
-        if chunk.kind == "W" or not 0 <= stage < self.stages:
+        kind, stage, batch = chunk
+        target = stage + (1 if kind == "F" else -1)
+        direction = self.direction(batch)
+        if kind == "W" or not 0 <= target < len(direction):
             return None
-        sender, receiver = (self.holder(at, chunk.batch) for at in (chunk.stage, stage))
-        kind = "F" if chunk.kind == "F" else "B"
-        return Message(kind, stage, chunk.batch, sender, receiver) if sender != receiver else None
+        sender, receiver = direction[stage], direction[target]
+        if sender == receiver:
+            return None
+        return Message("F" if kind == "F" else "B", target, batch, sender, receiver)
 
     def steps(self, rank: int) -> tuple[Step, ...]:
         """What a pipeline rank computes, without what it sends and receives."""
@@ -125,13 +124,12 @@ class Schedule:
 
     def to_json(self) -> str:
         """One line for each row and message; `schedule_from_json` reads it."""
-        fields = ("kind", "stage", "batch", "sender", "receiver")
         values = {
             "name": self.name,
             "micro_batches": self.batches,
             "placement": self.placement,
-            "message": fields,
-            "messages": [[getattr(one, name) for name in fields] for one in self.messages],
+            "message": Message._fields,
+            "messages": self.messages,
             "rows": [[word(entry) for entry in row] for row in self.rows],
         }
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
@@ -140,7 +138,9 @@ class Schedule:
 
 def word(entry: Entry) -> str:
     """An entry of a row as texts say it: `3F2`, `3F2&0B1`, `send 7`."""
-    return "&".join(map(str, entry)) if isinstance(entry, tuple) else str(entry)
+    if isinstance(entry, tuple):
+        return "&".join([f"{stage}{kind}{batch}" for kind, stage, batch in entry])
+    return f"send {entry.number}" if isinstance(entry, Send) else f"receive {entry.number}"
 
 
 def schedule_from_json(text: str) -> Schedule:

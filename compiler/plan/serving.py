@@ -260,7 +260,7 @@ def _of(program: Program, name: str, runs: int) -> Iterator[RoutedExperts]:
             continue
         route = op.operands[1]
         router, k = router_of(producers, route), route.type.last.size or 0
-        dispatch, combine = expert_bytes(graph, op)
+        dispatch, combine, _ = expert_bytes(graph, op)
         yield RoutedExperts(
             runs,
             op.number("count"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import inf
 from typing import Protocol
 
-from compiler.plan.schedule import Chunk, Schedule, Step
+from compiler.plan.schedule import Schedule, Step
 
 
 class Durations(Protocol):
@@ -34,13 +37,12 @@ class ChunkCosts:
     def of(self, step: Step) -> float:
         if len(step) > 1 and self.pair is not None:
             return self.pair
-        times = {
-            "F": self.forward,
-            "I": self.input,
-            "W": self.weight,
-            "B": self.input + self.weight,
-        }
-        return sum(times[chunk.kind] for chunk in step)
+        return sum([self._times[chunk.kind] for chunk in step])
+
+    @cached_property
+    def _times(self) -> Mapping[str, float]:
+        both = self.input + self.weight
+        return {"F": self.forward, "I": self.input, "W": self.weight, "B": both}
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,21 @@ def simulate(given: Schedule, costs: Durations) -> Timeline:
     A message to another rank takes `costs.transfer`, beside all computing. Raises ValueError with
     the steps that all ranks wait at, if they wait for one another.
     """
-    done: dict[tuple[str, int, int], float] = {}
+    done = _Done(given, costs.transfer)
     times: list[list[tuple[float, float]]] = [[] for _ in given.rows]
     rows = [given.steps(rank) for rank in range(len(given.rows))]
     moved = True
     while moved:
         moved = False
-        for rank, steps in enumerate(rows):
-            while len(times[rank]) < len(steps):
-                step = steps[len(times[rank])]
-                ready = _ready(step, given, done, costs.transfer)
-                if ready is None:
+        for own, steps in zip(times, rows, strict=True):
+            free = own[-1][1] if own else 0.0
+            for step in steps[len(own) :]:
+                start = max(done.ready(step), free)
+                if start == inf:
                     break
-                start = max(ready, times[rank][-1][1] if times[rank] else 0.0)
-                end = start + costs.of(step)
-                times[rank].append((start, end))
-                done |= {key: end for chunk in step for key in gives(chunk)}
+                free = start + costs.of(step)
+                own.append((start, free))
+                done.add(step, free)
                 moved = True
     waiting = [
         f"rank {rank} at {'&'.join(map(str, steps[len(times[rank])]))}"
@@ -91,35 +92,42 @@ def simulate(given: Schedule, costs: Durations) -> Timeline:
     return Timeline(tuple(map(tuple, times)))
 
 
-def gives(chunk: Chunk) -> Iterator[tuple[str, int, int]]:
-    """What is there when an chunk is done: a result, a gradient of inputs, of weights."""
-    for letter in {"B": "IW"}.get(chunk.kind, chunk.kind):
-        yield letter, chunk.stage, chunk.batch
+class _Done:
+    """When results and gradients of inputs are there, by stage and micro-batch; inf: not yet.
 
+    What the first stage reads forward, and the last one backward, is there at 0: stage -1 of
+    `forward`, and one more stage of `gradient`.
+    """
 
-def _reads(chunk: Chunk, stages: int) -> Iterator[tuple[str, int, int]]:
-    stage, batch = chunk.stage, chunk.batch
-    if chunk.kind == "F":
-        if stage > 0:
-            yield "F", stage - 1, batch
-    elif chunk.kind == "W":
-        yield "I", stage, batch
-    else:
-        yield "F", stage, batch
-        if stage < stages - 1:
-            yield "I", stage + 1, batch
+    def __init__(self, given: Schedule, transfer: float) -> None:
+        stages, batches = given.stages, given.batches
+        self.forward = [[inf] * batches for _ in range(stages)] + [[0.0] * batches]
+        self.gradient = [[inf] * batches for _ in range(stages)] + [[0.0] * batches]
+        # For each micro-batch what its message from each stage to the next one, or back, takes.
+        directions = [
+            [*(transfer * (a != b) for a, b in pairwise(ranks)), 0.0] for ranks in given.placement
+        ]
+        self.message = [directions[i * len(directions) // batches] for i in range(batches)]
 
+    def ready(self, step: Step) -> float:
+        """When all that a step reads is there."""
+        found = 0.0
+        for kind, stage, batch in step:
+            if kind == "F":
+                read = self.forward[stage - 1][batch] + self.message[batch][stage - 1]
+            elif kind == "W":
+                read = self.gradient[stage][batch]
+            else:
+                read = self.gradient[stage + 1][batch] + self.message[batch][stage]
+                read = max(read, self.forward[stage][batch])
+            if read > found:
+                found = read
+        return found
 
-def _ready(
-    step: Step, given: Schedule, done: dict[tuple[str, int, int], float], transfer: float
-) -> float | None:
-    """When all that a step reads is there; None while something is not."""
-    found = 0.0
-    for chunk in step:
-        here = given.holder(chunk.stage, chunk.batch)
-        for key in _reads(chunk, given.stages):
-            if key not in done:
-                return None
-            sent = given.holder(key[1], key[2]) != here
-            found = max(found, done[key] + (transfer if sent else 0.0))
-    return found
+    def add(self, step: Step, end: float) -> None:
+        """Records that a step is done."""
+        for kind, stage, batch in step:
+            if kind == "F":
+                self.forward[stage][batch] = end
+            elif kind != "W":
+                self.gradient[stage][batch] = end

@@ -24,9 +24,10 @@ PURPOSES = ("dispatch", "combine", "pipeline", "gradients", "parameters")
 class ExpertTraffic:
     """The experts of one block: what a token costs on its way to them and back.
 
-    `dispatch` and `combine` are bytes for a token and destination node, `weights` and `choices`
-    those of the weights and the numbers of its experts; `nodes` is the most nodes that a token goes
-    to, its own included, and `k` the experts that it goes to.
+    `dispatch`, `combine` and `gradient` are bytes for a token and destination node: on its way to
+    the experts, of what comes back, and of the gradient of that on the same way. `weights` and
+    `choices` are those of the weights and the numbers of its experts; `nodes` is the most nodes
+    that a token goes to, its own included, and `k` the experts that it goes to.
     """
 
     block: str
@@ -35,6 +36,7 @@ class ExpertTraffic:
     nodes: int
     dispatch: int
     combine: int
+    gradient: int
     weights: int
     choices: int
 
@@ -46,10 +48,10 @@ class ExpertTraffic:
     def ways(self) -> Mapping[str, int]:
         """Bytes of a token there and back, forward and backward together.
 
-        Weights come along, and their gradients go back. Gradients go both ways as results come
-        back: in the model's own element type.
+        Weights come along, and their gradients go back. Gradients of tokens come back as results
+        do: in the model's own element type.
         """
-        there = self.dispatch + self.weights + self.choices + self.combine
+        there = self.dispatch + self.weights + self.choices + self.gradient
         return {"dispatch": there, "combine": 2 * self.combine + self.weights}
 
 
@@ -88,11 +90,24 @@ def _exchanges(
             yield ExpertTraffic(graph.name, experts, k, nodes, *size, weights, k * INDEX_BYTES)
 
 
-def expert_bytes(graph: Graph, op: Op) -> tuple[int, int]:
-    """Bytes of one token on its way to routed experts, and of what comes back."""
-    inside = walk(op.regions[0].ops)
-    fp8 = any(graph.weights[w].fp8 for inner in inside for w in inner.symbols)
-    return token_bytes(op.operands[0].type, fp8=fp8), token_bytes(op.result.type, fp8=False)
+def expert_bytes(graph: Graph, op: Op) -> tuple[int, int, int]:
+    """Bytes of one token on its way to routed experts, of what comes back, and of its gradient."""
+    (region,) = op.regions
+    # A bias is added to as many rows as there are: what it is made of is read, too.
+    readers = [o for o in region.ops if o.kind == "parameter" or region.args[0] in o.operands]
+    makers = [o for o in region.ops if region.yielded[0] in o.results]
+    x, y = op.operands[0].type, op.result.type
+    return (
+        token_bytes(x, fp8=_in_fp8(graph, readers)),
+        token_bytes(y, fp8=False),
+        token_bytes(y, fp8=_in_fp8(graph, makers)),
+    )
+
+
+def _in_fp8(graph: Graph, ops: Sequence[Op]) -> bool:
+    """Whether operators are nothing but products in FP8, so that FP8 is all that they need."""
+    fp8 = (all(graph.weights[name].fp8 for name in op.symbols) for op in ops)
+    return all(op.kind == "linear" for op in ops) and all(fp8)
 
 
 def token_bytes(tokens: Type, *, fp8: bool) -> int:

@@ -10,10 +10,10 @@ order: no order of this kind can deadlock. Compare NVIDIA/nccl#784, pytorch/pyto
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
+from compiler.plan.schedule import Entry, Receive, Schedule, Send, Step
 from compiler.plan.simulate import ChunkCosts, simulate
 
 
@@ -23,52 +23,35 @@ def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule
     Raises ValueError where ranks wait for one another even if no message takes time.
     """
     ends = [[end for _, end in times] for times in simulate(given, costs or ChunkCosts()).ranks]
-    made = sorted(_made(given, ends), key=lambda one: (one.end, one.message.sender, one.chunk))
-    own: list[list[int]] = [[] for _ in given.rows]
-    for number, one in enumerate(made):
-        own[one.message.sender].append(number)
-        own[one.message.receiver].append(number)
-    rows = (_row(given, rank, own[rank], made, ends[rank]) for rank in range(len(given.rows)))
-    return replace(given, rows=tuple(rows), messages=tuple(one.message for one in made))
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A message, when the chunk that makes it ends, and which of its rank's chunks that is."""
-
-    message: Message
-    end: float
-    chunk: tuple[int, int]
-
-
-def _made(given: Schedule, ends: list[list[float]]) -> Iterator[_Made]:
-    for rank in range(len(given.rows)):
-        for i, step in enumerate(given.steps(rank)):
-            for j, chunk in enumerate(step):
-                message = given.message(chunk)
-                if message is not None:
-                    yield _Made(message, ends[rank][i], (i, j))
+    # By the end of the chunk that makes it, its rank, and which of its rank's chunks that is.
+    made = sorted(
+        (end, rank, i, j, message)
+        for rank, times in enumerate(ends)
+        for i, (step, end) in enumerate(zip(given.steps(rank), times, strict=True))
+        for j, chunk in enumerate(step)
+        if (message := given.message(chunk)) is not None
+    )
+    own: list[list[tuple[float, Entry]]] = [[] for _ in given.rows]
+    for number, (end, sender, _, _, message) in enumerate(made):
+        own[sender].append((end, Send(number)))
+        own[message.receiver].append((end, Receive(number)))
+    steps = [given.steps(rank) for rank in range(len(given.rows))]
+    rows = tuple(map(_row, steps, ends, own))
+    return replace(given, rows=rows, messages=tuple([message for *_, message in made]))
 
 
 def _row(
-    given: Schedule, rank: int, own: list[int], made: list[_Made], ends: list[float]
+    steps: Sequence[Step], ends: Sequence[float], own: Sequence[tuple[float, Entry]]
 ) -> tuple[Entry, ...]:
-    """The steps of a rank between its sends and receives, which are `own`."""
+    """The steps of a rank between its sends and receives, which are `own`, after their times."""
     row: list[Entry] = []
-    left = iter(own)
-    number = next(left, None)
-    for step, end in zip(given.steps(rank), ends, strict=True):
-        while number is not None and made[number].end < end:
-            row.append(_transfer(made[number].message, number, rank))
-            number = next(left, None)
+    at = 0
+    for step, end in zip(steps, ends, strict=True):
+        while at < len(own) and own[at][0] < end:
+            row.append(own[at][1])
+            at += 1
         row.append(step)
-    row += [_transfer(made[n].message, n, rank) for n in ([number] if number is not None else [])]
-    row += [_transfer(made[n].message, n, rank) for n in left]
-    return tuple(row)
-
-
-def _transfer(message: Message, number: int, rank: int) -> Entry:
-    return Send(number) if message.sender == rank else Receive(number)
+    return (*row, *(transfer for _, transfer in own[at:]))
 
 
 def most_held(given: Schedule, rank: int, saved: Mapping[int, int], message: int) -> int:

@@ -2,7 +2,8 @@
 
 from dsl.hf.config_file import read_config
 from dsl.hf.keys import KEPT, language_model
+from dsl.hf.longcat import unread_tensors
 from dsl.hf.read import spec_from_hf
 from dsl.hf.write import hf_config
 
-__all__ = ["KEPT", "hf_config", "language_model", "read_config", "spec_from_hf"]
+__all__ = ["KEPT", "hf_config", "language_model", "read_config", "spec_from_hf", "unread_tensors"]

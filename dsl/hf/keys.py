@@ -16,6 +16,15 @@ FAMILIES = {
     "glm4_moe": "v3",
     "minicpm3": "v3",
     "deepseek_v2": "v2",
+    "longcat_flash": "longcat_flash",
+}
+LONGCAT = "longcat_flash"
+# What LongCat's files call the parameters of experts.
+LONGCAT_EXPERTS = {
+    "n_routed_experts": "n_routed_experts",
+    "zero_expert_num": "zero_expert_num",
+    "moe_topk": "num_experts_per_tok",
+    "expert_ffn_hidden_size": "moe_intermediate_size",
 }
 # The blocks of those whose attention is not `MLA`, and the files that hold them.
 ATTENTIONS = {
@@ -34,6 +43,7 @@ ARCHITECTURES = {
     "Glm4MoeForCausalLM": "glm4_moe",
     "MiniCPM3ForCausalLM": "minicpm3",
     "DeepseekV2ForCausalLM": "deepseek_v2",
+    "LongcatFlashForCausalLM": "longcat_flash",
 }
 # Near relatives that compute something else; their files are read on to name every difference.
 RELATIVES = {
@@ -43,7 +53,6 @@ RELATIVES = {
     "axk1": "A.X-K1 has a norm behind every feed-forward block",
     "kimi_k25": "Kimi-K2.5 reads images",
     "kimi_linear": "Kimi Linear has linear attention",
-    "longcat_flash": "LongCat-Flash has experts that compute nothing, and numbers its norms",
     "mistral4": "Mistral 4 has another gate",
 }
 # Keys that change neither the weights nor what is computed from them.

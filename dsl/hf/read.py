@@ -28,13 +28,15 @@ from dsl.hf.keys import (
     GENERATION,
     IGNORED,
     KEPT,
+    LONGCAT,
     PART,
     POLICIES,
     RELATIVES,
-    ROPE_TYPE_KEYS,
     language_model,
     model_type,
 )
+from dsl.hf.longcat import longcat_architecture, longcat_experts, longcat_latents
+from dsl.hf.rope import rope_params
 from dsl.source import Source
 
 
@@ -58,7 +60,7 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     reader.taken |= IGNORED
     for key, (value, why) in FIXED.items():
         reader.only(key, [value], why)
-    layers = _layers(reader)
+    layers = _layers(reader, family)
     params = _params(reader, family, layers)
     sequence, train, precision = _sequence(reader), _train(reader), _precision(reader)
     generation = _generation(reader)
@@ -120,7 +122,11 @@ def _family(reader: Reader) -> str:
     return family
 
 
-def _layers(reader: Reader) -> Layers:
+def _layers(reader: Reader, family: str) -> Layers:
+    if family == LONGCAT:
+        count = reader.integer("num_layers")
+        reader.only("num_hidden_layers", [2 * count], "each layer has two attentions")
+        return Layers(0, count, 0)
     count = reader.integer("num_hidden_layers")
     kind = str(model_type(reader.config))
     # GLM reads `mlp_layer_types` only.
@@ -158,9 +164,12 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
     }
     if model_type(reader.config) == "minicpm3":
         main |= _scales(reader, layers.dense)
-    intermediate_size = reader.integer("intermediate_size", None if layers.dense else 1)
-    if layers.dense:
-        main["intermediate_size"] = intermediate_size
+    if family == LONGCAT:
+        main["intermediate_size"] = reader.integer("ffn_hidden_size")
+    else:
+        intermediate_size = reader.integer("intermediate_size", None if layers.dense else 1)
+        if layers.dense:
+            main["intermediate_size"] = intermediate_size
     first = reader.flag("mtp_hidden_states_first", False)
     normed = reader.flag("tie_last_hidden_states", True)
     if not normed and layers.mtp > 1:
@@ -173,7 +182,7 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
     sections: dict[str, dict[str, Any]] = {
         "the model": main,
         "attention": _attention(reader),
-        "rotary embedding": _rope(reader),
+        "rotary embedding": rope_params(reader),
         "experts": _experts(reader, family, layers),
         "prediction of further tokens": mtp if layers.mtp else {},
     }
@@ -207,6 +216,8 @@ def _attention(reader: Reader) -> dict[str, int | float | bool]:
         params["indexer_loss_weight"] = 1.0  # of training, of which the config says nothing
     if kind == "minicpm3":
         params |= {"rope_halves": True}
+    if kind == LONGCAT:
+        params |= longcat_latents(reader, params["q_lora_rank"])
     return params
 
 
@@ -265,6 +276,8 @@ def _experts(reader: Reader, family: str, layers: Layers) -> dict[str, Any]:
     if not layers.has_experts:
         reader.taken |= EXPERT_KEYS
         return {}
+    if family == LONGCAT:
+        return longcat_experts(reader)
     params: dict[str, Any] = {
         "n_routed_experts": reader.integer("n_routed_experts"),
         "n_shared_experts": reader.integer("n_shared_experts", 0, minimum=0),
@@ -298,72 +311,6 @@ def _q_lora_rank(reader: Reader) -> int:
         message = "`q_lora_rank: 0` is a projection of width zero in transformers"
         reader.refuse("q_lora_rank", message, "write null if queries are not compressed")
     return reader.integer("q_lora_rank", 0, minimum=0)
-
-
-def _rope(reader: Reader) -> dict[str, Any]:
-    """RoPE from `rope_parameters` (new) or `rope_scaling` and `rope_theta` (old spelling)."""
-    new, old = reader.sub("rope_parameters"), reader.sub("rope_scaling")
-    if new.config and old.config and new.config != old.config:
-        reader.refuse("rope_scaling", "`rope_scaling` and `rope_parameters` disagree")
-    rope = old if old.config else new
-    outer = reader.number("rope_theta", 10000.0)
-    theta = rope.number("rope_theta", outer)
-    if "rope_theta" in rope.config and reader.config.get("rope_theta", theta) != theta:
-        reader.refuse("rope_theta", f"`rope_theta` is given twice: {outer} and {theta}")
-    kind = str(model_type(reader.config))
-    plain = kind == "minicpm3" or ATTENTIONS.get(kind, ("",))[0] == "NormedGQA"
-    allowed, why = ["default", "yarn"], "RoPE is plain or YaRN"
-    if plain:
-        allowed, why = ["default"], "RoPE of this model is plain: blocks have no lists of factors"
-        rope.taken.add("partial_rotary_factor")
-    kinds = [rope.only(k, allowed, why) for k in ROPE_TYPE_KEYS]
-    yarn = "yarn" in kinds and rope.number("factor", minimum=1) > 1
-    params = {"rope_theta": theta} | _yarn(rope, yarn)
-    rope.finish()
-    return params
-
-
-def _yarn(rope: Reader, used: bool) -> dict[str, Any]:
-    """YaRN's numbers; those of plain RoPE, or of a factor of 1, would change nothing."""
-    factor = rope.number("factor", 1, minimum=1)
-    original = rope.integer("original_max_position_embeddings", None if used else 1)
-    fast, slow = rope.number("beta_fast", 32), rope.number("beta_slow", 1)
-    rope.only("truncate", [True], "the corrected range is rounded to whole dimensions")
-    mscale, all_dim = _mscales(rope, factor)
-    if not used:
-        return {}
-    return {
-        "yarn_factor": factor,
-        "yarn_original_max_position_embeddings": original,
-        "yarn_beta_fast": fast,
-        "yarn_beta_slow": slow,
-        "yarn_mscale": mscale,
-        "yarn_mscale_all_dim": all_dim,
-    }
-
-
-def _mscales(rope: Reader, factor: float) -> tuple[float, float]:
-    """`mscale` and `mscale_all_dim`, where transformers and DeepSeek's code agree on their use.
-
-    DeepSeek multiplies the rotary table by m(mscale) / m(mscale_all_dim), m(s) = 0.1 s ln(factor)
-    + 1; transformers by m(1) unless both are given and not zero, or by `attention_factor`.
-    """
-    mscale, all_dim = rope.number("mscale", 1.0), rope.number("mscale_all_dim", 0.0)
-    ratio = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
-    both = rope.config.get("mscale") and rope.config.get("mscale_all_dim")
-    other = rope.number("attention_factor", ratio if both else yarn_mscale(factor, 1))
-    if not math.isclose(ratio, other):
-        key = "attention_factor" if rope.config.get("attention_factor") else "mscale"
-        message = (
-            f"`{key}`: transformers scales the rotary table by {other:g}, DeepSeek by {ratio:g}"
-        )
-        rope.refuse(key, message, "give `mscale` and `mscale_all_dim`, and no `attention_factor`")
-    return mscale, all_dim
-
-
-def yarn_mscale(factor: float, scale: float) -> float:
-    """YaRN's amplitude for an extension by `factor` (arXiv 2309.00071, equation 22)."""
-    return 0.1 * scale * math.log(factor) + 1
 
 
 def _sequence(reader: Reader) -> dict[str, int | list[int]]:
@@ -449,6 +396,8 @@ def _blocks(family: str, layers: Layers, attention: str) -> list[str]:
     """The block files that the spec needs."""
     experts = "deepseek_moe" if family == "v3" else "softmax_moe"
     # The experts are SwiGLU blocks too.
+    if family == LONGCAT:
+        return ["causal_lm", "shortcut", attention, "swiglu", "zero_expert_moe"]
     used = {"causal_lm": True, "decoder": True, attention: True, "swiglu": True}
     used |= {experts: layers.has_experts, "mtp": layers.mtp > 0}
     return [name for name, is_used in used.items() if is_used]
@@ -456,6 +405,8 @@ def _blocks(family: str, layers: Layers, attention: str) -> list[str]:
 
 def _architecture(family: str, layers: Layers, attention: str) -> list[str]:
     experts = "DeepSeekMoE" if family == "v3" else "SoftmaxMoE"
+    if family == LONGCAT:
+        return longcat_architecture(layers.sparse)
     lines = ["architecture:", "  layers:"]
     for repeat, block in ((layers.dense, "SwiGLU"), (layers.sparse, experts)):
         if repeat:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsl.evaluate import Constant, evaluate
-from dsl.hf.keys import ARCHITECTURES
-from dsl.hf.read import yarn_mscale
+from dsl.hf.keys import ARCHITECTURES, LONGCAT, LONGCAT_EXPERTS
+from dsl.hf.rope import yarn_mscale
+from dsl.hf.values import OtherModelError, Values, is_shipped, require
 from dsl.schema import MTP, BlockUse, LayerGroup
-from specs import BLOCKS
 
 if TYPE_CHECKING:
     from dsl.load import Description
@@ -26,16 +25,14 @@ EXPERTS = (
     "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
     "n_group", "topk_group", "norm_topk_prob",
 )  # fmt: skip
+SCALED = ("mla_scale_q_lora", "mla_scale_kv_lora")
+LONGCAT_SLOTS = {"attention": "MLA", "feed_forward": "SwiGLU", "mixture": "ZeroExpertMoE"}
 PLAIN = {"use_qk_norm": True, "attention_bias": False, "partial_rotary_factor": 1}
 """What dots.llm1 is among models of `NormedGQA`."""
 YARN = (
     "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim",
 )  # fmt: skip
-
-
-class OtherModelError(Exception):
-    """The description is no model of the family; ends the attempt to write it as one."""
 
 
 def hf_config(description: Description) -> dict[str, Any]:
@@ -45,10 +42,12 @@ def hf_config(description: Description) -> dict[str, Any]:
     in the keys of the published files, which transformers loads. Any other model gets
     `"model_type": "dslc"` and the values of its spec.
     """
-    try:
-        return _of_family(description)
-    except OtherModelError:
-        return _of_own_kind(description)
+    for family in (_of_family, _of_longcat):
+        try:
+            return family(description)
+        except OtherModelError:
+            continue
+    return _of_own_kind(description)
 
 
 def _of_family(description: Description) -> dict[str, Any]:
@@ -63,13 +62,13 @@ def _of_family(description: Description) -> dict[str, Any]:
     layers = [*(group.block for group in groups), *([BlockUse("DecoderLayer")] * len(modules))]
     around = [architecture.block]
     mtp = [module.block for module in modules]
-    _require(groups[: len(dense)] == dense and kind in ("DeepSeekMoE", "SoftmaxMoE"))
-    _require(attention[0].name in ("MLA", "SparseMLA", "NormedGQA"))
+    require(groups[: len(dense)] == dense and kind in ("DeepSeekMoE", "SoftmaxMoE"))
+    require(attention[0].name in ("MLA", "SparseMLA", "NormedGQA"))
     expected = {"CausalLM": around, "DecoderLayer": layers, attention[0].name: attention}
     expected |= {"MTP": mtp, kind: experts, "SwiGLU": [_feed_forward(group) for group in dense]}
     for name, uses in expected.items():
-        _require(all(use.name == name for use in uses))
-        _require(not uses or _is_shipped(description, name))
+        require(all(use.name == name for use in uses))
+        require(not uses or is_shipped(description, name))
     values = Values(description)
     everything = [use for uses in expected.values() for use in uses]
     attends = _grouped_keys if attention[0].name == "NormedGQA" else _latent_keys
@@ -105,7 +104,7 @@ def _model_type(
 ) -> str:
     """What transformers calls a model of these blocks."""
     if kind == "SoftmaxMoE":
-        _require(
+        require(
             not mtp and attention[0].name == "MLA" and not values.shared("rope_halves", attention)
         )
         return "deepseek_v2"
@@ -114,7 +113,7 @@ def _model_type(
     if attention[0].name == "MLA":
         if not values.shared("rope_halves", attention):
             return "deepseek_v3"
-        _require(not experts and values.shared("yarn_factor", attention) == 1)
+        require(not experts and values.shared("yarn_factor", attention) == 1)
         return "minicpm3"
     alike = all(values.shared(name, attention) == value for name, value in PLAIN.items())
     return "dots1" if alike and not mtp else "glm4_moe"
@@ -130,10 +129,10 @@ def _scale_keys(
     embedding, head = (values.real(n, around) for n in ("embedding_multiplier", "logits_scaling"))
     branch = values.real("residual_multiplier", layers)
     if config["model_type"] != "minicpm3":
-        _require(embedding == head == branch == 1)
+        require(embedding == head == branch == 1)
         return {}
     base = config["hidden_size"] / head
-    _require(base.is_integer())
+    require(base.is_integer())
     depth = round(branch * math.sqrt(config["num_hidden_layers"]), 12)
     return {"scale_emb": embedding, "scale_depth": depth, "dim_model_base": int(base)}
 
@@ -145,10 +144,12 @@ def _grouped_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
     return {**keys, "attention_dropout": 0.0}
 
 
-def _latent_keys(values: Values, uses: Sequence[BlockUse]) -> dict[str, Any]:
+def _latent_keys(values: Values, uses: Sequence[BlockUse], scaled: bool = False) -> dict[str, Any]:
+    """`scaled`: whether latents are, as the kind of model says."""
     if uses[0].name == "MLA":
-        _require(values.shared("latent_norm_eps", uses) == 1e-6)
-        _require(values.shared("window", uses) == 0)
+        require(values.shared("latent_norm_eps", uses) == 1e-6)
+        require(values.shared("window", uses) == 0)
+        require({values.shared(name, uses) for name in SCALED} == {scaled})
     keys: dict[str, Any] = {name: values.shared(name, uses) for name in ATTENTION}
     if uses[0].name == "SparseMLA":
         keys |= {name: values.shared(name, uses) for name in INDEXER}
@@ -178,9 +179,48 @@ def _expert_keys(values: Values, uses: Sequence[BlockUse], kind: str) -> dict[st
     keys["moe_layer_freq"] = 1
     if kind == "DeepSeekMoE":
         return keys | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    _require(not keys["norm_topk_prob"])
+    require(not keys["norm_topk_prob"])
     method = "greedy" if keys["n_group"] == 1 else "group_limited_greedy"
     return keys | {"scoring_func": "softmax", "topk_method": method}
+
+
+def _of_longcat(description: Description) -> dict[str, Any]:
+    """LongCat-Flash: of one kind of layer, which holds two attentions and the experts beside."""
+    architecture = description.spec.architecture
+    groups, around = list(architecture.layers), [architecture.block]
+    layers = [group.block for group in groups]
+    require(architecture.mtp.depth == 0)
+    require(all({n: u.name for n, u in g.slots.items()} == LONGCAT_SLOTS for g in groups))
+    attention, dense, experts = ([g.slots[slot] for g in groups] for slot in LONGCAT_SLOTS)
+    for name, uses in {"CausalLM": around, "ShortcutLayer": layers}.items():
+        require(all(use.name == name for use in uses))
+    for use in (*around, *layers, *(use for group in groups for use in group.slots.values())):
+        require(is_shipped(description, use.name))
+    values = Values(description)
+    require(all(values.real(n, around) == 1 for n in ("embedding_multiplier", "logits_scaling")))
+    require(not values.shared("norm_topk_prob", experts))
+    require(not values.shared("rope_halves", attention))
+    latent = _latent_keys(values, attention, scaled=True)
+    require(latent["q_lora_rank"])
+    return {
+        "architectures": [n for n, kind in ARCHITECTURES.items() if kind == LONGCAT],
+        "model_type": LONGCAT,
+        "vocab_size": values.shared("vocab_size", around),
+        "hidden_size": values.shared("hidden_size", [*around, *layers]),
+        "num_layers": sum(group.repeat for group in groups),
+        "rms_norm_eps": values.real("rms_norm_eps", [*around, *layers]),
+        "tie_word_embeddings": values.shared("tie_word_embeddings", around),
+        "hidden_act": "silu",
+        "ffn_hidden_size": values.shared("intermediate_size", dense),
+        "attention_method": "MLA",
+        **dict.fromkeys(SCALED, True),
+        **latent,
+        **{key: values.shared(name, experts) for key, name in LONGCAT_EXPERTS.items()},
+        "zero_expert_type": "identity",
+        "router_bias": False,
+        "routed_scaling_factor": values.real("routed_scaling_factor", experts),
+        **_common_keys(description),
+    }
 
 
 def _mtp_keys(
@@ -191,7 +231,7 @@ def _mtp_keys(
         keys["mtp_hidden_states_first"] = True
     if values.shared("mtp_hidden_state", [*around, *mtp]) == "before_norm":
         # Further modules receive a normed state in transformers.
-        _require(depth == 1)
+        require(depth == 1)
         keys["tie_last_hidden_states"] = False
     return keys
 
@@ -233,52 +273,10 @@ def _uses(group: LayerGroup | MTP) -> dict[str, Any]:
 
 
 def _attention(group: LayerGroup | MTP) -> BlockUse:
-    _require(group.slots.keys() == {"attention", "feed_forward"})
+    require(group.slots.keys() == {"attention", "feed_forward"})
     return group.slots["attention"]
 
 
 def _feed_forward(group: LayerGroup | MTP) -> BlockUse:
-    _require("feed_forward" in group.slots)
+    require("feed_forward" in group.slots)
     return group.slots["feed_forward"]
-
-
-def _is_shipped(description: Description, name: str) -> bool:
-    """Whether the block is the standard library's and not a user's of the same name."""
-    path = description.blocks[name].span.source.path
-    return path is not None and path.parent.resolve() == BLOCKS.resolve()
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise OtherModelError
-
-
-class Values:
-    """Parameters as blocks see them: their argument, else the spec's value, else their default."""
-
-    def __init__(self, description: Description) -> None:
-        self.blocks = description.blocks
-        self.params: Mapping[str, Constant] = {
-            name: value.value for name, value in description.params.items()
-        }
-
-    def shared(self, name: str, uses: Iterable[BlockUse]) -> Constant:
-        """The one value that all uses have; a config has no room for several."""
-        found = {self._value(name, use) for use in uses}
-        _require(len(found) == 1)
-        return found.pop()
-
-    def real(self, name: str, uses: Iterable[BlockUse]) -> float:
-        """The same as a float, which transformers wants even where the value is whole."""
-        return float(self.shared(name, uses))
-
-    def _value(self, name: str, use: BlockUse) -> Constant:
-        if name in use.arguments:
-            return use.arguments[name].value
-        if name in self.params:
-            return self.params[name]
-        defaults = {p.name.value: p.default for p in self.blocks[use.name].params}
-        default = defaults.get(name)
-        if default is None:
-            raise OtherModelError
-        return evaluate(default, self.params)

@@ -112,6 +112,9 @@ class Precision(Section):
     )
 
 
+ExchangeName = Literal["torch", "deep_ep"]
+
+
 class Parallel(Section):
     """How training is spread over a cluster. Sizes count ranks, one to a GPU."""
 
@@ -138,6 +141,11 @@ class Parallel(Section):
     )
     micro_batch: Annotated[int, Number("micro_batch", 1)] = Field(
         1, description="Sequences that go through the pipeline at a time"
+    )
+    exchange: Annotated[ExchangeName, choice(*get_args(ExchangeName))] = Field(
+        "torch",
+        description="What moves tokens to the ranks of their experts: torch, or deep_ep: DeepEP, "
+        "which has to be installed",
     )
 
 

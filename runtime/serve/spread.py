@@ -73,12 +73,13 @@ class Layer:
     def send(self, rows: Sequence[Tensor], index: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """See `routing.Routing`."""
         self.sent += 1
-        chosen = index.flatten()
+        every = index.flatten()
+        (places,) = (every < self.stack.total).nonzero(as_tuple=True)  # others give back tokens
+        chosen, token = every[places], places // index.shape[-1]
         if self.counting:
             self.load += torch.bincount(chosen, minlength=self.stack.total)
-        token = torch.arange(len(chosen)) // index.shape[-1]
         slot = self.slots[chosen, (token + self.rank) % self.copies[chosen]]
-        sort_indices = slot.argsort(stable=True)
+        order = slot.argsort(stable=True)
         sent = torch.bincount(slot, minlength=self.ranks * self.each)
         arrived = sent if self.group is None else self._exchange(sent, [self.each] * self.ranks)
         arrived = arrived.view(self.ranks, self.each)
@@ -89,9 +90,9 @@ class Layer:
         self._order = here.argsort(stable=True)
         found = []
         for row in rows:
-            given = row.flatten(0, -2)[token[sort_indices]]
+            given = row.flatten(0, -2)[token[order]]
             found.append(self._exchange(given, self._sent, self._arrived)[self._order])
-        return found, arrived.sum(0).cumsum(0).to(torch.int32), sort_indices
+        return found, arrived.sum(0).cumsum(0).to(torch.int32), places[order]
 
     def give_back(self, y: Tensor) -> Tensor:
         """See `routing.Routing`."""

@@ -80,14 +80,19 @@ class Balance:
         """
         if self.load is None:
             return {}
-        found = {}
         for router, load in zip(self.routers, self.load.split(self._sizes), strict=True):
             if router.bias is not None:
                 missing = load.sum() - len(load) * load
                 router.bias.add_(missing.sign().to(router.bias), alpha=speed)
-            found[router.name] = utilization(load, router.bias)
+        # Of all layers at once: for each by itself the host would wait for a GPU.
+        biases = [one.bias for one in self.routers if one.bias is not None]
+        ranges = iter(torch.cat(biases).cpu().split([*map(len, biases)]) if biases else ())
+        loads = self.load.cpu().split(self._sizes)
         self.load = None
-        return found
+        return {
+            router.name: utilization(load, None if router.bias is None else next(ranges))
+            for router, load in zip(self.routers, loads, strict=True)
+        }
 
 
 def utilization(load: Tensor, bias: Tensor | None) -> ExpertUtilization:
@@ -108,7 +113,7 @@ def _routers(model: nn.Module) -> Iterator[Router]:
     """The layers with experts, in the order of their loads.
 
     They are the modules that hold a stack of experts; a bias is a buffer in them with one number
-    per expert.
+    per expert, those included that give back their tokens and have no weights.
     """
     for name, module in model.named_modules():
         for child in module.children():
@@ -120,6 +125,6 @@ def _bias(module: nn.Module, experts: int) -> Tensor | None:
     for group in module.children():
         if isinstance(group, Tensors):
             for name, declared in group.declarations.items():
-                if declared.buffer and declared.shape == (experts,):
+                if declared.buffer and len(declared.shape) == 1 and declared.shape[0] >= experts:
                     return getattr(group, name)  # type: ignore[no-any-return]
     return None

@@ -66,6 +66,8 @@ class TrainedWeight:
     matrix: bool
     bucket: Bucket | None = None
     gradient: Tensor | None = None
+    place: Tensor | None = None
+    """Where CUDA graphs have the gradient, if they do."""
 
     def add(self, gradient: Tensor) -> None:
         """Adds the gradient of a micro-batch."""
@@ -75,6 +77,15 @@ class TrainedWeight:
             self.gradient = gradient.float()
         else:
             self.gradient = self.bucket.gradient(self.name, self.tensor).copy_(gradient)
+
+    def settle(self) -> None:
+        """From the first gradient on it is in the same memory at each step, and zero at first."""
+        if self.place is None:
+            self.place = self.gradient
+        elif self.gradient is None:
+            self.gradient = self.place.zero_()
+        elif self.gradient is not self.place:
+            self.gradient = self.place.copy_(self.gradient)
 
 
 def _decays(part: Published) -> bool:
@@ -126,6 +137,11 @@ class AdamW:
             if weight.tensor.grad is not None:
                 weight.add(weight.tensor.grad)
                 weight.tensor.grad = None
+
+    def settle(self) -> None:
+        """Keeps all gradients where they are, for CUDA graphs that add to them."""
+        for weight in self.weights:
+            weight.settle()
 
     def reduce(self) -> None:
         """Makes the gradients that this rank updates the sums over all that hold the weights."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 
 from ..config import Config
+from ..deepep import DeepEPExchange, deep_ep_buffer
 from ..exchange import Exchange, NodeExchange
 from ..model import LanguageModel
 from ..stage import ModelShare, StageLoss, StagePlan, is_inside
 from ..weights import Stack
 from .balance import Balance, ExpertUtilization
-from .pipeline import Chunk, Execution, Held, Row, rounds
+from .overlap import Overlap, overlap_on
+from .pipeline import Chunk, ChunkPair, Execution, Held, Row, rounds
 from .ranks import ProcessGroups, all_gather_objects, new_training_group
 from .sequences import Sequences
 from .settings import Settings, TrainError
@@ -39,6 +42,11 @@ def check_parallel(config: Config, world_size: int) -> None:
     parallel = config.parallel
     if parallel is None:
         return
+    if parallel.exchange == "deep_ep" and find_spec("deep_ep") is None:
+        raise TrainError(
+            "`parallel.exchange` is deep_ep, and there is no module deep_ep here: install DeepEP "
+            "(https://github.com/deepseek-ai/DeepEP), or leave the key out"
+        )
     size = parallel.pipeline * parallel.replicas * parallel.expert
     if size != world_size:
         sizes = (f"{parallel[name]} {name}" for name in ("pipeline", "replicas", "expert"))
@@ -129,8 +137,12 @@ class RankMesh:
             across, inside,
         )  # fmt: skip
 
-    def spread(self, count: int, waiting: Callable[[], AbstractContextManager[None]]) -> Any:
-        """An exchange for `count` experts."""
+    def spread(
+        self, count: int, waiting: Callable[[], AbstractContextManager[None]], tokens: int | None
+    ) -> Any:
+        """An exchange for `count` experts; by DeepEP where a rank sends at most `tokens`."""
+        if tokens is not None:
+            return DeepEPExchange(deep_ep_buffer, self.exchange, count, tokens, waiting)
         if self.across is not None and self.inside is not None:
             return NodeExchange(self.across, self.inside, count, waiting)
         return Exchange(self.exchange, count, waiting)
@@ -185,12 +197,17 @@ def make_trainer(
     ranks: ProcessGroups,
     mesh: RankMesh | None,
     waits: Waits,
+    overlap: Overlap | None = None,
 ) -> Trainer:
-    """The trainer of a fresh model, or of what a rank of a mesh holds of it."""
+    """The trainer of a fresh model, or of what a rank of a mesh holds of it.
+
+    What runs beside computing there, `overlap`, is by default all that the device can do.
+    """
     zero = model.config.parallel is not None and model.config.parallel.zero
     if mesh is None:
         whole, group = model(device, seed=seed), ranks.training
         return Trainer(whole, settings, sequences, group, sharded=zero, waits=waits)
+    overlap = overlap or overlap_on(device)
     module = stages_of(model)
     plans: Sequence[StagePlan] = module.STAGES
     here = [s for s in range(len(plans)) if mesh.pipeline in _holders(model.config, s)]
@@ -198,7 +215,9 @@ def make_trainer(
     own = model(device, seed=seed, share=ModelShare(holds, mesh.expert, mesh.experts))
     modules = _module_holders(model.config, plans)
     experts: set[str] = set()
-    others = get_process_group_ranks(mesh.exchange)
+    others, tokens = get_process_group_ranks(mesh.exchange), None
+    if model.config.parallel.exchange == "deep_ep" and device.type != "meta":
+        tokens = (settings.micro_batch or 1) * settings.sequence_length
     exchanging = partial(waits.waiting, "the exchange of tokens", others)
     for name, one in own.named_modules():
         if isinstance(one, Stack):
@@ -207,7 +226,7 @@ def make_trainer(
         if spread is not None:
             (stack,) = (child for child in one.children() if isinstance(child, Stack))
             one.__class__ = spread
-            one.exchange = mesh.spread(stack.total, exchanging)
+            one.exchange = overlap.spread(mesh.spread(stack.total, exchanging, tokens))
     holders = {
         name: Holders(
             next(one for module, one in modules.items() if is_inside(name, module)),
@@ -224,7 +243,7 @@ def make_trainer(
     parallel = model.config.parallel
     sizes = {size for count in parallel.micro_batches for size in rounds(count, parallel)}
     rows = {size: Row.read(graphs / f"schedule-{size}.json", mesh.pipeline) for size in sizes}
-    trainer.attach(mesh, plans, here, rows)
+    trainer.attach(mesh, plans, here, rows, overlap)
     return trainer
 
 
@@ -239,6 +258,7 @@ class MeshTrainer(Trainer):
         plans: Sequence[StagePlan],
         here: Sequence[int],
         rows: Mapping[int, Row],
+        overlap: Overlap,
     ) -> None:
         """Gives the trainer its place; `here` are the numbers of its stages, `rows` are by the
         count of micro-batches of a schedule."""
@@ -246,7 +266,7 @@ class MeshTrainer(Trainer):
         self.rank, self.ranks = mesh.data, mesh.data_ranks
         stages = {s: plans[s].stage(self.model, plans[s].first) for s in here}
         config = self.model.config
-        self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world, self.waits)
+        self.held = Held(config, stages, len(plans), mesh.ranks, mesh.world, self.waits, overlap)
         self.balances = {s: Balance(self.model, plans[s].holds) for s in here}
         self.stage_holders = {s: Holders(frozenset(_holders(config, s))) for s in here}
 
@@ -275,18 +295,25 @@ class MeshTrainer(Trainer):
         row, sums = self.rows[len(batches)], self._zeros()
         step = self.execution(row, self.held, batches, tokens_seen)
         for entry in row.entries:
-            if not isinstance(entry, Chunk):
+            if isinstance(entry, ChunkPair):
+                self._add(step.pair(entry, share), entry.forward.stage, share, sums)
+                self.optimizer.collect()
+            elif not isinstance(entry, Chunk):
                 step.transfer(entry)
             elif entry.kind == "F":
-                loss = step.forward(entry)
-                sums += self._terms(loss) * share
-                if loss.load:
-                    self.balances[entry.stage].add(loss.load)
+                self._add(step.forward(entry), entry.stage, share, sums)
             elif entry.kind in "BI":
                 # Gradients of weights are computed with those of inputs: W has nothing to do.
                 step.backward(entry, share)
                 self.optimizer.collect()
+        self.held.overlap.finish()
         return sums
+
+    def _add(self, loss: StageLoss, stage: int, share: float, sums: Tensor) -> None:
+        """Adds a stage's terms, of which `share` counts, and its loads of experts."""
+        sums += self._terms(loss) * share
+        if loss.load:
+            self.balances[stage].add(loss.load)
 
     def _terms(self, loss: StageLoss) -> Tensor:
         """A stage's terms of `losses_of`."""
@@ -337,6 +364,7 @@ class MeshTrainer(Trainer):
         for entry in row.entries:
             if isinstance(entry, Chunk):
                 sums += self._terms(step.forward(entry)) * self.mesh.experts
-            else:
+            elif not isinstance(entry, ChunkPair):
                 step.transfer(entry)
+        self.held.overlap.finish()
         return sums

@@ -1,8 +1,9 @@
 """Executes the row of the schedule of one pipeline rank, with torch.distributed.
 
 `graph/schedule-N.json` of the package, for N micro-batches, has for each pipeline rank what it
-computes, sends and receives, and numbers all messages. Each rank works through its row with
-blocking sends and receives: their order excludes deadlocks (`compiler/plan/transfers.py`).
+computes, sends and receives, and numbers all messages. Each rank works through its row, whose
+order excludes deadlocks though every send and receive blocks (`compiler/plan/transfers.py`). On a
+GPU they block a stream of their own, and chunks that are paired take turns (`overlap.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.distributed import ProcessGroup, recv, send
 
 from ..config import Config
 from ..stage import Stage, StageLoss
+from .overlap import Overlap
 from .sequences import positions
 from .waits import Waits
 
@@ -35,6 +38,20 @@ class Chunk(NamedTuple):
 
     def __str__(self) -> str:
         return f"chunk {self.stage}{self.kind}{self.batch}"
+
+
+class ChunkPair(NamedTuple):
+    """Two chunks, each of which computes while the other's tokens are under way."""
+
+    forward: Chunk
+    backward: Chunk
+
+    def __str__(self) -> str:
+        return f"pair of {self.forward} and {self.backward}"
+
+
+RowEntry = Chunk | ChunkPair | tuple[str, int]
+"""Of a row: what is computed, or `send N` and `receive N`."""
 
 
 class Message(NamedTuple):
@@ -61,22 +78,25 @@ def rounds(count: int, parallel: Config) -> list[int]:
 
 @dataclass(frozen=True)
 class Row:
-    """What one pipeline rank does in a step, in order: chunks, `send N` and `receive N`."""
+    """What one pipeline rank does in a step, in order."""
 
-    entries: tuple[Chunk | tuple[str, int], ...]
+    entries: tuple[RowEntry, ...]
     messages: tuple[Message, ...]
 
     @classmethod
     def read(cls, schedule: Path, rank: int) -> Row:
         values = json.loads(schedule.read_text(encoding="utf-8"))
-        entries: list[Chunk | tuple[str, int]] = []
+        entries: list[RowEntry] = []
         for word in values["rows"][rank]:
             kind, _, number = word.partition(" ")
             if number:
                 entries.append((kind, int(number)))
-            else:  # an overlapped pair is one chunk after the other here
-                for stage, letter, batch in re.findall(r"(\d+)([FBIW])(\d+)", word):
-                    entries.append(Chunk(letter, int(stage), int(batch)))
+                continue
+            chunks = [
+                Chunk(letter, int(stage), int(batch))
+                for stage, letter, batch in re.findall(r"(\d+)([FBIW])(\d+)", word)
+            ]
+            entries.append(ChunkPair(*chunks) if len(chunks) > 1 else chunks[0])
         return cls(tuple(entries), tuple(Message(*one) for one in values["messages"]))
 
     @classmethod
@@ -88,7 +108,7 @@ class Row:
             if sender != receiver
         ]
         numbers = {message.stage: n for n, message in enumerate(messages)}
-        entries: list[Chunk | tuple[str, int]] = []
+        entries: list[RowEntry] = []
         for stage in (s for s, holder in enumerate(holders) if holder == rank):
             entries += [("receive", numbers[stage])] if stage in numbers else []
             entries.append(Chunk("F", stage, 0))
@@ -107,6 +127,7 @@ class Held:
     """The global rank of each pipeline rank with this rank's sequences."""
     group: ProcessGroup
     waits: Waits
+    overlap: Overlap
 
 
 class Chunked(NamedTuple):
@@ -136,22 +157,36 @@ class Execution:
         self.numbers = {message[:3]: n for n, message in enumerate(row.messages)}
         self.arrived: dict[tuple[str, int, int], Sequence[Tensor]] = {}
         self.made: dict[int, Sequence[Tensor]] = {}
+        self.events: dict[tuple[str, int, int] | int, Any] = {}
+        """Behind which the values of what arrived, or was made, are there."""
         self.saved: dict[tuple[int, int], Chunked] = {}
 
     def transfer(self, entry: tuple[str, int]) -> None:
         """Sends or receives one message."""
         kind, number = entry
+        message, overlap = self.row.messages[number], self.held.overlap
+        if kind == "send":
+            tensors = self.made.pop(number)
+            sending = partial(self._transfer, kind, number, tensors)
+            overlap.send(self.events.pop(number, None), sending, tensors)
+        else:
+            key = message[:3]
+            self.arrived[key], self.events[key] = overlap.receive(partial(self._receive, number))
+
+    def _receive(self, number: int) -> Sequence[Tensor]:
+        tensors = self._buffers(self.row.messages[number])
+        self._transfer("receive", number, tensors)
+        return tensors
+
+    def _transfer(self, kind: str, number: int, tensors: Sequence[Tensor]) -> None:
         message, group = self.row.messages[number], self.held.group
         other = self.held.column[message.receiver if kind == "send" else message.sender]
-        tensors = self.made.pop(number) if kind == "send" else self._buffers(message)
         with self.held.waits.waiting(f"{kind} {number}, {message}", [other]):
             for tensor in tensors:
                 if kind == "send":
                     send(tensor, other, group=group)
                 else:
                     recv(tensor, other, group=group)
-        if kind == "receive":
-            self.arrived[message[:3]] = tensors
 
     def _buffers(self, message: Message) -> Sequence[Tensor]:
         if message.kind == "F":
@@ -161,10 +196,18 @@ class Execution:
         device = self.batches[message.batch].device
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like]
 
+    def pair(self, pair: ChunkPair, share: float) -> StageLoss:
+        """Both chunks, each of which computes while the other's tokens are under way."""
+        with self.held.waits.computing(pair):
+            loss, _ = self.held.overlap.both(
+                partial(self.forward, pair.forward), partial(self.backward, pair.backward, share)
+            )
+        return loss
+
     def forward(self, chunk: Chunk) -> StageLoss:
         """Computes a stage on a micro-batch, and saves what its gradients need."""
         stage, tokens = self.held.stages[chunk.stage], self.batches[chunk.batch]
-        received = tuple(t.requires_grad_() for t in self.arrived.pop(chunk, ()))
+        received = tuple(t.requires_grad_() for t in self._taken(chunk))
         inputs = tokens[:, :-1]
         place = positions(inputs, self.held.config)
         with self.held.waits.computing(chunk):
@@ -177,7 +220,7 @@ class Execution:
         """Adds the gradients of a stage's terms, of which `share` counts, to those of weights."""
         received, sent, _, total = self.saved.pop((chunk.stage, chunk.batch))
         ends: list[Tensor | GradientEdge] = list(sent)
-        gradients: list[Tensor | None] = list(self.arrived.pop(("B", *chunk[1:]), ()))
+        gradients: list[Tensor | None] = list(self._taken(Chunk("B", *chunk[1:])))
         if total is not None and total.requires_grad:
             ends.append(total * share)
             gradients.append(None)
@@ -185,6 +228,11 @@ class Execution:
             torch.autograd.backward(ends, gradients)  # type: ignore[arg-type]  # of both kinds
         found = [torch.zeros_like(t) if t.grad is None else t.grad for t in received]
         self._leave(Chunk("B", chunk.stage - 1, chunk.batch), found)
+
+    def _taken(self, reader: Chunk) -> Sequence[Tensor]:
+        """What a chunk reads; computing that is issued from now on finds its values there."""
+        self.held.overlap.wait(self.events.pop(reader, None))
+        return self.arrived.pop(reader, ())
 
     def _leave(self, reader: Chunk, tensors: Sequence[Tensor]) -> None:
         """Keeps tensors until they are sent, or until the next stage reads them on this rank."""
@@ -194,3 +242,4 @@ class Execution:
                 self.arrived[reader] = tensors
             else:
                 self.made[number] = [t.contiguous() for t in tensors]
+                self.events[number] = self.held.overlap.mark()

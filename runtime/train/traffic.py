@@ -46,6 +46,10 @@ class Counter(TorchDispatchMode):
         """Whether tokens are on their way to experts (`dispatch`) or back (`combine`)."""
         self.sent: dict[str, SentTraffic] = defaultdict(SentTraffic)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here: to skip it, torch would load all of Dynamo
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:

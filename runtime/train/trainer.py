@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 
+from ..graphs import captures
 from ..model import LanguageModel, Loss
 from ..weights import published
 from .balance import Balance, ExpertUtilization
+from .captured import CapturedGradients, Gradients, Losses
 from .optimizer import AdamW
 from .ranks import all_gather_objects
 from .sequences import Sequences, count_labels, inputs_and_labels, positions
@@ -78,6 +80,9 @@ class Trainer:
         one = self.settings.optimizer
         self.optimizer = AdamW(self.model, one, holders, self.sharded, self.waits)
         self.balance = Balance(self.model)
+        self._add_gradients: Gradients = self._micro_batch
+        if captures(self.model):
+            self._add_gradients = CapturedGradients(self._micro_batch, self.model, self.optimizer)
         self.average = None
         if self.settings.ema:
             self.average = Average(self.model, self.optimizer, self.settings.ema)
@@ -155,15 +160,21 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.model.device)
         labels = self._labels(batch)
         for tokens in self._micro_batches(batch):
-            loss = loss_of(self.model, tokens, tokens_seen)
             # Without masks every sequence has equally many labels: no device is asked for them.
-            share = count_labels(tokens) / labels if labels else len(tokens) / batch
-            (loss.total * share).backward()
-            self.optimizer.collect()
-            self.balance.add(loss.load)
-            values = losses_of(loss) * share
-            sums = values if len(sums) != len(values) else sums + values
+            part = count_labels(tokens) / labels if labels else len(tokens) / batch
+            share = sums.new_full((), part)
+            losses, load = self._add_gradients(tokens, share, tokens_seen)
+            self.balance.add(load)
+            losses *= share
+            sums = losses if len(sums) != len(losses) else sums + losses
         return sums
+
+    def _micro_batch(self, tokens: Tensor, share: Tensor, tokens_seen: int) -> Losses:
+        """Adds the gradients of a micro-batch, times its share; waits for nothing on a GPU."""
+        loss = loss_of(self.model, tokens, tokens_seen)
+        loss.total.backward(share.to(loss.total.dtype))
+        self.optimizer.collect()
+        return losses_of(loss), loss.load
 
     def _labels(self, batch: int) -> int:
         """Of all sequences of a step, those of other ranks included; 0 where none is masked."""

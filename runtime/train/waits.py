@@ -41,13 +41,13 @@ class Waits:
 
     @contextmanager
     def computing(self, chunk: object) -> Iterator[None]:
-        """Around a chunk, in which ranks may wait, too."""
-        self.chunk = chunk
+        """Around a chunk, in which ranks may wait, too; or around a pair, and both its chunks."""
+        around, self.chunk = self.chunk, self.chunk or chunk
         try:
             with record_function(str(chunk)):
                 yield
         finally:
-            self.chunk = None
+            self.chunk = around
 
     @contextmanager
     def waiting(self, what: str, ranks: Sequence[int]) -> Iterator[None]:

@@ -6,19 +6,22 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   params latent_norm_eps = 1e-6                                # also where other norms use another
   params rope_theta = 10000, attention_bias = false            # a bias of projections from and to the hidden state
   params rope_halves = false                                   # turn pairs (i, i + n / 2) instead of (2i, 2i + 1)
+  params mla_scale_q_lora = false, mla_scale_kv_lora = false   # latents of the variance of the hidden state (arXiv 2509.01322)
   params yarn_factor = 1                                       # 1: plain rotary embedding
   params yarn_original_max_position_embeddings = 4096, yarn_beta_fast = 32, yarn_beta_slow = 1
   params yarn_mscale = 1, yarn_mscale_all_dim = 0, window = 0  # of attention; 0: all tokens before
 
   require qk_rope_head_dim % 2 == 0, "qk_rope_head_dim ({qk_rope_head_dim}) is odd, but rotary embedding turns pairs of numbers", "make it {qk_rope_head_dim + 1}"
   require q_lora_rank >= 0, "q_lora_rank ({q_lora_rank}) is negative", "0 leaves the compression of queries out"
+  require q_lora_rank > 0 or not mla_scale_q_lora, "mla_scale_q_lora scales compressed queries, and q_lora_rank is 0", "leave it out"
   require yarn_factor >= 1, "yarn_factor ({yarn_factor}) is below 1", "1 is plain rotary embedding"
 
   let qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
   let kv_head_dim = qk_nope_head_dim + v_head_dim
   let amplitude = 0.1 * yarn_mscale * log(yarn_factor) + 1
   let amplitude_all_dim = 0.1 * yarn_mscale_all_dim * log(yarn_factor) + 1
-  let softmax_scale = qk_head_dim ** -0.5 * amplitude_all_dim ** 2
+  let q_scale = (hidden_size / q_lora_rank) ** 0.5 if mla_scale_q_lora else 1                    # of queries, and so of all scores
+  let softmax_scale = qk_head_dim ** -0.5 * amplitude_all_dim ** 2 * q_scale
 
   if q_lora_rank > 0:
     c_q = linear(x, to = q_lora_rank, bias = attention_bias, name = q_a_proj)                    # eq. 6
@@ -32,6 +35,8 @@ block MLA(x: [batch, seq, hidden_size], position: i64[batch, seq]) -> [batch, se
   c_kv = linear(x, to = kv_lora_rank + qk_rope_head_dim, bias = attention_bias, name = kv_a_proj_with_mqa) # eq. 1, 3
   c_kv, k_rope = split(c_kv, kv_lora_rank, qk_rope_head_dim)
   c_kv = rms_norm(c_kv, eps = latent_norm_eps, name = kv_a_layernorm)
+  if mla_scale_kv_lora:
+    c_kv = c_kv * (hidden_size / kv_lora_rank) ** 0.5
 
   cos, sin = rope_table(position, dim = qk_rope_head_dim, theta = rope_theta, factor = yarn_factor, original_max_position_embeddings = yarn_original_max_position_embeddings, beta_fast = yarn_beta_fast, beta_slow = yarn_beta_slow, attention_factor = amplitude / amplitude_all_dim)
   q_rope = rotate_halves(q_rope, cos, sin) if rope_halves else rotate(q_rope, cos, sin)           # eq. 8

@@ -18,6 +18,25 @@ from dsl.yaml import Mapping, parse_yaml
 NAMES: dict[str, Constant] = {"hidden_size": 7168, "n_group": 8, "zero": 0, "on": True, "word": "a"}
 
 
+@pytest.mark.parametrize(
+    "text", ["7168", "0", "1_000", "2.5", "14.8T", "80GiB", "1e-4", "hidden_size", "in_", "f32"]
+)
+def test_an_atom_is_what_the_grammar_makes_of_it(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source("a.yaml", f"key: {text}")
+    alone = parse_expression(source, 5, len(source.text))
+    monkeypatch.setattr("dsl.parse._atom", lambda span: None)
+    assert repr(alone) == repr(parse_expression(source, 5, len(source.text)))
+
+
+@pytest.mark.parametrize("text", ["not", "4.", "1__0", "4 Q", "5Q", "07x", "1e9999"])
+def test_what_is_no_atom_is_refused_by_the_grammar(text: str) -> None:
+    source = Source("a.yaml", f"key: {text}")
+    with pytest.raises(DiagnosticError):
+        parse_expression(source, 5, len(source.text))
+
+
 def parse(text: str) -> ast.Expr:
     # The expression does not begin its source, as in a spec.
     source = Source("a.yaml", f"key: {text}")

@@ -213,7 +213,7 @@ REFUSED: dict[str, Any] = {
     "rope_theta": [],
     "mlp_layer_types": ["dense"] * 3 + ["sparse", "dense"] * 29,
     "architectures": ["DeepseekV3ForSequenceClassification"],
-    "model_type": "longcat_flash",
+    "model_type": "kimi_linear",
 }
 
 

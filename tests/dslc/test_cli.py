@@ -44,7 +44,7 @@ def test_help_of_a_command_has_examples_that_the_parser_takes(dslc: Run, command
 
 
 def test_help_is_instant_and_loads_no_stage() -> None:
-    program = "import sys, dslc.cli; print(*sys.modules)"
+    program = "import sys, dslc.cli; dslc.cli.application(''); print(*sys.modules)"
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program, "ops"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -54,6 +54,15 @@ def test_help_is_instant_and_loads_no_stage() -> None:
     heavy = {"pydantic", "lark", "ruamel.yaml", "jinja2", "compiler", "backends.build", "dsl.load"}
     assert "dslc.commands.build" in loaded
     assert not loaded & heavy
+
+
+def test_a_command_does_not_load_the_others() -> None:
+    program = "import sys, dslc.cli; dslc.cli.application('build'); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name for name in done.stdout.split() if name.startswith("dslc.commands.")}
+    assert loaded == {"dslc.commands.build"}
 
 
 def test_commands_import_stages_only_where_they_run() -> None:

@@ -68,11 +68,12 @@ def test_ranks_of_2048_hold_and_send_what_is_planned(dslc: Run, rank: int) -> No
     # Around rings of 256 ranks, and of 4 for experts.
     assert sent["gradients"]["messages"] == sent["parameters"]["messages"] == 255 + 3
     # A token goes to 4 of 8 nodes and to 8 ranks inside them, in 120 micro-batches through a layer
-    # on one stage and two on the other: in FP8 with scales, weights and experts, and its gradient
-    # in bfloat16. Before that ranks say how many.
+    # on one stage and two on the other: in FP8 with scales, weights and experts, and so its
+    # gradient, without those. Before that ranks say how many.
     tokens, counts = 3 * 60 * 4096, 3 * 60 * (7 + 7) * 8
-    row = 7168 + 4 * 56 + 4 * 8 + 2 * 8
-    assert sent["dispatch"]["bytes"] == (4 + 8) * tokens * 7 // 8 * (row + 2 * 7168) + counts
+    fp8 = 7168 + 4 * 56
+    row = fp8 + 4 * 8 + 2 * 8
+    assert sent["dispatch"]["bytes"] == (4 + 8) * tokens * 7 // 8 * (row + fp8) + counts
     assert sent["combine"]["bytes"] == (4 + 8) * tokens * 7 // 8 * (2 * 2 * 7168 + 4 * 8)
 
 

@@ -150,7 +150,7 @@ def _count_tokens(f: Frame, op: Op, ranks: Sequence[Sequence[int]], size: int) -
     rank, mesh = _rank(f), _rank(f).world.mesh
     group = rank.group(("expert",))
     for chosen in ranks:
-        to = {group[r] for r in chosen}
+        to = {group[r] for r in chosen if r < len(group)}  # others give back their tokens
         nodes = {mesh.node(r) for r in to}
         assert len(nodes) <= op.number("limit"), f"a token goes to {len(nodes)} nodes"
         # On each node it arrives at the rank of the same place.

@@ -147,8 +147,9 @@ def _experts(f: Frame, op: Op, x: Tensor, route: Tensor, weight: Tensor) -> Tens
     (region,) = op.regions
     y = x.new_zeros(*x.shape[:-1], region.yielded[0].type.last.size or 0)
     count = op.number("count")
-    here = torch.where(route < 0, count, route)  # -1: an expert of another rank
-    for expert, chosen in enumerate(F.dispatch(here, count + 1)[:count]):
+    # -1: an expert of another rank; from `count` on they give back tokens.
+    here = torch.where(route < 0, count, route)
+    for expert, chosen in enumerate(F.dispatch(here, count)):
         inside = replace(f, expert=expert, values=dict(f.values), sizes=dict(f.sizes))
         (out,) = inside.region(region.args, region.ops, [F.gather_tokens(x, chosen)])
         F.add_tokens(y, chosen, out, weight)
@@ -199,12 +200,10 @@ def _unpack_e5m6(f: Frame, op: Op, packed: Tensor, s: Tensor) -> Tensor:
 
 
 def _permute(f: Frame, op: Op, x: Tensor, route: Tensor) -> Sequence[Tensor]:
-    """Without slots for experts of other ranks, -1."""
-    flat, k = route.flatten(), route.shape[-1]
-    (here,) = (flat >= 0).nonzero(as_tuple=True)
-    rows, ends, order = F.permute(
-        x.flatten(0, -2)[here // k], flat[here, None], *_dims(op, "count")
-    )
+    """Without slots for experts of other ranks, -1, and for those that give back tokens."""
+    flat, k, (count,) = route.flatten(), route.shape[-1], _dims(op, "count")
+    (here,) = ((flat >= 0) & (flat < count)).nonzero(as_tuple=True)
+    rows, ends, order = F.permute(x.flatten(0, -2)[here // k], flat[here, None], count)
     return rows, ends, here[order]
 
 
@@ -397,6 +396,7 @@ RUN: dict[str, Run] = {
     "gate": _gate,
     "gate_saving": _gate,
     "experts": _experts,
+    "identity_weight": _f("identity_weight", "count"),
     "permute": _permute,
     "grouped_linear": _grouped_linear,
     "grouped_parameter": _f("grouped_parameter"),
@@ -463,6 +463,7 @@ RUN: dict[str, Run] = {
     "attention_grad": _attention(G),
     "document_attention_saving": _attention(G),
     "document_attention_grad": _attention(G),
+    "identity_weight_grad": _g("identity_weight_grad", "count"),
     "topk_groups_grad": _g("topk_groups_grad", "normalize", "scale"),
     "gate_grad": _g("gate_grad", "scoring", "normalize", "scale"),
     "permute_grad": _permute_grad,

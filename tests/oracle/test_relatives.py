@@ -4,6 +4,7 @@ does."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 
@@ -24,6 +26,7 @@ from dsl.hf import hf_config, spec_from_hf
 from dsl.load import load
 from dsl.source import Source
 from dsl.units import format_count
+from tests.support.command import Run
 from tests.support.configs import Case
 from tests.support.oracle import GRADIENTS, LOGITS, build_from_config, relative_rms
 from tests.support.places import SPECS
@@ -54,6 +57,8 @@ RELATIVES = [
     Relative("glm_4_5", "Glm4Moe", "106.85B", "13.42B", ("air",)),
     Relative("deepseek_v32", "DeepseekV32", "671.88B", "38.4B"),
     Relative("minicpm3_4b", "MiniCPM3", "4.07B", "4.07B"),
+    # 27B on average, embedding left out.
+    Relative("longcat_flash", "LongcatFlash", "560.66B", "27.95B"),
     # transformers has no Ling of version 2.0; these are its equations under other names.
     Relative("ling_mini_2", "Glm4Moe", "16.26B", "1.43B"),
 ]
@@ -77,7 +82,17 @@ def test_a_spec_has_the_published_size(relative: Relative) -> None:
         model = getattr(transformers, f"{relative.model}ForCausalLM")(config_of(relative))
     tensors = [*model.named_parameters(), *model.named_buffers()]
     theirs = sum(t.numel() for n, t in tensors if not n.endswith(("inv_freq", "embed_scale")))
-    assert found.parameters == theirs
+    assert found.parameters == theirs - unread(model.config)
+
+
+def unread(config: Any) -> int:
+    """Gate and up of LongCat's experts that compute nothing, which transformers makes, too."""
+    zero = getattr(config, "zero_expert_num", 0)
+    return (
+        2 * zero * config.num_layers * config.moe_intermediate_size * config.hidden_size
+        if zero
+        else 0
+    )
 
 
 @pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: "_".join([r.spec, *r.variant]))
@@ -150,6 +165,10 @@ CASES = [
                  "index_topk": 5, "rope_parameters": YARN}, "deepseek_v32"),
     Case("minicpm", {**SMALL, **LATENT, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
          "minicpm3"),
+    Case("longcat", {**SMALL, **LATENT, "num_hidden_layers": 4, "ffn_hidden_size": 56,
+                     "moe_topk": 4, "n_routed_experts": 6, "zero_expert_num": 3,
+                     "expert_ffn_hidden_size": 24, "head_dim": 8, "routed_scaling_factor": 1.8},
+         "longcat_flash"),
 ]  # fmt: skip
 
 
@@ -209,6 +228,37 @@ def test_its_gradients_are_those_of_transformers(pair: tuple[Reference, Any]) ->
     errors = {name: relative_rms(mine[name], gradient) for name, gradient in theirs.items()}
     assert max(errors.values()) <= GRADIENTS, errors
     assert {n for n in mine if n not in theirs and mine[n].count_nonzero()} == set()
+
+
+# ---- what transformers saves -----------------------------------------------------------------
+
+
+AGAIN = [case for case in CASES if case.name in ("glm", "longcat")]  # the others are no different
+
+
+@pytest.mark.parametrize("case", AGAIN, ids=lambda case: case.name)
+def test_what_transformers_saves_again_is_imported_byte_by_byte(
+    case: Case, dslc: Run, tmp_path: Path
+) -> None:
+    """In BF16, as people keep models; what transformers keeps in float32 it keeps there."""
+    reference = Reference(case, 1)
+    reference.model.save_pretrained("first")
+    type(reference.model).from_pretrained("first", dtype=torch.bfloat16).save_pretrained("saved")
+    saved = load_file("saved/model.safetensors")
+    outcome = dslc("import", "saved", "--to", "in")
+    assert outcome.status == 0, outcome.err
+    unread = {name for name in saved if re.search(r"experts\.[678]\.(gate|up)_proj", name)}
+    unread &= {name for name in saved if case.name == "longcat"}
+    assert ("12 tensors of experts that compute nothing: left out" in outcome.err) == bool(unread)
+    imported = load_file("in/model.safetensors")
+    assert imported.keys() == saved.keys() - unread
+    for name, tensor in imported.items():
+        # transformers widens LongCat's router; its numbers are BF16's all the same.
+        assert tensor.dtype == saved[name].dtype or name.endswith("router.classifier.weight")
+        assert torch.equal(tensor.float(), saved[name].float()), name
+    assert dslc("export", "in", "--to", "out").status == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("in/model.safetensors").read_bytes()
+    assert Path("out/config.json").read_bytes() == Path("in/config.json").read_bytes()
 
 
 # ---- the indexer of DeepSeek-V3.2 ------------------------------------------------------------

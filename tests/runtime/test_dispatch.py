@@ -73,6 +73,12 @@ def test_a_kernel_without_a_parameter_of_the_call_does_not_serve(
 
 
 @pytest.mark.usefixtures("on_target")
+def test_a_kernel_that_takes_any_name_serves(kernel: Callable[..., torch.Tensor]) -> None:
+    vars(sys.modules["pack.picky"])["double"] = lambda x, **settings: x * 0 - settings["times"]
+    assert kernel(X, times=3).tolist() == [-3, -3]
+
+
+@pytest.mark.usefixtures("on_target")
 def test_a_list_of_tensors_counts_as_its_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
     file = types.ModuleType("pack.file")
     vars(file)["total"] = lambda grads: "kernel"

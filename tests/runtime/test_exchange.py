@@ -5,6 +5,7 @@ All numbers are small whole ones in float64, so that sums are exact in any order
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from runtime import exchange
+from runtime import deepep, exchange, fp8
+from tests.support import deep_ep
 
 WORLD, EXPERTS, K, WIDTH = 4, 8, 3, 4
 TOKENS = 6
@@ -97,8 +99,31 @@ def exchanged(one: Kind, given: dict[str, Tensor], first: int) -> dict[str, Tens
     return found
 
 
+def by_deep_ep(group: dist.ProcessGroup, given: dict[str, Tensor]) -> bool:
+    """Whether a layer that sends tokens by DeepEP has the bits of one that does not; in FP8, where
+    gradients of results are in FP8 or bfloat16."""
+    hidden, ways = 128, []
+    x = given["x"].repeat(1, 1, hidden // WIDTH).bfloat16()
+    packed = fp8.quantize(x, "ue8m0")
+    for one in (
+        exchange.Exchange(group, EXPERTS),
+        deepep.DeepEPExchange(deepep.deep_ep_buffer, group, EXPERTS, TOKENS),
+    ):
+        *rows, weight, experts, handle = one.dispatch(*packed, given["weight"], given["experts"])
+        found: list[Any] = [*rows, weight, experts, one.dispatch_again(x, handle)]
+        found += one.dispatch_again(*packed, handle)
+        y = fp8.dequantize(rows[0], rows[1], dtype=torch.bfloat16)
+        found += [one.combine(y, handle), *one.combine(y, weight, handle)]
+        ways.append(found)
+    return all(
+        one.dtype == other.dtype and torch.equal(one, other)
+        for one, other in zip(*ways, strict=True)
+    )
+
+
 def work(rank: int, folder: str) -> None:
     """All cases in one process, among 2 ranks and among 4."""
+    sys.modules["deep_ep"] = deep_ep  # type: ignore[assignment]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     pairs = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
@@ -124,6 +149,11 @@ def work(rank: int, folder: str) -> None:
             rows.clear()
             results = exchanged(one, tokens_of(case, rank), first)
             found[kind, name] = {**results, "rows": torch.tensor(rows)}
+    for name, case in CASES.items():
+        same = by_deep_ep(groups[4], tokens_of(case, rank))
+        found["deep_ep", name] = {"same": torch.tensor(same)}
+    # One for each number of experts of a token: layers alike have the same memory.
+    found["deep_ep", "made"] = {"buffers": torch.tensor(deep_ep.ElasticBuffer.made)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -197,6 +227,14 @@ def test_a_token_is_sent_once_to_each_node_that_has_its_experts(name: str, found
         out, on = int(across[rank, 1 - node]), int(inside[rank, 1 - place])
         home, back = int(across[(rank + 2) % 4, node]), int(inside[rank ^ 1, place])
         assert results["rows"].tolist() == [out, on, back, home] * 2
+
+
+@pytest.mark.slow
+def test_deep_ep_moves_the_same_rows(found: Found) -> None:
+    """A stand-in with its interface, which checks what it is given."""
+    for rank in found:
+        assert all(rank["deep_ep", name]["same"] for name in CASES)
+        assert rank["deep_ep", "made"]["buffers"] == len({case.k for case in CASES.values()})
 
 
 def test_the_cases_are_what_they_are_called() -> None:

@@ -122,3 +122,23 @@ def test_it_ends_with_its_block_and_is_of_its_thread() -> None:
         assert is_batch_invariant()
         _ = 1 / 0
     assert not is_batch_invariant()
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_bfloat16_on_a_cpu_without_avx512(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own loops for bfloat16 take ten times as long there as float32 does."""
+    monkeypatch.setattr(matmul, "_BFLOAT16_IS_SLOW", slow)
+    seen: list[torch.dtype] = []
+
+    def compute(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(a.dtype)
+        return torch.bmm(a, b)
+
+    a, b = random(3, 20, 64, dtype=torch.bfloat16), random(3, 64, 7, dtype=torch.bfloat16, seed=1)
+    found = matmul.in_float32(compute, a, b)
+    assert seen == [torch.float32 if slow else torch.bfloat16]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=2**-8, atol=1e-5)
+    weight = b[0].T
+    exact = a.double() @ weight.double().T
+    torch.testing.assert_close(F.linear(a, weight).double(), exact, rtol=2**-8, atol=1e-5)

@@ -257,6 +257,13 @@ def _permute(d: Draw) -> Example:
     return Example("permute", [d.tokens(d.dim("width")), route], attrs={"count": count})
 
 
+def _identity_weight(d: Draw) -> Example:
+    experts = d.size(2, 20)
+    route = d.route(experts, d.size(1, min(experts, 4)))
+    weight = d.tokens(route[0].last)
+    return Example("identity_weight", [route, weight], attrs={"count": d.size(1, experts)})
+
+
 def _slots(d: Draw, width: Dim) -> tuple[Dim, Dim, tuple[Type, Tensor], list[Tensor]]:
     """Experts, choices, slots [slot, width] as `permute` gives them, and its other results."""
     experts = d.dim("experts", 1, 20)
@@ -418,6 +425,7 @@ EXAMPLES: dict[str, Callable[[Draw], Example]] = {
     "topk_groups": _topk_groups,
     "gate": _gate("gate"),
     "gate_saving": _gate("gate_saving"),
+    "identity_weight": _identity_weight,
     "permute": _permute,
     "grouped_linear": _grouped_linear,
     "grouped_parameter": _grouped_parameter,

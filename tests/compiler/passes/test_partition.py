@@ -29,6 +29,7 @@ from dsl.source import Source
 from tests.interpret import State, random_inputs, random_weights, run
 from tests.interpret.comm import World
 from tests.interpret.operators import LEARNING_RATE
+from tests.support import longcat
 from tests.support.golden import Golden
 from tests.support.models import description
 from tests.support.places import SPECS, TINY
@@ -117,6 +118,12 @@ def test_biases_and_free_parameters_are_those_of_all_ranks() -> None:
 def test_sinks_are_those_of_all_ranks_and_indexer_losses_their_mean(name: str, mesh: str) -> None:
     of = load(SPECS / "examples" / f"{name}.yaml")
     check_same(of, layout(MESHES[mesh], of))
+
+
+@pytest.mark.slow
+def test_tokens_that_are_given_back_stay_where_they_are() -> None:
+    of = longcat.small("precision.policy=fp32", "architecture.layers.0.repeat=1")
+    check_same(of, layout(MESHES["2 stages x 2 replicas x 2 experts"], of))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from compiler.graph.text import print_graph
 from compiler.graph.verify import spans_missing, verify
 from compiler.lower import lower
 from compiler.ops.comm import Dispatch
+from compiler.parallel.mesh import Mesh
+from compiler.passes import place_fp8
 from compiler.pipeline import PIPELINES, after
 from compiler.pipeline import run as run_passes
+from compiler.plan.traffic import expert_bytes
+from compiler.rewrite import Miss
 from dsl.load import Description, load
 from runtime import fp8
 from tests.interpret import RUN, random_inputs, random_weights, run
@@ -305,3 +310,70 @@ def test_tokens_travel_to_other_ranks_in_fp8() -> None:
     assert Dispatch.token_bytes(site_of(dispatch, graph, ranked.graphs)) == 7392
     (combine,) = named(graph, "combine")
     assert combine.operands[0].type.dtype == "bf16"
+
+
+@cache
+def on_four_ranks(*sets: str) -> tuple[Graph, Graph]:
+    """A layer of experts on 2 nodes of 2 ranks, forward and backward."""
+    spec = tiny("architecture.mtp.depth=0", *sets)
+    (ranked,) = rank_programs(spec, layout(MESHES["2 nodes x 2 ranks"], spec))
+    return ranked.graphs["DeepSeekMoE"], ranked.graphs["DeepSeekMoE_backward"]
+
+
+def test_gradients_travel_to_other_ranks_in_fp8(golden: Golden) -> None:
+    """With powers of two for scales; where they arrive they are cast again for each expert."""
+    _, backward = on_four_ranks("precision.overrides={}")
+    lines = print_graph(backward).splitlines()
+    ways = ("d_deepseekmoe_q", "d_arrived_y", "d_down_proj_q")
+    text = "\n".join(line for line in lines if any(way in line for way in ways))
+    golden("passes/place_fp8_dispatch.graph", f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "again"),
+    [("{}", 64 + 4, 64 + 4), ("{experts.*.down_proj: bf16}", 64 + 4, 2 * 64)],
+)
+def test_rows_travel_in_fp8_where_nothing_else_is_made_of_them(
+    overrides: str, there: int, again: int
+) -> None:
+    """And are as many bytes as plans count."""
+    sets = f"precision.overrides={overrides}"
+    forward, backward = on_four_ranks(sets)
+    sent = [named(forward, "dispatch")[0].operands[:-2], *(
+        op.operands[:-1] for op in named(backward, "dispatch_again"))]  # fmt: skip
+    one = {"batch": 1, "seq": 1}
+    assert [sum(row.type.bytes(one) for row in rows) for rows in sent] == [there, again]
+    moe = lower(tiny(sets)).graphs["DeepSeekMoE"]
+    (experts,) = named(moe, "experts")
+    assert expert_bytes(moe, experts) == (there, 2 * 64, again)
+
+
+def test_gradients_that_travel_in_fp8_are_those_of_gradients_cast_and_multiplied_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit, and not those of gradients that were never cast."""
+    spec = tiny("architecture.mtp.depth=0", "architecture.layers.1.repeat=1")
+    mesh = Mesh(1, 1, 2, 1)
+
+    def found() -> dict[str, Tensor]:
+        (program,) = rank_programs(spec, layout(mesh, spec))
+        whole = after(spec, "train", "simplify")
+        inputs = random_inputs(whole, {"batch": 2, "seq": 4}, dtype=torch.float64)
+        weights = random_weights(whole, dtype=torch.float64)
+        return run_ranks([program], mesh, inputs, weights)[1]
+
+    done = found()
+    monkeypatch.setattr(place_fp8, "_dispatch_gradients_quantized", lambda at: Miss("", at.op))
+    before = found()
+    plain = RUN["dispatch_again"]
+
+    def cast(f: Frame, op: Op, d_y: Tensor, handle: Tensor) -> Any:
+        there = fp8.dequantize(*fp8.quantize(d_y, "ue8m0"), dtype=d_y.dtype)
+        return plain(f, op, there, handle)
+
+    monkeypatch.setitem(RUN, "dispatch_again", cast)
+    expected = found()
+    assert done.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(done[name], tensor), name
+    assert any(not torch.equal(done[name], before[name]) for name in done)

@@ -9,9 +9,9 @@ import pytest
 from compiler.pipeline import compile
 from compiler.plan.make import make_plan
 from compiler.plan.overlap import OverlapSegment, paired
-from compiler.plan.predict import Prediction, predict
+from compiler.plan.predict import Prediction, StageTimes, predict
 from compiler.plan.rates import NoRate, Rates, Term
-from compiler.plan.schedule import schedule
+from compiler.plan.schedule import Chunk, schedule
 from compiler.plan.simulate import ChunkCosts, simulate
 from compiler.roles import Role, roles
 from dsl.load import load
@@ -57,14 +57,17 @@ def test_v3_takes_as_long_as_published_by_published_rates() -> None:
 
 @pytest.mark.slow
 def test_a_pair_of_v3_takes_as_long_as_in_the_published_profile() -> None:
-    """129 ms (deepseek-ai/profile-data, train.json), of four layers forward and four backward.
+    """129 ms (deepseek-ai/profile-data, train.json), of four layers forward and four backward,
+    where gradients of weights fill gaps, and more where they are computed with those of inputs.
 
     Here 2 % more go to operators of their own that encode and decode saved activations.
     """
     prediction = v3()[1]
     order = schedule("dualpipe", 16, 120)
     pair = next(step for step in order.steps(1) if len(step) > 1)
-    assert prediction.times.of(pair) == pytest.approx(0.129, rel=0.07)
+    published = StageTimes(prediction.times.stages)
+    assert published.of(pair) == pytest.approx(0.129, rel=0.04)
+    assert 1.07 < prediction.times.of(pair) / published.of(pair) < 1.11
     # On every rank, what it does and waits for is the step.
     for rank in range(16):
         one = prediction.phases(rank)
@@ -96,14 +99,40 @@ def test_flops_of_chunks_are_those_of_the_plan() -> None:
 def test_a_pair_hides_what_the_other_chunk_can_cover() -> None:
     one = [OverlapSegment(2, 3), OverlapSegment(2, 3), OverlapSegment(2)]
     nothing = [OverlapSegment(2), OverlapSegment(2), OverlapSegment(2)]
-    assert paired(nothing, nothing, []) == 12
-    # The other chunk covers all but the last of three seconds of the second message.
-    assert paired(one, nothing, []) == 2 + 2 + 2 + 2 + 2 + 1 + 2
+    assert paired(nothing, nothing) == 12
+    # The other chunk covers two of the three seconds of each message.
+    assert paired(one, nothing) == paired(nothing, one) == 2 + 3 + 2 + 3 + 2 + 2
     # What both send goes out one after the other, between the first and the last two seconds.
-    assert paired(one, one, []) == 2 + 4 * 3 + 2
-    # Gradients of weights fill the gaps that follow their gradients of inputs.
-    assert paired(one, one, [OverlapSegment(2)]) == 2 + 4 * 3 + 2 + 2 - 2 * 2 / 3
-    assert paired([], [OverlapSegment(1, 5)], []) == 6
+    assert paired(one, one) == 2 + 4 * 3 + 2
+    # Gradients of weights fill the four gaps of a second, as far as their turn has come.
+    assert paired(one, one, 9) == paired(one, one) + 9 - 4
+    assert paired(nothing, one, 1) == paired(nothing, one)
+    assert paired(nothing, one, 3) == paired(nothing, one) + 3 - 2
+    assert paired([OverlapSegment(1, 5)], []) == 6
+
+
+def test_chunks_compute_in_turn_whoever_could_go_on() -> None:
+    """A long segment of the one is waited for, though the other's tokens have come."""
+    short, long = [OverlapSegment(1, 1)] * 3, [OverlapSegment(9)] * 2
+    assert paired(short, long) == 1 + 9 + 1 + 9 + 1 + 1
+    # Begun by the other, more tokens are under way when there is nothing left to compute.
+    assert paired(long, short) == 9 + 1 + 9 + 1 + 1 + 1 + 1
+
+
+def test_gradients_of_weights_fill_gaps_or_are_computed_with_those_of_inputs() -> None:
+    part = dict.fromkeys(Term, 0.0)
+    chunks = {
+        "F": [part | {Term.PRODUCTS: 2.0, Term.EXCHANGE: 4.0}],
+        "I": [part | {Term.PRODUCTS: 1.0, Term.EXCHANGE: 3.0}, part | {Term.PRODUCTS: 3.0}],
+        "W": [part | {Term.PRODUCTS: 4.0}],
+    }
+    published, executed = StageTimes([chunks]), StageTimes([chunks], gaps=False)
+    found = {kind: Chunk(kind, 0, 0) for kind in "FBIW"}
+    for kind, there, here in (("F", 6, 6), ("I", 7, 11), ("W", 4, 0), ("B", 11, 11)):
+        assert (published.of((found[kind],)), executed.of((found[kind],))) == (there, here)
+    # 1, then 2 until its tokens have gone at 4, 3 more at once; or 2, 2, and 6 after those at 5.
+    assert published.of((found["F"], found["B"])) == 10
+    assert executed.of((found["F"], found["B"])) == 11
 
 
 def test_messages_to_other_ranks_take_time() -> None:

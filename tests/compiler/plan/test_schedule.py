@@ -286,7 +286,7 @@ def broken(name: str) -> Schedule:
         ("twice", "0I2 is done 2 times"),
         ("elsewhere", "0F0 is on rank 1, which does not hold the stage"),
         ("wait", "ranks wait for one another: rank 0 at 0B0, rank 1 at 1F0"),
-        ("order", "rank 1: receive 0 behind 1, not in ascending numbers"),
+        ("order", "rank 1: receive 0 after 1, not in ascending numbers"),
         ("late", "rank 1 computes 1F0 before it receives what that reads"),
         ("not sent", "rank 0 does not send message 0"),
         ("foreign", "rank 0: receive 0, which it does not have or need"),

@@ -183,6 +183,23 @@ def test_ranks_send_the_bytes_of_the_plan(
         assert found == planned, rank
 
 
+@pytest.mark.slow
+def test_pairs_that_take_turns_have_the_bits_of_chunks_in_order(
+    tmp_path: Path, ranks: Processes
+) -> None:
+    """A step with stand-ins for streams, on 2 x 2 ranks, in FP8: nothing is read before it is
+    there, and of exchanges the host waits for those that count tokens before they go."""
+    changes = {"precision.policy": "fp8_blockwise", "architecture.mtp": "{depth: 0}"}
+    made = package(tmp_path, "tiny_turns", **changes, **parallel(2, "dualpipe", expert=2))
+    layers, batches = 3, 4
+    for rank, found in enumerate(ranks.call(made, 4, "tests.support.races:raced")):
+        assert found["same"] and found["races"] == [], rank
+        # Of 2 stages, each of which computes 2 of 4 micro-batches on this rank.
+        assert found["host waits"].count("dispatch") == layers * batches // 2
+        assert {"dispatch_again", "combine"}.isdisjoint(found["host waits"])
+        assert min(found["clock"].values()) > 20
+
+
 def check_traces(folder: Path, pipeline: int, made: Any) -> None:
     """One of each pipeline rank, of one step, with its chunks and messages by name."""
     assert len(list(folder.iterdir())) == pipeline

@@ -15,6 +15,7 @@ from torch.distributed import HashStore
 
 from runtime.config import Config
 from runtime.train import pipeline
+from runtime.train.overlap import InOrder
 from runtime.train.waits import HangReport, RankState, Waits, report
 
 HOSTS = [f"node{rank}" for rank in range(4)]
@@ -136,6 +137,6 @@ def test_a_message_is_named_by_its_place_in_the_schedule(monkeypatch: pytest.Mon
     row = pipeline.Row.forward([0, 1], rank=1)
     stage: Any = SimpleNamespace(received=lambda batch, seq: (torch.empty(batch, seq),))
     group: Any = None
-    held = pipeline.Held(Config({}), {1: stage}, 2, [5, 9], group, waits)
+    held = pipeline.Held(Config({}), {1: stage}, 2, [5, 9], group, waits, InOrder())
     pipeline.Execution(row, held, [torch.zeros(1, 4)], 0).transfer(("receive", 0))
     assert told == [("receive 0, activations of micro-batch 0 for stage 1", [5], 5)]
