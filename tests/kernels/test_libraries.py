@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_mm as torch_scaled_mm
 from backends.render import render
 from backends.triton.kernel import Arg, Case
 from backends.triton.launches import load
-from backends.triton.libraries import size_of
+from backends.triton.libraries import size_of, table
 from backends.triton.package import LIBRARIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tuning_table import RowRange, TuningTable, shipped
@@ -45,8 +45,8 @@ FP8_TINY = spec("precision.policy=fp8_blockwise")
 PROGRAMS = compile(FP8_TINY).programs
 
 
-def names_of(table: TuningTable, description: Description = FP8_TINY) -> list[str]:
-    return [file.name for file in kernel_files(PROGRAMS, description, SM_90, table)]
+def names_of(tuning: TuningTable, description: Description = FP8_TINY) -> list[str]:
+    return [file.name for file in kernel_files(PROGRAMS, description, SM_90, tuning)]
 
 
 # ---- who serves ------------------------------------------------------------------------------
@@ -56,14 +56,14 @@ def test_ranges_of_rows_follow_from_what_was_measured() -> None:
     files = ("own", "library", "other")
     key = "F.linear 8x16"
     names = {1: "own", 16: "library", 64: "library", 128: "own", 4096: "other"}
-    table = TuningTable({f"{key} m{rows}": name for rows, name in names.items()})
-    assert table.ranges(key, files) == [
+    measured = TuningTable({f"{key} m{rows}": name for rows, name in names.items()})
+    assert measured.ranges(key, files) == [
         RowRange(1, 1, "own"),
         RowRange(2, 64, "library"),
         RowRange(65, 128, "own"),
         RowRange(129, None, "other"),
     ]
-    assert table.ranges("F.linear 8x1", files) == [RowRange(1, None, "own")]  # not measured
+    assert measured.ranges("F.linear 8x1", files) == [RowRange(1, None, "own")]  # not measured
     with pytest.raises(DiagnosticError, match="'gone'"):
         TuningTable({f"{key} m1": "gone"}).ranges(key, files)
 
@@ -74,9 +74,9 @@ def test_nothing_is_called_that_was_not_measured() -> None:
 
 
 def test_a_build_calls_what_was_measured_and_says_when() -> None:
-    table = TuningTable()
-    kernel_files(PROGRAMS, FP8_TINY, SM_90, table)
-    (key, *_) = (key for key in table.files if key.startswith("F.linear ") and key.endswith(" m1"))
+    first = TuningTable()
+    kernel_files(PROGRAMS, FP8_TINY, SM_90, first)
+    (key, *_) = (key for key in first.files if key.startswith("F.linear ") and key.endswith(" m1"))
     what = key.removesuffix(" m1")
     shape = tuple(map(int, what.split()[1].split("x")))
     measured = TuningTable({f"{what} m1": "linear", f"{what} m16": "cublas"})
@@ -103,14 +103,14 @@ def test_a_spec_asks_for_a_library_at_any_size() -> None:
 
 def test_what_is_shipped_names_files_that_can_serve() -> None:
     """Its keys are those of V3, and its GPU, versions and figures are there."""
-    table = shipped("sm_90")
+    h200 = shipped("sm_90")
     by_name = {library.name: library for library in LIBRARIES}
-    for key, name in table.measured.items():
+    for key, name in h200.measured.items():
         path = key.split()[0]
         assert name in ("fp8_linear", "linear") or path in by_name[name].serves, key
-    assert table.measured["fp8.linear 24576x1536 m1"] == "fp8_linear"
-    assert table.measured["fp8.linear 24576x1536 m4096"] == "fp8_cublas"
-    assert not any(key.startswith("G.") for key in table.measured)  # gradients were not measured
+    assert h200.measured["fp8.linear 24576x1536 m1"] == "fp8_linear"
+    assert h200.measured["fp8.linear 24576x1536 m4096"] == "fp8_cublas"
+    assert not any(key.startswith("G.") for key in h200.measured)  # gradients were not measured
     assert not shipped("gfx942").measured
 
 
@@ -134,7 +134,7 @@ def test_sizes_of_cases() -> None:
 def written(tmp_path: Path, name: str, shapes: dict[str, list[tuple[int, ...]]]) -> Any:
     """A library's file that serves functions at some shapes, whatever the number of rows."""
     fastest = {function: {s: [(1, None)] for s in known} for function, known in shapes.items()}
-    text = render(f"triton/{name}.py.jinja", functions=list(shapes), fastest=fastest)
+    text = render(f"triton/{name}.py.jinja", functions=list(shapes), fastest=table(fastest))
     (tmp_path / f"{name}.py").write_text(text)
     return load(tmp_path / f"{name}.py")
 
@@ -342,7 +342,7 @@ def test_cudnn_is_called_as_torch_declares_it(tmp_path: Path) -> None:
 def asked(tmp_path: Path, name: str) -> Any:
     """The file of a library that a spec asks for."""
     (tmp_path / f"{name}.py").write_text(
-        render(f"triton/{name}.py.jinja", functions=[], fastest={})
+        render(f"triton/{name}.py.jinja", functions=[], fastest="")
     )
     return load(tmp_path / f"{name}.py")
 
