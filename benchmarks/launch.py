@@ -39,9 +39,7 @@ Call = Callable[[], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("spec", nargs="?", default="deepseek_v3")
-    parser.add_argument(
-        "--target", choices=[name for name in TARGETS if name != "cpu"], default="sm_90"
-    )
+    parser.add_argument("--target", choices=[name for name in TARGETS if name != "cpu"], default="sm_90")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--rows", default="m64", help="cases to take, where a function has them")
     parser.add_argument("--rounds", type=int, default=30)
@@ -49,13 +47,13 @@ def main() -> None:
     asked = parser.parse_args()
     without_launches(asked.target)
     print(f"torch {torch.__version__}, Triton {triton.__version__}, {asked.spec} {asked.target}")
-    print(
-        f"{'function':34} {'launches':>8} {'launcher':>9} {'Triton':>9} {'ratio':>6}   microseconds"
-    )
+    print(f"{'function':34} {'launches':>8} {'launcher':>9} {'Triton':>9} {'ratio':>6}   microseconds")
     totals = [0.0, 0.0]
     for name, function, arguments, keywords in functions(asked):
         launches = launched(lambda: function(*arguments, **keywords))
-        ours, own = least(asked, lambda: function(*arguments, **keywords), lambda: repeat(launches))
+        ours, own = least(
+            asked, lambda: function(*arguments, **keywords), lambda: repeat(launches)
+        )
         totals = [totals[0] + ours, totals[1] + own]
         ratio = f"{ours / own:6.2f}" if own else "      "
         print(f"{name:34} {len(launches):8} {ours:9.1f} {own:9.1f} {ratio}", flush=True)
@@ -83,9 +81,7 @@ def functions(asked: argparse.Namespace) -> Iterator[tuple[str, Any, Any, Any]]:
             for space in spaces:
                 function = vars(space).get(name)
                 stands = file["name"].startswith("fp8_") == (space.__name__ == "fp8")
-                if hasattr(function, "__wrapped__") and (
-                    stands or sum(name in vars(s) for s in spaces) == 1
-                ):
+                if hasattr(function, "__wrapped__") and (stands or sum(name in vars(s) for s in spaces) == 1):
                     positional, named = arguments_of(case, empty)
                     yield f"{space.__name__}.{name}", function, positional, named
 

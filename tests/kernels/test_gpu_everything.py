@@ -120,8 +120,8 @@ class Model(torch.nn.Linear):
 
 
 def test_steps_run_where_dslc_is_not(everything: ModuleType, tmp_path: Path) -> None:
-    """In processes that have no pydantic, lark, jinja2 or networkx: the card, and a small model, for
-    which another stands in."""
+    """In processes that have no pydantic, lark, jinja2 or networkx: the card, and a small model,
+    for which another stands in."""
     folder, out, blocked = (tmp_path / name for name in ("prepared", "out", "blocked"))
     (folder / "packages/small_bf16").mkdir(parents=True)
     (folder / "packages/small_bf16/__init__.py").write_text(STAND_IN)
