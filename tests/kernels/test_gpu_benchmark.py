@@ -93,7 +93,8 @@ def test_a_row_is_a_time_with_libraries_or_a_failure(
 
 def test_peers_are_called_as_they_are_declared(benchmark: ModuleType) -> None:
     """Each case of V3 binds to its reference; those with libraries have the arguments of these."""
-    named, peers = {}, importlib.import_module("peers")
+    named: dict[str, set[str]] = {}
+    peers = importlib.import_module("peers")
     for file in json.loads(package_of("deepseek_v3", "sm_90")["kernels/kernels.json"])["files"]:
         for case in file["cases"]:
             arguments, keywords = read(case, without_memory)

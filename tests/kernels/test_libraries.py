@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_mm as torch_scaled_mm
 from backends.render import render
 from backends.triton.kernel import Arg, Case
 from backends.triton.launches import load
-from backends.triton.libraries import size_of, table
+from backends.triton.libraries import Ranges, Shape, size_of, table
 from backends.triton.package import LIBRARIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tuning_table import RowRange, TuningTable, shipped
@@ -131,9 +131,10 @@ def test_sizes_of_cases() -> None:
 # ---- torch's own -----------------------------------------------------------------------------
 
 
-def written(tmp_path: Path, name: str, shapes: dict[str, list[tuple[int, ...]]]) -> Any:
+def written(tmp_path: Path, name: str, shapes: Mapping[str, Sequence[Shape]]) -> Any:
     """A library's file that serves functions at some shapes, whatever the number of rows."""
-    fastest = {function: {s: [(1, None)] for s in known} for function, known in shapes.items()}
+    anywhere: Ranges = [(1, None)]
+    fastest = {function: dict.fromkeys(known, anywhere) for function, known in shapes.items()}
     text = render(f"triton/{name}.py.jinja", functions=list(shapes), fastest=table(fastest))
     (tmp_path / f"{name}.py").write_text(text)
     return load(tmp_path / f"{name}.py")
@@ -155,7 +156,7 @@ def scaled_mm(
         torch_scaled_mm(a_, b_, scale_a_, of_a, scale_b_, of_b, output_dtype=output_dtype)
     if of_b is ScalingType.BlockWise128x128:
         return fp8.linear(a, scale_a, b.t(), scale_b.t(), dtype=output_dtype)
-    tiles = [x.unflatten(1, (-1, 128)).transpose(0, 1) for x in (a, b.t())]
+    tiles = [x.reshape(len(x), -1, 128).transpose(0, 1) for x in (a, b.t())]
     return fp8.linear_weight_grad(tiles[0], scale_a.t(), tiles[1], scale_b.t(), dtype=output_dtype)
 
 
@@ -222,7 +223,7 @@ def test_which_fp8_products_fit() -> None:
 
     def fits(function: str, out: int, width: int, **keywords: Any) -> bool:
         shapes = ((4, 1), (4, 1), (out, width), (1, 1))
-        return library.fits(Case("", function, tuple(map(Arg, shapes)), keywords))
+        return bool(library.fits(Case("", function, tuple(map(Arg, shapes)), keywords)))
 
     assert fits("linear", 2112, 7168) and not fits("linear_input_grad", 2112, 7168)
     assert fits("linear_input_grad", 24576, 1536)
@@ -308,12 +309,14 @@ def test_attention_saves_what_the_kernel_of_its_gradient_reads(
     assert difference(o, own_o) < 5e-6 and difference(file.attention(q, k, v, 0.2), own_o) < 5e-6
 
     wide = [x.float().requires_grad_() for x in (q, k, v)]
-    functional.attention(*wide, 0.2).backward(d := normal_bf16(2, 17, 4, 16, seed=3).float())
-    found = own.attention_grad(d.bfloat16(), q, k, v, o, lse, 0.2)
-    for gradient, leaf in zip(found, wide, strict=True):
-        assert leaf.grad is not None and difference(gradient.float(), leaf.grad) < 2e-5
-    to_base_2 = own.attention_grad(d.bfloat16(), q, k, v, o, lse / 0.6931, 0.2)
-    assert difference(to_base_2[0].float(), wide[0].grad) > 1e-3
+    d = normal_bf16(2, 17, 4, 16, seed=3)
+    out = functional.attention(wide[0], wide[1], wide[2], 0.2)
+    expected = torch.autograd.grad(out, wide, d.float())
+    found = own.attention_grad(d, q, k, v, o, lse, 0.2)
+    for gradient, exact in zip(found, expected, strict=True):
+        assert difference(gradient.float(), exact) < 2e-5
+    to_base_2 = own.attention_grad(d, q, k, v, o, lse / 0.6931, 0.2)
+    assert difference(to_base_2[0].float(), expected[0]) > 1e-3
 
 
 @pytest.mark.usefixtures("cudnn")
