@@ -69,7 +69,7 @@ class Asked:
             return {**name, "check": message(error)}
         found = row_of(module, file, case, self.target, self.device, compared)
         hidden = ("case", "file", "sha256", "floor_us", "roofline")
-        shown = {k: case[k] for k in ("size_key", "flops", "bytes", "bound_by") if k in case}
+        shown: Row = {k: case[k] for k in ("size_key", "flops", "bytes", "bound_by") if k in case}
         return {**name, **shown, **{k: v for k, v in found.items() if k not in hidden}}
 
     def sync(self) -> None:
