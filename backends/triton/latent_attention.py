@@ -22,13 +22,9 @@ MIN_DOT_DIM = 16
 WARPGROUP = 64
 """Rows of the first operand that sm_90 multiplies at a time, by four warps together."""
 
-OVERHEAD = 5
-"""What a program does besides its pages, which are 72 KiB, counted in pages: it reads the queries
-(1) and writes 64 rows of 512 in float32 that are read again (4)."""
-
 SPLIT = 16
-"""Pages of a split where pages are listed. Results of splits, written and read, are 0.44 times the
-bytes of the keys for V3's 128 heads; the best number is not measured."""
+"""Pages of a split, whatever the batch. Results of splits, written and read, are 0.44 times the bytes
+of the keys for V3's 128 heads; the best number is not measured."""
 
 COMBINED = 4
 """Rows that a program joins, a warp each: 16 numbers a thread."""
@@ -108,7 +104,6 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         split=SPLIT,
         target=target,
         combined=COMBINED,
-        overhead=OVERHEAD,
         keys_first=keys_first,
         row=row,
         key=key,
