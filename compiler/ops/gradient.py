@@ -187,7 +187,7 @@ class _LikeSecond(Operator):
 
 
 def _grad_of(function: type[Pointwise]) -> type[Operator]:
-    """The operator `.._grad` of a function of each number."""
+    """The operator `.._grad` of an elementwise function."""
     other = "y" if function.by_result else "x"
     members = {"kind": f"{function.kind}_grad", "operands": ("d", other)}
     return type(f"{function.__name__}Grad", (_LikeSecond,),
