@@ -254,17 +254,10 @@ class AttentionGrad(Operator):
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
 
 
-class DocumentAttentionSaving(DocumentAttention):
+class DocumentAttentionSaving(AttentionSaving, DocumentAttention):
     """`document_attention`, and what `attention_saving` gives besides."""
 
     kind = "document_attention_saving"
-    tiled_twice = True
-    saving = ()
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        (o,) = super().infer(site)
-        return (o, Type("f32", o.dims[:-1]))
 
 
 class DocumentAttentionGrad(AttentionGrad):
