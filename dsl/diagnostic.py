@@ -102,11 +102,21 @@ def _render_one(diagnostic: Diagnostic) -> str:
     return "\n".join(lines) + "\n"
 
 
+LONGEST = 400
+"""Characters of a line that are shown: a `config.json` may be one line of any length."""
+
+
 def _excerpt(span: Span, label: str, width: int, arrow: str, mark: str) -> list[str]:
-    text = span.source.line(span.line)
+    text, at = span.source.line(span.line), span.column - 1
     # A span over several lines is marked to the end of its first one.
-    length = max(1, min(span.end - span.start, len(text) - span.column + 1))
-    indent = "".join("\t" if c == "\t" else " " for c in text[: span.column - 1])
+    length = max(1, min(span.end - span.start, len(text) - at))
+    if len(text) > LONGEST:
+        first = max(0, min(at - LONGEST // 4, len(text) - LONGEST))
+        before, last = ".. " if first else "", first + LONGEST
+        text = f"{before}{text[first:last]}{' ..' if last < len(text) else ''}"
+        at += len(before) - first
+        length = max(1, min(length, len(before) + LONGEST - at))
+    indent = "".join("\t" if c == "\t" else " " for c in text[:at])
     gutter = " " * width
     return [
         f"{gutter}{arrow} {printable(span.location)}",

@@ -175,7 +175,7 @@ class _Reader:
             elif node is None and not isinstance(event, StreamStartEvent):
                 node = self._node(event, 0)
         if node is None or (isinstance(node, Scalar) and not node.value and not node.quoted):
-            help = "a spec begins with `model: NAME`"
+            help = "a spec begins with `model: NAME`, a study with `study: NAME`"
             message = f"{self.source.name} is empty"
             self._fatal(Diagnostic("E111", message, self.source.span(0, 0), help=help))
         return node

@@ -124,8 +124,8 @@ def convert(
             {one.name: one.copy_of for one in wanted if one.copy_of},
             unread,
         )
-        known, unread = known_hashes(folder)
-        if problems := [*sources.problems, *unread]:
+        known, faults = known_hashes(folder)
+        if problems := [*sources.problems, *faults]:
             raise ConversionError(problems)
         layout = lay_out(wanted, form, max_shard_bytes)
         partial.mkdir(parents=True, exist_ok=True)

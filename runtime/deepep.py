@@ -87,17 +87,17 @@ class DeepEPExchange:
     def combine(self, *given: Tensor | DeepEPHandle) -> Tensor | tuple[Tensor, ...]:
         """As `Exchange.combine`, of y [arrived, hidden] and maybe gradients of weights
         [arrived, k], which are zero for experts of other ranks."""
-        y, *weights, handle = given
-        assert isinstance(y, Tensor) and isinstance(handle, DeepEPHandle)
-        (d_weight,) = weights or (None,)
+        *rows, handle = given
+        assert isinstance(handle, DeepEPHandle)
+        y, *weights = (row for row in rows if isinstance(row, Tensor))
         with self.waiting():
             sums, d_weights, _ = self.buffer.combine(
-                y, handle.own, topk_weights=None if d_weight is None else d_weight.float()
+                y, handle.own, topk_weights=weights[0].float() if weights else None
             )
         back: Tensor = sums.unflatten(0, handle.shape)
-        if not isinstance(d_weight, Tensor):
+        if not weights:
             return back
-        return back, d_weights.to(d_weight.dtype).unflatten(0, handle.shape)
+        return back, d_weights.to(weights[0].dtype).unflatten(0, handle.shape)
 
 
 def _packed(x: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -43,7 +43,8 @@ def captures(model: object) -> bool:
     """Whether steps of a model are captured: of a whole one on a GPU."""
     if not isinstance(model, nn.Module) or getattr(model, "share", None) is not None:
         return False
-    return torch.device(model.device).type == "cuda" and wanted()  # type: ignore[arg-type]
+    device: Any = getattr(model, "device", None)
+    return isinstance(device, torch.device) and device.type == "cuda" and wanted()
 
 
 class Graphs:
@@ -104,7 +105,8 @@ class Graphs:
     def _capture(self, step: Callable[[], R]) -> tuple[torch.cuda.CUDAGraph, R]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # What other threads do meanwhile, a checkpoint or NCCL's watchdog, is none of it.
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 return graph, step()
         except RuntimeError as error:
             raise RuntimeError(

@@ -64,8 +64,21 @@ def _uses_the_right_unit(row: Row, target: Target) -> Iterator[str]:
         yield "it multiplies by mma.sync, at half of the speed of wgmma"
     if target.backend == "cuda" and row["stages"] < 2 and not found["bulk_copies"]:
         yield "nothing is loaded ahead"
+    if target.name == "sm_90":
+        yield from _overlaps(row, target)
     if bound_by == "fp8" and target.name == "sm_90":
         yield from _promotes(row, target)
+
+
+def _overlaps(row: Row, target: Target) -> Iterator[str]:
+    """Loads go on while tensor cores work, and one product is issued while another is under way."""
+    found = row["metrics"]
+    if found["serialized"]:
+        yield "each of its products waits for the one before it: ptxas serialized wgmma"
+    # The loop of two stages loads the next turn when it has multiplied, and waits for it.
+    fits = found["shared"] * (row["stages"] + 1) // row["stages"] <= target.shared_bytes
+    if found["async_copies"] and not found["copies_ahead"] and found["occupancy"] == 1 and fits:
+        yield "nothing is loaded while it multiplies, and another stage has room"
 
 
 MATRIX = {

@@ -22,13 +22,9 @@ MIN_DOT_DIM = 16
 WARPGROUP = 64
 """Rows of the first operand that sm_90 multiplies at a time, by four warps together."""
 
-OVERHEAD = 5
-"""What a program does besides its pages, which are 72 KiB, counted in pages: it reads the queries
-(1) and writes 64 rows of 512 in float32 that are read again (4)."""
-
 SPLIT = 16
-"""Pages of a split where pages are listed. Results of splits, written and read, are 0.44 times the
-bytes of the keys for V3's 128 heads; the best number is not measured."""
+"""Pages of a split, whatever the batch. Results of splits, written and read, are 0.44 times the bytes
+of the keys for V3's 128 heads; the best number is not measured."""
 
 COMBINED = 4
 """Rows that a program joins, a warp each: 16 numbers a thread."""
@@ -99,7 +95,6 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         )
     )
     keys_first = all(_keys_first(shape, target) for shape in shapes)
-    row, key = ("[None, :]", "[:, None]") if keys_first else ("[:, None]", "[None, :]")
     text = render(
         "triton/latent_attention.py.jinja",
         spans=", ".join(spans(found)),
@@ -108,10 +103,9 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         split=SPLIT,
         target=target,
         combined=COMBINED,
-        overhead=OVERHEAD,
         keys_first=keys_first,
-        row=row,
-        key=key,
+        halves=target.name == "sm_90" and not keys_first,
+        row="[None, :]" if keys_first else "[:, None]",
         axis=0 if keys_first else 1,
     )
     serves = {f"F.{name}": "bfloat16" for name in ("latent_attention", "paged_latent_attention")}
@@ -134,8 +128,8 @@ def _tile(shape: LatentShape, target: Target, keys_first: bool) -> LatentTile:
         few = shape.heads <= MIN_DOT_DIM
         return LatentTile(MIN_DOT_DIM, 32, 4, 1) if few else LatentTile(32, 16, 4, 1)
     # Two warpgroups hold 64 rows of 512 at 128 registers a thread: no other tile has no spills.
-    # Each of them computes all scores, which Triton wants of a product that feeds another: that is
-    # (2 576 + 512) / (576 + 512) = 1.5 times the arithmetic, and no tile was found that avoids it.
+    # Each of them computes the scores of half of the keys: 36 HGMMA of 64 x 32 and 4 of 64 x 256 a
+    # turn; where Triton gives all scores to both, 72 and 4, 1.5 times the arithmetic.
     # In tensor memory the rows take all of its 512 columns, and scores the room of rows that are
     # not used. What sm_100 reads ahead leaves shared memory for 32 keys.
     return LatentTile(WARPGROUP, PAGE if target.name == "sm_90" else 32, 8, 2)

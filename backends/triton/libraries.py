@@ -149,10 +149,22 @@ def _library_file(
     text = render(
         f"triton/{library.name}.py.jinja",
         functions=functions,
-        fastest={} if asked else fastest,
+        fastest="" if asked else table(fastest),
     )
     when = {} if asked else {path: _when(fastest[path.rpartition(".")[2]]) for path in paths}
     return KernelFile(library.name, text, paths, tuple(cases.values()), library.title, when)
+
+
+def table(fastest: Mapping[str, Mapping[Shape, Ranges]]) -> str:
+    """The lines of a dict of functions, shapes and ranges of rows, where None is infinite."""
+    lines = []
+    for function, shapes in fastest.items():
+        lines.append(f'    "{function}": {{')
+        for shape, ranges in shapes.items():
+            pairs = (f"({first}, {'inf' if last is None else last})" for first, last in ranges)
+            lines.append(f"        {shape}: [{', '.join(pairs)}],")
+        lines.append("    },")
+    return "\n".join(lines)
 
 
 def _when(shapes: Mapping[Shape, Ranges]) -> str:

@@ -22,6 +22,7 @@ warpgroup, UTC by the fifth generation, MMA alone by one warp at half of the spe
 _SASS = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", re.MULTILINE
 )
+_AHEAD = re.compile(r"SB0, 0x([0-9a-f]+)")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def _nvidia(kernel: Any, target: Target) -> Metrics:
         "store_bits": _widest(code, "STG"),
         "bulk_copies": sum(counts[name] for name in ("UTMALDG", "UTMASTG", "UBLKCP")),
         "async_copies": counts["LDGSTS"],
+        "copies_ahead": _copies_ahead(hot),
         "local_accesses": counts["LDL"] + counts["STL"],
         "traps": len(re.findall(r"^\s*trap;", ptx, re.MULTILINE)) if len(code) < 50 else 0,
         "float_atomics": len(re.findall(r"\b(?:atom|red)\.\S*\.f\d+", ptx)),
@@ -105,6 +107,8 @@ def _ptxas(ptx: str, target: Target) -> Metrics:
 
     return {
         "registers": max(numbers(r"Used (\d+) registers")),
+        # Told of a kernel in which each wgmma waits for the one before it.
+        "serialized": done.stderr.count("wgmma.mma_async instructions are serialized"),
         "spilled_bytes": sum(numbers(r"(\d+) bytes spill (?:stores|loads)")),
         "stack_bytes": sum(numbers(r"(\d+) bytes stack frame")),
     }
@@ -142,6 +146,15 @@ def hot_loop(code: Sequence[Instruction]) -> list[Instruction]:
     if with_matrix:
         return min(with_matrix, key=len)
     return max(loops, key=len, default=[])
+
+
+def _copies_ahead(hot: Sequence[Instruction]) -> int:
+    """Groups of copies to shared memory that may be under way while the loop multiplies: those that
+    it does not wait for when a turn begins. 0 also for a loop that has no such copies."""
+    waits = [i.rest for i in hot if i.family == "DEPBAR" and "SB0" in i.rest]
+    if not any(i.family == "LDGSTS" for i in hot) or not waits:
+        return 0
+    return min(int(found[1], 16) for found in map(_AHEAD.search, waits) if found)
 
 
 def _promotions(ptx: str) -> int:
@@ -215,6 +228,8 @@ def _amd(kernel: Any, target: Target) -> Metrics:
         "store_bits": _amd_widest(instructions, "store"),
         "bulk_copies": 0,
         "async_copies": 0,
+        "copies_ahead": 0,
+        "serialized": 0,
         "local_accesses": sum(i.startswith("scratch_") for i in instructions),
         "traps": instructions.count("s_trap"),
         "float_atomics": sum("atomic" in i and "_f" in i for i in instructions),

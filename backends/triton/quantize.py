@@ -18,9 +18,9 @@ and the 32 numbers of a thread stay in registers while the largest is found."""
 WEIGHT_WARPS = 8
 """Of a program for 128 x 128 numbers: 64 a thread."""
 
-BOTH_ROWS, BOTH_WARPS = 32, 8
-"""Of 128 x 128 numbers that are cut in rows and in columns: rows that a program holds at a time, 16
-numbers a thread, which is what it writes of a column at a time, too."""
+TILE_WARPS = 8
+"""Of a program for 128 tokens and 128 columns: 64 numbers a thread, which stay in registers from
+the one time they are loaded until they are written in rows and in columns."""
 
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
@@ -40,8 +40,7 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         columns=COLUMNS,
         columns_warps=COLUMNS_WARPS,
         weight_warps=WEIGHT_WARPS,
-        both_rows=BOTH_ROWS,
-        both_warps=BOTH_WARPS // (target.warp_size // 32),
+        tile_warps=TILE_WARPS,
         both="quantize_both" in kinds,
     )
     first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
 from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes
-from backends.triton.quantize import BOTH_ROWS, BOTH_WARPS
 from backends.triton.target import Target
 from backends.triton.tiles import GROUP_SIZE
 
@@ -19,6 +18,10 @@ KINDS = {
 
 TILES, WARPS = 16, 4
 """Tiles of 128 columns that a program takes, and its warps: 16 numbers a thread of each operand."""
+
+GRAD_WARPS = 16
+"""Of a program for 128 tokens and 128 columns of one gradient: 64 numbers a thread, which stay in
+registers from the one time they are computed until they are written in rows and in columns."""
 
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
@@ -36,8 +39,7 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         tiles=TILES,
         warps=WARPS // narrow,
         both=True,
-        both_rows=BOTH_ROWS,
-        both_warps=BOTH_WARPS // narrow,
+        grad_warps=GRAD_WARPS,
     )
     cases = deduplicate(
         case for instance in instances.of(*kinds) for case in _cases(instance, instances)

@@ -155,7 +155,7 @@ FP8 = {
         GemmTile(32, 128, warps=8, stages=3, hot=116, programs=1, registers=96),
         GemmTile(64, 64, warps=8, stages=2, hot=82, programs=3, registers=63),
         GemmTile(64, 128, warps=8, stages=2, hot=104, programs=2, registers=106),
-        GemmTile(128, 128, warps=8, stages=2, hot=140, programs=1, registers=168),
+        GemmTile(128, 128, warps=8, stages=3, hot=140, programs=1, registers=168),
     ),
     "sm_100": (
         GemmTile(16, 64, warps=4, stages=6, hot=59, programs=1),

@@ -2,8 +2,9 @@
 
 `python benchmarks/gpu/models.py` from the repository's root; `--help` lists how to run less. The
 model is a slice of V3: its widths, 1 dense and 2 MoE layers of 64 experts, 7 B weights. Steps are
-those of the built packages with kernels, in BF16 and FP8; decoding is greedy, behind 512 tokens,
-by a contiguous cache, and by the engine's pages. Each row is printed and written to
+those of the built packages with kernels, in BF16 and FP8, launched one by one and as CUDA graphs;
+decoding is greedy, behind 512 tokens, by a contiguous cache, by pages, and by the engine. The
+host's time (`host_ms`) is that until all of a step is launched. Each row is printed and written to
 `gpu_models.json` as it comes; a row that fails says why. `--device cpu` shows that it runs.
 With `--packages DIR` it takes packages that `prepare` has built, and needs nothing of dslc.
 """
@@ -14,6 +15,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -181,8 +183,18 @@ def our_training(asked: argparse.Namespace, precision: str) -> Iterator[Job]:
         rate = {"ms": 1e3 * seconds, "tokens_per_s": asked.tokens / seconds}
         return {**rate, "same_bits": again[0] == again[1]}
 
+    def captured() -> Row:
+        graphs = made[0].part("graphs").Graphs("the training step")
+        for _ in range(3):
+            graphs.run("step", step)
+        seconds = timed(lambda: graphs.run("step", step), asked)
+        same = graphs.run("step", step).item() == step().item()
+        return {"ms": 1e3 * seconds, "tokens_per_s": asked.tokens / seconds, "same_bits": same}
+
     yield f"dslc {precision}: first step", first
     yield f"dslc {precision}: training step", steps
+    if asked.device == "cuda":
+        yield f"dslc {precision}: training step as a CUDA graph", captured
     yield f"dslc {precision}: kernels of a step", lambda: shares(step, asked)
     made.clear()
 
@@ -190,21 +202,28 @@ def our_training(asked: argparse.Namespace, precision: str) -> Iterator[Job]:
 def our_decoding(asked: argparse.Namespace, precision: str) -> Iterator[Job]:
     made: list[Ours] = []
 
-    def run(decode: Callable[[argparse.Namespace, Ours, int], Row], batch: int) -> Row:
+    def run(
+        decode: Callable[[argparse.Namespace, Ours, int], Row], batch: int, graphs: str = "off"
+    ) -> Row:
         if not made:
             made.append(Ours(asked, precision, "fp8" if precision == "fp8" else None))
+        os.environ[made[0].part("graphs").VARIABLE] = graphs
+        made[0].part("graphs").wanted.cache_clear()
         return decode(asked, made[0], batch)
 
     for batch in asked.batch:
         yield f"dslc {precision}: decode {batch}", partial(run, contiguous, batch)
-        yield f"dslc {precision}: engine {batch}", partial(run, paged, batch)
+        for how, name in ((paged, "pages"), (served, "engine")):
+            for graphs, with_them in (("on", "CUDA graphs"), ("off", "no graphs")):
+                row = f"dslc {precision}: {name} {batch}, {with_them}"
+                yield row, partial(run, how, batch, graphs)
     made.clear()
 
 
 @torch.inference_mode()
 def contiguous(asked: argparse.Namespace, ours: Ours, batch: int) -> Row:
     """By `decode` and a contiguous cache."""
-    cache = ours.part("cache").Cache(batch, asked.context + DECODED * (asked.rounds + 2))
+    cache = ours.part("cache").Cache(batch, asked.context + DECODED * (asked.rounds + 2) + 1)
     place = torch.arange(asked.context, device=asked.device).expand(batch, -1)
     ours.model.prefill(prompt(asked, ours.vocab, batch), place, cache)
     token = torch.full((batch, 1), 7, device=asked.device)
@@ -217,7 +236,27 @@ def contiguous(asked: argparse.Namespace, ours: Ours, batch: int) -> Row:
     return decoding(step, asked, batch)
 
 
+@torch.inference_mode()
 def paged(asked: argparse.Namespace, ours: Ours, batch: int) -> Row:
+    """What a step of the engine has computed, alone; keys are zeros."""
+    pages, page = ours.part("pages"), 64
+    each = asked.context // page + 1
+    kernel = ours.model.paged_latent_attention if asked.device == "cuda" else None
+    cache = pages.Pages(batch * each + 1, page, kernel)
+    blocks = [range(1 + i * each, 1 + (i + 1) * each) for i in range(batch)]
+    sequences = [(own, asked.context, 1) for own in blocks]
+    rows, position = pages.make_rows(sequences, range(batch), page, asked.device)
+    token, decoder = torch.full_like(position, 7), ours.part("compiled").served(ours.model)
+
+    def step() -> None:
+        cache.begin(rows)
+        decoder.decode(token, position, cache)
+
+    with ours.part("matmul").batch_invariant():
+        return decoding(step, asked, batch)
+
+
+def served(asked: argparse.Namespace, ours: Ours, batch: int) -> Row:
     """By the engine, one request each."""
     new = DECODED * (asked.rounds + 3)
     options = ours.part("serve.options").Options(
@@ -342,7 +381,11 @@ def decoding(step: Callable[[], object], asked: argparse.Namespace, batch: int) 
             step()
 
     seconds = timed(several, asked) / DECODED
-    return {"ms": 1e3 * seconds, "tokens_per_s": batch / seconds}
+    start = time.perf_counter()
+    step()
+    host = time.perf_counter() - start
+    sync(asked)
+    return {"ms": 1e3 * seconds, "host_ms": 1e3 * host, "tokens_per_s": batch / seconds}
 
 
 def shares(run: Callable[[], object], asked: argparse.Namespace, most: int = 14) -> Row:

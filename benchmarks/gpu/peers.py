@@ -102,9 +102,9 @@ def _attention_grad(named: Named) -> Iterator[tuple[str, Run]]:
     def run() -> Any:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.enable_grad():
             if not made:
-                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-                attend = scaled_dot_product_attention
-                made.extend([attend(*leaves, is_causal=True, scale=named["scale"]), *leaves])
+                a, b, c = (x.clone().requires_grad_() for x in (q, k, v))
+                out = scaled_dot_product_attention(a, b, c, is_causal=True, scale=named["scale"])
+                made.extend([out, a, b, c])
             return torch.autograd.grad(made[0], made[1:], d, retain_graph=True)
 
     yield "SDPA cuDNN", run

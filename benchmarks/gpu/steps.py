@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,14 @@ class Asked:
     def row(self, file: CaseRecord, case: CaseRecord, compared: bool = True) -> Row:
         """A case, checked and timed; `file` and `size_key` are what a table of winners needs."""
         name = {"row": case["name"], "file": Path(file["name"]).stem}
-        key = {"size_key": case["size_key"]} if "size_key" in case else {}
         try:
             module = load(Path(file["folder"]) / file["name"])
         except ImportError as error:  # a library that is not installed
             return {**name, "check": message(error)}
         found = row_of(module, file, case, self.target, self.device, compared)
         hidden = ("case", "file", "sha256", "floor_us", "roofline")
-        size = {k: case[k] for k in ("flops", "bytes", "bound_by") if k in case}
-        return {**name, **key, **size, **{k: v for k, v in found.items() if k not in hidden}}
+        shown: Row = {k: case[k] for k in ("size_key", "flops", "bytes", "bound_by") if k in case}
+        return {**name, **shown, **{k: v for k, v in found.items() if k not in hidden}}
 
     def sync(self) -> None:
         if self.device == "cuda":
@@ -186,7 +186,7 @@ def launching(asked: Asked) -> Iterator[Row]:
         try:
             kernel = getattr(load(Path(file["folder"]) / file["name"]), function)
             arguments, keywords = arguments_of(case, torch.device(asked.device))
-            row = launched(lambda k=kernel, a=arguments, w=keywords: k(*a, **w), asked)
+            row = launched(partial(kernel, *arguments, **keywords), asked)
         except Exception as error:
             row = {"failed": message(error)}
         yield {"row": f"{Path(name).stem}: {case['name']}", **row}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from compiler.graph.build import Builder
-from compiler.graph.core import Attr, Graph, Op, Region, Value, substitute
+from compiler.graph.core import Graph, Op, Region, Value, substitute
 from compiler.graph.types import Dim, Type
 from compiler.lower.bind import BlockRef, Bound, Const, SlotValue
 from compiler.lower.expressions import Expressions, tensors_of
@@ -264,7 +264,7 @@ class Frame(Expressions):
         return self.checked(make, node, use.spans, names)
 
     def experts(
-        self, tensors: list[Value], count: Dim, ref: BlockRef, path: str, **attrs: Attr
+        self, tensors: list[Value], count: Dim, ref: BlockRef, path: str, **attrs: Any
     ) -> list[Value]:
         if self.prefix:
             raise TypeMismatch("an expert cannot hold experts of its own")

@@ -13,7 +13,7 @@ from compiler.graph.core import Attr, Region, Value, Weight
 from compiler.graph.types import Dim, Type
 from compiler.lower.bind import BlockRef, Bound, Const, related_settings
 from compiler.lower.names import word_problem
-from compiler.lower.state import Lowering, Stop
+from compiler.lower.state import Lowering, Stop, is_size
 from compiler.ops import TypeMismatch
 from dsl import ast
 from dsl.evaluate import evaluate
@@ -57,7 +57,7 @@ class Scope:
 
     @abstractmethod
     def experts(
-        self, tensors: list[Value], count: Dim, ref: BlockRef, path: str, **attrs: Attr
+        self, tensors: list[Value], count: Dim, ref: BlockRef, path: str, **attrs: Any
     ) -> list[Value]:
         """The `experts` operator: one expert's equations as its region, weights under `path.*`."""
 
@@ -277,7 +277,7 @@ class Scope:
     def dim(self, node: ast.Expr) -> Dim:
         """A dimension: its name is the expression as written, its size the value."""
         size = self.const(node)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_size(size):
             entry = self.env.get(node.value) if isinstance(node, ast.Name) else None
             place = entry.span if isinstance(entry, Const) else node.span
             self.low.not_a_size(node.span.text, size, place, ast.names_in(node), self.bound)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from compiler.graph.core import Graph, Program, Value, bind_dims, substitute
 from compiler.graph.types import RUNTIME_DIMS, Dim, Type
@@ -16,6 +16,8 @@ from dsl.load import Description
 from dsl.source import Span
 from dsl.suggest import nearest
 
+LARGEST = 10**9
+"""Of dimensions: their products are numbers that a graph can hold."""
 MAX_DEPTH = 40  # blocks inside blocks
 # DeepSeek-V3 has some 120 operators. What is written out again and again grows without bound.
 MAX_OPERATORS = 20_000
@@ -130,7 +132,7 @@ class Lowering:
 
     def size(self, name: ast.Name, const: Const) -> Dim:
         size = const.value
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_size(size):
             self.not_a_size(name.value, size, const.span)
             return Dim(name.value, 1)
         return Dim(name.value, size)
@@ -145,16 +147,25 @@ class Lowering:
     ) -> None:
         """Reports a dimension that is none, and where `names`, which it comes from, were set."""
         params = bound.params if bound else {}
+        large = isinstance(size, int) and size > LARGEST
+        words = f"at most {LARGEST}" if large else "at least 1"
         self.problems.error(
             "E406",
-            f"{what} is {size!r}, but a dimension is a whole number of at least 1",
+            f"{what} is {size!r}, but a dimension is a whole number of {words}",
             place,
             f"is {size!r}",
             [label for label in related_settings(names, params, place) if label.span != place],
             "give it a number, without quotes"
             if isinstance(size, str)
+            else f"give it a size of {LARGEST} or less"
+            if large
             else "give it a size of 1 or more",
         )
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether a number may be the size of a dimension."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
 def leading_dims(block: ast.Block, operands: Sequence[Value]) -> tuple[Dim, ...]:

@@ -7,6 +7,7 @@ The `experts` region becomes permute, its equations on all slots at once with `g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from compiler.graph.core import Op, Program, Value
 from compiler.graph.types import Dim
@@ -38,9 +39,11 @@ def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
         outside = [v for v in inner.operands if v not in _made(region.args, region.ops)]
         if outside:
             return Miss(f"an expert reads {outside[0]} from outside", inner)
+    count = dims_attr(Dim("n_routed_experts", at.op.number("count")))
+    attrs: dict[str, Any] = {**at.op.attrs, "count": count}
     rows, offs, sort_indices = at.add(
         "permute", [x, topk_indices], names=["rows", "offs", "sort_indices"],
-        **{**at.op.attrs, "count": dims_attr(Dim("n_routed_experts", at.op.number("count")))},
+        **attrs,
     )  # fmt: skip
     inside: dict[Value, Value] = {region.args[0]: rows}
     for inner in region.ops[:-1]:

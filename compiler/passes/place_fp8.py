@@ -10,6 +10,7 @@ scales are powers of two, and why.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
@@ -220,9 +221,10 @@ def _permute_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     if cast is None:
         return Miss("tokens are not only read in FP8", at.op)
     x, topk_indices = at.op.operands
+    attrs: dict[str, Any] = dict(at.op.attrs)
     moved = at.add(
         "permute_quantized", [*_cast_of(at, x, cast), topk_indices],
-        names=[v.name for v in (*cast.results, offs, sort_indices)], **at.op.attrs,
+        names=[v.name for v in (*cast.results, offs, sort_indices)], **attrs,
     )  # fmt: skip
     at.erase(cast, moved[:2])
     return [moved[0], *moved[2:]]
@@ -271,7 +273,8 @@ def _dispatch_gradients_quantized(at: Rewriter) -> Sequence[Value] | Miss:
         else:
             sent.append(row)
             names.append(result.name)
-    moved = at.add("dispatch_again", [*sent, handle], names=names, **at.op.attrs)
+    attrs = {**at.op.attrs}
+    moved = at.add("dispatch_again", [*sent, handle], (), names=names, like=None, **attrs)
     found, left = [], iter(moved)
     for result, cast in zip(at.op.results, casts, strict=True):
         arrived = next(left)

@@ -62,7 +62,8 @@ def run(
         require_triton("compiling kernels")
         description = read(spec, sets, variants)
         gpu = TARGETS[target]
-        files = kernel_files(compile(description).programs, description, gpu)
+        found = kernel_files(compile(description).programs, description, gpu)
+        files = [one for one in found if not one.library]
         known = [one.name for one in files]
         problems = [
             unknown("file of kernels", name, known) for name in file or () if name not in known

@@ -50,7 +50,8 @@ class CapturedGradients:
             self._values, self._since = values, tokens_seen
         if not self.graphs.usable or tokens_seen == self._since:
             return self.gradients(tokens, share, tokens_seen)
-        copies = [part for module in self._copied for part in module.fp8]  # of the weights of now
+        with torch.no_grad():
+            copies = [part for module in self._copied for part in module.fp8]  # of weights of now
         places = map(Tensor.data_ptr, (*self._tensors, *copies))
         self.graphs.depend_on((values, *places))
         if tokens.shape not in self._inputs:

@@ -65,6 +65,8 @@ def documents(files: Iterable[Path]) -> Iterator[str | Conversation]:
     """
     for file in files:
         try:
+            if file.is_char_device() or file.is_block_device():
+                raise TrainError(f"{file} is a device, not a file of text")
             if file.suffix == ".jsonl":
                 yield from _lines(file)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
+LOCK, RECORD = ".lock", "run.json"
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Holds the lock of a run. Raises TrainError if another process that still lives holds it."""
+    """Holds the lock of a run. Raises TrainError if another process that still lives holds it.
+
+    A folder that was made for a run which then could not start is removed again.
+    """
+    made = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("w") as file:
         try:
@@ -28,7 +33,12 @@ def run_lock(run: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TrainError(f"another process is training {run}") from None
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and not (run / RECORD).exists():
+                shutil.rmtree(run, ignore_errors=True)
+            raise
 
 
 @contextmanager

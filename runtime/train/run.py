@@ -26,7 +26,7 @@ from .checkpoints import Checkpoints
 from .device import select_device
 from .evaluation import evaluate
 from .health import HealthMonitor
-from .interrupt import LOCK, stop_signals
+from .interrupt import LOCK, RECORD, stop_signals
 from .memory import require_memory
 from .metrics import WANDB_ID, Metrics, Progress, Wandb, progress_to_terminal, require_wandb
 from .options import FIXED, Options
@@ -40,8 +40,6 @@ from .state import State, load_weights, restore, training_state
 from .tokens import Tokens
 from .trainer import NotFinite, StepMetrics
 from .waits import Waits, hang_report
-
-RECORD = "run.json"
 
 
 class Run:

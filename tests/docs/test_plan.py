@@ -50,7 +50,7 @@ def test_the_plan_of_v3_is_what_the_command_prints(dslc: Run) -> None:
 def check_causes(out: str) -> None:
     """The tables about the predicted step are those of `--why`."""
     causes = tables(TEXT, "of the step of `deepseek_v3`")
-    assert len(causes) == 10
+    assert len(causes) == 11
     for row in causes:
         assert re.search(" +".join(map(re.escape, filter(None, row))), out), row
     ranks = re.findall(r"^([17]) +([\d. ]+)$", out.partition("s of a step, rank")[2], re.M)

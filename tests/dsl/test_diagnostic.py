@@ -107,6 +107,17 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in render([Diagnostic("E100", "\x1b", source.span(3, 7), "\x1b", (), "\x1b")])
 
 
+@pytest.mark.parametrize(("at", "length"), [(0, 1), (200, 3), (3000, 5), (4990, 10), (10, 4000)])
+def test_of_a_very_long_line_the_place_is_shown(at: int, length: int) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(5000))
+    span = Source("long.yaml", text).span(at, at + length)
+    *_, line, marks = render([Diagnostic("E100", "m", span)]).splitlines()
+    assert len(line) < 420 and len(marks) <= len(line)
+    column = marks.index("^")
+    assert line[column:][: marks.count("^")] == text[at:][: min(length, marks.count("^"))]
+    assert marks.count("^") == length or length > 400
+
+
 def test_json_holds_the_same_facts() -> None:
     source = Source("a.yaml", "é: 1\nb: 2\n")
     first = Label(source.span(0, 1), "first")

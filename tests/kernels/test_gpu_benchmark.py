@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -59,15 +60,14 @@ def test_cases_are_checked_against_the_reference(
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`benchmarks/gpu/__main__.py`, with a CPU for the GPU and a clock that stands still."""
+    """`benchmarks/gpu/__main__.py`, with a clock that stands still."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/gpu"))
     path = ROOT / "benchmarks/gpu/__main__.py"
     spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "timed", lambda run: (run(), 2.0)[1])
+    monkeypatch.setattr(importlib.import_module("cases"), "timed", lambda run: (run(), 2.0)[1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "no GPU")
     return module
 
@@ -81,8 +81,9 @@ def test_a_row_is_a_time_with_libraries_or_a_failure(
     module = kernels("attention", "deepseek_v3_tiny", "sm_90", sets)
     case = min((c for c in file["cases"] if c["function"] == "attention"), key=numbers)
     report = benchmark.Report("deepseek_v3_tiny", TARGETS["sm_90"], tmp_path)
-    report.add(benchmark.row_of(module, file, case, TARGETS["sm_90"]))
-    report.add(benchmark.row_of(types.ModuleType("empty"), file, case, TARGETS["sm_90"]))
+    report.add(benchmark.row_of(module, file, case, TARGETS["sm_90"], "cpu"))
+    empty = types.ModuleType("empty")
+    report.add(benchmark.row_of(empty, file, case, TARGETS["sm_90"], "cpu"))
     timed, failed = json.loads((tmp_path / "gpu_report.json").read_text())["rows"]
     assert timed["check"] == "ok" and timed["us"] == timed["peers_us"]["SDPA"] == 2.0
     assert "RuntimeError" in timed["peers_us"]["SDPA cuDNN"]  # it is refused on a CPU
@@ -92,13 +93,14 @@ def test_a_row_is_a_time_with_libraries_or_a_failure(
 
 def test_peers_are_called_as_they_are_declared(benchmark: ModuleType) -> None:
     """Each case of V3 binds to its reference; those with libraries have the arguments of these."""
-    named = {}
+    named: dict[str, set[str]] = {}
+    peers = importlib.import_module("peers")
     for file in json.loads(package_of("deepseek_v3", "sm_90")["kernels/kernels.json"])["files"]:
         for case in file["cases"]:
             arguments, keywords = read(case, without_memory)
-            reference = benchmark.reference_of(file, case)
+            reference = reference_of(file, case)
             bound = inspect.signature(reference).bind(*arguments, **keywords).arguments
-            names = [name for name, _ in benchmark.peers_of(case["function"], bound)]
+            names = [name for name, _ in peers.peers_of(case["function"], bound)]
             named.setdefault(case["function"], set()).update(names)
     assert named["linear"] == {"cuBLAS bf16", "cuBLAS fp8"}
     assert named["grouped_linear"] == {"grouped_mm bf16"}

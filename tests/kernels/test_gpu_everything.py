@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -102,18 +101,32 @@ def test_winners_are_what_a_build_reads(everything: ModuleType, tmp_path: Path) 
     assert read(tmp_path / "tuned.json", "sm_90").measured == {"F.linear 8x8 m1": "cublas"}
 
 
-@pytest.mark.slow
+STAND_IN = """
+import torch
+
+class Model(torch.nn.Linear):
+    config = type("Config", (), {"params": type("Params", (), {"vocab_size": 9})})
+
+    def __init__(self, device, dtype, seed):
+        super().__init__(4, 1, device=device, dtype=torch.float32)
+        torch.nn.init.ones_(self.weight)
+
+    def loss(self, tokens, labels):
+        return type("Loss", (), {"total": self.weight.sum() * labels.float().mean()})
+
+    def generate(self, tokens, max_new_tokens, temperature):
+        return torch.cat([tokens, tokens[:, :1]], 1)
+"""
+
+
 def test_steps_run_where_dslc_is_not(everything: ModuleType, tmp_path: Path) -> None:
-    """In processes that have no pydantic, lark, jinja2 or networkx: the card, and a small model."""
-    folder, out = tmp_path / "prepared", tmp_path / "out"
-    spec = tmp_path / "least.yaml"
-    spec.write_text(
-        f"extends: {ROOT}/specs/deepseek_v3_tiny.yaml\n"
-        "set: {model: least, architecture.layers.1.repeat: 1, architecture.mtp.depth: 0}\n"
-    )
-    everything.main(["--prepare", str(folder), "--small", str(spec), "--only", "small"])
-    shutil.rmtree(folder / "packages/small_fp8")  # which is exact on a CPU, and takes its time
-    blocked = tmp_path / "blocked"
+    """In processes that have no pydantic, lark, jinja2 or networkx: the card, and a small model,
+    for which another stands in."""
+    folder, out, blocked = (tmp_path / name for name in ("prepared", "out", "blocked"))
+    (folder / "packages/small_bf16").mkdir(parents=True)
+    (folder / "packages/small_bf16/__init__.py").write_text(STAND_IN)
+    facts = {"target": "sm_90", "spec": "stand_in", "commit": ""}
+    (folder / "prepared.json").write_text(json.dumps(facts))
     for name in ("pydantic", "lark", "jinja2", "networkx", "ruamel", "typer"):
         (blocked / name).mkdir(parents=True)
         (blocked / name / "__init__.py").write_text("raise ImportError('not installed there')")
@@ -128,7 +141,25 @@ def test_steps_run_where_dslc_is_not(everything: ModuleType, tmp_path: Path) -> 
     found = [row["of"] for row in steps["ceilings"] if "a_second" in row]
     assert found[:2] == ["bandwidth", "bf16"]
     assert [row.get("check", row) for row in steps["small"]] == ["ok"]
-    assert "# deepseek_v3 on cpu" in (out / "gpu.md").read_text()
+    assert "# stand_in on cpu" in (out / "gpu.md").read_text()
+
+
+def test_preparing_writes_every_library_at_every_size(
+    everything: ModuleType, tmp_path: Path
+) -> None:
+    spec = str(ROOT / "specs/deepseek_v3_tiny.yaml")
+    everything.main(["--prepare", str(tmp_path), "--spec", spec, "--only", "libraries"])
+    record = json.loads((tmp_path / "kernels/bf16/kernels.json").read_text())
+    sizes = {
+        file["name"]: {case["size_key"] for case in file["cases"] if "size_key" in case}
+        for file in record["files"]
+    }
+    own = sizes["linear.py"] | sizes["grouped_linear.py"]
+    assert sizes.keys() == {"cublas.py", "linear.py", "grouped_linear.py"}
+    assert sizes["cublas.py"] == own and len(own) > 10
+    assert (tmp_path / "kernels/fp8/fp8_linear.py").is_file() and (
+        tmp_path / "prepared.json"
+    ).is_file()
 
 
 def test_a_small_model_that_differs_is_found_out(

@@ -177,14 +177,21 @@ def poison(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "torch", Poisoned())
 
 
-def test_how_many_splits(kernels: KernelLoader) -> None:
-    """V3 on 132 multiprocessors: a lone sequence uses all of them, many are left whole."""
-    splits_of = kernels("latent_attention", "deepseek_v3").splits_of
-    assert splits_of(2, 0) == splits_of(2, 1) == 1
-    assert 2 * splits_of(2, 2048) in range(100, 133)
-    assert splits_of(128, 64) == splits_of(256, 64) == 1
-    # 160 programs would take two turns, the second almost empty.
-    assert splits_of(160, 64) > 1
+def test_no_row_depends_on_the_batch(
+    kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits are as long in any batch: a cache that is contiguous gives a sequence the same bits."""
+    module = kernels("latent_attention", "deepseek_v3_tiny")
+    monkeypatch.setattr(module, "SPLIT", 2)
+    heads, c, r = SPECS["deepseek_v3_tiny"]
+    generator = torch.Generator().manual_seed(0)
+    q, q_rope = (random(generator, 3, 1, heads, n) for n in (c, r))
+    c_kv, k_rope = (random(generator, 3, 700, n) for n in (c, r))
+    together = module.latent_attention(q, q_rope, c_kv, k_rope, 0.3)
+    for b in range(3):
+        own = slice(b, b + 1)
+        alone = module.latent_attention(q[own], q_rope[own], c_kv[own], k_rope[own], 0.3)
+        assert torch.equal(alone, together[own])
 
 
 def test_pages_of_another_size(kernels: KernelLoader) -> None:

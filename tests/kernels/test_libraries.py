@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_mm as torch_scaled_mm
 from backends.render import render
 from backends.triton.kernel import Arg, Case
 from backends.triton.launches import load
-from backends.triton.libraries import size_of
+from backends.triton.libraries import Ranges, Shape, size_of, table
 from backends.triton.package import LIBRARIES, kernel_files, kernels_package
 from backends.triton.target import TARGETS
 from backends.triton.tuning_table import RowRange, TuningTable, shipped
@@ -45,8 +45,8 @@ FP8_TINY = spec("precision.policy=fp8_blockwise")
 PROGRAMS = compile(FP8_TINY).programs
 
 
-def names_of(table: TuningTable, description: Description = FP8_TINY) -> list[str]:
-    return [file.name for file in kernel_files(PROGRAMS, description, SM_90, table)]
+def names_of(tuning: TuningTable, description: Description = FP8_TINY) -> list[str]:
+    return [file.name for file in kernel_files(PROGRAMS, description, SM_90, tuning)]
 
 
 # ---- who serves ------------------------------------------------------------------------------
@@ -56,14 +56,14 @@ def test_ranges_of_rows_follow_from_what_was_measured() -> None:
     files = ("own", "library", "other")
     key = "F.linear 8x16"
     names = {1: "own", 16: "library", 64: "library", 128: "own", 4096: "other"}
-    table = TuningTable({f"{key} m{rows}": name for rows, name in names.items()})
-    assert table.ranges(key, files) == [
+    measured = TuningTable({f"{key} m{rows}": name for rows, name in names.items()})
+    assert measured.ranges(key, files) == [
         RowRange(1, 1, "own"),
         RowRange(2, 64, "library"),
         RowRange(65, 128, "own"),
         RowRange(129, None, "other"),
     ]
-    assert table.ranges("F.linear 8x1", files) == [RowRange(1, None, "own")]  # not measured
+    assert measured.ranges("F.linear 8x1", files) == [RowRange(1, None, "own")]  # not measured
     with pytest.raises(DiagnosticError, match="'gone'"):
         TuningTable({f"{key} m1": "gone"}).ranges(key, files)
 
@@ -74,9 +74,9 @@ def test_nothing_is_called_that_was_not_measured() -> None:
 
 
 def test_a_build_calls_what_was_measured_and_says_when() -> None:
-    table = TuningTable()
-    kernel_files(PROGRAMS, FP8_TINY, SM_90, table)
-    (key, *_) = (key for key in table.files if key.startswith("F.linear ") and key.endswith(" m1"))
+    first = TuningTable()
+    kernel_files(PROGRAMS, FP8_TINY, SM_90, first)
+    (key, *_) = (key for key in first.files if key.startswith("F.linear ") and key.endswith(" m1"))
     what = key.removesuffix(" m1")
     shape = tuple(map(int, what.split()[1].split("x")))
     measured = TuningTable({f"{what} m1": "linear", f"{what} m16": "cublas"})
@@ -103,14 +103,14 @@ def test_a_spec_asks_for_a_library_at_any_size() -> None:
 
 def test_what_is_shipped_names_files_that_can_serve() -> None:
     """Its keys are those of V3, and its GPU, versions and figures are there."""
-    table = shipped("sm_90")
+    h200 = shipped("sm_90")
     by_name = {library.name: library for library in LIBRARIES}
-    for key, name in table.measured.items():
+    for key, name in h200.measured.items():
         path = key.split()[0]
         assert name in ("fp8_linear", "linear") or path in by_name[name].serves, key
-    assert table.measured["fp8.linear 24576x1536 m1"] == "fp8_linear"
-    assert table.measured["fp8.linear 24576x1536 m4096"] == "fp8_cublas"
-    assert not any(key.startswith("G.") for key in table.measured)  # gradients were not measured
+    assert h200.measured["fp8.linear 24576x1536 m1"] == "fp8_linear"
+    assert h200.measured["fp8.linear 24576x1536 m4096"] == "fp8_cublas"
+    assert not any(key.startswith("G.") for key in h200.measured)  # gradients were not measured
     assert not shipped("gfx942").measured
 
 
@@ -131,10 +131,11 @@ def test_sizes_of_cases() -> None:
 # ---- torch's own -----------------------------------------------------------------------------
 
 
-def written(tmp_path: Path, name: str, shapes: dict[str, list[tuple[int, ...]]]) -> Any:
+def written(tmp_path: Path, name: str, shapes: Mapping[str, Sequence[Shape]]) -> Any:
     """A library's file that serves functions at some shapes, whatever the number of rows."""
-    fastest = {function: {s: [(1, None)] for s in known} for function, known in shapes.items()}
-    text = render(f"triton/{name}.py.jinja", functions=list(shapes), fastest=fastest)
+    anywhere: Ranges = [(1, None)]
+    fastest = {function: dict.fromkeys(known, anywhere) for function, known in shapes.items()}
+    text = render(f"triton/{name}.py.jinja", functions=list(shapes), fastest=table(fastest))
     (tmp_path / f"{name}.py").write_text(text)
     return load(tmp_path / f"{name}.py")
 
@@ -155,7 +156,7 @@ def scaled_mm(
         torch_scaled_mm(a_, b_, scale_a_, of_a, scale_b_, of_b, output_dtype=output_dtype)
     if of_b is ScalingType.BlockWise128x128:
         return fp8.linear(a, scale_a, b.t(), scale_b.t(), dtype=output_dtype)
-    tiles = [x.unflatten(1, (-1, 128)).transpose(0, 1) for x in (a, b.t())]
+    tiles = [x.reshape(len(x), -1, 128).transpose(0, 1) for x in (a, b.t())]
     return fp8.linear_weight_grad(tiles[0], scale_a.t(), tiles[1], scale_b.t(), dtype=output_dtype)
 
 
@@ -222,7 +223,7 @@ def test_which_fp8_products_fit() -> None:
 
     def fits(function: str, out: int, width: int, **keywords: Any) -> bool:
         shapes = ((4, 1), (4, 1), (out, width), (1, 1))
-        return library.fits(Case("", function, tuple(map(Arg, shapes)), keywords))
+        return bool(library.fits(Case("", function, tuple(map(Arg, shapes)), keywords)))
 
     assert fits("linear", 2112, 7168) and not fits("linear_input_grad", 2112, 7168)
     assert fits("linear_input_grad", 24576, 1536)
@@ -308,12 +309,14 @@ def test_attention_saves_what_the_kernel_of_its_gradient_reads(
     assert difference(o, own_o) < 5e-6 and difference(file.attention(q, k, v, 0.2), own_o) < 5e-6
 
     wide = [x.float().requires_grad_() for x in (q, k, v)]
-    functional.attention(*wide, 0.2).backward(d := normal_bf16(2, 17, 4, 16, seed=3).float())
-    found = own.attention_grad(d.bfloat16(), q, k, v, o, lse, 0.2)
-    for gradient, leaf in zip(found, wide, strict=True):
-        assert leaf.grad is not None and difference(gradient.float(), leaf.grad) < 2e-5
-    to_base_2 = own.attention_grad(d.bfloat16(), q, k, v, o, lse / 0.6931, 0.2)
-    assert difference(to_base_2[0].float(), wide[0].grad) > 1e-3
+    d = normal_bf16(2, 17, 4, 16, seed=3)
+    out = functional.attention(wide[0], wide[1], wide[2], 0.2)
+    expected = torch.autograd.grad(out, wide, d.float())
+    found = own.attention_grad(d, q, k, v, o, lse, 0.2)
+    for gradient, exact in zip(found, expected, strict=True):
+        assert difference(gradient.float(), exact) < 2e-5
+    to_base_2 = own.attention_grad(d, q, k, v, o, lse / 0.6931, 0.2)
+    assert difference(to_base_2[0].float(), expected[0]) > 1e-3
 
 
 @pytest.mark.usefixtures("cudnn")
@@ -342,7 +345,7 @@ def test_cudnn_is_called_as_torch_declares_it(tmp_path: Path) -> None:
 def asked(tmp_path: Path, name: str) -> Any:
     """The file of a library that a spec asks for."""
     (tmp_path / f"{name}.py").write_text(
-        render(f"triton/{name}.py.jinja", functions=[], fastest={})
+        render(f"triton/{name}.py.jinja", functions=[], fastest="")
     )
     return load(tmp_path / f"{name}.py")
 

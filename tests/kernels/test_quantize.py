@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,14 +61,46 @@ def test_a_scale_that_is_not_rounded_as_a_division_is_found(
 ) -> None:
     """`/` is approximate on a GPU, and in the interpreter that tests use."""
     text = Path(str(kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8).__file__)).read_text()
-    rounded = "tl.div_rn(tl.maximum(largest, MIN_AMAX).to(tl.float32, bitcast=True), 448.0)"
+    rounded = "s = tl.where(s < float(\"inf\"), tl.fma(tl.fma(s, -448.0, amax), 1 / 448, s), s)"
     assert rounded in text
-    plain = "tl.maximum(largest, MIN_AMAX).to(tl.float32, bitcast=True) / 448.0"
+    plain = "s = amax / 448.0"
     (tmp_path / "approximate.py").write_text(text.replace(rounded, plain))
     x = wild(40, 96)[2:]
     (q, s), (want_q, want_s) = load(tmp_path / "approximate.py").quantize(x), fp8.quantize(x)
     assert not torch.equal(s, want_s)
     assert not torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """a b + c of float32, rounded once: by an odd last bit of float64 where that is not exact."""
+    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + c
+    of_c = total - product
+    rest = (product - (total - of_c)) + (c - of_c)
+    bits = total.view(np.int64)
+    even = (rest != 0) & (bits % 2 == 0)
+    bits = np.where(even, np.where((rest > 0) == (total > 0), bits + 1, bits - 1), bits)
+    return bits.view(np.float64).astype(np.float32)
+
+
+def test_a_corrected_product_is_the_quotient_by_448() -> None:
+    """As `scale_of` divides, of every mantissa: powers of two change nothing."""
+    x = np.arange(127 << 23, 128 << 23, dtype=np.int32).view(np.float32)
+    inverse = np.full_like(x, 1 / 448)
+    near = x * inverse
+    corrected = fma(fma(near, np.full_like(x, -448), x), inverse, near)
+    assert (corrected == (x.astype(np.float64) / 448).astype(np.float32)).all()
+    assert (near != corrected).any()
+
+
+def test_a_corrected_reciprocal_is_that_of_a_division() -> None:
+    """As `divided` has it: for the scale of any bfloat16, whichever neighbour a GPU begins with."""
+    amax = (np.arange(127 << 7, 128 << 7, dtype=np.int32) << 16).view(np.float32)
+    s = (amax.astype(np.float64) / 448).astype(np.float32)
+    exact = (1 / s.astype(np.float64)).astype(np.float32)
+    for off in (-2, -1, 0, 1, 2):
+        y = (exact.view(np.int32) + off).view(np.float32)
+        assert (fma(fma(-s, y, np.ones_like(s)), y, y) == exact).all()
 
 
 @pytest.mark.parametrize("scale", SCALES)

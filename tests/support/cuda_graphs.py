@@ -105,7 +105,9 @@ class _Capture(TorchDispatchMode):
 
 
 @contextmanager
-def _capture(graph: StandInGraph, pool: object, stream: object) -> Iterator[None]:
+def _capture(
+    graph: StandInGraph, pool: object, stream: object, capture_error_mode: str
+) -> Iterator[None]:
     """Takes the place of `torch.cuda.graph`."""
     StandInGraph.now = graph
     try:

@@ -34,7 +34,7 @@ ATTENTION = st.sampled_from([
 ])  # fmt: skip
 FEED_FORWARD = st.sampled_from([
     "SwiGLU", "SwiGLU(intermediate_size=12)", "DeepSeekMoE", "SoftmaxMoE", "RandomFF", "RandomFF",
-    "RandomMoE", "GatedSharedMoE", "BiasedMoE",
+    "RandomMoE", "GatedSharedMoE", "BiasedMoE", "ZeroExpertMoE(zero_expert_num=3)",
 ])  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def text_of(spec: dict[str, Any], name: str, unused: set[str]) -> str:
         for key, value in spec["params"].items()
         if key not in unused
     )
-    library = ["sparse_mla", "gqa_norm", "capped_gqa"]
+    library = ["sparse_mla", "gqa_norm", "capped_gqa", "zero_expert_moe"]
     own = ", ".join([*library, "./random.dsl", *map(str, random_blocks.EXAMPLES)])
     layers = "\n".join(f"    - {json.dumps(layer)}" for layer in spec["layers"])
     return f"""model: {name}

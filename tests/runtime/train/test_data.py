@@ -58,6 +58,11 @@ def test_files_that_are_no_documents(
         list(documents([tmp_path / name]))
 
 
+def test_a_device_has_no_end() -> None:
+    with pytest.raises(TrainError, match="/dev/zero is a device, not a file of text"):
+        list(documents([Path("/dev/zero")]))
+
+
 @given(st.text())
 def test_bytes_come_back(text: str) -> None:
     tokens = Bytes().encode(text.encode(errors="ignore").decode())

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.train.interrupt import run_lock
 from runtime.train.tokens import Tokens
 from tests.support.places import TEXT
 from tests.support.trained import STEPS, built, content, curve, lines, part
@@ -295,6 +296,19 @@ def test_no_two_processes_train_a_run(
         assert train(package, whole) == 1
     assert f"another process is training {whole}" in capsys.readouterr().err
     assert train(package, whole) == 0
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path) -> None:
+    """What was there before stays, and what began."""
+    (tmp_path / "old").mkdir()
+    for name, there in {"new": False, "old": True, "begun": True}.items():
+        run = tmp_path / name
+        with pytest.raises(KeyboardInterrupt), run_lock(run):
+            (run / "data").mkdir()
+            if name == "begun":
+                (run / "run.json").touch()
+            raise KeyboardInterrupt
+        assert run.exists() == there
 
 
 def test_a_run_goes_on_with_the_options_it_began_with(
