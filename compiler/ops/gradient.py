@@ -220,7 +220,7 @@ class AttentionSaving(Attention):
 
     kind = "attention_saving"
     tiled_twice = True
-    saving = ()
+    saving: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
