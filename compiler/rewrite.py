@@ -90,20 +90,30 @@ def rewrite(program: Program, kind: str, rule: Rule) -> list[Miss]:
     """Tries `rule` on every operator of `kind`, once. Returns where it did not apply, and why."""
     misses: list[Miss] = []
     for graph in program.graphs.values():
+        links: _Links | None = None  # None: the graph has changed
         for ops in op_lists(graph):
             for op in [o for o in ops if o.kind == kind]:
-                miss = _try(graph, program, ops, op, rule)
-                if miss is not None:
+                links = links or (graph.producers(), graph.uses())
+                miss = _try(graph, program, ops, op, rule, links)
+                if miss is None:
+                    links = None
+                else:
                     misses.append(replace(miss, block=graph.name))
     return misses
 
 
-def _try(graph: Graph, program: Program, ops: list[Op], op: Op, rule: Rule) -> Miss | None:
+# The producers and the uses of values.
+_Links = tuple[dict[Value, Op], dict[Value, list[Op]]]
+
+
+def _try(
+    graph: Graph, program: Program, ops: list[Op], op: Op, rule: Rule, links: _Links
+) -> Miss | None:
     builder = Builder(graph, program.graphs)
     builder.ops = []
     # If the rule applies these are gone, so that their names serve what takes their place.
     builder.names -= {v.name for o in walk([op]) for v in [*o.results, *_arguments(o)]}
-    result = rule(Rewriter(op, builder, graph.producers(), graph.uses()))
+    result = rule(Rewriter(op, builder, *links))
     if isinstance(result, Miss):
         return result
     at = ops.index(op)

@@ -1,8 +1,8 @@
-"""E5M6: activations saved in 12 bits a number, with a scale for each run of 128 in a row.
+"""E5M6: activations saved in 12 bits per element, with a scale for each run of 128 in a row.
 
 DeepSeek-V3 saves the inputs of the projection after attention so (report, section 3.3.3). A number
 is a float16 with four bits fewer: a sign, five exponent bits (bias 15), six fraction bits; the
-largest is 65024. Two numbers a, b take three bytes: the low eight bits of a; its high four and,
+largest is 65024. Two values a, b take three bytes: the low eight bits of a; its high four and,
 above them, the low four of b; the high eight of b.
 
 Every bit is defined: amax is the largest magnitude of a run in float32, at least 1e-4; its scale is
@@ -40,8 +40,8 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, s: Tensor, n: int, *, dtype: torch.dtype) -> Tensor:
-    """What `pack` gave of n numbers in a row: [.., n]."""
+    """What `pack` gave of rows of n elements: [.., n]."""
     low, middle, high = packed.to(torch.int16).unflatten(-1, (-1, 3)).unbind(-1)
     codes = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], -1)
-    numbers = (codes.flatten(-2)[..., :n] << 4).view(torch.float16).float()
-    return (numbers * fp8.spread_scales(s, n)).to(dtype)
+    values = (codes.flatten(-2)[..., :n] << 4).view(torch.float16).float()
+    return (values * fp8.spread_scales(s, n)).to(dtype)

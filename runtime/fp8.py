@@ -1,7 +1,7 @@
-"""FP8 on any device, exactly simulated: E4M3 numbers, scales, products that add in float32.
+"""FP8 on any device, exactly simulated: E4M3 values, scales, products that add in float32.
 
 A quantized tensor is `q` (float8_e4m3fn) and `s`, the float32 scales that multiply it back. Every
-128 numbers have one scale: in a row (1 x 128) for activations and gradients, 128 x 128 for weights,
+128 values have one scale: in a row (1 x 128) for activations and gradients, 128 x 128 for weights,
 128 x 1 where tokens are summed over. The last run may be shorter, as if zeros filled it; tiles of
 tokens (`quantize_columns`) lie as the sum over tokens reads them, and there zeros do fill it.
 
@@ -10,7 +10,7 @@ Every bit is defined, so that kernels can be held against this (DeepSeek-V3 repo
 - amax is the largest magnitude of a run in float32, at least 1e-4; s = amax / 448, or for `ue8m0`
   the next power of two, 2^ceil(log2 s); q = E4M3(x / s), rounded to nearest, ties to even.
 - A run with an infinity or a NaN has no finite product; nothing of it is hidden.
-- For each 128 of what is summed over, the dot product of the E4M3 numbers is made exactly and
+- For each 128 of what is summed over, the dot product of the E4M3 values is made exactly and
   rounded to float32; times the scale of the left operand, times that of the right one, it is added
   to the float32 sum, in the order of the runs. Each of these steps is rounded.
 """
@@ -34,11 +34,11 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 LEAST_AMAX = 1e-4
 WIDE = 2.0**8
-"""By how much E4M3 numbers are divided where they are widened."""
+"""By how much E4M3 values are divided where they are widened."""
 LITTLE = 2**13
-"""Numbers that are converted one by one as fast as all at once."""
+"""Up to so many elements are converted one by one as fast as all at once."""
 AT_ONCE = 2**19
-"""Numbers of a weight that are widened at once: what is made of more leaves the caches."""
+"""Elements of a weight that are widened at once: the copies of more do not fit the caches."""
 FEW = 16
 """Rows of a product whose time is that of calls, not of arithmetic."""
 
@@ -62,9 +62,9 @@ def quantize(x: Tensor, scale: str = "fp32", parts: Sequence[int] = ()) -> Quant
 
 
 def quantize_columns(x: Tensor, offs: Tensor | None = None, *, scale: str = "fp32") -> Quantized:
-    """x [.., n] with a scale for each number of 128 tokens: [tiles, n, 128], [tiles, n].
+    """x [.., n] with a scale for each column of 128 tokens: [tiles, n, 128], [tiles, n].
 
-    The 128 numbers of a scale lie next to one another, as a product that sums over tokens reads
+    The 128 values of a scale are contiguous, as a product that sums over tokens reads
     them; zeros fill the last tile.
 
     With `offs`, x is [slots, n] and tiles restart with each expert: tile i of expert e is number
@@ -256,7 +256,7 @@ def scale_of(amax: Tensor, scale: str, largest: float = E4M3_MAX) -> Tensor:
 
 
 def _columns(x: Tensor, scale: str) -> Quantized:
-    """x [tokens, n] with a scale for each number of 128 tokens: [tiles, n, 128], [tiles, n]."""
+    """x [tokens, n] with a scale for each column of 128 tokens: [tiles, n, 128], [tiles, n]."""
     tiles = pad_runs(x, 0).unflatten(0, (-1, RUN))
     s = scale_of(tiles.abs().amax(1), scale)
     return (tiles / s.unsqueeze(1)).to(E4M3).transpose(1, 2).contiguous(), s
@@ -277,7 +277,7 @@ def _product(
 ) -> Tensor:
     """a b for E4M3 a [m, k], b [k, n] with scales a_scale [m, runs], b_scale [runs, n]: float32.
 
-    Products of E4M3 numbers have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
+    Products of E4M3 values have 8 bits and lie between 2^-18 and 2^18, so that float64 holds any
     sum of 128 of them exactly, in any order of additions.
     """
     wide_a, step = _wide(a), max(RUN, AT_ONCE // max(1, b.shape[0]))
@@ -296,7 +296,7 @@ def _wide_product(
     wide_b = _wide(b.T).T if b.stride(0) == 1 else _wide(b)
     total = torch.zeros(len(wide_a), b.shape[1], dtype=torch.float32, device=b.device)
     if len(wide_a) <= FEW and not parts and len(b) % RUN == 0:
-        # The same numbers in fewer calls, which take most of the time of few rows.
+        # The same values in fewer calls, which take most of the time of few rows.
         cut = wide_a.unflatten(1, (-1, RUN)).transpose(0, 1), wide_b.unflatten(0, (-1, RUN))
         dots = torch.bmm(*cut).mul_(WIDE**2).float()
         for term in dots.mul_(a_scale.T.unsqueeze(2)).mul_(b_scale.unsqueeze(1)):
@@ -329,9 +329,9 @@ def _row_by_row(
 
 
 def _wide(q: Tensor) -> Tensor:
-    """E4M3 numbers in float64, divided by `WIDE`: many times as fast as torch converts them.
+    """E4M3 values in float64, divided by `WIDE`: many times as fast as torch converts them.
 
-    The bits of an E4M3 number, moved by 7, are those of a float16 number 2^8 times as small; the
+    The bits of an E4M3 value, shifted by 7, are those of a float16 value 2^8 times as small; the
     NaN alone is another. Torch converts float16 by way of float32 faster than at once.
     """
     if q.numel() < LITTLE or _has_nan(q):
@@ -343,7 +343,7 @@ def _wide(q: Tensor) -> Tensor:
 
 
 def _has_nan(q: Tensor) -> bool:
-    """Whether any of at least one E4M3 number is NaN: 0x7F or 0xFF, the largest with and without a
+    """Whether any of at least one E4M3 value is NaN: 0x7F or 0xFF, the largest with and without a
     sign."""
     return q.view(torch.int8).max().item() == 0x7F or q.view(torch.uint8).max().item() == 0xFF
 
@@ -354,7 +354,7 @@ def _lengths(size: int, parts: Sequence[int]) -> list[int]:
 
 
 def spread_scales(s: Tensor, size: int, parts: Sequence[int] = (), dim: int = -1) -> Tensor:
-    """The scale of each number along a dimension, from those of its runs."""
+    """The scale of each element along a dimension, from those of its runs."""
     if not parts:
         return s.repeat_interleave(RUN, dim=dim).narrow(dim, 0, size)
     lengths = torch.tensor(_lengths(size, parts), device=s.device)
@@ -386,7 +386,7 @@ def _of_each_expert(
 
 
 def without_gradient(x: Tensor) -> Tensor:
-    """x; asking autograd for a gradient through it is an error instead of a wrong number."""
+    """x; asking autograd for a gradient through it is an error instead of a wrong value."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _NoGradient.apply(x)  # type: ignore[no-any-return]
     return x

@@ -79,7 +79,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def _logistic(x: Tensor) -> Tensor:
-    """`torch.sigmoid`, each number by the same operations wherever it lies."""
+    """`torch.sigmoid`, each element by the same operations at any position."""
     return 1 / (1 + torch.exp(-x))
 
 
@@ -88,7 +88,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
     In float64 and then rounded: libraries differ in the last bits of an exponential, and one bit
     can send a token to another expert. What is left of the difference survives the rounding to
-    float32 about once in 10^8 numbers.
+    float32 about once in 10^8 elements.
     """
     exact = x.double()
     value = _logistic(exact) if matmul.is_batch_invariant() else torch.sigmoid(exact)
@@ -211,7 +211,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate`, each number by the same operations wherever it lies."""
+    """`rotate`, each element by the same operations at any position."""
     if x.dim() > cos.dim():
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
@@ -229,7 +229,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` of the last numbers of each head of x [batch, seq, heads, d]; the rest stays."""
+    """`rotate` of the last elements of each head of x [batch, seq, heads, d]; the rest stays."""
     before, last = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], -1)
     return torch.cat([before, rotate(last, cos, sin)], -1)
 
@@ -636,7 +636,7 @@ def _best(score: Tensor, k: int) -> Tensor:
 
 
 Chosen = tuple[Tensor, Tensor]
-"""Tokens that one expert works on: their numbers in the flattened batch, and which of their k
+"""Tokens that one expert works on: their indices in the flattened batch, and which of their k
 choices it was; int64 [n] each."""
 
 
@@ -843,7 +843,7 @@ def _by_head(x: Tensor, part: Tensor) -> Tensor:
 
 
 _WIDENED = 2**18
-"""Up to so many numbers in the latents, the CPU attends in float32: for bfloat16, oneDNN makes a
+"""Up to so many elements in the latents, the CPU attends in float32: for bfloat16, oneDNN makes a
 kernel for each new length of the context, which takes longer than all the rest of a layer."""
 
 

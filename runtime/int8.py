@@ -1,7 +1,7 @@
 """Weights in int8 with a float32 scale for each row: what compiled steps on CPUs can read.
 
 Numbers are w / s, rounded to nearest, ties to even; s is the largest magnitude of a row over 127.
-Activations are not quantized: products sum float32 numbers times those of int8, then multiply by s.
+Activations are not quantized: products sum float32 values times int8 values, then multiply by s.
 """
 
 from __future__ import annotations

@@ -23,14 +23,14 @@ FEW = 8
 """Up to this many rows, reading the weight takes the time: all kernels are equally fast."""
 
 LARGE = 2**19
-"""With this many numbers, oneDNN also reads the weight faster (8192 x 512: 0.73 ms, MKL 1.13)."""
+"""With this many elements, oneDNN also reads the weight faster (8192 x 512: 0.73 ms, MKL 1.13)."""
 
 NARROW_ROWS = 2
 """Up to this many rows of bfloat16 torch's own loops keep up: they read half of the bytes."""
 
 BUCKET = 32
 """oneDNN makes a kernel for each new number of rows, which takes as long as to multiply some 500
-rows of 512 by 256. Routing brings new numbers with every batch; rounded up, they are few."""
+rows of 512 by 256. Routing brings new counts with every batch; rounded up, they are few."""
 
 
 _state = threading.local()
@@ -221,11 +221,11 @@ def _placed(x: Tensor) -> Tensor:
 
 
 def _agreeing_sizes(compute: Product, like: Tensor, weight: Tensor) -> tuple[int, int]:
-    """The numbers of rows, from the first to the second, for which a row has the same bits.
+    """The counts of rows, from the first to the second, for which a row has the same bits.
 
     Libraries have a kernel for one row, others for few and for many, which sum in different orders:
     MKL, for one, has borders at 2, and between 3 and 16 by the shape. Every number is tried, once
-    for each shape, with random numbers in place of the weight's; of the ranges that begin with few
+    for each shape, with random values in place of the weight's; of the ranges that begin with few
     rows the longest is taken. One row at a time is always a range, and the only one where the place
     in a call matters, as it does for rows of odd lengths where vectors have 32 bytes.
     """

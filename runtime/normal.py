@@ -1,6 +1,6 @@
-"""Normally distributed numbers by index, with which weights are initialized.
+"""Normally distributed values by index, with which weights are initialized.
 
-Each number is a function of a key and an index. Any part of a tensor can therefore be made without
+Each value is a function of a key and an index. Any part of a tensor can therefore be made without
 the rest, in any order and on any device, with the same bits. This excludes generators with a state,
 and also log, cos and erfinv, which devices round differently: all there is here are operations on
 int32, look-ups in a table that is made on the CPU, and single additions and products in float32.
@@ -8,7 +8,7 @@ int32, look-ups in a table that is made on the CPU, and single additions and pro
 The bits are a hash of the index: the three rounds of `triple32` (C. Wellons, Hash Prospector),
 with a word of the key added before each. The usual counter-based generator, Philox4x32-10 (Salmon
 et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), needs the high halves of products,
-which torch computes in int64 only: about 30 int64 operations a number instead of 18 on int32.
+which torch computes in int64 only: about 30 int64 operations per element instead of 18 on int32.
 tests/runtime/test_normal.py checks moments, tails, the Kolmogorov-Smirnov distance, avalanche, and
 the correlation of neighbours, rows, names and seeds.
 
@@ -56,7 +56,7 @@ def fill_normal(
     other numbers of dimensions; without `strides`, `out` is the elements from `start` on, in order.
     Numbers are made in float32 on the device of `out`, then cast to its dtype.
 
-    Raises ValueError for elements from 2^32 on, whose numbers would repeat those of others.
+    Raises ValueError for elements from 2^32 on, whose values would repeat those of others.
     """
     if out.numel() == 0:
         return
@@ -74,8 +74,8 @@ def fill_normal(
         x, scratch = (buffer[: part.numel()].view(part.shape) for buffer in ints)
         _indices(arange, first + key[0], strides, out=x)
         _hash(x, key, scratch)
-        numbers = _normal(x.view(-1), scratch.view(-1), floats[:, : part.numel()])
-        part.copy_(numbers.mul_(std).add_(mean).view(part.shape))
+        values = _normal(x.view(-1), scratch.view(-1), floats[:, : part.numel()])
+        part.copy_(values.mul_(std).add_(mean).view(part.shape))
 
 
 def uniform(count: int, key: Key) -> Tensor:
@@ -89,7 +89,7 @@ def uniform(count: int, key: Key) -> Tensor:
 def _chunks(
     out: Tensor, start: int, strides: Sequence[int], size: int
 ) -> Iterator[tuple[Tensor, int]]:
-    """Views that make up `out`, of at most `size` numbers each, with the index of their first."""
+    """Views that make up `out`, of at most `size` elements each, with the index of their first."""
     if out.numel() <= size:
         yield out, start
         return
@@ -110,7 +110,7 @@ def _indices(arange: Tensor, start: int, strides: Sequence[int], out: Tensor) ->
 
 
 def _hash(x: Tensor, key: Key, scratch: Tensor) -> None:
-    """Replaces int32 numbers, to which the first word of the key was added, by their hashes."""
+    """Replaces int32 values, to which the first word of the key was added, by their hashes."""
     for i, (shift, factor) in enumerate(ROUNDS):
         if i:
             x.add_(_int32(key[i]))
@@ -126,7 +126,7 @@ def _xor_shift(x: Tensor, shift: int, scratch: Tensor) -> None:
 
 
 def _normal(x: Tensor, scratch: Tensor, floats: Tensor) -> Tensor:
-    """The numbers of N(0, 1) that 32 random bits each select, in the first row of `floats`."""
+    """The samples of N(0, 1) that 32 random bits each select, in the first row of `floats`."""
     table = _quantiles(x.device)
     torch.bitwise_right_shift(x, 16, out=scratch)
     torch.index_select(table, 0, scratch.bitwise_and_(0xFFFF), out=floats[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .functional import Mask, among, best_keys, capped, visible, wide
 
 NUMBERS = 2**22
-"""So many numbers are in memory at once, about, on the way through attention; at least a row's."""
+"""About so many elements of temporaries are in memory at once in attention; at least a row's."""
 
 FEW = 5
 """Rows of a sequence that attend like rows of as many sequences: those of drafts."""
@@ -69,7 +69,7 @@ class Pages:
     states: Tensor
     """The states [1, n, hidden] that the last step handed to the head, of all its rows."""
     broken: Tensor
-    """bool [n]: rows of the last step that had a NaN or an infinite number to remember."""
+    """bool [n]: rows of the last step that had a NaN or an infinite value to cache."""
 
     def __init__(
         self, blocks: int, page: int, paged_latent_attention: PagedAttention | None = None
@@ -176,7 +176,7 @@ class Pages:
         self.check(data)
         sizes = [pool[block].nbytes for pool in self._pools.values()]
         for pool, part in zip(self._pools.values(), data.split(sizes), strict=True):
-            # A copy, for where a part begins may not be a multiple of its numbers' size.
+            # A copy, for where a part begins may not be a multiple of its elements' size.
             pool[block] = part.clone().view(pool.dtype).view(pool.shape[1:])
 
     @property
@@ -281,9 +281,9 @@ def _attend(rows: Rows, q: Tensor, keys: Keys, values: tuple[int, int], how: Sco
         start, stop = group.rows.start, group.rows.stop
         shared, blocks = len(group.table) == 1, group.table.shape[1]
         # Of a row: scores or a result for each block, and its keys and values if they are its own.
-        numbers = kv_heads * blocks * heads * max(page, width)
-        numbers += 0 if shared else kv_heads * blocks * page * (dim + width)
-        step = max(NUMBERS // numbers, 1)
+        elements = kv_heads * blocks * heads * max(page, width)
+        elements += 0 if shared else kv_heads * blocks * page * (dim + width)
+        step = max(NUMBERS // elements, 1)
         found = keys(group.table) if shared else ()
         for first in range(start, stop, step):
             last = min(first + step, stop)
@@ -355,7 +355,7 @@ def make_rows(
     """The rows of a step, and their positions int64 [1, n].
 
     A sequence is its blocks, the position of its first new token, and how many are new; it has
-    blocks for all of them. `scored` are numbers of rows. Sequences of few new tokens that have
+    blocks for all of them. `scored` are indices of rows. Sequences of few new tokens that have
     about the same length, packed, attend together.
     """
     slots: list[int] = []

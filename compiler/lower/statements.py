@@ -46,7 +46,7 @@ def _statement(frame: Expressions, statement: ast.Statement) -> None:
             "a `repeat` holds the equations of one layer only",
             None,
             "not in a `repeat`",
-            help="move it behind the loop, or use `for`, which writes every layer out",
+            help="move it after the loop, or use `for`, which writes every layer out",
         )
     _STATEMENTS[type(statement)](frame, statement)
 

@@ -106,7 +106,7 @@ class Operator:
     rowwise: ClassVar[bool] = False
     # Gives a pipeline stage its own terms of a sum over stages, from its own terms of another.
     termwise: ClassVar[bool] = False
-    # Leaves numbers as they are, or works within each head: scales may be chosen by its operand.
+    # Leaves values as they are, or works within each head: scales may be chosen by its operand.
     keeps_numbers: ClassVar[bool] = False
     # Its results are tiled once more for the weight gradient, or travel to experts: their scales
     # are powers of two (DeepSeek-V3 report, section 3.3.3).
@@ -138,7 +138,7 @@ class Operator:
 
     @classmethod
     def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:
-        """The operand that is the result of `op`, where its numbers or `zeros` change nothing."""
+        """The operand that is the result of `op`, if its attributes or `zeros` change nothing."""
         return None
 
     @classmethod

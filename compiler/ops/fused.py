@@ -19,9 +19,9 @@ from compiler.ops.tensor import Concat
 
 
 class RotateLast(Operator):
-    """`rotate` of the last numbers of each head; those before them stay.
+    """`rotate` of the last elements of each head; those before them stay.
 
-    x [batch, seq, heads, d], a table for at most d numbers. `into` is the last dimension then.
+    x [batch, seq, heads, d], a table for at most d elements. `into` is the last dimension then.
     """
 
     kind = "rotate_last"

@@ -187,7 +187,7 @@ class _LikeSecond(Operator):
 
 
 def _grad_of(function: type[Pointwise]) -> type[Operator]:
-    """The operator `.._grad` of a function of each number."""
+    """The operator `.._grad` of an elementwise function."""
     other = "y" if function.by_result else "x"
     members = {"kind": f"{function.kind}_grad", "operands": ("d", other)}
     return type(f"{function.__name__}Grad", (_LikeSecond,),
@@ -220,7 +220,7 @@ class AttentionSaving(Attention):
 
     kind = "attention_saving"
     tiled_twice = True
-    saving = ()
+    saving: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def infer(cls, site: Site) -> tuple[Type, ...]:
@@ -254,17 +254,10 @@ class AttentionGrad(Operator):
         return 2 * q.dims[0].at(sizes) * (q.dims[2].size or 0) * dim * pairs
 
 
-class DocumentAttentionSaving(DocumentAttention):
+class DocumentAttentionSaving(AttentionSaving, DocumentAttention):
     """`document_attention`, and what `attention_saving` gives besides."""
 
     kind = "document_attention_saving"
-    tiled_twice = True
-    saving = ()
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        (o,) = super().infer(site)
-        return (o, Type("f32", o.dims[:-1]))
 
 
 class DocumentAttentionGrad(AttentionGrad):

@@ -97,7 +97,7 @@ def _binary(node: ast.Binary) -> Literal["condition", "number"]:
     if node.operator in ("//", "%") and not (
         isinstance(node.right, ast.Number) and node.right.value > 0
     ):
-        raise MaskError(node, f"`{node.operator}` needs a number above 0 behind it")
+        raise MaskError(node, f"`{node.operator}` needs a number above 0 after it")
     if node.operator == "*" and not any(isinstance(side, ast.Number) for side in sides):
         raise MaskError(node, "positions are multiplied by numbers only")
     if _magnitude(node) >= 2**63:

@@ -1,4 +1,4 @@
-"""Functions of each number by itself: a class each, listed in `POINTWISE`.
+"""Elementwise functions of one tensor: a class each, listed in `POINTWISE`.
 
 Everything else follows from the class: the function of the block language and the statement bear
 its name, `F.kind` computes it, and `G.kind_grad` its derivative (`gradient.POINTWISE_GRADS`).
@@ -15,7 +15,7 @@ from compiler.ops.base import Adjoint, Operator, Site, need_float
 
 
 class Pointwise(Operator):
-    """A function of each number. Subclasses say its derivative in words, `d` times the slope."""
+    """An elementwise function. Subclasses say its derivative in words, `d` times the slope."""
 
     operands = ("x",)
     cheap = True

@@ -1,4 +1,4 @@
-"""FP8: numbers in E4M3 with a scale for each tile, and products that accumulate in float32.
+"""FP8: values in E4M3 with a scale for each tile, and products that accumulate in float32.
 
 A quantized tensor is two values: `q` of type f8e4m3, and the float32 scales that multiply it back.
 Rows are cut in runs of 128, the last of which may be shorter: one scale for each run (1 x 128) of
@@ -53,9 +53,9 @@ class Quantize(Operator):
 
 
 class QuantizeColumns(Operator):
-    """x in E4M3, a scale for each number of 128 tokens in a row (128 x 1).
+    """x in E4M3, a scale for each column of 128 successive tokens (128 x 1).
 
-    x [.., n] -> [tile, n, 128], [tile, n]: the 128 numbers of a scale lie together. With `offs`, x
+    x [.., n] -> [tile, n, 128], [tile, n]: the 128 values of a scale are contiguous. With `offs`, x
     is [slot, n] and the tiles restart with each expert: [slot_tile, n, 128].
     """
 
@@ -138,7 +138,7 @@ class Fp8Weight(Operator):
 
 
 class PermuteQuantized(Operator):
-    """`permute` of numbers in E4M3 and their scales, so that tokens travel to experts in FP8.
+    """`permute` of values in E4M3 and their scales, so that tokens travel to experts in FP8.
 
     q [.., hidden], s [.., tiles], topk_indices [.., k] -> both sorted; offs; sort_indices.
     """

@@ -1,6 +1,6 @@
 """Formats in which activations are saved: what encodes them, and what reads them back.
 
-FP8 is encoded by `quantize`. E5M6 is 12 bits a number: a sign, five exponent bits, six fraction
+FP8 is encoded by `quantize`. E5M6 is 12 bits per element: a sign, five exponent bits, six fraction
 bits, with a scale for each run of 128 in a row, a power of two (DeepSeek-V3 report, section 3.3.3);
 `runtime/e5m6.py` defines every bit.
 """
@@ -29,7 +29,7 @@ class Dequantize(Operator):
 
 
 class PackE5M6(Operator):
-    """x in E5M6, two numbers in three bytes, and a scale for each run of its last dimension."""
+    """x in E5M6, two elements in three bytes, and a scale for each run of its last dimension."""
 
     kind = "pack_e5m6"
     operands = ("x",)
@@ -63,7 +63,7 @@ class UnpackE5M6(Operator):
 
 
 def _packed(dim: Dim) -> Dim:
-    """Two numbers to three bytes."""
+    """Two elements to three bytes."""
     return Dim("packed", 3 * -(-(dim.size or 0) // 2))
 
 

@@ -165,7 +165,7 @@ class _Step:
         weight, mesh = self.reduce.weights[name], self.layout.mesh
         builder, axes, experts = self.updating, self._axes(weight), _experts(name, weight)
         self.update.weights[name] = weight
-        group: dict[str, Any] = {"ranks": 1}
+        group: Mapping[str, Any] = {"ranks": 1}
         if axes:
             group = group_attrs(mesh, axes, mesh.rank(self._rank(self.stage), 0, 0))
         sizes = {"experts": experts, "axes": axes, "ranks": group["ranks"]}

@@ -9,8 +9,9 @@ add up to what a step gives. DeepSeek-V3 report, sections 2.1.2 and 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from compiler.graph.build import Builder, infer
@@ -169,7 +170,8 @@ class _Sharder:
                 op.operands = [new if v is old else v for v in op.operands]
 
 
-def group_attrs(mesh: Mesh, axes: tuple[str, ...], rank: int = 0) -> dict[str, Any]:
+@cache
+def group_attrs(mesh: Mesh, axes: tuple[str, ...], rank: int = 0) -> Mapping[str, Any]:
     """What a collective says of the ranks that it joins, of which `rank` is one."""
     group = mesh.group(rank, axes)
     return {"axes": axes, "ranks": len(group), "nodes": len({mesh.node(one) for one in group})}

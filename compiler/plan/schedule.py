@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import NamedTuple
 
@@ -168,6 +169,7 @@ def _entry(word: str) -> Entry:
     return tuple(Chunk(m[2], int(m[1]), int(m[3])) for m in chunks if m)
 
 
+@cache
 def schedule(name: str, pipeline: int, batches: int) -> Schedule:
     """A schedule by name, for `batches` micro-batches in all.
 

@@ -50,7 +50,7 @@ RELATIVES = {
     "deepseek_v4": "DeepSeek-V4 has another attention",
     "bailing_moe_v2": "Ling names its weights otherwise, and has q, k and v in one",
     "bailing_hybrid": "Ling has linear attention beside MLA from version 2.5 on",
-    "axk1": "A.X-K1 has a norm behind every feed-forward block",
+    "axk1": "A.X-K1 has a norm after every feed-forward block",
     "kimi_k25": "Kimi-K2.5 reads images",
     "kimi_linear": "Kimi Linear has linear attention",
     "mistral4": "Mistral 4 has another gate",
@@ -72,7 +72,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "the feed-forward blocks are SwiGLU"),
     "mlp_bias": (False, "no projection of a feed-forward block has a bias"),
     "attention_dropout": (0, "the attention has no dropout"),
-    "moe_layer_freq": (1, "every layer behind the dense ones is a mixture of experts"),
+    "moe_layer_freq": (1, "every layer after the dense ones is a mixture of experts"),
     "rope_interleave": (True, "the rotated elements are the pairs (2i, 2i+1)"),
     "pruned_heads": ({}, "no head of a layer is left out"),
 }

@@ -27,7 +27,7 @@ def run(
         typer.Option(
             "-o",
             "--output",
-            help="The file; CLUSTER.measured.yaml here. Beside the cluster file `dslc plan` "
+            help="The file; CLUSTER.measured.yaml here. Next to the cluster file `dslc plan` "
             "finds it.",
             show_default=False,
         ),

@@ -22,7 +22,7 @@ Examples:
   dslc plan deepseek_v3 --set parallel.expert=32
   dslc plan my_model.yaml --cluster h100_8 --format json  the plan.json of builds
   dslc plan my_model.yaml --measured mine.measured.yaml   at the rates of `dslc calibrate`
-  dslc plan my_model.yaml --measured runs/my_model        beside what a run measured
+  dslc plan my_model.yaml --measured runs/my_model        compared with what a run measured
   dslc plan deepseek_v3 --serve deepseek_day6             nodes and rates of a served model
   dslc plan deepseek_v3 --serve deepseek_day6 --load f.json   and how even redundant experts make it
 
@@ -68,7 +68,7 @@ def run(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="A calibration to predict with, or a run to compare with. One beside the cluster "
+            help="A calibration to predict with, or a run to compare with. One next to the cluster "
             "file (NAME.measured.yaml) is used without being named.",
             show_default=False,
         ),

@@ -48,7 +48,7 @@ def run(
     ] = None,
     chat_template: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The template of chats [that beside the tokenizer]."),
+        typer.Option(metavar="FILE", help="The template of chats [that next to the tokenizer]."),
     ] = None,
 ) -> None:
     """Tokenize text, with a tokenizer that is trained on it or given."""

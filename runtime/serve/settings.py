@@ -34,10 +34,10 @@ class Settings:
     ] = ()
     tokenizer: Annotated[
         Path | None,
-        Option("A tokenizer.json [that beside the weights; without one tokens are bytes].", "FILE"),
+        Option("A tokenizer.json [that with the weights; without one tokens are bytes].", "FILE"),
     ] = None
     chat_template: Annotated[
-        Path | None, Option("A chat template in Jinja [that beside the weights].", "FILE")
+        Path | None, Option("A chat template in Jinja [that with the weights].", "FILE")
     ] = None
     max_model_len: Annotated[
         int | None,

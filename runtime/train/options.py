@@ -41,7 +41,7 @@ class Options:
     ] = None
     chat_template: Annotated[
         Path | None,
-        Option("The template of chats, in Jinja [that beside the tokenizer].", "FILE"),
+        Option("The template of chats, in Jinja [that next to the tokenizer].", "FILE"),
     ] = None
     held_out: Annotated[
         float | None,

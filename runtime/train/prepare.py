@@ -28,7 +28,7 @@ def prepare_tokens(
 ) -> Path:
     """The given folder of tokens, or `place`, to which those of the given texts are written.
 
-    `chat_template` renders chats; by default that beside the tokenizer does. Raises TrainError
+    `chat_template` renders chats; by default that next to the tokenizer does. Raises TrainError
     without files, for files that cannot be read, and for a folder of tokens among other files.
     """
     if not files:
@@ -50,7 +50,7 @@ def prepare_tokens(
 
 
 def chats_of(tokenizer: Tokenizer, name: str, template: Path | None) -> Chats:
-    """How conversations are encoded: by a template, or that beside the tokenizer `name`.
+    """How conversations are encoded: by a template, or that next to the tokenizer `name`.
 
     As a server does it (`serve/chat.py`), whose library only who has conversations needs. What it
     gives raises TrainError for a template that cannot be read, ValueError for what one refuses.
@@ -71,7 +71,7 @@ def chats_of(tokenizer: Tokenizer, name: str, template: Path | None) -> Chats:
             raise TrainError(str(error)) from None
         if found is None:
             raise ValueError(
-                "this is a chat, and the tokenizer has no chat template beside it: give "
+                "this is a chat, and the tokenizer has no chat template next to it: give "
                 "--chat-template FILE"
             )
         return Chat(found, vocabulary)
