@@ -287,6 +287,8 @@ def convert(
         raise DiagnosticError([Diagnostic("E611", f"{one.name} {one.text}", help=help)]) from None
     except ConversionError as error:
         raise DiagnosticError(_problems(error.problems, checkpoint)) from None
+    except OSError as error:  # that of a write does not say where
+        raise OSError(error.errno, error.strerror, error.filename or str(target)) from None
 
 
 HELP = {

@@ -10,6 +10,7 @@ from compiler.pipeline import Compiled
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
 from dslc.specs import shown
+from runtime.files import replace_text
 
 
 def write(description: Description, compiled: Compiled, output: Path | None, start: str) -> None:
@@ -22,7 +23,7 @@ def write(description: Description, compiled: Compiled, output: Path | None, sta
     if path.exists() and not _ours(path):
         message = f"{path} exists and was not written by dslc"
         raise DiagnosticError([Diagnostic("E692", message, help="choose another file with -o")])
-    path.write_text(text, encoding="utf-8")
+    replace_text(path, text)
     print(f"wrote {shown(path)}: {len(text.encode()) // 1000:,} KB")
 
 

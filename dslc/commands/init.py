@@ -93,10 +93,12 @@ def config_source(path: Path) -> Source:
 def write_new(path: Path, text: str) -> None:
     """Writes a file that must not exist yet. Raises `DiagnosticError` if it does."""
     from dsl.diagnostic import Diagnostic, DiagnosticError
+    from runtime.files import replace_text
 
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("x", encoding="utf-8"):
+            pass
+        replace_text(path, text)
     except FileExistsError:
         help = "choose another file with -o"
         problem = Diagnostic("E692", f"{path} exists, and is not overwritten", help=help)

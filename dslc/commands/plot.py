@@ -37,6 +37,7 @@ def run(
     from dslc.picture import write_png
     from dslc.report import reporting
     from dslc.specs import shown
+    from runtime.files import replace_text
 
     path = output or runs[0] / "curves.html"
     if path.suffix not in (".html", ".png"):
@@ -48,7 +49,7 @@ def run(
             write_png(path, drawn, loads, len(found))
         else:
             page = render_curves(", ".join(found), drawn, loads, version=VERSION)
-            path.write_text(page, encoding="utf-8")
+            replace_text(path, page)
     print(f"wrote {shown(path)}")
 
 

@@ -114,6 +114,7 @@ def publish(folder: Path, found: Findings, as_json: bool) -> None:
     from backends import VERSION
     from dslc.report import print_json, print_table
     from dslc.specs import shown
+    from runtime.files import replace_text
 
     texts = {
         "study.html": found.page(VERSION),
@@ -121,7 +122,7 @@ def publish(folder: Path, found: Findings, as_json: bool) -> None:
         "results.json": json.dumps(found.to_json(), indent=2) + "\n",
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        replace_text(folder / name, text)
     if as_json:
         print_json(found.to_json())
     else:

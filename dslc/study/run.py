@@ -17,6 +17,7 @@ from typing import Any
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.study import Study
 from dslc.study.plan import StudyRun
+from runtime.files import replace_text
 from runtime.train.interrupt import run_lock, stop_signals
 from runtime.train.settings import TrainError
 
@@ -169,10 +170,7 @@ def _record(run: StudyRun) -> Result | None:
         seconds=sum(one["seconds"] for one in steps),
         spec=run.planned.spec.read_text(encoding="utf-8"),
     )
-    place = run.folder / RESULT
-    new = place.with_name(f".{RESULT}.new")
-    new.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    new.replace(place)
+    replace_text(run.folder / RESULT, json.dumps(result.to_json(), indent=2) + "\n")
     return result
 
 

@@ -136,11 +136,16 @@ class Engine:
             raise ValueError(
                 f"token ids must be from 0 to {self.vocab_size - 1}, got {low} to {high}"
             )
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens leaves no room for an answer: the longest text "
+                f"has {self.max_model_len}"
+            )
         if len(prompt) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
                 f"{len(prompt)} tokens and {sampling.max_tokens} new ones exceed the longest text "
                 f"({self.max_model_len}): max_tokens can be "
-                f"{max(self.max_model_len - len(prompt), 0)} at most"
+                f"{self.max_model_len - len(prompt)} at most"
             )
         request = Request(id, tuple(prompt), sampling, salt)
         if sampling.grammar is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -356,6 +358,8 @@ def install_package(package: Path, place: Path) -> None:
     try:
         shutil.copytree(package, fresh, ignore=shutil.ignore_patterns("__pycache__"))
     except shutil.Error as error:  # one for each file
-        raise OSError(error.args[0][0][2]) from None
+        number = re.match(r"\[Errno (\d+)\]", error.args[0][0][2])
+        why = (int(number[1]), os.strerror(int(number[1]))) if number else (error.args[0][0][2],)
+        raise OSError(*why) from None
     shutil.rmtree(place, ignore_errors=True)
     fresh.rename(place)

@@ -29,8 +29,8 @@ from dsl.source import Source
 from tests.interpret import State, random_inputs, random_weights, run
 from tests.interpret.comm import World
 from tests.interpret.operators import LEARNING_RATE
-from tests.support import longcat
 from tests.support.golden import Golden
+from tests.support.longcat import small as longcat
 from tests.support.models import description
 from tests.support.places import SPECS, TINY
 from tests.support.ranks import (
@@ -122,7 +122,7 @@ def test_sinks_are_those_of_all_ranks_and_indexer_losses_their_mean(name: str, m
 
 @pytest.mark.slow
 def test_tokens_that_are_given_back_stay_where_they_are() -> None:
-    of = longcat.small("precision.policy=fp32", "architecture.layers.0.repeat=1")
+    of = longcat("precision.policy=fp32", "architecture.layers.0.repeat=1")
     check_same(of, layout(MESHES["2 stages x 2 replicas x 2 experts"], of))
 
 

@@ -113,7 +113,7 @@ def test_engines_that_do_not_fit_end_requests_and_nothing_else(model: Model) -> 
             if event.finish is not None:
                 ends[event.id], errors[event.id] = event.finish, event.message
     assert ends == {"0": "length", "1": "error", "2": "length"}
-    assert "max_tokens can be 0 at most" in errors["1"]
+    assert "a prompt of 60 tokens leaves no room" in errors["1"]
     prefill = PrefillEngine(Engine(model, Options(page=8, speculate=1)), transport)
     prefill.add("3", [5, 9], Sampling(max_tokens=3))
     prefill.step()
