@@ -475,6 +475,10 @@ def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path, train: 
     [
         (parallel(2, "1f1b"), 1, "for 4 ranks (2 pipeline x 2 replicas x 1 expert), and 1 started"),
         (parallel(2, "1f1b"), 2, "use torchrun with 4 processes"),
+        (
+            {"parallel": parallel(2, "1f1b")["parallel"].replace("}", ", exchange: deep_ep}")},
+            4, "`parallel.exchange` is deep_ep, and there is no module deep_ep here: install",
+        ),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_trained_is_refused(
