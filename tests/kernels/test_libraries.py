@@ -205,15 +205,21 @@ def test_arguments_that_torch_refuses_fail_here(fp8_cublas: Any) -> None:
 
 
 def test_fp8_products_that_cublas_has_not(fp8_cublas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(rows: int = 3, out: int = 512, parts: Sequence[int] = ()) -> Any:
+    def call(
+        rows: int = 3,
+        out: int = 512,
+        parts: Sequence[int] = (),
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Any:
         x, w = torch.randn(rows, 1024), torch.randn(out, 1024)
         arguments = *fp8.quantize(x), *fp8.quantize_weight(w, parts=parts)
-        return fp8_cublas.linear(*arguments, dtype=torch.bfloat16, parts=parts)
+        return fp8_cublas.linear(*arguments, dtype=dtype, parts=parts)
 
     assert call() is not NotImplemented
     assert call(out=640) is NotImplemented  # not measured
     assert call(rows=0) is NotImplemented
     assert call(parts=(100, 412)) is NotImplemented  # blocks restart within a block
+    assert call(dtype=torch.float32) is NotImplemented
     monkeypatch.setattr(fp8_cublas, "SUPPORTED", False)
     assert call() is NotImplemented
 
