@@ -23,8 +23,8 @@ WARPGROUP = 64
 """Rows of the first operand that sm_90 multiplies at a time, by four warps together."""
 
 SPLIT = 16
-"""Pages of a split, whatever the batch. Results of splits, written and read, are 0.44 times the bytes
-of the keys for V3's 128 heads; the best number is not measured."""
+"""Pages of a split, whatever the batch. Results of splits, written and read, are 0.44 times the
+bytes of the keys for V3's 128 heads; the best number is not measured."""
 
 COMBINED = 4
 """Rows that a program joins, a warp each: 16 numbers a thread."""

@@ -171,10 +171,11 @@ FP8 = {
         GemmTile(128, 128, warps=8, stages=2, hot=92, programs=1),
     ),
 }
-"""Tiles of FP8 products. On sm_90 a stage holds two runs of 128: of two stages, two runs are being
-loaded while two are multiplied, and 64 x 128 leaves room for a second program. Tiles of less than
-64 rows put W in the place of x: tensor cores of sm_90 multiply FP8 only for 64 rows and more. None
-has more than the 128 columns of a block of W, so that one number scales a tile."""
+"""Tiles of FP8 products. On sm_90 a stage holds two runs of 128. With two stages the loop loads the
+next two when it has multiplied, and waits for them: another program works meanwhile. The largest
+tile, which is alone, has three, of which one is being loaded while another is multiplied. Tiles of
+less than 64 rows put W in the place of x: tensor cores of sm_90 multiply FP8 only for 64 rows and
+more. None has more than the 128 columns of a block of W, so that one number scales a tile."""
 
 FP8_GROUPED = {
     **FP8,

@@ -180,7 +180,7 @@ def poison(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_row_depends_on_the_batch(
     kernels: KernelLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Splits are as long in any batch: a cache that is contiguous gives a sequence the same bits."""
+    """Splits are as long in any batch: a contiguous cache gives a sequence the same bits."""
     module = kernels("latent_attention", "deepseek_v3_tiny")
     monkeypatch.setattr(module, "SPLIT", 2)
     heads, c, r = SPECS["deepseek_v3_tiny"]

@@ -61,7 +61,7 @@ def test_a_scale_that_is_not_rounded_as_a_division_is_found(
 ) -> None:
     """`/` is approximate on a GPU, and in the interpreter that tests use."""
     text = Path(str(kernels("quantize", "deepseek_v3_tiny", "sm_90", FP8).__file__)).read_text()
-    rounded = "s = tl.where(s < float(\"inf\"), tl.fma(tl.fma(s, -448.0, amax), 1 / 448, s), s)"
+    rounded = 's = tl.where(s < float("inf"), tl.fma(tl.fma(s, -448.0, amax), 1 / 448, s), s)'
     assert rounded in text
     plain = "s = amax / 448.0"
     (tmp_path / "approximate.py").write_text(text.replace(rounded, plain))
