@@ -89,7 +89,7 @@ def tuned(content: Row) -> str:
     for row in all_rows(content):
         if "size_key" in row and row.get("check") == "ok" and "us" in row:
             found.setdefault(row["size_key"], {})[row["file"]] = round(row["us"], 1)
-    choices = {}
+    choices: dict[str, Any] = {}
     for key, us in sorted(found.items()):
         choices[key] = {"fastest": min(us, key=us.__getitem__), "us": us}
     head = {key: content.get(key) for key in ("target", "gpu", "torch", "triton", "commit")}
