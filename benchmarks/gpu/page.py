@@ -89,8 +89,8 @@ def tuned(content: Row) -> str:
     for row in all_rows(content):
         if "size_key" in row and row.get("check") == "ok" and "us" in row:
             found.setdefault(row["size_key"], {})[row["file"]] = round(row["us"], 1)
-    choices: dict[str, Row] = {}
+    choices: dict[str, Any] = {}
     for key, us in sorted(found.items()):
-        choices[key] = {"fastest": min(us, key=lambda name: us[name]), "us": us}
+        choices[key] = {"fastest": min(us, key=us.__getitem__), "us": us}
     head = {key: content.get(key) for key in ("target", "gpu", "torch", "triton", "commit")}
     return json.dumps({**head, "choices": choices}, indent=1) + "\n"
