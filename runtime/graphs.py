@@ -54,10 +54,11 @@ class Graphs:
     lines, and `usable` turns false: then every step is launched from Python.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, device: torch.device) -> None:
         self.what = what
         self.usable = True
-        self._stream = torch.cuda.Stream()
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._state: Hashable = None
         self._calls: dict[Hashable, int] = {}
@@ -87,7 +88,7 @@ class Graphs:
     def _call(self, key: Hashable, step: Callable[[], R]) -> R:
         """On a stream of its own, as captures are: what libraries keep for a stream is there."""
         calls = self._calls[key] = self._calls.get(key, 0) + 1
-        before = torch.cuda.current_stream()
+        before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
         lines: list[str] = []
         with torch.cuda.stream(self._stream), _waits(lines) if calls == WARM_UP else nullcontext():
@@ -143,7 +144,7 @@ class CapturedModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.graphs = Graphs(f"a step of {type(model).__module__}.{type(model).__name__}")
+        self.graphs = Graphs(f"a step of {type(model).__module__}", model.device)
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._inputs: dict[tuple[int, int], _Inputs] = {}
 

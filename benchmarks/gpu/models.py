@@ -184,7 +184,7 @@ def our_training(asked: argparse.Namespace, precision: str) -> Iterator[Job]:
         return {**rate, "same_bits": again[0] == again[1]}
 
     def captured() -> Row:
-        graphs = made[0].part("graphs").Graphs("the training step")
+        graphs = made[0].part("graphs").Graphs("the training step", made[0].model.device)
         for _ in range(3):
             graphs.run("step", step)
         seconds = timed(lambda: graphs.run("step", step), asked)

@@ -33,7 +33,7 @@ class CapturedGradients:
 
     def __init__(self, gradients: Gradients, model: LanguageModel, optimizer: AdamW) -> None:
         self.gradients, self.optimizer = gradients, optimizer
-        self.graphs = Graphs(f"a training step of {type(model).__module__}")
+        self.graphs = Graphs(f"a training step of {type(model).__module__}", model.device)
         self._losses: Config = model.config.train.loss
         self._values: tuple[float, ...] = ()
         self._since = -1

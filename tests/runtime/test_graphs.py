@@ -131,7 +131,7 @@ def test_a_step_that_waits_is_told_of_once_and_not_captured(
 
 @BF16
 def test_what_cannot_be_captured_is_an_error(part: Part, graphs: list[StandInGraph]) -> None:
-    step = part("graphs").Graphs("a step")
+    step = part("graphs").Graphs("a step", torch.device("cpu"))
     found = torch.zeros(2)
     calls = iter(range(9))
 

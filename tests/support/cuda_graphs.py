@@ -143,6 +143,9 @@ def _warn(why: str) -> None:
 
 
 class _Stream:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
     def wait_stream(self, other: object) -> None:
         pass
 
