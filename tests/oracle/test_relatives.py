@@ -253,8 +253,8 @@ def test_what_transformers_saves_again_is_imported_byte_by_byte(
     imported = load_file("in/model.safetensors")
     assert imported.keys() == saved.keys() - unread
     for name, tensor in imported.items():
-        # transformers widens LongCat's router; its numbers are BF16's all the same.
-        assert tensor.dtype == saved[name].dtype or name.endswith("router.classifier.weight")
+        # transformers widens the weight of LongCat's router, dslc its bias: BF16's values still.
+        assert tensor.dtype == saved[name].dtype or ".router." in name
         assert torch.equal(tensor.float(), saved[name].float()), name
     assert dslc("export", "in", "--to", "out").status == 0
     assert Path("out/model.safetensors").read_bytes() == Path("in/model.safetensors").read_bytes()
