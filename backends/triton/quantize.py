@@ -40,7 +40,7 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         columns=COLUMNS,
         columns_warps=COLUMNS_WARPS,
         weight_warps=WEIGHT_WARPS,
-        tile_warps=TILE_WARPS,
+        tile_warps=TILE_WARPS // (target.warp_size // 32),
         both="quantize_both" in kinds,
     )
     first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}

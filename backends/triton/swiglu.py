@@ -20,7 +20,7 @@ TILES, WARPS = 16, 4
 """Tiles of 128 columns that a program takes, and its warps: 16 numbers a thread of each operand."""
 
 GRAD_WARPS = 16
-"""Of a program for 128 tokens and 128 columns of one gradient: 64 numbers a thread, which stay in
+"""Of a program for 128 tokens and 128 columns of one gradient: 32 numbers a thread, which stay in
 registers from the one time they are computed until they are written in rows and in columns."""
 
 
@@ -39,7 +39,7 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         tiles=TILES,
         warps=WARPS // narrow,
         both=True,
-        grad_warps=GRAD_WARPS,
+        grad_warps=GRAD_WARPS // narrow,
     )
     cases = deduplicate(
         case for instance in instances.of(*kinds) for case in _cases(instance, instances)
