@@ -136,7 +136,7 @@ class Engine:
             raise ValueError(
                 f"token ids must be from 0 to {self.vocab_size - 1}, got {low} to {high}"
             )
-        if len(prompt) >= self.max_model_len:
+        if sampling.max_tokens and len(prompt) >= self.max_model_len:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer: the longest text "
                 f"has {self.max_model_len}"
