@@ -93,7 +93,7 @@ class ProgressPrinter:
 
     started: float = field(default_factory=time.monotonic)
     printed: float = field(default_factory=time.monotonic)
-    terminal: bool = field(default_factory=sys.stderr.isatty)
+    terminal: bool = field(default_factory=lambda: sys.stderr.isatty())
 
     def __call__(self, now: ConversionProgress) -> None:
         at = time.monotonic()

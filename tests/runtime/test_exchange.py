@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+import tests.support.deep_ep as deep_ep
 from runtime import deepep, exchange, fp8
-from tests.support import deep_ep
 
 WORLD, EXPERTS, K, WIDTH = 4, 8, 3, 4
 TOKENS = 6
