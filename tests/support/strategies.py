@@ -27,7 +27,7 @@ identifiers = st.builds(
     st.text(ascii_letters + digits + "_", max_size=6),
 )
 dims = st.builds(
-    Dim,
+    lambda name, size: Dim(name, size),  # of a named tuple, builds would draw all fields
     st.lists(identifiers, min_size=1, max_size=3).map("*".join)
     | st.lists(identifiers, min_size=2, max_size=2).map("+".join),
     st.integers(1, 10**6),
