@@ -220,22 +220,27 @@ def permute_quantized(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized tokens q [.., hidden] and their scales as `functional.permute` sorts tokens."""
-    if (ranks := routing.current()) is not None:
-        (rows, scales), offs, sort_indices = ranks.send((q, s), index)
-        return rows, scales, offs, sort_indices
-    rows, offs, sort_indices = F.permute(q, index, experts)
-    token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
-    return rows, s.flatten(0, -2)[token], offs, sort_indices
+    return _permuted(F.permute, q, s, index, experts)
 
 
 def permute_quantized_local(
     q: Tensor, s: Tensor, index: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same as `functional.permute_local` sorts them."""
+    return _permuted(F.permute_local, q, s, index, experts)
+
+
+def _permuted(
+    permute: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    q: Tensor,
+    s: Tensor,
+    index: Tensor,
+    experts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if (ranks := routing.current()) is not None:
         (rows, scales), offs, sort_indices = ranks.send((q, s), index)
         return rows, scales, offs, sort_indices
-    rows, offs, sort_indices = F.permute_local(q, index, experts)
+    rows, offs, sort_indices = permute(q, index, experts)
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     return rows, s.flatten(0, -2)[token], offs, sort_indices
 

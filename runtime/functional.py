@@ -742,30 +742,37 @@ def permute(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
     Where experts are on several ranks, rows are those of all ranks for this one's, and places those
     of this rank's tokens.
     """
-    if (ranks := routing.current()) is not None:
-        (rows,), offs, sort_indices = ranks.send((x,), index)
-        return rows, offs, sort_indices
-    flat = index.flatten()
-    sort_indices = flat.argsort(stable=True)
-    # Not `bincount`, for which the host would wait for a GPU.
-    offs = expert_load(flat, experts).cumsum(0).to(torch.int32)
-    token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
-    return x.flatten(0, -2).index_select(0, token), offs, sort_indices
+    return _permuted(_sorted, x, index, experts)
 
 
 def permute_local(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same where not all have rows: -1 in `index` is an expert of another rank, and experts
     from `experts` on give back their tokens (`identity_weight`)."""
+    return _permuted(_sorted_local, x, index, experts)
+
+
+def _permuted(
+    order: Callable[[Tensor, int], tuple[Tensor, Tensor]], x: Tensor, index: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`permute`; `order` gives counts of experts, and places in the flattened `index`."""
     if (ranks := routing.current()) is not None:
         (rows,), offs, sort_indices = ranks.send((x,), index)
         return rows, offs, sort_indices
-    flat = index.flatten()
-    counts = torch.bincount(flat + 1, minlength=experts + 1)
-    before, here = int(counts[0]), counts[1 : experts + 1]
-    sort_indices = flat.argsort(stable=True)[before : before + int(here.sum())]
+    counts, sort_indices = order(index.flatten(), experts)
     token = torch.div(sort_indices, index.shape[-1], rounding_mode="floor")
     rows = x.flatten(0, -2).index_select(0, token)
-    return rows, here.cumsum(0).to(torch.int32), sort_indices
+    return rows, counts.cumsum(0).to(torch.int32), sort_indices
+
+
+def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    # Not `bincount`, for which the host would wait for a GPU.
+    return expert_load(index, experts), index.argsort(stable=True)
+
+
+def _sorted_local(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    counts = torch.bincount(index + 1, minlength=experts + 1)
+    before, here = int(counts[0]), counts[1 : experts + 1]
+    return here, index.argsort(stable=True)[before : before + int(here.sum())]
 
 
 def identity_weight(index: Tensor, weight: Tensor, count: int) -> Tensor:
