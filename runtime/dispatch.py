@@ -105,9 +105,17 @@ def wanted() -> str:
 
     Raises ValueError for any other value.
     """
-    word = os.environ.get(VARIABLE, "") or "triton"
-    if word not in ("torch", "triton"):
-        raise ValueError(f"{VARIABLE}={word}: choose torch or triton")
+    return choice_of(VARIABLE, ("torch", "triton"), "triton")
+
+
+def choice_of(variable: str, words: Sequence[str], default: str) -> str:
+    """The value of an environment variable, `default` where it has none.
+
+    Raises ValueError for what is none of `words`.
+    """
+    word = os.environ.get(variable, "") or default
+    if word not in words:
+        raise ValueError(f"{variable}={word}: choose {' or '.join(words)}")
     return word
 
 

@@ -9,7 +9,6 @@ These have been tested with a stand-in for CUDA graphs, and never run on a GPU.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .dispatch import choice_of
 from .pages import Draft, Group, Pages, Rows
 
 VARIABLE = "DSLC_GRAPHS"
@@ -33,10 +33,7 @@ R = TypeVar("R")
 @cache
 def wanted() -> bool:
     """Whether `DSLC_GRAPHS` is `on`, the default. Raises ValueError for all but `on` and `off`."""
-    word = os.environ.get(VARIABLE, "") or "on"
-    if word not in ("on", "off"):
-        raise ValueError(f"{VARIABLE}={word}: choose on or off")
-    return word == "on"
+    return choice_of(VARIABLE, ("on", "off"), "on") == "on"
 
 
 def captures(model: object) -> bool:
