@@ -96,10 +96,13 @@ def write_new(path: Path, text: str) -> None:
     from runtime.files import replace_text
 
     try:
-        with path.open("x", encoding="utf-8"):
-            pass
-        replace_text(path, text)
+        path.touch(exist_ok=False)
     except FileExistsError:
         help = "choose another file with -o"
         problem = Diagnostic("E692", f"{path} exists, and is not overwritten", help=help)
         raise DiagnosticError([problem]) from None
+    try:
+        replace_text(path, text)
+    except OSError:
+        path.unlink(missing_ok=True)  # no empty file is left
+        raise

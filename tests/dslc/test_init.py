@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsl.load import load
+from dslc.commands.init import write_new
 from tests.support.command import Run
 from tests.support.places import ROOT
 
@@ -95,3 +96,15 @@ def test_what_a_spec_cannot_say_is_named_and_refused(dslc: Run) -> None:
 def test_a_missing_config_is_named(dslc: Run) -> None:
     outcome = dslc("init", "--from-hf", str(ROOT / "specs"), "-o", "a.yaml")
     assert outcome.status == 1 and "config.json" in outcome.err
+
+
+def test_a_spec_that_cannot_be_written_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **settings: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_new(tmp_path / "new.yaml", "model: new\n")
+    assert not list(tmp_path.iterdir())
