@@ -67,7 +67,7 @@ def arguments_of(
 
 
 def _saved(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What `attention_saving` gives: a gradient takes results, which must be of q, k and v."""
+    """What `attention_saving` gives: a gradient takes results, those of q, k and v."""
     from runtime import functional
 
     return functional.attention(q, k, v, scale), log_sum_exp(q, k, scale)

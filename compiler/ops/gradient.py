@@ -412,7 +412,7 @@ class SumTo(Operator):
     """The gradient of what was broadcast: x summed over its first `leading` dimensions, and over
     each dimension of `ones`, which stays with size 1.
 
-    `ones` holds its place, counted from the end as -1, and its name, concatenated.
+    `ones` holds its place, counted from the end as -1, and its name, in turn.
     """
 
     kind = "sum_to"

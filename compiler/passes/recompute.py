@@ -1,6 +1,6 @@
 """What the backward pass recomputes instead of saving it, by bytes freed for each FLOP.
 
-1. Views are never saved in addition to their base, what a caller has is not saved by the callee.
+1. Views are never saved in addition to their base, nor by a callee what its caller has.
 2. Norms and pointwise functions are recomputed: no matrix product, hence almost free.
 3. So are products that widen: q_b_proj and kv_b_proj of MLA, and down_proj of fine-grained experts,
    free several times the bytes for each FLOP that a product with the hidden state would
