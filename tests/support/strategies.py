@@ -169,7 +169,8 @@ def _rms_norm(m: Maker) -> None:
 
 def _pointwise(m: Maker) -> None:
     if x := m.floats(0):
-        m.add(m.draw(st.sampled_from([*(f.kind for f in POINTWISE), "softmax"])), x)
+        m.add(m.draw(st.sampled_from([f.kind for f in POINTWISE])), x)
+        m.plain("softmax", x)
         m.plain("sum", x)
 
 
@@ -297,6 +298,7 @@ def _moe(m: Maker) -> None:
     )  # fmt: skip
     route, weight = m.pool[-2:]
     m.add("expert_load", route, count=dims_attr(score.type.last))
+    m.plain("identity_weight", route, weight, count=m.draw(st.integers(1, 8)))
     m.add("sequence_balance_loss", score, k=m.draw(st.integers(1, 8)))
     x = m.pick(lambda t: t.dims[:-1] == score.type.dims[:-1] and t.dtype in FLOATS)
     if x and x.type.dims:
