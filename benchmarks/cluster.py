@@ -94,7 +94,9 @@ class Bench:
             **os.environ,
             "PYTHONPATH": str(self.package(layout, steps)),
             "OMP_NUM_THREADS": str(layout.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # as dslc sets it: waiting threads leave the cores
+            # As dslc sets them: threads that wait leave the cores to others, but not at once.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "1000",
         }
         with (run.parent / f"{run.name}.log").open("ab") as log:
             return subprocess.Popen(

@@ -87,8 +87,12 @@ def main() -> None:
     gc.disable()
     atexit.register(gc.freeze)
     # Threads that wait for one another in a loop keep other runs on the machine from the cores:
-    # of two trainings at once each was tens of times slower. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # of two trainings at once each was tens of times slower. Threads that sleep at once cost a
+    # training alone on the machine almost half of its speed, so GNU's wait for some microseconds.
+    # Read when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         status = run()
     except KeyboardInterrupt:

@@ -139,9 +139,14 @@ def test_threads_wait_without_the_cores_that_others_need() -> None:
     program = (
         "import atexit, dslc.cli; atexit.register(lambda: __import__('torch')); dslc.cli.main()"
     )
-    for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
-        plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-        environment = {**plain, **given, "OMP_DISPLAY_ENV": "true"}
+    set_here = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    plain = {k: v for k, v in os.environ.items() if k not in set_here}
+    for given, policy, turns in (
+        ({}, "PASSIVE", 1000),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE", 7),
+        ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", 30_000_000_000),
+    ):
+        environment = {**plain, **given, "OMP_DISPLAY_ENV": "verbose"}
         done = subprocess.run(
             [sys.executable, "-c", program, "ops"],
             cwd=ROOT,
@@ -149,7 +154,8 @@ def test_threads_wait_without_the_cores_that_others_need() -> None:
             capture_output=True,
             text=True,
         )
-        assert f"OMP_WAIT_POLICY = '{found}'" in done.stderr
+        assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+        assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
 
 
 def test_ctrl_c_is_status_130_and_silent(dslc: Run, monkeypatch: pytest.MonkeyPatch) -> None:
