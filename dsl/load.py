@@ -19,6 +19,7 @@ from dsl.parse import parse_blocks
 from dsl.read import read_source
 from dsl.schema import (
     MTP,
+    SIZES,
     BlockUse,
     Cluster,
     LayerGroup,
@@ -107,6 +108,7 @@ def load(
     if isinstance(section, yaml.Mapping):
         given = {k: e for k, e in section.entries.items() if not yaml.is_null(e.node)}
         params = evaluate_params(given, problems)
+    _share_sizes(composed.root)
     spec, found = validate(composed.root, params)
     problems.extend(found)
     library = _Library(problems)
@@ -122,9 +124,25 @@ def load(
     cluster, cluster_sources = _cluster(composed.root, problems)
     problems.raise_if_any()
     assert spec is not None
+    if cluster is None and spec.parallel is not None:
+        ranks = spec.parallel.pipeline * spec.parallel.expert
+        cluster = Cluster.model_construct(cluster="one_node", nodes=1, gpus_per_node=ranks)
     user_files = library.user_files.sources
     read = (*composed.sources, *library.sources, *user_files.values(), *cluster_sources)
     return Description(spec, params, library.blocks, read, composed, cluster, user_files)
+
+
+def _share_sizes(root: yaml.Mapping) -> None:
+    """Gives `parallel` the sizes of `train` that it leaves out, with their places there.
+
+    A batch that changes on the way is none: `parallel` has to say for which of its sizes to plan.
+    """
+    train, parallel = (yaml.child_of(root, name) for name in ("train", "parallel"))
+    if isinstance(train, yaml.Mapping) and isinstance(parallel, yaml.Mapping):
+        for name in SIZES:
+            given, planned = (yaml.child_of(one, name) for one in (train, parallel))
+            if isinstance(given, yaml.Scalar) and (planned is None or yaml.is_null(planned)):
+                parallel.entries[name] = train.entries[name]
 
 
 def _cluster(root: yaml.Mapping, problems: Diagnostics) -> tuple[Cluster | None, list[Source]]:
@@ -286,7 +304,7 @@ def _two_sizes(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
     """
     if spec.parallel is None:
         return
-    for name in ("sequence_length", "batch", "micro_batch"):
+    for name in SIZES:
         if name not in spec.train.model_fields_set & spec.parallel.model_fields_set:
             continue
         trained, planned = getattr(spec.train, name), getattr(spec.parallel, name)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import typer
 
 from dsl.diagnostic import Diagnostic, DiagnosticError, render, to_json
+
+PATIENCE = 5.0
+"""Seconds in which the first rank of a machine finds what another has found."""
 
 RED, BLUE, RESET = "\033[1;31m", "\033[34m", "\033[0m"
 
@@ -34,11 +38,21 @@ def reporting(as_json: bool = False) -> Iterator[None]:
         problems = [Diagnostic("E690", f"{place}{error.strerror or error}")]
     else:
         return
+    _after_first_rank()
     if as_json:
         print_json({"ok": False, "diagnostics": to_json(problems)})
     else:
         print_problems(problems)
     raise typer.Exit(1)
+
+
+def _after_first_rank() -> None:
+    """Waits where torchrun started this process beside a first one, which finds the same problems.
+
+    It prints them and ends, and torchrun then ends the others: a problem is printed once a machine.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
 
 
 def print_problems(problems: Iterable[Diagnostic]) -> None:

@@ -4,6 +4,7 @@ from dsl.schema.cluster import Cluster
 from dsl.schema.measured import Calibration, MeasuredLink, MeasuredProduct
 from dsl.schema.sections import (
     MTP,
+    SIZES,
     VARIANT_KEYS,
     Architecture,
     LayerGroup,
@@ -20,6 +21,7 @@ from dsl.schema.values import BlockUse, Loc, text_of
 
 __all__ = [
     "MTP",
+    "SIZES",
     "VARIANT_KEYS",
     "Architecture",
     "BlockUse",

@@ -118,7 +118,11 @@ ExchangeName = Literal["torch", "deep_ep"]
 class Parallel(Section):
     """How training is spread over a cluster. Sizes count ranks, one to a GPU."""
 
-    cluster: Text = Field(description="A cluster file: a name of those shipped, or a path")
+    cluster: Text | None = Field(
+        None,
+        description="A cluster file: a name of those shipped, or a path; by default one node with "
+        "a GPU for each pipeline and expert rank",
+    )
     pipeline: Annotated[int, Number("pipeline", 1)] = Field(
         1, description="Stages that the layers are cut into, each on ranks of its own"
     )
@@ -134,13 +138,14 @@ class Parallel(Section):
         "dualpipe_v",
     )
     sequence_length: Annotated[int, Number("sequence_length", 1)] = Field(
-        description="Tokens of a training sequence"
+        description="Tokens of a training sequence; by default that of `train`"
     )
     batch: Annotated[int, Number("batch", 1)] = Field(
-        description="Sequences of a step, all ranks together"
+        description="Sequences of a step, all ranks together; by default that of `train`"
     )
     micro_batch: Annotated[int, Number("micro_batch", 1)] = Field(
-        1, description="Sequences that go through the pipeline at a time"
+        1,
+        description="Sequences that go through the pipeline at a time; by default that of `train`",
     )
     exchange: Annotated[ExchangeName, choice(*get_args(ExchangeName))] = Field(
         "torch",
@@ -148,6 +153,9 @@ class Parallel(Section):
         "which has to be installed",
     )
 
+
+SIZES = ("sequence_length", "batch", "micro_batch")
+"""Keys of `train` and of `parallel`: what one leaves out is as in the other."""
 
 Products = Literal["fastest", "triton", "deep_gemm"]
 Attention = Literal["fastest", "triton", "flash_mla"]
@@ -212,4 +220,6 @@ def json_schema() -> dict[str, Any]:
     # A file that extends another may leave out any key.
     schema["if"] = {"not": {"required": ["extends"]}}
     schema["then"] = {"required": required}
+    sizes = schema["$defs"]["Parallel"]
+    sizes["required"] = [key for key in sizes["required"] if key not in SIZES]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -23,7 +23,16 @@ from dsl.evaluate import FUNCTIONS, MAX_MAGNITUDE, evaluate
 from dsl.grammar import TABLES, compute_tables, grammar
 from dsl.load import load
 from dsl.parse import MAX_EXPRESSION, MAX_NESTING, parse_blocks, parse_expression
-from dsl.schema import VARIANT_KEYS, BlockUse, Phase, Schedule, Spec, json_schema, text_of
+from dsl.schema import (
+    SIZES,
+    VARIANT_KEYS,
+    BlockUse,
+    Phase,
+    Schedule,
+    Spec,
+    json_schema,
+    text_of,
+)
 from dsl.source import Source
 from dsl.syntax import KEYWORDS
 from dsl.units import UNITS, parse_quantity
@@ -172,7 +181,8 @@ def schema_rows(path: tuple[str, ...], section: Any) -> Iterator[Row]:
 
 
 def row(path: tuple[str, ...], field: FieldInfo, schema: dict[str, Any], inner: Any) -> Row:
-    default = "required" if field.is_required() else default_of(field)
+    shared = path[-1] in SIZES  # what a section leaves out is as in the other
+    default = "required" if field.is_required() and not shared else default_of(field)
     cells = (
         f"`{'.'.join(path)}`",
         value_of(schema, field, inner),
@@ -209,8 +219,8 @@ def value_of(schema: dict[str, Any], field: FieldInfo, inner: Any) -> str:
     if "anyOf" not in schema:
         return "text"
     number = schema["anyOf"][0]
-    if number["type"] == "boolean":
-        return "true or false"
+    if number["type"] in ("boolean", "string"):
+        return "true or false" if number["type"] == "boolean" else "text"
     word = "whole number" if number["type"] == "integer" else "number"
     if "maximum" in number:
         return f"{word}, {number['minimum']} to {number['maximum']}"

@@ -245,6 +245,26 @@ def test_train_and_parallel_may_both_say_the_same(
     load(tmp_path / "a.yaml")
 
 
+def test_parallel_takes_its_sizes_from_train() -> None:
+    """With their places there; and without a cluster there is one node with room for the ranks."""
+    sizes = ["train.sequence_length=64", "train.batch=16", "train.micro_batch=4"]
+    description = load(TINY, sets=[*sizes, "parallel={pipeline: 2, expert: 4, batch: null}"])
+    parallel = description.spec.parallel
+    assert parallel is not None
+    assert (parallel.sequence_length, parallel.batch, parallel.micro_batch) == (64, 16, 4)
+    assert description.span("parallel", "batch").source.text == "train.batch=16"
+    assert description.cluster is not None
+    assert (description.cluster.nodes, description.cluster.gpus_per_node) == (1, 8)
+
+
+def test_a_batch_that_grows_is_not_that_of_a_plan() -> None:
+    grows = ["train.sequence_length=64", "train.batch=[{until: 1M, value: 4}, {value: 8}]"]
+    with pytest.raises(DiagnosticError) as raised:
+        load(TINY, sets=[*grows, "parallel={pipeline: 2}"])
+    [problem] = raised.value.diagnostics
+    assert (problem.code, problem.message) == ("E301", "`parallel.batch` is missing")
+
+
 @pytest.mark.parametrize(
     ("sets", "label"),
     [

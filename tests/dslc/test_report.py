@@ -84,6 +84,20 @@ def test_files_that_cannot_be_read_are_the_users_to_mend(
     assert capsys.readouterr().err == "error[E690]: /nowhere/at/all: No such file or directory\n"
 
 
+@pytest.mark.parametrize(("rank", "waited"), [(None, []), ("0", []), ("3", [5.0])])
+def test_the_first_rank_of_a_machine_tells_before_others(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, waited: list[float]
+) -> None:
+    """torchrun ends the others once the first has told, and ended."""
+    waits: list[float] = []
+    monkeypatch.setattr("dslc.report.time.sleep", waits.append)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(report.typer.Exit), report.reporting():
+        raise DiagnosticError([problem()])
+    assert waits == waited
+
+
 def test_other_faults_pass_through() -> None:
     with pytest.raises(ZeroDivisionError), report.reporting():
         _ = 1 / 0
