@@ -40,6 +40,7 @@ def test_runtime_imports_itself_only_relatively_and_never_leaves_its_folder() ->
     assert not imports(ROOT / "runtime" / "__init__.py"), "locating the folder would load torch"
 
 
+@pytest.mark.slow
 def test_only_generation_imports_the_engine_and_no_library_of_a_server() -> None:
     """A build that is not served needs none; training renders chats as a server does."""
     found = set()
@@ -57,6 +58,7 @@ def test_only_generation_imports_the_engine_and_no_library_of_a_server() -> None
     assert not served & loaded_by("import runtime.generate, runtime.train.prepare")
 
 
+@pytest.mark.slow
 def test_no_files_import_one_another_in_a_circle() -> None:
     """A file can be read with those that it imports alone."""
     found = dependencies()

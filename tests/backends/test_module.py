@@ -54,6 +54,7 @@ def same(model: Any, expected: dict[str, Tensor], times: float = 1) -> None:
         torch.testing.assert_close(parameter.grad, times * expected[name], msg=name)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_unfused_graph(package: Any) -> None:
     """In float32, against torch's autograd through the lowered graph in float64."""
     lowered = after(load(TINY), "train", "lower")

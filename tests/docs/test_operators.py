@@ -61,6 +61,7 @@ def sets(added: dict[str, Any], tmp_path: Path) -> tuple[str, ...]:
     return tuple(use)
 
 
+@pytest.mark.slow
 def test_the_block_computes_what_torch_does(
     added: dict[str, Any], sets: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_the_block_computes_what_torch_does(
     torch.testing.assert_close(block(x), up @ block.down_proj.weight.T)
 
 
+@pytest.mark.slow
 def test_its_gradients_are_those_of_autograd(sets: tuple[str, ...]) -> None:
     case = Case(description(*sets))
     found = case.gradients(compile(case.description).programs["train"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
+
 from runtime.serve import gate, protocol, server, service
 from runtime.serve.protocol import ChatRequest, CompletionRequest
 from runtime.serve.text import ByteVocabulary
@@ -16,6 +18,7 @@ from tests.support.places import ROOT
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_endpoints() -> None:
     model = service.ServedModel("m", ByteVocabulary(), None, frozenset())
     app: Any = server.make_app(service.Service(model, Worker(FakeEngine), service.Limits()))

@@ -225,6 +225,7 @@ def test_the_two_group_scores_choose_differently() -> None:
     assert F.topk_groups(score, None, group_score="top2_sum", **settings)[0].tolist() == [[2]]
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([0.25, 0.5, 0.75]), min_size=12, max_size=12), st.integers(1, 6))
 def test_of_equal_scores_the_lowest_index_wins(score: list[float], k: int) -> None:
     for by in ("top2_sum", "max"):

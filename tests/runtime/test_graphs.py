@@ -79,6 +79,7 @@ def answers(package: ModuleType, part: Part, requests: int, **options: Any) -> l
     return found
 
 
+@pytest.mark.slow
 @BF16
 def test_answers(
     package: ModuleType, part: Part, monkeypatch: pytest.MonkeyPatch, graphs: list[StandInGraph]
@@ -94,6 +95,7 @@ def test_answers(
         assert len(graphs) == count
 
 
+@pytest.mark.slow
 @FP8
 def test_weights_that_were_written_to_are_captured_again(
     package: ModuleType, part: Part, graphs: list[StandInGraph]
@@ -161,6 +163,7 @@ def test_who_captures(part: Part, package: ModuleType, monkeypatch: pytest.Monke
     runtime.wanted.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "kernels"),
     [("bf16", True), ("fp8_blockwise", True), ("bf16", False)],
@@ -220,6 +223,7 @@ def train(package: ModuleType, part: Part, steps: int) -> tuple[list[Any], dict[
     return metrics, {name: t.clone() for name, t in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_training(
     package: ModuleType, part: Part, monkeypatch: pytest.MonkeyPatch, graphs: list[StandInGraph]
 ) -> None:

@@ -32,6 +32,7 @@ def problems(text: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_grammar_has_no_ambiguities() -> None:
     grammar(strict=True)
 

@@ -81,6 +81,7 @@ def test_another_format_is_refused() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "least", "most"), [("fp32", 0.02, 0.03), ("fp8_blockwise", 0.02, 0.1)]
 )

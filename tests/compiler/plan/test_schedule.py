@@ -180,6 +180,7 @@ def check_blocking(name: str, pipelines: Iterable[int]) -> int:
     return len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_rank_waits_for_ever(name: str) -> None:
     assert check_blocking(name, (2, 3, 4)) >= 7
