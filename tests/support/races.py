@@ -214,7 +214,7 @@ def raced(package: Any) -> dict[str, Any]:
     text = torch.tensor(list(TEXT.read_bytes()[:3000]), dtype=torch.uint8)
     found = []
     with ranks.init_process_groups() as groups:
-        mesh = parallel.make_mesh(package.Model, groups)
+        mesh = parallel.make_mesh(package.Model, groups, torch.device("cpu"))
         for streams in (None, races.streams(overlap)):
             trainer = parallel.make_trainer(
                 package.Model, torch.device("cpu"), 0, given,
