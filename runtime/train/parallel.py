@@ -329,9 +329,11 @@ class MeshTrainer(Trainer):
                 step.transfer(entry)
             elif entry.kind == "F":
                 self._add(step.forward(entry), entry.stage, share, sums)
-            elif entry.kind in "BI":
-                # Gradients of weights are computed with those of inputs: W has nothing to do.
-                step.backward(entry, share)
+            else:
+                if entry.kind in "BI":
+                    step.backward(entry, share)
+                elif step.defers:
+                    step.weights(entry)
                 self.optimizer.collect()
         self.held.overlap.finish()
         return sums
