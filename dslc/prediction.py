@@ -18,10 +18,10 @@ Row = tuple[str, ...]
 
 OVERLAP = (
     "A forward and a backward chunk that the schedule pairs compute in turn, while the other one's"
-    " tokens travel; a chunk alone hides nothing of its dispatch and combine. Gradients of weights"
-    " are computed with those of inputs. Messages between stages are sent beside computing. Sums"
-    " of gradients, update and gathering of weights come after the last chunk. Experts are in"
-    " balance.",
+    " tokens travel; a chunk alone hides nothing of its dispatch and combine. Products that are"
+    " gradients of weights are computed where the schedule has them, and in pairs before a chunk"
+    " waits for its tokens. Messages between stages are sent beside computing. Sums of gradients,"
+    " update and gathering of weights come after the last chunk. Experts are in balance.",
 )
 
 

@@ -121,22 +121,30 @@ class Exchange:
     def _exchanged(
         self, rows: Sequence[Tensor], out: list[int], into: list[int]
     ) -> tuple[Tensor, ...]:
-        """Rows of several tensors in one all-to-all, as the bytes of all of them one by one."""
+        """Rows of several tensors, as bytes, to the ranks together."""
         parts = [
             row.contiguous().view(-1).view(torch.uint8).view(len(row), row.shape[-1] * row.itemsize)
             for row in rows
         ]
-        given = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        found = self._moved(parts, out, into)
+        return tuple(part.view(row.dtype) for part, row in zip(found, rows, strict=True))
+
+    def _moved(
+        self, parts: Sequence[Tensor], out: list[int], into: list[int]
+    ) -> tuple[Tensor, ...]:
+        """Bytes [rows, width] of several tensors in one all-to-all, those of a row side by side."""
+        given = parts[0] if len(parts) == 1 else torch.cat([*parts], -1)
         found = given.new_empty(sum(into), given.shape[-1])
         with self.waiting():
             all_to_all_single(found, given, into, out, group=self.group)
-        if len(rows) == 1:
-            return (found.view(rows[0].dtype),)
-        split = found.split([part.shape[-1] for part in parts], -1)
-        return tuple(
-            part.clone(memory_format=torch.contiguous_format).view(row.dtype)
-            for part, row in zip(split, rows, strict=True)
-        )
+        return (found,) if len(parts) == 1 else split_bytes(found, parts)
+
+
+def split_bytes(rows: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of the bytes of each tensor in rows [n, at least all their widths]."""
+    widths = [part.shape[-1] for part in parts]
+    split = rows[:, : sum(widths)].split(widths, -1)
+    return tuple(part.clone(memory_format=torch.contiguous_format) for part in split)
 
 
 class NodeExchange:

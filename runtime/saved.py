@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -69,26 +72,61 @@ class _Place:
     index: int
 
 
-class Grads:
-    """Gradients of weights, added up while the methods `backward` run."""
+class Deferred:
+    """Products that are gradients of weights, until they are computed: the W of a schedule."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+
+    def add(self, weight: Tensor, product: Callable[[], Tensor]) -> None:
+        self._waiting.append((weight, product))
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Adds all of them to `weight.grad`, as autograd does, in the order in which they came."""
+        while self._waiting:
+            weight, product = self._waiting.popleft()
+            gradient = product().to(weight.dtype)
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+
+class Grads:
+    """Gradients of weights, added up while the methods `backward` run.
+
+    Those that may wait are added to `deferred`, if it is given.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], deferred: Deferred | None = None) -> None:
         self._known = {id(weight) for weight in weights}
         self._sums: dict[int, Tensor] = {}
+        self._deferred = deferred
+
+    def defer(
+        self, weight: Tensor, product: Callable[..., Tensor], *operands: Any, **options: Any
+    ) -> None:
+        """Adds a product to the gradient of a weight, now or later. Raises as `add` does."""
+        if self._deferred is None:
+            self.add(weight, product(*operands, **options))
+            return
+        self._check(weight)
+        self._deferred.add(weight, partial(product, *operands, **options))
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
         """Adds to the gradient of a weight, in the weight's shape and dtype.
 
         Raises RuntimeError for a weight that was not there when the loss was computed.
         """
+        self._check(weight)
+        gradient = gradient.to(weight.dtype)
+        before = self._sums.get(id(weight))
+        self._sums[id(weight)] = gradient if before is None else before + gradient
+
+    def _check(self, weight: Tensor) -> None:
         if id(weight) not in self._known:
             raise RuntimeError(
                 "weights of the model were replaced between the loss and its backward pass, as "
                 "torch.func.functional_call does: keep them, or build with --skip differentiate"
             )
-        gradient = gradient.to(weight.dtype)
-        before = self._sums.get(id(weight))
-        self._sums[id(weight)] = gradient if before is None else before + gradient
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The sum so far."""

@@ -9,8 +9,8 @@ the one saves what the other needs, and nothing else is remembered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .saved import Gradients, Grads, Saved
+from .saved import Deferred, Gradients, Grads, Saved
 from .weights import Block
 
 
@@ -67,6 +67,23 @@ def differentiable(
     return results[0] if call.single else tuple(results[i] for i in call.places)
 
 
+_deferred: Deferred | None = None
+
+
+@contextmanager
+def deferring(products: Deferred | None) -> Iterator[None]:
+    """Backward passes leave products that are gradients of weights there; None: they compute them.
+
+    In all threads, for autograd has its own.
+    """
+    global _deferred
+    before, _deferred = _deferred, products
+    try:
+        yield
+    finally:
+        _deferred = before
+
+
 def _without_autocast(weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
     device = weights[0].device.type if weights else "cpu"
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -110,7 +127,7 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        saved, grads = Saved.unpacked(ctx.saved_tensors, ctx.rest), Grads(ctx.weights)
+        saved, grads = Saved.unpacked(ctx.saved_tensors, ctx.rest), Grads(ctx.weights, _deferred)
         given = [d[call.places[i]] for i in call.gradients.results]
         with _without_autocast(ctx.weights):
             found = call.backward(*given, saved, grads)

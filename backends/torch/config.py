@@ -69,6 +69,7 @@ def _parallel(description: Description, plan: Plan) -> dict[str, Any]:
         "zero": layout.zero,
         "schedule": layout.schedule,
         "exchange": parallel.exchange,
+        "row_bytes": max((one.row for one in plan.exchanges), default=0),
         "micro_batches": step_counts(description, layout),
         "longest_schedule": longest(mesh.pipeline),
         "stages": placement(layout.schedule, mesh.pipeline),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +11,9 @@ from backends.torch.declare import TORCH_DTYPES, attribute, stored_name
 from backends.torch.layout import WIDTH, lay_out, parse_call
 from backends.torch.names import Names
 from backends.torch.sizes import Sizes
-from compiler.graph.core import Attr, Graph, Op
+from compiler.graph.core import Attr, Graph, Op, Value
 from compiler.graph.types import Dim, Type
+from compiler.ops import OPS
 
 MARGIN = 62  # column of the remarks, where the line is short enough
 
@@ -72,6 +74,8 @@ class Emitter:
         self.saved = saved
         self.names = Names(graph)
         self.parts: dict[str, str] = {}  # weight of all experts: the name of its parts
+        self.products = _weight_products(graph)
+        self.deferred: dict[Value, str] = {}  # gradient that is not computed here: its expression
         self.lines: list[str] = []
         self.indent = 0
         self._remark = self._last_remark = ""
@@ -103,6 +107,9 @@ class Emitter:
     def assign(self, op: Op, expression: str) -> None:
         if not op.results:
             self.line(expression)
+            return
+        if op in self.products:
+            self.deferred[op.result] = expression
             return
         targets = ", ".join([self.names.give(v, op) for v in op.results])
         self.line(f"{targets} = {expression}")
@@ -200,6 +207,17 @@ class TrainingEmitter(Emitter):
             self.statement(op)
         self.indent = 0
         return self.lines
+
+
+def _weight_products(graph: Graph) -> set[Op]:
+    """Products that are gradients of weights and nothing else, which may be computed later."""
+    readers = Counter(v for op in graph.walk() for v in op.operands)
+    found = {
+        op.operands[0]
+        for op in graph.walk()
+        if op.kind == "accumulate_grad" and readers[op.operands[0]] == 1
+    }
+    return {op for op in graph.walk() if OPS[op.kind].weight_product and op.result in found}
 
 
 def _needed(graph: Graph, results: Sequence[object]) -> Iterator[Op]:

@@ -52,7 +52,12 @@ def _saved(e: Emitter, op: Op) -> None:
 
 
 def _accumulate_grad(e: Emitter, op: Op) -> None:
-    e.line(f"grads.add({e.stored(op)}, {e.operand(op, 0)})")
+    product = e.deferred.get(op.operands[0])
+    if product is None:
+        e.line(f"grads.add({e.stored(op)}, {e.operand(op, 0)})")
+        return
+    function, _, operands = product.partition("(")
+    e.line(f"grads.defer({e.stored(op)}, {function}, {operands}")
 
 
 def _linear_input_grad(e: Emitter, op: Op) -> None:

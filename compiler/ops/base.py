@@ -102,6 +102,8 @@ class Operator:
     cheap: ClassVar[bool] = False
     # A product with a weight, recomputed where that frees many bytes for each FLOP.
     product: ClassVar[bool] = False
+    # A product that is the gradient of a weight: nothing waits for it until the step ends.
+    weight_product: ClassVar[bool] = False
     # Treats every row alike, so that it does not matter which expert a row is for.
     rowwise: ClassVar[bool] = False
     # Gives a pipeline stage its own terms of a sum over stages, from its own terms of another.

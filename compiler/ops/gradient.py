@@ -50,6 +50,7 @@ class LinearWeightGrad(Operator):
     """dW = dy^T x, summed over all tokens, for y = x W^T."""
 
     kind = "linear_weight_grad"
+    weight_product = True
     operands = ("dy", "x")
 
     @classmethod
@@ -90,6 +91,7 @@ class GroupedLinearWeightGrad(Operator):
     """
 
     kind = "grouped_linear_weight_grad"
+    weight_product = True
     operands = ("dy", "x", "offs")
 
     @classmethod

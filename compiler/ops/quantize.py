@@ -212,6 +212,7 @@ class Fp8LinearInputGrad(_Fp8LinearInputGrad):
 
 
 class _Fp8LinearWeightGrad(Operator):
+    weight_product = True
     attrs: ClassVar = {"dtype": str}
 
     @classmethod

@@ -80,11 +80,13 @@ def rank_memory(
     saved: Mapping[range, Activations],
     order: Schedule,
     message: int,
+    buffers: int,
     pipeline: int,
 ) -> RankMemory:
     """The memory of the ranks at `pipeline`; `saved` is by the operators of a unit.
 
-    `order` is the schedule with its messages, of so many bytes each.
+    `order` is the schedule with its messages, of so many bytes each; `buffers` are bytes that every
+    rank has for exchanges of tokens.
     """
     own = [one for one in placed if pipeline in one.pipelines]
     uses = [use for one in own for use in _weight_uses(one)]
@@ -100,6 +102,7 @@ def rank_memory(
     span = saved[held[0].ops].working.span
     uses.append(Use(Kind.ACTIVATIONS, "messages between stages", waiting, held[0].layer, span))
     uses.append(_working_use(held, saved))
+    uses.append(Use(Kind.WORKING, "buffers of exchanges", buffers, None, None))
     parameters = sum(one.on_rank for one in own)
     return RankMemory(pipeline, parameters, tuple(use for use in uses if use.bytes))
 

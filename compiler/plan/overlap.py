@@ -24,24 +24,25 @@ def paired(
 
     A chunk whose turn it is waits for what its last segment sent; what is sent goes out in the
     order in which it was made. So `runtime/train/overlap.py` issues them. `later` are seconds for
-    gradients of weights, which fill what is left, as far as the backward chunk has been computed.
+    gradients of weights, which are there as the backward chunk is computed: all that are there are
+    computed before a chunk waits, however long that would be.
     """
     chains = (backward, forward)
     place, ready = [0, 0], [0.0, 0.0]  # of each chunk: its next segment, and from when on
     whole = sum(one.computing for one in backward)
-    filled = computed = now = sent = 0.0
+    there = 0.0 if whole else later
+    now = sent = 0.0
     turn = 0
     while any(place[i] < len(chains[i]) for i in (0, 1)):
         if place[turn] < len(chains[turn]):
             segment = chains[turn][place[turn]]
-            if ready[turn] > now:
-                allowed = later * computed / whole if whole else later
-                filled += min(ready[turn] - now, max(0.0, allowed - filled))
-                now = ready[turn]
-            ready[turn] = now = now + segment.computing
-            computed += segment.computing if turn == 0 else 0.0
+            if place[turn]:
+                now, there = now + there, 0.0
+            ready[turn] = now = max(now, ready[turn]) + segment.computing
+            if turn == 0 and whole:
+                there += later * segment.computing / whole
             if segment.sending:
                 sent = ready[turn] = max(now, sent) + segment.sending
             place[turn] += 1
         turn = 1 - turn
-    return max(now + later - filled, sent)
+    return max(now + there, sent)

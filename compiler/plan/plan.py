@@ -183,18 +183,22 @@ class Planner:
             ops: spread(one, around[ops], layout.mesh, tokens) for ops, one in costs.saved.items()
         }
         boundary = self._boundary(_sizes(parallel.micro_batch, parallel.sequence_length))
+        found = tuple(dict.fromkeys(one for every in around.values() for one in every))
+        buffers = 0
+        if parallel.exchange == "symmetric_memory" and parallel.expert > 1:
+            # For the tokens of all ranks of a group, three times (`runtime/symmetric.py`).
+            buffers = 3 * parallel.expert * tokens * max(one.row for one in found)
         stages, ways = layout.mesh.pipeline, len(layout.placement)
         count = rounds(layout.micro_batches, ways, longest(stages))[0]
         order = with_transfers(schedule(layout.schedule, stages, count))
         ranks = tuple(
             Rank(
-                rank_memory(layout, placed, saved, order, boundary, at),
+                rank_memory(layout, placed, saved, order, boundary, buffers, at),
                 _step_flops(layout, costs.flops, at),
                 sent(layout, placed, around, boundary, tokens, at),
             )
             for at in range(parallel.pipeline)
         )
-        found = tuple(dict.fromkeys(one for every in around.values() for one in every))
         forward = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
         slowest = max(forward, key=lambda one: one.total)
         return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from compiler.parallel.layout import placement
 from dsl.schema import Cluster, Parallel
 
+SYMMETRIC_RANKS = 32
+"""Those that `symm_mem::all_to_all_vdev_2d` of torch takes: a thread of a warp for each."""
+
 
 @dataclass(frozen=True)
 class LayoutProblem:
@@ -44,6 +47,12 @@ def problems(
         return
     data = ranks // pipeline
     yield from _expert_problems(parallel.expert, data, cluster.gpus_per_node, experts)
+    if parallel.exchange == "symmetric_memory" and parallel.expert > SYMMETRIC_RANKS:
+        yield LayoutProblem(
+            "exchange",
+            f"torch exchanges by symmetric memory between at most {SYMMETRIC_RANKS} ranks, not"
+            f" {parallel.expert}",
+        )
     yield from _batch_problems(parallel, data)
 
 

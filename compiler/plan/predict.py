@@ -3,9 +3,10 @@
 What overlaps is stated here and in `overlap.py`, and nowhere else; it is what the executor does
 (`runtime/train/overlap.py`). A backward and a forward chunk that a schedule pairs (DualPipe,
 report, section 3.2.1) compute in turn, while the other one's tokens are under way. A chunk alone
-hides nothing. Gradients of weights are computed with those of inputs, where schedules let them fill
-gaps. Messages between stages are sent beside computing, and what waits for one waits for all of
-it. The sums of gradients, the update and the gathering of weights follow the last chunk of a rank.
+hides nothing. Products that are gradients of weights wait for gaps: the chunks W of a schedule, and
+in pairs whenever a chunk would wait. Messages between stages are sent beside computing, and what
+waits for one waits for all of it. The sums of gradients, the update and the gathering of weights
+follow the last chunk of a rank.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import groupby
 
 from compiler.analysis.executed import Executed, executed
 from compiler.graph.core import Graph, Program
+from compiler.ops import OPS
 from compiler.plan.memory import Kind
 from compiler.plan.overlap import OverlapSegment, paired
 from compiler.plan.plan import Plan, Rank
@@ -48,12 +50,10 @@ class StageTimes:
         terms: Sequence[Term] = ALL,
         *,
         perfect: bool = False,
-        gaps: bool = True,
     ) -> None:
-        """`perfect`: a pair takes the longer of its computing and its sending; `gaps`: gradients of
-        weights are where the schedule has them, else computed with those of inputs."""
+        """`perfect`: a pair takes the longer of its computing and its sending."""
         self.stages, self.transfer, self.terms = stages, transfer, terms
-        self.perfect, self.gaps = perfect, gaps
+        self.perfect = perfect
         self._known: dict[tuple[tuple[str, int], ...], float] = {}
 
     def of(self, step: Step) -> float:
@@ -78,20 +78,15 @@ class StageTimes:
         """Of a chunk, without what is computed later."""
         if kind == "W":
             return []
-        found, sends = [], Term.EXCHANGE in self.terms
-        parts = self.stages[stage]["F" if kind == "F" else "I"]
-        own = sum(map(self._computing, parts))
-        longer = 1.0
-        if not self.gaps and kind != "F" and own:  # by as much of the gradients of weights
-            longer += sum(map(self._computing, self.stages[stage]["W"])) / own
-        for part in parts:
-            sending = part[Term.EXCHANGE] if sends else 0.0
-            found.append(OverlapSegment(longer * self._computing(part), sending))
-        return found
+        sends = Term.EXCHANGE in self.terms
+        return [
+            OverlapSegment(self._computing(part), part[Term.EXCHANGE] if sends else 0.0)
+            for part in self.stages[stage]["F" if kind == "F" else "I"]
+        ]
 
     def _later(self, chunk: Chunk) -> float:
-        """Seconds for the gradients of weights of a chunk, where they fill gaps."""
-        if not self.gaps or chunk.kind not in "BW":
+        """Seconds for the gradients of weights of a chunk."""
+        if chunk.kind not in "BW":
             return 0.0
         return sum(map(self._computing, self.stages[chunk.stage]["W"]))
 
@@ -179,7 +174,8 @@ def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction:
         return simulate(order, StageTimes(stages, terms=terms)).end
 
     mixed = _with_products_of(at_peak, times)
-    complete = StageTimes(times, transfer, gaps=False)
+    as_executed = _stage_times(plan, roles, rates, as_executed=True)
+    complete = StageTimes(as_executed, transfer)
     last = simulate(order, complete)
     whole = [ends[-1][1] if ends else 0.0 for ends in last.ranks]
     products = (Term.PRODUCTS, Term.ATTENTION)
@@ -200,8 +196,8 @@ def predict(plan: Plan, roles: Sequence[Role], rates: Rates) -> Prediction:
         ),
         Added("dispatch and combine that pairs cannot hide", end(times, *ALL)),
         Added(
-            "gradients of weights with those of inputs",
-            simulate(order, StageTimes(times, gaps=False)).end,
+            "gradients of weights that do not wait for gaps",
+            simulate(order, StageTimes(as_executed)).end,
         ),
         Added("messages between stages", last.end),
         Added(
@@ -217,16 +213,43 @@ def _order(plan: Plan) -> Schedule:
     return schedule(layout.schedule, layout.mesh.pipeline, layout.micro_batches)
 
 
-def _stage_times(plan: Plan, roles: Sequence[Role], rates: Rates) -> list[Chunks]:
-    """Of every stage, those of its chunks F, I and W."""
+def _stage_times(
+    plan: Plan, roles: Sequence[Role], rates: Rates, *, as_executed: bool = False
+) -> list[Chunks]:
+    """Of every stage, those of its chunks F, I and W: as programs have them, or as executed."""
     found: dict[int, Chunks] = {}
     for role in roles:
+        graphs = _graphs(role.program)
         chunks = {
-            kind: _parts(_executed(plan, role, graph), rates)
-            for kind, graph in _graphs(role.program).items()
+            kind: _parts(_executed(plan, role, graph), rates) for kind, graph in graphs.items()
         }
+        if as_executed:
+            wait, rest = _apart(list(_executed(plan, role, graphs["W"])))
+            chunks["I"] = _longer(chunks["I"], _parts(rest, rates))
+            chunks["W"] = _parts(wait, rates)
         found |= {stage.index: chunks for stage in role.stages}
     return [found[i] for i in sorted(found)]
+
+
+def _apart(weights: Sequence[Executed]) -> tuple[list[Executed], list[Executed]]:
+    """What waits for a chunk W: products, with what adds them to gradients of weights; and the rest
+    of the graph of gradients of weights, which is computed with those of inputs.
+
+    Generated code says so by `grads.defer`.
+    """
+    products = {v for one in weights if OPS[one.op.kind].weight_product for v in one.op.results}
+    wait, rest = list[Executed](), list[Executed]()
+    for one in weights:
+        values = {*one.op.results, *one.op.operands}
+        (wait if values & products else rest).append(one)
+    return wait, rest
+
+
+def _longer(parts: Sequence[Part], more: Sequence[Part]) -> list[Part]:
+    """Parts of which each computes some of what `more` computes, as it is long."""
+    own, added = (sum(p[t] for p in some for t in COMPUTING) for some in (parts, more))
+    by = 1 + added / own if own else 1.0
+    return [{t: part[t] * (by if t in COMPUTING else 1) for t in Term} for part in parts]
 
 
 def of_a_micro_batch(plan: Plan, role: Role) -> Iterator[Executed]:

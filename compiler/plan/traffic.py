@@ -54,6 +54,11 @@ class ExpertTraffic:
         there = self.dispatch + self.weights + self.choices + self.gradient
         return {"dispatch": there, "combine": 2 * self.combine + self.weights}
 
+    @property
+    def row(self) -> int:
+        """The most bytes of a token that go together."""
+        return max(self.dispatch + self.weights + self.choices, self.combine + self.weights)
+
 
 @dataclass(frozen=True)
 class Sent:

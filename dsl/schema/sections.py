@@ -112,7 +112,7 @@ class Precision(Section):
     )
 
 
-ExchangeName = Literal["torch", "deep_ep"]
+ExchangeName = Literal["torch", "deep_ep", "symmetric_memory"]
 
 
 class Parallel(Section):
@@ -149,8 +149,8 @@ class Parallel(Section):
     )
     exchange: Annotated[ExchangeName, choice(*get_args(ExchangeName))] = Field(
         "torch",
-        description="What moves tokens to the ranks of their experts: torch, or deep_ep: DeepEP, "
-        "which has to be installed",
+        description="What moves tokens to the ranks of their experts: torch, deep_ep: DeepEP, "
+        "which has to be installed, or symmetric_memory: NVSHMEM, which comes with torch for CUDA",
     )
 
 

@@ -208,8 +208,11 @@ class Chunks:
 class Replay(Execution):
     """Executes the first two chunks of each kind and stage, and repeats what the second did.
 
-    In the first one FP8 copies of weights and the sums of gradients are made, too.
+    In the first one FP8 copies of weights and the sums of gradients are made, too. Gradients of
+    weights are computed with those of inputs: what they wait with for a chunk W is not counted.
     """
+
+    defers = False
 
     def __init__(
         self, recorder: Recorder, known: dict[tuple[str, int], Chunks], *given: Any

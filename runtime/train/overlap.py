@@ -1,8 +1,10 @@
 """What runs beside computing: exchanges of tokens, and messages along the pipeline.
 
 On a GPU each kind has a stream of its own. Two chunks that the schedule pairs take turns: when the
-tokens of one are under way, the other computes. A chunk alone waits for its tokens at once, and
-hides nothing (DeepSeek-V3 report, section 3.2.1; `compiler/plan/overlap.py` counts just this).
+tokens of one are under way, the other computes. Before either waits for its own, what there is of
+gradients of weights is computed, which nothing waits for. A chunk alone waits for its tokens at
+once, and hides nothing (DeepSeek-V3 report, section 3.2.1; `compiler/plan/overlap.py` counts just
+this).
 
 Tensors need no marks of the streams that use them. What an exchange reads is held until computing
 waits for it. What it makes comes from the memory of its own stream, which the next one on that
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..exchange import Way
+from ..saved import Deferred
 
 First = TypeVar("First")
 Second = TypeVar("Second")
@@ -31,6 +34,10 @@ Found = TypeVar("Found")
 
 class Overlap(Protocol):
     """How a rank's chunks, exchanges and messages follow one another."""
+
+    @property
+    def deferred(self) -> Deferred | None:
+        """Where the backward chunk of a pair leaves gradients of weights, if they fill gaps."""
 
     def spread(self, exchange: Any) -> Any:
         """The exchange by which chunks send tokens."""
@@ -58,6 +65,8 @@ class Overlap(Protocol):
 
 class InOrder:
     """One after the other, on a device without streams."""
+
+    deferred = None
 
     def spread(self, exchange: Any) -> Any:
         return exchange
@@ -154,6 +163,7 @@ class SideStreams:
     current: Callable[[], Any] = torch.cuda.current_stream
     entered: Callable[[Any], AbstractContextManager[Any]] = torch.cuda.stream
     turns: Turns = field(default_factory=Turns)
+    deferred: Deferred = field(default_factory=Deferred)
     _sent: list[tuple[Any, Sequence[Tensor]]] = field(default_factory=list)
 
     def spread(self, exchange: Any) -> SideExchange:
@@ -170,6 +180,7 @@ class SideStreams:
 
         # The backward chunk begins: gradients can go to the last experts almost at once.
         second, first = self.turns.both(backward, there)
+        self.deferred.compute()
         return first, second
 
     def exchange(self, function: Callable[..., Found], *given: Any) -> Found:
@@ -179,6 +190,7 @@ class SideStreams:
             found = function(*given)
         done = self.exchanges.record_event()
         self.turns.give()
+        self.deferred.compute()
         self.wait(done)
         return found
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..deepep import DeepEPExchange, deep_ep_buffer
 from ..exchange import Exchange, NodeExchange
 from ..model import LanguageModel
 from ..stage import ModelShare, StageLoss, StagePlan, is_inside
+from ..symmetric import SymmetricBuffers, SymmetricExchange, symmetric_memory
 from ..weights import Stack
 from .balance import Balance, ExpertUtilization
 from .overlap import Overlap, overlap_on
@@ -46,6 +47,11 @@ def check_parallel(config: Config, world_size: int) -> None:
         raise TrainError(
             "`parallel.exchange` is deep_ep, and there is no module deep_ep here: install DeepEP "
             "(https://github.com/deepseek-ai/DeepEP), or leave the key out"
+        )
+    if parallel.exchange == "symmetric_memory" and not symmetric_memory().is_nvshmem_available():
+        raise TrainError(
+            "`parallel.exchange` is symmetric_memory, and torch finds no NVSHMEM here: install "
+            "torch for CUDA, with which it comes, or leave the key out"
         )
     size = parallel.pipeline * parallel.replicas * parallel.expert
     if size != world_size:
@@ -86,6 +92,8 @@ class RankMesh:
     exchange: ProcessGroup
     across: ProcessGroup | None = None
     inside: ProcessGroup | None = None
+    symmetric: SymmetricBuffers | None = None
+    """Memory for exchanges, where they go by it."""
 
     @property
     def expert(self) -> int:
@@ -141,6 +149,8 @@ class RankMesh:
         self, count: int, waiting: Callable[[], AbstractContextManager[None]], tokens: int | None
     ) -> Any:
         """An exchange for `count` experts; by DeepEP where a rank sends at most `tokens`."""
+        if self.symmetric is not None:
+            return SymmetricExchange(self.symmetric, count, waiting)
         if tokens is not None:
             return DeepEPExchange(deep_ep_buffer, self.exchange, count, tokens, waiting)
         if self.across is not None and self.inside is not None:
@@ -162,16 +172,33 @@ def _module_holders(config: Config, plans: Sequence[StagePlan]) -> dict[str, fro
     return found
 
 
-def make_mesh(model: type[LanguageModel], ranks: ProcessGroups) -> RankMesh | None:
+def make_mesh(
+    model: type[LanguageModel], ranks: ProcessGroups, device: torch.device
+) -> RankMesh | None:
     """The mesh of a model that was built to be cut; all ranks call it.
 
-    Raises TrainError, the same on all ranks, where the ranks that were started do not fit.
+    Raises TrainError, the same on all ranks, where the ranks that were started do not fit, or the
+    device has no symmetric memory for what the spec exchanges by it.
     """
     check_parallel(model.config, ranks.world_size)
     parallel = model.config.parallel
     if ranks.training is None or parallel is None or parallel.pipeline * parallel.expert == 1:
         return None
-    return RankMesh.of(model.config, stages_of(model).STAGES, ranks.training)
+    mesh = RankMesh.of(model.config, stages_of(model).STAGES, ranks.training)
+    if parallel.exchange != "symmetric_memory" or mesh.experts == 1:
+        return mesh
+    # No rank gets more than all tokens of all ranks, each of which comes once.
+    rows = mesh.experts * _tokens(Settings.of(model.config))
+    try:
+        buffers = SymmetricBuffers(mesh.world, mesh.exchange, device, rows, parallel.row_bytes)
+    except RuntimeError as error:
+        raise TrainError(f"`parallel.exchange`: no symmetric memory on {device}: {error}") from None
+    return replace(mesh, symmetric=buffers)
+
+
+def _tokens(settings: Settings) -> int:
+    """Those of a micro-batch."""
+    return (settings.micro_batch or 1) * settings.sequence_length
 
 
 def stages_of(model: type[LanguageModel]) -> Any:
@@ -217,7 +244,7 @@ def make_trainer(
     experts: set[str] = set()
     others, tokens = get_process_group_ranks(mesh.exchange), None
     if model.config.parallel.exchange == "deep_ep" and device.type != "meta":
-        tokens = (settings.micro_batch or 1) * settings.sequence_length
+        tokens = _tokens(settings)
     exchanging = partial(waits.waiting, "the exchange of tokens", others)
     for name, one in own.named_modules():
         if isinstance(one, Stack):
@@ -302,9 +329,11 @@ class MeshTrainer(Trainer):
                 step.transfer(entry)
             elif entry.kind == "F":
                 self._add(step.forward(entry), entry.stage, share, sums)
-            elif entry.kind in "BI":
-                # Gradients of weights are computed with those of inputs: W has nothing to do.
-                step.backward(entry, share)
+            else:
+                if entry.kind in "BI":
+                    step.backward(entry, share)
+                elif step.defers:
+                    step.weights(entry)
                 self.optimizer.collect()
         self.held.overlap.finish()
         return sums

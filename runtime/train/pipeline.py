@@ -23,7 +23,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup, recv, send
 
 from ..config import Config
+from ..saved import Deferred
 from ..stage import Stage, StageLoss
+from ..unit import deferring
 from .overlap import Overlap
 from .sequences import positions
 from .waits import Waits
@@ -152,6 +154,9 @@ class Chunked(NamedTuple):
 class Execution:
     """One step: everything that is under way between the chunks of a rank."""
 
+    defers = True
+    """Whether products of chunks I wait for their chunks W."""
+
     def __init__(self, row: Row, held: Held, batches: Sequence[Tensor], tokens_seen: int) -> None:
         self.row, self.held, self.batches, self.tokens_seen = row, held, batches, tokens_seen
         self.numbers = {message[:3]: n for n, message in enumerate(row.messages)}
@@ -160,6 +165,7 @@ class Execution:
         self.events: dict[tuple[str, int, int] | int, Any] = {}
         """Behind which the values of what arrived, or was made, are there."""
         self.saved: dict[tuple[int, int], Chunked] = {}
+        self.deferred: dict[tuple[int, int], Deferred] = {}
 
     def transfer(self, entry: tuple[str, int]) -> None:
         """Sends or receives one message."""
@@ -198,9 +204,10 @@ class Execution:
 
     def pair(self, pair: ChunkPair, share: float) -> StageLoss:
         """Both chunks, each of which computes while the other's tokens are under way."""
-        with self.held.waits.computing(pair):
+        with self.held.waits.computing(pair), deferring(self.held.overlap.deferred):
             loss, _ = self.held.overlap.both(
-                partial(self.forward, pair.forward), partial(self.backward, pair.backward, share)
+                partial(self.forward, pair.forward),
+                partial(self.backward, pair.backward, share),
             )
         return loss
 
@@ -217,7 +224,24 @@ class Execution:
         return loss
 
     def backward(self, chunk: Chunk, share: float) -> None:
-        """Adds the gradients of a stage's terms, of which `share` counts, to those of weights."""
+        """Adds the gradients of a stage's terms, of which `share` counts, to those of weights.
+
+        Of a chunk I, without products that are gradients of weights: `weights` adds them.
+        """
+        if chunk.kind == "I" and self.defers:
+            place = chunk.stage, chunk.batch
+            self.deferred[place] = Deferred()
+            with deferring(self.deferred[place]):
+                self._backward(chunk, share)
+        else:
+            self._backward(chunk, share)
+
+    def weights(self, chunk: Chunk) -> None:
+        """What the chunk I of the same stage and micro-batch has left."""
+        with self.held.waits.computing(chunk):
+            self.deferred.pop((chunk.stage, chunk.batch)).compute()
+
+    def _backward(self, chunk: Chunk, share: float) -> None:
         received, sent, _, total = self.saved.pop((chunk.stage, chunk.batch))
         ends: list[Tensor | GradientEdge] = list(sent)
         gradients: list[Tensor | None] = list(self._taken(Chunk("B", *chunk[1:])))

@@ -70,9 +70,9 @@ class Run:
             options.out / "checkpoints", options.keep, self.ranks.writing
         )
         control = self.ranks.control
-        self.mesh = make_mesh(model, self.ranks)
-        self.waits = Waits()
         self.device = on_all_ranks(control, lambda: select_device(options.device))
+        self.mesh = make_mesh(model, self.ranks, self.device)
+        self.waits = Waits()
         if self.ranks.world_size == 1:
             require_memory(model, self.device)
         self.record, self.newest = on_rank0(control, lambda: self._read_or_create(model.config))

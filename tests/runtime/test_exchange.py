@@ -17,10 +17,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import tests.support.deep_ep as deep_ep
-from runtime import deepep, exchange, fp8
+from runtime import deepep, exchange, fp8, symmetric
+from tests.support.symmetric import stand_in
 
 WORLD, EXPERTS, K, WIDTH = 4, 8, 3, 4
-TOKENS = 6
+TOKENS, HIDDEN = 6, 128
 
 
 @dataclass(frozen=True)
@@ -99,26 +100,43 @@ def exchanged(one: Kind, given: dict[str, Tensor], first: int) -> dict[str, Tens
     return found
 
 
-def by_deep_ep(group: dist.ProcessGroup, given: dict[str, Tensor]) -> bool:
-    """Whether a layer that sends tokens by DeepEP has the bits of one that does not; in FP8, where
-    gradients of results are in FP8 or bfloat16."""
-    hidden, ways = 128, []
-    x = given["x"].repeat(1, 1, hidden // WIDTH).bfloat16()
-    packed = fp8.quantize(x, "ue8m0")
-    for one in (
-        exchange.Exchange(group, EXPERTS),
-        deepep.DeepEPExchange(deepep.deep_ep_buffer, group, EXPERTS, TOKENS),
-    ):
-        *rows, weight, experts, handle = one.dispatch(*packed, given["weight"], given["experts"])
-        found: list[Any] = [*rows, weight, experts, one.dispatch_again(x, handle)]
-        found += one.dispatch_again(*packed, handle)
+def same_bits(one: Any, group: dist.ProcessGroup, given: dict[str, Tensor]) -> bool:
+    """Whether a layer that sends tokens by `one` has the bits of one that does by all-to-alls; in
+    FP8, where gradients of results are in FP8 or bfloat16."""
+    x = given["x"].repeat(1, 1, HIDDEN // WIDTH).bfloat16() / 3
+    weight = given["weight"].float() / 7
+    packed, ways = fp8.quantize(x, "ue8m0"), []
+    for kind in (exchange.Exchange(group, EXPERTS), one):
+        *rows, there, experts, handle = kind.dispatch(*packed, weight, given["experts"])
+        found: list[Any] = [*rows, there, experts, kind.dispatch_again(x, handle)]
+        found += kind.dispatch_again(*packed, handle)
         y = fp8.dequantize(rows[0], rows[1], dtype=torch.bfloat16)
-        found += [one.combine(y, handle), *one.combine(y, weight, handle)]
+        found += [kind.combine(y, handle), *kind.combine(y, there, handle)]
         ways.append(found)
     return all(
-        one.dtype == other.dtype and torch.equal(one, other)
-        for one, other in zip(*ways, strict=True)
+        mine.dtype == other.dtype and torch.equal(mine, other)
+        for mine, other in zip(*ways, strict=True)
     )
+
+
+SPLITS = ((5, 3, 0, 1), (7, 2, 0, 4))
+"""Rows of two ranks for two experts on each of them."""
+
+
+def by_expert(memory: Any, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Rows for several experts of a rank, which are numbered by rank and expert."""
+    device, splits = torch.device("cpu"), torch.tensor(SPLITS[group.rank()])
+    given = memory.empty(16, 1, dtype=torch.int64, device=device)
+    out, counts, arrived = (
+        memory.empty(*size, dtype=torch.int64, device=device) for size in ((40, 1), (4,), (2, 4))
+    )
+    for one in (given, out, counts, arrived):
+        memory.rendezvous(one, group)
+    numbers = torch.arange(4) + 100 * group.rank()
+    given[: int(splits.sum()), 0] = numbers.repeat_interleave(splits)
+    counts.copy_(splits)
+    torch.ops.symm_mem.all_to_all_vdev_2d(given, out, counts, arrived, group.group_name, 16)
+    return {"out": out, "arrived": arrived}
 
 
 def work(rank: int, folder: str) -> None:
@@ -149,9 +167,20 @@ def work(rank: int, folder: str) -> None:
             rows.clear()
             results = exchanged(one, tokens_of(case, rank), first)
             found[kind, name] = {**results, "rows": torch.tensor(rows)}
+    memory = stand_in(symmetric)
+    # The widest rows are those of y in bfloat16, with gradients of weights in float32.
+    most, width = WORLD * TOKENS, 2 * HIDDEN + 4 * K
+    shared = symmetric.SymmetricBuffers(groups[4], groups[4], torch.device("cpu"), most, width)
+    others = {
+        "deep_ep": deepep.DeepEPExchange(deepep.deep_ep_buffer, groups[4], EXPERTS, TOKENS),
+        "symmetric": symmetric.SymmetricExchange(shared, EXPERTS),
+    }
     for name, case in CASES.items():
-        same = by_deep_ep(groups[4], tokens_of(case, rank))
-        found["deep_ep", name] = {"same": torch.tensor(same)}
+        for kind, one in others.items():
+            same = same_bits(one, groups[4], tokens_of(case, rank))
+            found[kind, name] = {"same": torch.tensor(same)}
+    found["symmetric", "calls"] = {"calls": torch.tensor(memory.calls)}
+    found["symmetric", "rows by expert"] = by_expert(memory, groups[2])
     # One for each number of experts of a token: layers alike have the same memory.
     found["deep_ep", "made"] = {"buffers": torch.tensor(deep_ep.ElasticBuffer.made)}
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -235,6 +264,28 @@ def test_deep_ep_moves_the_same_rows(found: Found) -> None:
     for rank in found:
         assert all(rank["deep_ep", name]["same"] for name in CASES)
         assert rank["deep_ep", "made"]["buffers"] == len({case.k for case in CASES.values()})
+
+
+@pytest.mark.slow
+def test_symmetric_memory_moves_the_same_rows(found: Found) -> None:
+    """A stand-in for torch's operator, with rows for the most that can arrive and no more."""
+    for rank in found:
+        assert all(rank["symmetric", name]["same"] for name in CASES)
+        assert rank["symmetric", "calls"]["calls"] == 1 + 5 * len(CASES)
+
+
+@pytest.mark.slow
+def test_the_stand_in_lays_rows_out_as_torch_documents(found: Found) -> None:
+    """The example of `all_to_all_vdev_2d`: c0 has 5 rows, d0 has 7, and c1 begins at 16."""
+    for rank in range(WORLD):
+        got, first = found[rank]["symmetric", "rows by expert"], rank % 2 * 2
+        splits = [SPLITS[other][first + expert] for expert in range(2) for other in range(2)]
+        rows = [100 * other + first + expert for expert in range(2) for other in range(2)]
+        assert got["arrived"][0].tolist() == splits
+        expected = [0, splits[0], 16, 16 + splits[2]]
+        assert got["arrived"][1].tolist() == expected
+        for start, count, row in zip(expected, splits, rows, strict=True):
+            assert got["out"][start : start + count].tolist() == [[row]] * count
 
 
 def test_the_cases_are_what_they_are_called() -> None:

@@ -194,6 +194,7 @@ def raced(package: Any) -> dict[str, Any]:
         for one in ("overlap", "parallel", "pipeline", "ranks", "settings", "sequences", "waits")
     )
     races = Races()
+    deferred = {"chunks I": 0, "pairs": 0}
 
     class Watched(pipeline.Execution):  # type: ignore[misc, name-defined]
         """Operators are those of chunks and messages, in whatever thread they are."""
@@ -210,12 +211,24 @@ def raced(package: Any) -> dict[str, Any]:
             with Watch(races):
                 super().backward(chunk, share)
 
+        def weights(self, chunk: Any) -> None:
+            with Watch(races):
+                super().weights(chunk)
+
     given = settings.Settings.of(package.config)
     text = torch.tensor(list(TEXT.read_bytes()[:3000]), dtype=torch.uint8)
     found = []
     with ranks.init_process_groups() as groups:
-        mesh = parallel.make_mesh(package.Model, groups)
-        for streams in (None, races.streams(overlap)):
+        mesh = parallel.make_mesh(package.Model, groups, torch.device("cpu"))
+        side = races.streams(overlap)
+
+        class Counted(overlap.Deferred):  # type: ignore[misc, name-defined]
+            def add(self, *given: Any) -> None:
+                deferred["pairs" if self is side.deferred else "chunks I"] += 1
+                super().add(*given)
+
+        side.deferred, pipeline.Deferred = Counted(), Counted
+        for streams in (None, side):
             trainer = parallel.make_trainer(
                 package.Model, torch.device("cpu"), 0, given,
                 sequences.Sequences([text], given.sequence_length, 0), groups, mesh,
@@ -228,4 +241,10 @@ def raced(package: Any) -> dict[str, Any]:
             found.append({name: one.clone() for name, one in trainer.model.named_parameters()})
     same = all(torch.equal(one, found[1][name]) for name, one in found[0].items())
     placed = races.computing.clock
-    return {"same": same, "races": races.found, "host waits": races.host_waits, "clock": placed}
+    return {
+        "same": same,
+        "races": races.found,
+        "host waits": races.host_waits,
+        "clock": placed,
+        **deferred,
+    }

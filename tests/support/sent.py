@@ -22,7 +22,7 @@ def sent(package: Any) -> dict[str, int]:
     )
     functional = importlib.import_module(f"{name}.functional")
     with ranks.init_process_groups() as groups:
-        mesh = parallel.make_mesh(package.Model, groups)
+        mesh = parallel.make_mesh(package.Model, groups, torch.device("cpu"))
         given = settings.Settings.of(package.config)
         text = torch.tensor(list(TEXT.read_bytes()[:3000]), dtype=torch.uint8)
         told, counted = waits.Waits(), sequences.Sequences([text], given.sequence_length, 0)

@@ -24,6 +24,7 @@ CANNOT = {
     "units": "pipeline: 64, expert: 32, batch: 2048",
     "dualpipe_v": "pipeline: 16, expert: 64, batch: 2048, schedule: dualpipe_v",
     "folded_at_once": "pipeline: 1, expert: 64, batch: 4096, schedule: dualpipe_v",
+    "symmetric": "pipeline: 16, expert: 64, batch: 15360, exchange: symmetric_memory",
     "odd_dualpipe": "pipeline: 1, expert: 64, batch: 4096, schedule: dualpipe",
 }
 

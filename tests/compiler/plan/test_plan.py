@@ -74,6 +74,18 @@ def test_v3_fits_80_gb_on_every_rank_and_every_use_knows_its_line(v3: Plan) -> N
         assert all(use.span is not None for use in rank.memory.uses)
 
 
+def test_buffers_of_symmetric_memory_count_on_every_rank() -> None:
+    """Three, for 4,096 tokens of each of 8 ranks: y in bfloat16, and 8 gradients of weights."""
+    made, parallel = planner("deepseek_v3")
+    near = parallel.model_copy(update={"expert": 8})
+    plain, plan = (
+        made.plan(near.model_copy(update={"exchange": one}))
+        for one in ("torch", "symmetric_memory")
+    )
+    for one, other in zip(plan.ranks, plain.ranks, strict=True):
+        assert one.memory.peak - other.memory.peak == 3 * 8 * 4096 * (2 * 7168 + 4 * 8)
+
+
 def test_v3_keeps_one_micro_batch_more_than_there_are_stages(v3: Plan) -> None:
     layout = v3.layout
     for pipeline in range(16):

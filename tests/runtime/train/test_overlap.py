@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.saved import Deferred, Gradients, Grads, Saved
 from runtime.train import overlap
 from runtime.train.overlap import SideStreams, Turns
+from runtime.unit import deferring, differentiable
 from tests.support.races import Races, Watch
 
 
@@ -91,6 +93,60 @@ def test_nothing_is_read_before_it_is_there() -> None:
     assert run(races) == ["B0", "F0", "B1", "F1"] * 2
     assert races.found == []
     assert min(races.computing.clock.values()) > 4
+
+
+def test_gradients_of_weights_are_computed_before_a_chunk_waits() -> None:
+    races = Races()
+    streams, log, weight = races.streams(overlap), list[str](), torch.zeros(8)
+    wait = streams.wait
+
+    def product(name: str, x: Tensor) -> Tensor:
+        log.append(name)
+        return x * 2
+
+    def waited(event: object) -> None:
+        log.append("wait")
+        wait(event)
+
+    def chunk(name: str, products: bool) -> None:
+        with Watch(races):
+            x = torch.ones(8)
+            for layer in range(2):
+                log.append(f"{name}{layer}")
+                if products:
+                    streams.deferred.add(weight, partial(product, f"W{layer}", x))
+                x = streams.exchange(lambda x: x * 3, x)
+
+    streams.wait = waited
+    streams.both(partial(chunk, "F", False), partial(chunk, "B", True))
+    assert log == ["B0", "F0", "W0", "wait", "B1", "W1", "wait", "F1", "wait", "wait"]
+    assert races.found == [] and weight.grad is not None and weight.grad[0] == 2 + 6
+
+
+def test_what_waits_is_added_as_autograd_adds_it() -> None:
+    module = torch.nn.Linear(3, 2, bias=False, dtype=torch.bfloat16)
+    weight, x = module.weight, torch.randn(5, 3, dtype=torch.bfloat16)
+
+    def forward(x: Tensor, saved: Saved) -> Tensor:
+        saved.save(module, x)
+        return x @ weight.T
+
+    def backward(d: Tensor, saved: Saved, grads: Grads) -> None:
+        (x,) = saved.pop(module)
+        grads.defer(weight, torch.matmul, d.T, x)
+
+    products, found = Deferred(), []
+    for waiting in (None, products):
+        weight.grad = None
+        for scale in (0.3, 0.7, 1.1):  # one chunk after the other
+            y = differentiable(forward, backward, Gradients((0,), ()), (weight,), x * scale)
+            with deferring(waiting):
+                (y * scale).sum().backward()
+        assert (weight.grad is None) == (waiting is not None)
+        products.compute()
+        assert weight.grad is not None
+        found.append(weight.grad)
+    assert torch.equal(*found)
 
 
 def nothing(*_: object) -> None:

@@ -43,6 +43,9 @@ def parallel(pipeline: int, schedule: str, zero: int = 1, expert: int = 1) -> di
     }
 
 
+SYMMETRIC = "exchange: symmetric_memory"
+
+
 def package(folder: Path, name: str, **changes: str) -> Any:
     return built(folder, name, only={**BASE, **changes})
 
@@ -198,19 +201,37 @@ def test_pairs_that_take_turns_have_the_bits_of_chunks_in_order(
         assert found["host waits"].count("dispatch") == layers * batches // 2
         assert {"dispatch_again", "combine"}.isdisjoint(found["host waits"])
         assert min(found["clock"].values()) > 20
+        # Products that are gradients of weights wait.
+        assert found["chunks I"] > 0 and found["pairs"] > 0
+
+
+@pytest.mark.slow
+def test_ranks_exchange_by_symmetric_memory(tmp_path: Path, ranks: Processes) -> None:
+    """A stand-in for torch's operator: the step of all-to-alls, bit for bit, on each rank."""
+    layout = parallel(2, "dualpipe", expert=2)["parallel"].replace("}", f", {SYMMETRIC}}}")
+    made = package(tmp_path, "tiny_symmetric", parallel=layout)
+    layers, batches = 4, 4
+    for found in ranks.call(made, 4, "tests.support.symmetric:trained"):
+        assert found["same"]
+        # Of each layer and micro-batch, half of which are on this rank: there and back, twice.
+        assert found["calls"] == 1 + 4 * layers * batches // 2
+
+
+def rows(made: Any) -> list[str]:
+    """What each pipeline rank does, of the only schedule."""
+    (schedule,) = (Path(made.__file__).parent / "graph").glob("schedule-*.json")
+    return [" ".join(row) for row in json.loads(schedule.read_text())["rows"]]
 
 
 def check_traces(folder: Path, pipeline: int, made: Any) -> None:
     """One of each pipeline rank, of one step, with its chunks and messages by name."""
     assert len(list(folder.iterdir())) == pipeline
-    graphs = Path(made.__file__).parent / "graph"
-    rows = json.loads(next(graphs.glob("schedule-*.json")).read_text())["rows"]
-    for rank, row in enumerate(rows):
+    for rank, row in enumerate(rows(made)):
         trace = json.loads((folder / f"rank-{rank * 4 // pipeline}.json").read_text())
         names = [str(event.get("name")) for event in trace["traceEvents"]]
-        kinds = re.findall(r"[FBI](?=\d)", " ".join(row))
+        kinds = re.findall(r"[FBIW](?=\d)", row)
         assert sum(name.startswith("chunk ") for name in names) == len(kinds)
-        transfers = [entry.split()[0] for entry in row if " " in entry]
+        transfers = re.findall(r"send|receive", row)
         for way in ("send", "receive"):
             assert sum(name.startswith(f"{way} ") for name in names) == transfers.count(way)
 
@@ -479,13 +500,17 @@ def test_a_run_goes_on_under_another_layout(alone: Path, tmp_path: Path, train: 
             {"parallel": parallel(2, "1f1b")["parallel"].replace("}", ", exchange: deep_ep}")},
             4, "`parallel.exchange` is deep_ep, and there is no module deep_ep here: install",
         ),
+        (
+            {"parallel": parallel(2, "1f1b")["parallel"].replace("}", f", {SYMMETRIC}}}")},
+            4, "`parallel.exchange` is symmetric_memory, and torch finds no NVSHMEM here: install",
+        ),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_trained_is_refused(
     changes: dict[str, str], ranks: int, message: str, tmp_path: Path
 ) -> None:
     """Never silently in another way."""
-    made = package(tmp_path, f"tiny_refused_{ranks}", **changes)
+    made = package(tmp_path, f"tiny_{tmp_path.name}", **changes)
     with pytest.raises(part(made, "settings").TrainError, match=re.escape(message)):
         part(made, "parallel").check_parallel(made.config, ranks)
 
