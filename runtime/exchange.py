@@ -116,7 +116,11 @@ class Exchange:
 
     def _summed(self, rows: Tensor, handle: Handle) -> Tensor:
         total = rows.new_zeros(handle.shape.numel(), rows.shape[-1])
-        return total.index_add_(0, handle.tokens, rows).view(*handle.shape, rows.shape[-1])
+        # One rank after the other: on a GPU, sums of one call have no order.
+        parts = zip(handle.tokens.split(handle.sent), rows.split(handle.sent), strict=True)
+        for tokens, part in parts:
+            total.index_add_(0, tokens, part)
+        return total.view(*handle.shape, rows.shape[-1])
 
     def _exchanged(
         self, rows: Sequence[Tensor], out: list[int], into: list[int]

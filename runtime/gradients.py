@@ -48,9 +48,12 @@ def grouped_parameter_grad(d: Tensor, offs: Tensor) -> Tensor:
 
 
 def embedding_grad(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """The rows of d [..., hidden] summed by token: [rows, hidden]."""
-    table = d.new_zeros(rows, d.shape[-1], dtype=torch.promote_types(d.dtype, torch.float32))
-    return table.index_add_(0, tokens.flatten(), d.flatten(0, -2).to(table.dtype)).to(d.dtype)
+    """The rows of d [..., hidden] summed by token, in their order: [rows, hidden]."""
+    # `index_add_` adds on a GPU in the order in which threads come.
+    table: Tensor = torch.ops.aten.embedding_dense_backward(
+        F.wide(d.flatten(0, -2)), tokens.flatten(), rows, -1, False
+    )
+    return table.to(d.dtype)
 
 
 def rms_norm_grad(d: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -296,12 +299,12 @@ def _attend_grad(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    if not _has_flash(q) or softcap is not None or sinks is not None:
+    if softcap is not None or sinks is not None or q.numel() == 0:
         return _attend_grad_by_autograd(d, q, k, v, seen, scale, softcap, sinks)
+    if not _has_flash(q):
+        return _attend_grad_by_products(d, q, k, v, o, None, seen, scale, F.wide_dtype(q))
     if q.dtype is torch.bfloat16 and q.shape[1] <= SHORT:
-        keys, values = _for_each_head(q, k, v)
-        dq, dk, dv = _attend_grad_by_products(d, q, keys, values, o, lse, seen, scale)
-        return dq, *(g.unflatten(2, (k.shape[2], -1)).sum(3) for g in (dk, dv))
+        return _attend_grad_by_products(d, q, k, v, o, lse, seen, scale, q.dtype)
     wide = F.equally_wide(q, *_for_each_head(q, k, v))
     padded_d, padded_o = F.equally_wide(d, o, wide[0].transpose(1, 2))[:2]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -332,35 +335,53 @@ take about half of the time of torch's kernel, whose products are small (8 heads
 against 57); for 1024, half of whose products are left out, 1.7 times."""
 
 
+SCORES = 2**26
+"""So many scores are in memory at a time, of as many heads as they are: 256 MiB in float32."""
+
+
 def _attend_grad_by_products(
     d: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     seen: Tensor | None,
     scale: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P the probabilities: dV = P^T d, dS = P (d V^T - sum(d o)), dQ = dS K, dK = dS^T Q."""
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if seen is not None:
-        seen = seen.expand(len(q), *seen.shape[1:])
+    """With P the probabilities: dV = P^T d, dS = P (d V^T - sum(d o)), dQ = dS K, dK = dS^T Q.
+
+    Products are in `dtype`. Every sum has one order; those of torch's own kernels for GPUs have
+    none.
+    """
+    kv_heads, (keys, values) = k.shape[2], _for_each_head(q, k, v)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)
+    causal = seen is None
+    if seen is None:
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    hidden = ~seen.expand(len(q), 1, *seen.shape[-2:])
+    heads = max(1, SCORES // hidden[0].numel())
     for b in range(len(q)):
-        qh, kh, vh, dh, oh = (t[b].transpose(0, 1) for t in (q, k, v, d, o))
-        score = F.wide(matmul.bmm(qh, kh.transpose(1, 2)))
-        p = score.mul_(scale).sub_(lse[b].t().unsqueeze(-1)).exp_()
-        p = p.tril_() if seen is None else p.masked_fill_(~seen[b], 0)
-        share = (F.wide(dh) * oh).sum(-1, keepdim=True)
-        ds = F.wide(matmul.bmm(dh, vh.transpose(1, 2))).sub_(share).mul_(p).mul_(scale).to(q.dtype)
-        found = (
-            matmul.bmm(ds, kh),
-            matmul.bmm(ds.transpose(1, 2), qh),
-            matmul.bmm(p.to(d.dtype).transpose(1, 2), dh),
-        )
-        for grad, part in zip(grads, found, strict=True):
-            grad[b] = part.transpose(0, 1)
-    return grads
+        for first in range(0, q.shape[2], heads):
+            part = b, slice(None), slice(first, first + heads)
+            qh, kh, vh, dh, oh = (
+                t[part].transpose(0, 1).to(dtype) for t in (q, keys, values, d, o)
+            )
+            score = F.wide(matmul.bmm(qh, kh.transpose(1, 2))).mul_(scale)
+            if lse is None:
+                level = score.masked_fill(hidden[b], -torch.inf).logsumexp(-1, keepdim=True)
+            else:
+                level = lse[part].t().unsqueeze(-1)
+            p = score.sub_(level).exp_()
+            p = p.tril_() if causal else p.masked_fill_(hidden[b], 0)
+            share = (F.wide(dh) * oh).sum(-1, keepdim=True)
+            ds = F.wide(matmul.bmm(dh, vh.transpose(1, 2))).sub_(share).mul_(p).mul_(scale)
+            ds = ds.to(dtype)
+            dq[part] = matmul.bmm(ds, kh).transpose(0, 1)
+            dk[part] = matmul.bmm(ds.transpose(1, 2), qh).transpose(0, 1)
+            dv[part] = matmul.bmm(p.to(dtype).transpose(1, 2), dh).transpose(0, 1)
+    return dq, *(g.unflatten(2, (kv_heads, -1)).sum(3) for g in (dk, dv))
 
 
 def _has_flash(q: Tensor) -> bool:
@@ -408,7 +429,9 @@ def attention_varlen_grad(
     """Of q, k and v of packed sequences; zeros outside of all of them."""
     seen, none = F.varlen_mask(len(q), len(k), cu_seqlens_q, cu_seqlens_k)
     d = d.masked_fill(none[:, None, None], 0)
-    dq, dk, dv = _attend_grad_by_autograd(d[None], q[None], k[None], v[None], seen, scale)
+    d, q, k, v, o, lse = (t[None] for t in (d, q, k, v, o, lse))
+    wide = F.wide_dtype(q)
+    dq, dk, dv = _attend_grad_by_products(d, q, k, v, o, lse, seen, scale, wide)
     return dq[0], dk[0], dv[0]
 
 

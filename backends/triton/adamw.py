@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Arg, Case, KernelFile, nbytes
+from backends.triton.kernel import TORCH, Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 BLOCK = 1024
@@ -16,9 +16,6 @@ BLOCK = 1024
 WAVES = 8
 """The sum of squares has so many programs for each multiprocessor, and no more: each goes on
 through its weight, so that there are few partial sums to add up."""
-
-TORCH = {"bf16": "bfloat16", "f32": "float32"}
-"""What torch calls element types."""
 
 V3 = {"lr": 2.2e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 1000}
 """With what cases are run: DeepSeek-V3's numbers (report, section 4.2)."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LIMIT = {"fp8": 1e-3, "bf16": 5e-6, "memory": 5e-6}
 """The largest `difference` by what does the work, as DeepGEMM (FP8) and FlashMLA (BF16) have it."""
 
-COARSE = {"attention_grad": 5e-5, "attention_varlen_grad": 5e-5}
+COARSE = {f"{name}_grad": 5e-5 for name in ("attention", "attention_varlen", "document_attention")}
 """As `LIMIT`, where the reference is the coarser one: torch rounds d V^T to bfloat16 before it
 subtracts from it, which for short sequences leaves less (1.6e-5 for 33 tokens)."""
 
@@ -22,7 +22,7 @@ WIDE = ("latent_attention",)
 """Functions whose reference rounds every product to bfloat16, scores included, where there is no
 CPU (1.4e-4 for 4,096 keys): it is given the same numbers in float32, and its result is rounded."""
 
-WITHOUT_LSE = ("attention_saving",)
+WITHOUT_LSE = ("attention_saving", "document_attention_saving")
 """Functions whose reference gives no log-sum-exp where there is no CPU: it is computed here. A
 library must give the same, since another kernel may take the gradient."""
 
@@ -99,8 +99,8 @@ def checked(kernel: Any, reference: Any, case: CaseRecord, device: str = "cuda")
             arguments = [x.float() if isinstance(x, torch.Tensor) else x for x in arguments]
         results = results_of(function(*arguments, **keywords))
         if function is reference and case["function"] in WITHOUT_LSE and device != "cpu":
-            q, k, _, scale = arguments
-            results[1] = log_sum_exp(q, k, scale)
+            q, k, _, *rest = arguments
+            results[1] = log_sum_exp(q, k, *rest, **keywords)
         return results
 
     found = run(kernel)

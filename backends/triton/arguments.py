@@ -55,9 +55,9 @@ def arguments_of(
         return view.as_strided(made.shape, value["strides"]).copy_(made)
 
     positional, named = read(case, make)
-    if case["function"] == "attention_grad":
-        _, q, k, v, _, _, scale = positional
-        positional[4:6] = _saved(q, k, v, scale)
+    if case["function"] in ("attention_grad", "document_attention_grad"):
+        _, q, k, v, *where, _, _, scale = positional
+        positional[-3:-1] = _saved(q, k, v, *where, scale, **named)
     if case["function"] == "attention_varlen_grad":
         from runtime import gradients
 
@@ -66,26 +66,37 @@ def arguments_of(
     return positional, named
 
 
-def _saved(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _saved(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """What `attention_saving` gives: a gradient takes results, those of q, k and v."""
     from runtime import functional
 
-    return functional.attention(q, k, v, scale), log_sum_exp(q, k, scale)
+    function = functional.document_attention if len(rest) > 1 else functional.attention
+    return function(q, k, v, *rest, **named), log_sum_exp(q, k, *rest, **named)
 
 
-def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def log_sum_exp(
+    q: Tensor, k: Tensor, *rest: Any, window: int | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """The natural logarithm of each query's sum of exponentials: float32 [batch, query, heads].
 
-    Head by head, since the scores of all of them are 8 GiB for a sequence of V3's training.
+    `rest` is the scale, after positions where documents attend. Head by head, since the scores of
+    all of them are 8 GiB for a sequence of V3's training.
     """
     import torch
 
+    *position, scale = rest
     times, tail = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
+    key, last = (torch.arange(n, device=q.device) for n in (k.shape[1], q.shape[1]))
+    last = last + tail
+    first = torch.zeros_like(last) if window is None else last - window + 1
+    if position:
+        first = torch.maximum(first, last - position[0])
+    hidden = (key > last[:, None]) | (key < first[..., None])
     levels = []
     for head in range(q.shape[2]):
         score = q[:, :, head].float() @ k[:, :, head // times].float().transpose(1, 2) * scale
-        hidden = torch.ones_like(score, dtype=torch.bool).triu(tail + 1)
-        levels.append(score.masked_fill(hidden, -torch.inf).logsumexp(-1))
+        level = score.masked_fill(hidden, -torch.inf).logsumexp(-1)
+        levels.append(level if sinks is None else level.logaddexp(sinks[head].float()))
     return torch.stack(levels, -1)
 
 
@@ -113,11 +124,12 @@ def filled(value: CaseRecord, generator: torch.Generator) -> Tensor:
         return torch.arange(0, math.prod(shape) * limit, limit, device=device).to(dtype)
     if init == "index":
         return _distinct(shape, limit, generator).to(dtype)
-    if init == "order":
-        return torch.randperm(shape[0], generator=generator, device=device).to(dtype)
-    if init == "pages":
-        pages = torch.randperm(limit, generator=generator, device=device)
-        return pages[: math.prod(shape)].view(shape).to(dtype)
+    if init in ("order", "pages"):
+        count = math.prod(shape)
+        places = torch.randperm(limit or count, generator=generator, device=device)
+        return places[:count].view(shape).to(dtype)
+    if init == "positions":
+        return torch.arange(shape[-1], device=device).remainder(limit).expand(shape).to(dtype)
     if init == "lengths":
         return torch.randint(1, limit + 1, shape, generator=generator, device=device).to(dtype)
     raise ValueError(f"a case fills a tensor with {init!r}, which nothing here knows")
@@ -135,12 +147,19 @@ def _scale(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator, device=generator.device) + 0.5
 
 
+def _bytes(count: int, generator: torch.Generator) -> Tensor:
+    import torch
+
+    return torch.randint(256, (count,), generator=generator, device=generator.device)
+
+
 RANDOM: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "normal": _normal,
     "scale": _scale,
     "affinity": lambda count, generator: _normal(count, generator).sigmoid(),
+    "bytes": _bytes,
 }
-"""By what a case fills a tensor with: so many random numbers in float32."""
+"""By what a case fills a tensor with: so many random numbers."""
 
 
 def _distinct(shape: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:

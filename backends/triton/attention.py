@@ -10,11 +10,15 @@ from backends.triton.instances import OpInstance, OpInstances, attentions, spans
 from backends.triton.kernel import Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 from backends.triton.tuning_table import TuningTable
+from compiler.ops.attention import also_of
 
 FUNCTIONS = {
     "attention": "F.attention",
     "attention_saving": "G.attention_saving",
     "attention_grad": "G.attention_grad",
+    "document_attention": "F.document_attention",
+    "document_attention_saving": "G.document_attention_saving",
+    "document_attention_grad": "G.document_attention_grad",
 }
 """What serves each kind of operator."""
 
@@ -72,6 +76,9 @@ GRAD_KEYS = {
 """Those of dK and dV, whose sums are n times 320 numbers: 192 of a thread's 255 registers on sm_90,
 with two tiles of scores."""
 
+GRAD_BOUNDED = {**GRAD_KEYS, "gfx942": AttentionTile(16, 64, 8, 1)}
+"""The same within documents and windows: where they begin takes registers, too."""
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -107,6 +114,7 @@ class HeadShape:
             ),
             "GRAD_QUERIES": self._fitting(GRAD_QUERIES[self.target]),
             "GRAD_KEYS": self._fitting(GRAD_KEYS[self.target]),
+            "GRAD_BOUNDED": self._fitting(GRAD_BOUNDED[self.target]),
         }
 
     def _fitting(self, tile: AttentionTile) -> AttentionTile:
@@ -121,17 +129,26 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     found = {kind: those for kind in FUNCTIONS if (those := attentions(instances, kind))}
     if not found:
         return None
-    grad = "attention_grad" in found
+    grad = any(kind.endswith("grad") for kind in found)
+    documents = any(kind.startswith("document") for kind in found)
+    kernels = ["FORWARD", *(["GRAD_QUERIES", "GRAD_KEYS"] if grad else [])]
+    bounded = documents or any(
+        "window" in one.op.attrs for those in found.values() for one in those
+    )
+    kernels += ["GRAD_BOUNDED"] if bounded and grad else []
     text = render(
         "triton/attention.py.jinja",
         kinds={kind: ", ".join(spans(those)) for kind, those in found.items()},
         shapes=_shapes(found, target, instances.tuning),
-        kernels=("FORWARD", "GRAD_QUERIES", "GRAD_KEYS") if grad else ("FORWARD",),
+        documents=documents,
+        bounded=bounded,
+        grad=grad,
+        kernels=kernels,
     )
     serves = {FUNCTIONS[kind]: "bfloat16" for kind in found}
     if "attention" in found:
         serves["F.attention_varlen"] = "bfloat16"
-    if grad:
+    if "attention_grad" in found:
         serves["G.attention_varlen_saving"] = serves["G.attention_varlen_grad"] = "bfloat16"
     return KernelFile("attention", text, serves, tuple(_cases(found, instances)))
 
@@ -163,6 +180,8 @@ class Heads:
     dim: int
     width: int
     scale: float
+    window: int = 0
+    sinks: bool = False
 
     def case(self, kind: str, sizes: tuple[int, int, int], lines: tuple[str, ...]) -> Case:
         batch, queries, keys = sizes
@@ -171,21 +190,32 @@ class Heads:
         v = Arg((batch, keys, self.kv_heads, self.width))
         o = Arg((batch, queries, self.heads, self.width))
         lse = Arg((batch, queries, self.heads), "float32")
-        taken, given = ((o, q, k, v, o, lse), (q, k, v)) if kind == "attention_grad" else (
-            (q, k, v), (o,) if kind == "attention" else (o, lse)
-        )  # fmt: skip
+        grad, length = kind.endswith("grad"), 0
+        where: tuple[Arg, ...] = ()
+        if kind.startswith("document"):  # four of each sequence
+            length = max(1, queries // 4)
+            where = (Arg((batch, queries), "int64", "positions", length),)
+        taken = (o, q, k, v, *where, o, lse) if grad else (q, k, v, *where)
+        given = (q, k, v) if grad else (o, lse) if kind.endswith("saving") else (o,)
         # Forward two products, backward five: scores, d V^T, dV, dQ, dK.
-        products = (3, 2) if kind == "attention_grad" else (1, 1)
-        seen = queries * keys - queries * (queries - 1) // 2
+        products = (3, 2) if grad else (1, 1)
+        seen = _seen(queries, keys, self.window)
+        if length:
+            seen = queries // length * _seen(length, length, self.window)
+        of = f" w{self.window}" * bool(self.window) + " sinks" * self.sinks
         return Case(
-            name=f"{kind} h{self.heads} d{self.dim} b{batch} q{queries} k{keys}",
+            name=f"{kind} h{self.heads} d{self.dim} b{batch} q{queries} k{keys}{of}",
             function=kind,
             arguments=(*taken, self.scale),
+            keywords={
+                **({"window": self.window} if self.window else {}),
+                **({"sinks": Arg((self.heads,))} if self.sinks else {}),
+            },
             flops=2 * batch * self.heads * seen * _dot(products, (self.dim, self.width)),
             bytes=nbytes(*taken, *given),
             bound_by="bf16",
             spans=lines,
-            tuning_key="" if kind == "attention_grad" else tuning_key(self.dim, self.width),
+            tuning_key="" if grad or where or of else tuning_key(self.dim, self.width),
         )
 
     def packed(self, kind: str, sizes: tuple[int, int], lines: tuple[str, ...]) -> Case:
@@ -213,15 +243,27 @@ class Heads:
         )
 
 
+def _seen(queries: int, keys: int, window: int) -> int:
+    """Pairs of a query and a key that it sees, the last query all or its window (0: none)."""
+    window, first = min(window or keys, keys), keys - queries + 1
+    few = min(max(window - first, 0), queries)  # of queries whose window reaches the beginning
+    return few * first + few * (few - 1) // 2 + (queries - few) * window
+
+
 def _dot(a: tuple[int, int], b: tuple[int, int]) -> int:
     return a[0] * b[0] + a[1] * b[1]
 
 
 def _heads(instance: OpInstance) -> Heads:
-    q = 1 if instance.kind == "attention_grad" else 0
-    scale = instance.op.real("scale")
+    op, q = instance.op, 1 if instance.kind.endswith("grad") else 0
     return Heads(
-        instance.size(q, 2), instance.size(q + 1, 2), instance.size(q), instance.size(q + 2), scale
+        heads=instance.size(q, 2),
+        kv_heads=instance.size(q + 1, 2),
+        dim=instance.size(q),
+        width=instance.size(q + 2),
+        scale=op.real("scale"),
+        window=op.number("window") if "window" in op.attrs else 0,
+        sinks="sinks" in also_of(op),
     )
 
 
@@ -232,8 +274,12 @@ def _cases(found: Mapping[str, Sequence[OpInstance]], instances: OpInstances) ->
         sizes = [(1, rows, rows), (2, 33, 33)]
         if kind == "attention":
             sizes += [(1, max(1, rows // 8), rows), (2, 33, 77)]
-        for heads in dict.fromkeys(map(_heads, those)):
+        heads = list(dict.fromkeys(map(_heads, those)))
+        for one in heads:
             for size in sizes:
-                yield heads.case(kind, size, spans(those))
-            yield heads.packed(kind, (4, max(1, rows // 4)), spans(those))
-            yield heads.packed(kind, (3, 21), spans(those))
+                yield one.case(kind, size, spans(those))
+        if kind.startswith("document"):
+            continue
+        for one in dict.fromkeys(replace(one, window=0, sinks=False) for one in heads):
+            yield one.packed(kind, (4, max(1, rows // 4)), spans(those))
+            yield one.packed(kind, (3, 21), spans(those))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Arg, Case, KernelFile, nbytes
+from backends.triton.kernel import TORCH, Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 
 SCORES = 2**27
@@ -25,9 +25,6 @@ FUNCTIONS = {
     "cross_entropy_grad": "G.cross_entropy_grad",
 }
 """What serves each kind of operator."""
-
-TORCH = {"bf16": "bfloat16", "f32": "float32"}
-"""What torch calls element types."""
 
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:

@@ -79,24 +79,29 @@ class OpInstances:
         return [one for one in found if not dtype or one.op.operands[0].type.dtype == dtype]
 
 
-KNOWN_SCORES = {"scale"}
-"""What kernels know of how an attention makes its scores."""
+KNOWN = {"scale", "window", "sinks"}
+"""What kernels know of how an attention makes its scores; of attention to latents the first."""
+
+
+def extras(op: Op) -> list[str]:
+    """What of an attention no kernel knows: `mask`, `softcap`, `selected`."""
+    known = {"scale"} if op.kind == LatentAttention.kind else KNOWN
+    found = [*op.attrs, *(op.texts("also") if "also" in op.attrs else ())]
+    return [name for name in found if name not in (*known, "also")]
 
 
 def attentions(instances: OpInstances, kind: str) -> list[OpInstance]:
     """The uses of a kind of attention that kernels serve; torch's own code has the others."""
-    return [one for one in instances.of(kind) if one.op.attrs.keys() <= KNOWN_SCORES]
+    return [one for one in instances.of(kind) if not extras(one.op)]
 
 
 def left_to_torch(programs: Mapping[str, Program]) -> list[str]:
-    """Attentions that no kernel serves: `attention with window (gemma.dsl:25)`."""
+    """Attentions that no kernel serves: `attention with mask (gemma.dsl:25)`."""
     found: dict[str, None] = {}
     for program in programs.values():
         for graph in program.graphs.values():
             for op in graph.walk():
-                extra = [attr for attr in op.attrs if attr not in (*KNOWN_SCORES, "also")]
-                extra += op.texts("also") if "also" in op.attrs else ()
-                if extra and issubclass(OPS[op.kind], Attention | LatentAttention):
+                if issubclass(OPS[op.kind], Attention | LatentAttention) and (extra := extras(op)):
                     place = OpInstance(program.name, graph, op).span
                     found[f"attention with {', '.join(extra)} ({place})"] = None
     return list(found)

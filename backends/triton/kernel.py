@@ -10,7 +10,7 @@ from typing import Any, Literal
 BoundBy = Literal["fp8", "bf16", "memory"]
 Init = Literal[
     "normal", "scale", "affinity", "zeros", "ones",
-    "ends", "starts", "index", "order", "lengths", "pages",
+    "ends", "starts", "index", "order", "lengths", "pages", "positions", "bytes",
 ]  # fmt: skip
 
 
@@ -20,7 +20,8 @@ class Arg:
 
     `init` tells a GPU run what to put there (`scale` is near 1, `affinity` between 0 and 1);
     `limit` bounds whole numbers (for `ends` the last one, for `index` one more than the largest;
-    `starts` are so far apart). `strides`, if not those of a contiguous tensor.
+    `starts` are so far apart, `positions` restart after so many). `strides`, if not those of a
+    contiguous tensor.
     """
 
     shape: tuple[int, ...]
@@ -84,7 +85,13 @@ class KernelFile:
     when: Mapping[str, str] = field(default_factory=dict)
 
 
-MODULES = {"F": "functional", "G": "gradients", "fp8": "fp8", "optimizer": "optimizer"}
+MODULES = {
+    "F": "functional",
+    "G": "gradients",
+    "e5m6": "e5m6",
+    "fp8": "fp8",
+    "optimizer": "optimizer",
+}
 """What `model.py` calls the modules of `runtime/` whose functions kernels replace."""
 
 
@@ -100,7 +107,11 @@ def of_parts(parts: Sequence[int]) -> str:
     return f" of {'+'.join(map(str, parts))}" if parts else ""
 
 
+TORCH = {"bf16": "bfloat16", "f32": "float32", "f8e4m3": "float8_e4m3fn", "i64": "int64"}
+"""What torch calls element types."""
+
 SIZES = {
+    "uint8": 1,
     "float8_e4m3fn": 1,
     "bfloat16": 2,
     "float32": 4,

@@ -17,6 +17,8 @@ from backends.triton import (
     cross_entropy,
     cublas,
     deep_gemm,
+    e5m6,
+    embedding,
     flash_mla,
     fp8_cublas,
     fp8_grouped_linear,
@@ -50,11 +52,13 @@ FAMILIES = (
     balance,
     permute,
     quantize,
+    e5m6,
     fp8_linear,
     linear,
     fp8_grouped_linear,
     grouped_linear,
     cross_entropy,
+    embedding,
     adamw,
 )
 """Each has `kernel_file(instances, target)`: a file of kernels, or None where none is needed."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Arg, Case, KernelFile, nbytes
+from backends.triton.kernel import TORCH, Arg, Case, KernelFile, nbytes
 from backends.triton.target import Target
 from compiler.graph.types import Type
 from compiler.ops.base import dims_of
@@ -36,9 +36,6 @@ FUNCTIONS = {
 
 GROUP_SIZE = 128
 """Numbers in E4M3 that one scale is for."""
-
-TORCH = {"bf16": "bfloat16", "f32": "float32", "f8e4m3": "float8_e4m3fn", "i64": "int64"}
-"""What torch calls element types."""
 
 Tensors = tuple[Arg, ...]
 

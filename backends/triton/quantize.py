@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backends.render import render
 from backends.triton.instances import OpInstance, OpInstances, spans
-from backends.triton.kernel import Arg, Case, KernelFile, deduplicate, nbytes, of_parts
+from backends.triton.kernel import TORCH, Arg, Case, KernelFile, deduplicate, nbytes, of_parts
 from backends.triton.target import Target
 from compiler.ops.quantize import CASTS, parts_attr, runs
 
@@ -25,7 +25,8 @@ the one time they are loaded until they are written in rows and in columns."""
 
 def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
     """`kernels/quantize.py`, with the casts that occur."""
-    found = [kind for kind in (*CASTS, "quantize_both", "fp8_weight") if instances.of(kind)]
+    known = (*CASTS, "quantize_both", "fp8_weight", "dequantize")
+    found = [kind for kind in known if instances.of(kind)]
     kinds = ["quantize_weight" if kind == "fp8_weight" else kind for kind in found]
     if not kinds:
         return None
@@ -43,8 +44,8 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         tile_warps=TILE_WARPS // (target.warp_size // 32),
         both="quantize_both" in kinds,
     )
-    first = {kind: "float8_e4m3fn" if kind == "requantize" else "bfloat16" for kind in kinds}
-    serves = {f"fp8.{kind}": dtype for kind, dtype in first.items()}
+    read = ("requantize", "dequantize")
+    serves = {f"fp8.{kind}": "float8_e4m3fn" if kind in read else "bfloat16" for kind in kinds}
     cases = deduplicate(
         case for instance in instances.of(*found) for case in _cases(instance, instances)
     )
@@ -54,6 +55,8 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
 def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     if instance.kind == "fp8_weight":
         return [_weight_case(instance)]
+    if instance.kind == "dequantize":
+        return [_dequantize_case(instance, instances.train_rows)]
     kind, size, scale = instance.kind, instance.size(0), instance.op.text("scale")
     parts = list(instance.op.parts)
     keywords = {"scale": scale, **({"parts": parts} if parts else {})}
@@ -92,6 +95,21 @@ def _weight_case(instance: OpInstance) -> Case:
         keywords={"scale": scale, **({"parts": parts} if parts else {})},
         bytes=nbytes(weight, wide, Arg(scales, "float32")),
         access=_access(shape[-1]),
+        spans=spans([instance]),
+    )
+
+
+def _dequantize_case(instance: OpInstance, rows: int) -> Case:
+    """Of saved activations, in training alone."""
+    size, dtype = instance.size(0), TORCH[instance.op.text("dtype")]
+    q, s = Arg((rows, size), "float8_e4m3fn"), Arg((rows, runs(size)), "float32", "scale")
+    return Case(
+        name=f"dequantize n{size} m{rows}",
+        function="dequantize",
+        arguments=(q, s),
+        keywords={"dtype": dtype},
+        bytes=nbytes(q, s, Arg((rows, size), dtype)),
+        access=_access(size),
         spans=spans([instance]),
     )
 

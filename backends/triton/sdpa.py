@@ -18,7 +18,7 @@ def _fits(case: Case) -> bool:
     q, k, v = (arg.shape for arg in case.arguments[:3])
     widths = q[3], v[3]
     known = widths == WIDTHS or (widths[0] == widths[1] <= 128 and widths[0] % 8 == 0)
-    return q[:3] == k[:3] and q[1] > 1 and known
+    return q[:3] == k[:3] and q[1] > 1 and known and not case.keywords
 
 
 LIBRARY = Library(

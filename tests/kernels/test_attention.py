@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -28,6 +28,9 @@ GQA = (
     "architecture={layers: [{repeat: 1, attention: GQA, feed_forward: SwiGLU}]}",
     "train={}",
 )
+
+
+DOCUMENTS = ("train.document_mask=true", "sequence.eos_token_id=1")
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,28 @@ def made(
     return q, k, kv[..., heads.dim : heads.dim + heads.width]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp in float64; differentiable."""
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    first: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp in float64; differentiable.
+
+    `first` [.., query] is the first key that a query sees.
+    """
     times = q.shape[2] // k.shape[2]
     k, v = (t.double().repeat_interleave(times, 2).transpose(1, 2) for t in (k, v))
     score = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale
-    hidden = ~torch.ones(score.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[1])
-    score = score.masked_fill(hidden, -math.inf)
+    seen = torch.ones(score.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[1])
+    if first is not None:
+        seen = seen & (torch.arange(k.shape[2]) >= first[:, None, :, None])
+    score = score.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        sink = sinks[:, None, None].expand(*score.shape[:-1], 1)
+        score, v = torch.cat([score, sink], -1), torch.nn.functional.pad(v, (0, 0, 0, 1))
     return (score.softmax(-1) @ v).transpose(1, 2), score.logsumexp(-1).transpose(1, 2)
 
 
@@ -148,6 +166,62 @@ def test_attention_grad(
         assert keys == 1 or difference(grad, y) < 7e-6
     again = module.attention_grad(d, q, k, v, o, lse, scale)
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+# Queries, keys, a window, documents of so many tokens, sinks. There are rows that see nothing of
+# the first tile of keys, and tiles that no query of a tile sees, before and after.
+BOUNDED = [
+    (TINY, 200, 200, 40, 0, False),
+    (SHARED, 40, 200, 70, 0, True),
+    (SHARED, 130, 130, 0, 0, True),
+    (TINY, 200, 200, 0, 60, False),
+    (SHARED, 200, 200, 33, 60, True),
+]
+
+
+@pytest.mark.parametrize(("heads", "queries", "keys", "window", "length", "sunk"), BOUNDED)
+def test_windows_sinks_and_documents(
+    kernels: KernelLoader,
+    heads: Heads,
+    queries: int,
+    keys: int,
+    window: int,
+    length: int,
+    sunk: bool,
+) -> None:
+    """Results and gradients against float64; of a few tokens, too, which a window does not cut."""
+    sets = (*heads.sets, *(DOCUMENTS if length else ()))
+    module, name = kernels("attention", heads.spec, "sm_90", sets), "document_" * bool(length)
+    q, k, v = made(heads, 1, queries, keys)
+    d = made(heads, 1, queries, queries, seed=1)[2]
+    d = d.repeat_interleave(heads.heads // heads.kv_heads, 2)
+    sinks = [torch.linspace(-2, 3, heads.heads).bfloat16()] * sunk
+    named = {"window": window} if window else {}
+    named |= {"sinks": sinks[0]} if sunk else {}
+    last = torch.arange(keys - queries, keys)[None]
+    first = (last - window + 1 if window else torch.zeros_like(last)).clamp(min=0)
+    position = [torch.arange(queries)[None] % length] if length else []
+    for one in position:
+        first = torch.maximum(first, last - one)
+    scale = heads.dim**-0.5
+    o, lse = getattr(module, f"{name}attention_saving")(q, k, v, *position, scale, **named)
+    leaves = [t.double().requires_grad_() for t in (q, k, v, *sinks)]
+    expected, expected_lse = exact(leaves[0], leaves[1], leaves[2], scale, first, *leaves[3:])
+    assert close(o, expected, 8e-4, 2.01 / 128)
+    assert difference(o, expected.detach()) < 5e-6
+    assert close(lse, expected_lse, 1e-6, 8.01 / 65536)
+    gradient = getattr(module, f"{name}attention_grad")
+    found = gradient(d, q, k, v, *position, o, lse, scale, **named)
+    true = torch.autograd.grad(expected, leaves, d.double())
+    for grad, leaf, x in zip(found, (q, k, v, *sinks), true, strict=True):
+        assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
+        # A value's gradient is a sum of a hundred probabilities in bfloat16, which may cancel out.
+        assert close(grad, x, 2e-3, 8.01 / 128) and difference(grad, x) < 1e-5
+    few = [t[:, :5] for t in (q, k, v, *position)]
+    alone, reference = (
+        getattr(one, f"{name}attention")(*few, scale, **named) for one in (module, functional)
+    )
+    assert close(alone, reference.double(), 8e-4, 2.01 / 128)
 
 
 # Empty, of one token, of several tiles; one behind a cached prefix.
@@ -234,6 +308,24 @@ def test_tiles_that_may_be_measured_keep_the_rules(target: str) -> None:
         assert str(tile) in own[0].text
         for row in compile_kernels(own, kernels_package(own, gpu), gpu):
             assert not violations(row, gpu), (tile, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_documents_with_a_window_keep_the_rules(target: str) -> None:
+    """At the sizes of V3, where registers are few: one case of each kernel."""
+    sets, gpu = (*DOCUMENTS, "params.window=128"), TARGETS[target]
+    description = load(ROOT / "specs/deepseek_v3.yaml", sets=sets)
+    files = kernel_files(compile(description).programs, description, gpu)
+    (own,) = (file for file in files if file.name == "attention")
+    wanted = ("document_attention_saving", "document_attention_grad")
+    cases = {case.function: case for case in reversed(own.cases) if case.function in wanted}
+    own = replace(own, cases=tuple(cases.values()))
+    rows = list(compile_kernels([own], kernels_package([own], gpu), gpu))
+    bounded = {row["kernel"] for row in rows if row["constants"]["WINDOW"]}
+    assert bounded == {"attention_kernel", "grad_queries_kernel", "grad_keys_kernel"}
+    for row in rows:
+        assert not violations(row, gpu), row
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 0), (2, 0, 5)])

@@ -58,6 +58,23 @@ def test_cases_are_checked_against_the_reference(
         assert seen
 
 
+@pytest.mark.slow
+def test_cases_of_documents_are_checked(kernels: KernelLoader) -> None:
+    """With a window: their positions, results and log-sum-exp are those of the reference."""
+    sets = ("train.document_mask=true", "sequence.eos_token_id=1", "params.window=5")
+    spec, seen = "deepseek_v3_tiny", set()
+    listed = json.loads(package_of(spec, "sm_90", sets)["kernels/kernels.json"])["files"]
+    (file,) = (one for one in listed if one["name"] == "attention.py")
+    module = kernels("attention", spec, "sm_90", sets)
+    for case in file["cases"]:
+        if case["function"].startswith("document") and numbers(case) <= SMALL:
+            seen.add(case["function"])
+            assert case["keywords"] == {"window": 5}
+            kernel, reference = getattr(module, case["function"]), reference_of(file, case)
+            assert checked(kernel, reference, case, "cpu") == "", case["name"]
+    assert len(seen) == 3
+
+
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`benchmarks/gpu/__main__.py`, with a clock that stands still."""

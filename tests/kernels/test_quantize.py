@@ -216,3 +216,18 @@ def test_every_number_is_written_and_always_the_same(
 
     monkeypatch.setattr(torch, "empty", poisoned)
     assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 128), (7, 300), (0, 96)])
+def test_saved_numbers_are_read_back(kernels: KernelLoader, shape: tuple[int, ...]) -> None:
+    """What is not finite, too; scales that lie by columns."""
+    sets = [*FP8, "train.saved_formats.experts=fp8"]
+    q, s = fp8.quantize(wild(*shape), "ue8m0")
+    across = s.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for target in ("sm_90", "gfx942"):
+        module = kernels("quantize", "deepseek_v3_tiny", target, sets)
+        for dtype in (torch.bfloat16, torch.float32):
+            found = module.dequantize(q, across, dtype=dtype)
+            expected = fp8.dequantize(q, s, dtype=dtype)
+            assert found.dtype == dtype and torch.equal(found.isnan(), expected.isnan())
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
