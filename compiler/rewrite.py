@@ -62,22 +62,22 @@ class Rewriter:
             self.builder.graph.replace_uses(old, new)
         list_of(self.builder.graph, op).remove(op)
 
+    def like(self, op: Op) -> Rewriter:
+        """The same place for what comes from where another operator does."""
+        return replace(self, op=op, matched=[])
+
     def add(
         self,
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
-        like: Op | None = None,
         **attrs: Attr,
     ) -> list[Value]:
-        """A new operator before the one that is replaced; it comes from where the matched ones do.
-
-        With `like` it comes from where that operator does.
-        """
-        origins = [like] if like else [self.op, *self.matched]
-        spans = dict.fromkeys(s for o in origins for s in o.spans)
+        """A new operator before the one that is replaced, from where the matched ones come."""
+        spans = dict.fromkeys(s for o in [self.op, *self.matched] for s in o.spans)
         return self.builder.add(
             kind, operands, symbols, names=names, regions=(), spans=tuple(spans), **attrs
         )

@@ -107,6 +107,7 @@ class Builder:
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
         regions: Sequence[Region] = (),

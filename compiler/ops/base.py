@@ -58,6 +58,7 @@ class Adjoint(Protocol):
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
         **attrs: Attr,

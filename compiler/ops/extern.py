@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from compiler.graph.core import Op, Value
 from compiler.graph.types import FLOATS, RUNTIME_DIMS, Dim, Type, parse_type
@@ -62,8 +62,7 @@ class Extern(_Declared):
                 (gradient,) = at.add("zeros_like", [result], names=["zeros"])
             given += [gradient] if gradient is not None else []
         names = [f"d_{v.name}" for v in op.operands if v.type.dtype in FLOATS]
-        attrs: dict[str, Any] = dict(op.attrs)
-        found = iter(at.add("extern_grad", [*given, *op.operands], names=names, **attrs))
+        found = iter(at.add("extern_grad", [*given, *op.operands], names=names, **op.attrs))
         return [next(found) if v.type.dtype in FLOATS else None for v in op.operands]
 
 

@@ -121,6 +121,7 @@ class _Backward:
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
         **attrs: Attr,
