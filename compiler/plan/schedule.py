@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
 from typing import NamedTuple
 
@@ -96,18 +96,22 @@ class Schedule:
 
     def holder(self, stage: int, batch: int) -> int:
         """The pipeline rank that holds a stage for a micro-batch."""
-        return self.direction(batch)[stage]
+        return self.directions[batch][stage]
 
-    def direction(self, batch: int) -> tuple[int, ...]:
-        """The pipeline rank of each stage for a micro-batch."""
-        return self.placement[batch * len(self.placement) // self.batches]
+    @cached_property
+    def directions(self) -> list[tuple[int, ...]]:
+        """For each micro-batch the pipeline rank of each stage."""
+        ways = len(self.placement)
+        return [self.placement[batch * ways // self.batches] for batch in range(self.batches)]
 
     def message(self, chunk: Chunk) -> Message | None:
         """What a chunk makes for another pipeline rank, if it does."""
         kind, stage, batch = chunk
+        if kind == "W":
+            return None
         target = stage + (1 if kind == "F" else -1)
-        direction = self.direction(batch)
-        if kind == "W" or not 0 <= target < len(direction):
+        direction = self.directions[batch]
+        if not 0 <= target < len(direction):
             return None
         sender, receiver = direction[stage], direction[target]
         if sender == receiver:
