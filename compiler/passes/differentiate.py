@@ -280,7 +280,7 @@ class _Backward:
         """The first operator: what the backward graph reads of the forward graph."""
         own = {*self.backward.args, *(v for op in self.backward.walk() for v in op.results)}
         own |= {v for op in self.backward.walk() for r in op.regions for v in r.args}
-        read = {v for op in self.backward.walk() for v in op.operands}
+        read = self.backward.read()
         needed = [v for v in in_order(self.forward) if v in read and v not in own]
         copies = {v: Value(v.name, v.type) for v in needed}
         for old, new in copies.items():
