@@ -100,8 +100,8 @@ def _chunks(source: Source, problems: Diagnostics) -> Iterator[tuple[int, int, s
 def _parse(source: Source, start: int, end: int, rule: str) -> Any:
     text = source.text[start:end]
     depth = longest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
+    for bracket in re.findall(r"[][(){}]", text):
+        depth += 1 if bracket in "([{" else -1
         longest = max(longest, depth)
     if longest > MAX_NESTING:
         _fail("E204", "brackets are nested too deeply", source.span(start, end), "", "split it up")

@@ -120,7 +120,7 @@ class Schedule:
 
     def steps(self, rank: int) -> tuple[Step, ...]:
         """What a pipeline rank computes, without what it sends and receives."""
-        return tuple(entry for entry in self.rows[rank] if isinstance(entry, tuple))
+        return tuple([entry for entry in self.rows[rank] if isinstance(entry, tuple)])
 
     def __str__(self) -> str:
         """A line for each rank, a word for each step."""

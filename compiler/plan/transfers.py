@@ -15,7 +15,7 @@ from dataclasses import replace
 from operator import itemgetter
 
 from compiler.plan.greedy import schedule_of
-from compiler.plan.schedule import Entry, Receive, Schedule, Send
+from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
 from compiler.plan.simulate import ChunkCosts, simulate
 
 
@@ -32,18 +32,15 @@ def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule
     times = simulate(given, costs or ChunkCosts()).ranks
     # The entries of each rank with their ends; sorting is stable, so that of equal ends steps come
     # first, and messages are in the order of ranks and chunks.
-    rows: list[list[tuple[float, Entry]]] = [
-        [(end, step) for step, (_, end) in zip(given.steps(rank), own, strict=True)]
-        for rank, own in enumerate(times)
-    ]
-    made = [
-        (end, message)
-        for row in rows
-        for end, step in row
-        if isinstance(step, tuple)
-        for chunk in step
-        if (message := given.message(chunk)) is not None
-    ]
+    rows: list[list[tuple[float, Entry]]] = [[] for _ in given.rows]
+    made: list[tuple[float, Message]] = []
+    for rank, (row, own) in enumerate(zip(rows, times, strict=True)):
+        for step, (_, end) in zip(given.steps(rank), own, strict=True):
+            row.append((end, step))
+            for chunk in step:
+                message = given.message(chunk)
+                if message is not None:
+                    made.append((end, message))
     made.sort(key=_end)
     for number, (end, message) in enumerate(made):
         rows[message.sender].append((end, Send(number)))
