@@ -132,8 +132,9 @@ class Operator:
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         """The gradients of an operator's operands, given those of its results, as operators.
 
-        None where there is none: a result that nothing depends on, an operand that `at` does not
-        want or that is no real number. Gradients of weights are accumulated on the way.
+        None where there is none: a result that nothing depends on (but not all of them), an operand
+        that `at` does not want or that is no real number. Gradients of weights are accumulated on
+        the way.
         """
         raise NotImplementedError
 
@@ -156,6 +157,12 @@ class Operator:
 def module_of(weight: str) -> str:
     """The last name of the module that a weight belongs to: `q_b_proj`."""
     return weight.removesuffix(".weight").rpartition(".")[2]
+
+
+def only(d: Sequence[Value | None]) -> Value:
+    """The gradient that `grad` is given, where no more than one result can have any."""
+    (found,) = [x for x in d if x is not None]
+    return found
 
 
 def grad_name(symbols: Sequence[str]) -> str:

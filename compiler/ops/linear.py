@@ -17,6 +17,7 @@ from compiler.ops.base import (
     grad_name,
     need_float,
     need_rank,
+    only,
 )
 
 
@@ -87,13 +88,12 @@ class Linear(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if d[0] is None:
-            return [None]
+        dy = only(d)
         dx = None
         if at.needs_grad(x):
-            (dx,) = at.add("linear_input_grad", [d[0]], op.symbols, names=[f"d_{x.name}"])
+            (dx,) = at.add("linear_input_grad", [dy], op.symbols, names=[f"d_{x.name}"])
         if at.trainable(op.symbols):
-            dw = at.add("linear_weight_grad", [d[0], x], names=[grad_name(op.symbols)])
+            dw = at.add("linear_weight_grad", [dy, x], names=[grad_name(op.symbols)])
             at.add("accumulate_grad", dw, op.symbols)
         return [dx]
 
