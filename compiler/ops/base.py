@@ -75,6 +75,9 @@ class Adjoint(Protocol):
         """Whether any of these weights is trained."""
 
 
+Sums = Literal["nowhere", "first", "one", "all", "own"]
+
+
 class Operator:
     """One kind of operator. Subclasses declare; the docstring is what `dslc ops` prints."""
 
@@ -88,7 +91,7 @@ class Operator:
     # Where a partial sum over ranks may stand, and then makes partial sums of the results, because
     # the operator is linear there: nowhere, in the `first` operand, in any `one` of them, in `all`
     # of them at once. `own`: `infer` says how the results are placed.
-    sums: ClassVar[Literal["nowhere", "first", "one", "all", "own"]] = "nowhere"
+    sums: ClassVar[Sums] = "nowhere"
     pure: ClassVar[bool] = True  # may be dropped when none of its results is read
     # Whether its results change with its real operands so that they have a derivative.
     differentiable: ClassVar[bool] = True

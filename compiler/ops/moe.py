@@ -18,7 +18,7 @@ from compiler.ops.base import (
     need_rank,
     only,
 )
-from compiler.ops.linear import out_dim
+from compiler.ops.linear import Linear
 
 
 def slots(op: Attributes, topk_indices: Type, sizes: Mapping[str, int]) -> int:
@@ -247,7 +247,7 @@ class Permute(Operator):
         ]
 
 
-class GroupedLinear(Operator):
+class GroupedLinear(Linear):
     """y = x W_e^T for the slots of each expert e: one product for all experts.
 
     x [slot, in], offs [experts]; weight [out, in] of each expert, named `experts.*`. The results of
@@ -255,35 +255,8 @@ class GroupedLinear(Operator):
     """
 
     kind = "grouped_linear"
-    product = True
     sums = "first"
     operands = ("x", "offs")
-    symbols = ("weight*",)
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        x = site.types[0]
-        need_float(cls.kind, x)
-        return (x.with_last(out_dim(cls.kind, x, site.weights)),)
-
-    @classmethod
-    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * sum(w.dims[0].size or 0 for w in site.weights)
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        x, offs = op.operands
-        dy = only(d)
-        dx = None
-        if at.needs_grad(x):
-            (dx,) = at.add(
-                "grouped_linear_input_grad", [dy, offs], op.symbols, names=[f"d_{x.name}"]
-            )
-        if at.trainable(op.symbols):
-            names = [grad_name(op.symbols)]
-            dw = at.add("grouped_linear_weight_grad", [dy, x, offs], names=names)
-            at.add("accumulate_grad", dw, op.symbols)
-        return [dx, None]
 
 
 class GroupedParameter(Operator):
@@ -305,9 +278,9 @@ class GroupedParameter(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is not None and at.trainable(op.symbols):
+        if at.trainable(op.symbols):
             names = [grad_name(op.symbols)]
-            dw = at.add("grouped_parameter_grad", [d[0], op.operands[1]], names=names)
+            dw = at.add("grouped_parameter_grad", [only(d), op.operands[1]], names=names)
             at.add("accumulate_grad", dw, op.symbols)
         return [None, None]
 
