@@ -314,6 +314,8 @@ class _Check:
 
     def _regions(self, op: Op, scope: _Scope) -> bool:
         """Checks what is inside; whether it is sound."""
+        if not op.regions:
+            return True
         found = len(self.problems)
         for region in op.regions:
             self._define(region.args)

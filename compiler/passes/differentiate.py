@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from compiler.graph.build import Builder
+from compiler.graph.build import Builder, value_names
 from compiler.graph.core import (
     REPEATS,
     Attr,
@@ -109,7 +109,7 @@ class _Backward:
         callees = {g.name: g for g in derivation.made.values()}
         self.builder = Builder(self.backward, callees)
         # Values of the forward graph are read under their own names.
-        self.builder.names |= Builder(graph, {}).names
+        self.builder.names |= value_names(graph)
         arguments = derivation.arguments[graph.name]
         self.requires_grad = _requires_grad(graph, arguments, derivation.results)
         self.spans: tuple[Span, ...] = ()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import count
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from compiler.parallel.layout import placement
 
@@ -46,6 +46,7 @@ class Send:
     """The rank sends the message of this number."""
 
     number: int
+    verb: ClassVar[str] = "send"
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Receive:
     """The rank receives the message of this number."""
 
     number: int
+    verb: ClassVar[str] = "receive"
 
 
 Entry = Step | Send | Receive
@@ -145,7 +147,7 @@ def word(entry: Entry) -> str:
     """An entry of a row as texts say it: `3F2`, `3F2&0B1`, `send 7`."""
     if isinstance(entry, tuple):
         return "&".join([f"{stage}{kind}{batch}" for kind, stage, batch in entry])
-    return f"send {entry.number}" if isinstance(entry, Send) else f"receive {entry.number}"
+    return f"{entry.verb} {entry.number}"
 
 
 def schedule_from_json(text: str) -> Schedule:
