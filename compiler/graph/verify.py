@@ -131,11 +131,11 @@ class _Check:
 
     # ---- places -----------------------------------------------------------------------------
 
-    def _try(self, rule: Callable[..., None], *arguments: object, op: Op | None = None) -> None:
+    def _try(self, rule: Callable[..., None], *arguments: object) -> None:
         try:
             rule(*arguments)
         except Broken as broken:
-            self.problems.append(self._diagnostic(broken, op))
+            self.problems.append(self._diagnostic(broken, None))
 
     def _diagnostic(self, broken: Broken, op: Op | None) -> Diagnostic:
         subject = f"graph @{self.graph.name}" + (f", {print_op(op)}" if op else "")
@@ -194,7 +194,10 @@ class _Check:
 
     def _ops(self, ops: Sequence[Op], scope: _Scope) -> None:
         for op in ops:
-            self._try(self._op, op, scope, op is ops[-1], op=op)
+            try:
+                self._op(op, scope, op is ops[-1])
+            except Broken as broken:
+                self.problems.append(self._diagnostic(broken, op))
             scope.visible.update(op.results)
 
     def _op(self, op: Op, scope: _Scope, last: bool) -> None:
