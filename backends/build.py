@@ -27,13 +27,12 @@ from compiler.graph.core import Graph
 from compiler.graph.text import print_program
 from compiler.lower.state import DTYPES
 from compiler.pipeline import Compiled, compile, without_fp8
-from compiler.plan.greedy import schedule_of
 from compiler.plan.make import make_plan, step_counts
 from compiler.plan.plan import Plan
 from compiler.plan.ramp import longest, rounds
 from compiler.plan.record import record
 from compiler.plan.schedule import schedule
-from compiler.plan.transfers import with_transfers
+from compiler.plan.transfers import executed_schedule
 from compiler.roles import roles
 from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.load import Description
@@ -207,13 +206,7 @@ def package(
         if (mesh.expert > 1 and target is None) or (mesh.expert == 1 and mesh.pipeline > 1):
             stages = stages_py(description, compiled, layout, found, **emitted)
             texts |= {"stages.py": stages} if stages is not None else {}
-        order = schedule(layout.schedule, mesh.pipeline, layout.micro_batches)
-        texts["graph/schedule.txt"] = str(order)
-        ways, most = len(layout.placement), longest(mesh.pipeline)
-        counts = step_counts(description, layout)
-        for size in sorted({size for count in counts for size in rounds(count, ways, most)}):
-            steps = schedule_of(layout.schedule, mesh.pipeline, size)
-            texts[f"graph/schedule-{size}.json"] = with_transfers(steps).to_json()
+        texts |= schedule_texts(description, plan)
     names = [*texts, "report.html", MANIFEST]
     texts["report.html"] = render_report(
         description, compiled, numbers, version=VERSION, files=names, plan=plan
@@ -221,6 +214,21 @@ def package(
     files = {name: text.encode() for name, text in texts.items()}
     files[MANIFEST] = manifest(description, compiled, files)
     return files
+
+
+def schedule_texts(description: Description, plan: Plan) -> dict[str, str]:
+    """The schedule of a step, and one for each number of micro-batches that steps are made of."""
+    layout, pipeline = plan.layout, plan.layout.mesh.pipeline
+    order = schedule(layout.schedule, pipeline, layout.micro_batches)
+    texts = {"graph/schedule.txt": str(order)}
+    ways, most = len(layout.placement), longest(pipeline)
+    counts = step_counts(description, layout)
+    for size in sorted({size for count in counts for size in rounds(count, ways, most)}):
+        steps = plan.order
+        if size != steps.batches:
+            steps = executed_schedule(layout.schedule, pipeline, size)
+        texts[f"graph/schedule-{size}.json"] = steps.to_json()
+    return texts
 
 
 def manifest(description: Description, compiled: Compiled, files: Mapping[str, bytes]) -> bytes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from compiler.graph.core import Op, Program, copy_program
-from compiler.graph.equal import changed_graphs, equal_links
+from compiler.graph.core import Program, copy_program
+from compiler.graph.equal import equal_links
 from compiler.graph.verify import verify
 from compiler.lower import lower
 from compiler.parallel.layout import Layout
@@ -37,6 +37,8 @@ from compiler.passes.simplify import SIMPLIFY
 from compiler.passes.split_backward import SPLIT_BACKWARD
 from compiler.rewrite import Miss
 from dsl.load import Description
+
+LOGITS = select_outputs("logits")
 
 # Fewer operators, each of which does more.
 FUSE = (HOIST, FUSE_EXPERTS, FUSE_GATE, FUSE_POINTWISE)
@@ -70,7 +72,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # Scores after the last position of a prompt, or of the next part of one; fills the cache.
     "prefill": (
         FUSE_PROJECTIONS,
-        select_outputs("logits"),
+        LOGITS,
         SIMPLIFY,
         INSERT_CACHE,
         *FUSE,
@@ -79,7 +81,7 @@ PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     # The same for one token at a time, in the latent space.
     "decode": (
         FUSE_PROJECTIONS,
-        select_outputs("logits"),
+        LOGITS,
         SIMPLIFY,
         INSERT_CACHE,
         ABSORB,
@@ -132,19 +134,31 @@ def shared_prefix(program: str, lowered: Program, description: Description) -> P
 class PassResult:
     """A program after one pass; `name` is that of the pass, or `lower`.
 
-    `delta` says how many operators of each kind there are more than before, each block counted
-    once; `misses` are the places where a rule did not apply, and why. `seconds` is how long the
-    pass took, for terminals only: a build holds no times.
+    `before` is the program that the pass was given; the two share the graphs that are equal.
+    `misses` are the places where a rule did not apply, and why. `seconds` is how long the pass
+    took, for terminals only: a build holds no times.
     """
 
     program_name: str
     name: str
     purpose: str
     program: Program
+    before: Program | None = None
     changed: bool = True
-    delta: Mapping[str, int] = field(default_factory=dict)
     misses: tuple[Miss, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def delta(self) -> dict[str, int]:
+        """How many operators of each kind there are more than before, each block counted once."""
+        if self.before is None:
+            return {}
+        a, b = self.before.graphs, self.program.graphs
+        old, new = (
+            Counter([op.kind for n, g in mine.items() if g is not other.get(n) for op in g.walk()])
+            for mine, other in ((a, b), (b, a))
+        )
+        return {kind: n for kind in sorted({*old, *new}) if (n := new[kind] - old[kind])}
 
     @property
     def summary(self) -> str:
@@ -185,8 +199,9 @@ def compile(
     seconds = time.perf_counter() - start
     steps = [PassResult("all", "lower", "blocks and spec to the graph", lowered, seconds=seconds)]
     programs: dict[str, Program] = {}
+    known: dict[tuple[Pass, ...], PassResult] = {}
     for name, passes in program_passes(lowered).items():
-        for step in run(name, lowered, select_passes(passes, skip, until), description):
+        for step in run(name, lowered, select_passes(passes, skip, until), description, known):
             steps.append(step)
             programs[name] = step.program
     return Compiled(lowered, programs, tuple(steps))
@@ -223,32 +238,35 @@ def select_passes(
 
 
 def run(
-    name: str, lowered: Program, passes: Sequence[Pass], description: Description
+    name: str,
+    lowered: Program,
+    passes: Sequence[Pass],
+    description: Description,
+    known: dict[tuple[Pass, ...], PassResult] | None = None,
 ) -> Iterator[PassResult]:
-    """The program after each pass. Graphs that a pass does not change are those of before."""
+    """The program after each pass. Graphs that a pass does not change are those of before.
+
+    `known` are results of passes from the first one on: programs that begin alike share them.
+    """
+    known = {} if known is None else known
     program = lowered
-    for one in passes:
-        start = time.perf_counter()
-        after = copy_program(program)
-        misses = one.run(after, description)
-        graphs = changed_graphs(program, after)
-        verify(after, graphs)
-        seconds = time.perf_counter() - start
-        delta = _delta(program, after, graphs)
-        changed = bool(graphs) or not equal_links(program, after)
-        after.graphs |= {n: g for n, g in program.graphs.items() if n not in graphs}
-        yield PassResult(name, one.name, one.purpose, after, changed, delta, tuple(misses), seconds)
-        program = after
+    for i, one in enumerate(passes):
+        so_far = tuple(passes[: i + 1])
+        if so_far not in known:
+            known[so_far] = _step(one, program, description)
+        yield replace(known[so_far], program_name=name)
+        program = known[so_far].program
 
 
-def _delta(before: Program, after: Program, changed: Set[str]) -> dict[str, int]:
-    counts = Counter(op.kind for name in changed for op in _ops(after, name))
-    counts.subtract(op.kind for name in changed for op in _ops(before, name))
-    return {kind: n for kind, n in sorted(counts.items()) if n}
-
-
-def _ops(program: Program, name: str) -> Iterable[Op]:
-    return program.graphs[name].walk() if name in program.graphs else ()
+def _step(one: Pass, before: Program, description: Description) -> PassResult:
+    start = time.perf_counter()
+    after = copy_program(before)
+    misses = one.run(after, description)
+    graphs = verify(after, before)
+    seconds = time.perf_counter() - start
+    changed = bool(graphs) or not equal_links(before, after)
+    after.graphs |= {n: g for n, g in before.graphs.items() if n not in graphs}
+    return PassResult("", one.name, one.purpose, after, before, changed, tuple(misses), seconds)
 
 
 def after(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from compiler.graph.build import Builder
+from compiler.graph.build import Builder, value_names
 from compiler.graph.core import Attr, Graph, Op, Program, Value, list_of, op_lists, walk
 
 
@@ -62,22 +62,22 @@ class Rewriter:
             self.builder.graph.replace_uses(old, new)
         list_of(self.builder.graph, op).remove(op)
 
+    def like(self, op: Op) -> Rewriter:
+        """The same place for what comes from where another operator does."""
+        return replace(self, op=op, matched=[])
+
     def add(
         self,
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
-        like: Op | None = None,
         **attrs: Attr,
     ) -> list[Value]:
-        """A new operator before the one that is replaced; it comes from where the matched ones do.
-
-        With `like` it comes from where that operator does.
-        """
-        origins = [like] if like else [self.op, *self.matched]
-        spans = dict.fromkeys(s for o in origins for s in o.spans)
+        """A new operator before the one that is replaced, from where the matched ones come."""
+        spans = dict.fromkeys(s for o in [self.op, *self.matched] for s in o.spans)
         return self.builder.add(
             kind, operands, symbols, names=names, regions=(), spans=tuple(spans), **attrs
         )
@@ -93,7 +93,7 @@ def rewrite(program: Program, kind: str, rule: Rule) -> list[Miss]:
         links: _Links | None = None  # None: the graph has changed
         for ops in op_lists(graph):
             for op in [o for o in ops if o.kind == kind]:
-                links = links or (graph.producers(), graph.uses())
+                links = links or (graph.producers(), graph.uses(), value_names(graph))
                 miss = _try(graph, program, ops, op, rule, links)
                 if miss is None:
                     links = None
@@ -102,18 +102,19 @@ def rewrite(program: Program, kind: str, rule: Rule) -> list[Miss]:
     return misses
 
 
-# The producers and the uses of values.
-_Links = tuple[dict[Value, Op], dict[Value, list[Op]]]
+# The producers and the uses of values, and their names.
+_Links = tuple[dict[Value, Op], dict[Value, list[Op]], set[str]]
 
 
 def _try(
     graph: Graph, program: Program, ops: list[Op], op: Op, rule: Rule, links: _Links
 ) -> Miss | None:
-    builder = Builder(graph, program.graphs)
+    producers, uses, names = links
+    builder = Builder(graph, program.graphs, names)
     builder.ops = []
     # If the rule applies these are gone, so that their names serve what takes their place.
     builder.names -= {v.name for o in walk([op]) for v in [*o.results, *_arguments(o)]}
-    result = rule(Rewriter(op, builder, *links))
+    result = rule(Rewriter(op, builder, producers, uses))
     if isinstance(result, Miss):
         return result
     at = ops.index(op)

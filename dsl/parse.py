@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from lark import Token, Transformer, v_args
-from lark.exceptions import LarkError, VisitError
+from lark import Token, Tree
+from lark.exceptions import LarkError
 from lark.tree import Meta
 
 from dsl import ast
@@ -100,8 +100,8 @@ def _chunks(source: Source, problems: Diagnostics) -> Iterator[tuple[int, int, s
 def _parse(source: Source, start: int, end: int, rule: str) -> Any:
     text = source.text[start:end]
     depth = longest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
+    for bracket in re.findall(r"[][(){}]", text):
+        depth += 1 if bracket in "([{" else -1
         longest = max(longest, depth)
     if longest > MAX_NESTING:
         _fail("E204", "brackets are nested too deeply", source.span(start, end), "", "split it up")
@@ -109,13 +109,7 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
         text += "\n"
     try:
         tree = grammar().parse(text, start=rule)
-        return _Build(source, start).transform(tree)
-    except VisitError as error:
-        if isinstance(error.orig_exc, DiagnosticError):
-            raise error.orig_exc from None
-        if isinstance(error.orig_exc, RecursionError):
-            _fail("E204", "this is nested too deeply", source.span(start, end), "", "split it up")
-        raise error.orig_exc from error
+        return _Build(source, start).made_of(tree)
     except RecursionError:
         _fail("E204", "this is nested too deeply", source.span(start, end), "", "split it up")
     except LarkError as error:
@@ -130,14 +124,17 @@ def _arguments(items: Any) -> tuple[ast.Argument, ...]:
     return tuple(i for i in (items or ()) if isinstance(i, ast.Argument))
 
 
-@v_args(meta=True)
-class _Build(Transformer[Token, Any]):
+class _Build:
     """Lark's trees to ours. One method a grammar rule; spans become those of the whole file."""
 
     def __init__(self, source: Source, offset: int) -> None:
-        super().__init__()
         self.source = source
         self.offset = offset
+
+    def made_of(self, tree: Tree[Token]) -> Any:
+        """What the method of a tree's rule makes of it."""
+        items = [self.made_of(i) if isinstance(i, Tree) else i for i in tree.children]
+        return getattr(self, tree.data)(tree.meta, items)
 
     def span(self, meta: Meta) -> Span:
         if meta.empty:

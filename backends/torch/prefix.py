@@ -76,7 +76,7 @@ def _made(graph: Graph, count: int) -> list[Value]:
 def _read_after(graph: Graph, count: int) -> set[Value]:
     """Values that operators after the first `count` read, also in regions."""
     after = Graph("", ops=graph.ops[count:])
-    return {v for op in after.walk() for v in op.operands}
+    return after.read()
 
 
 class _Same:

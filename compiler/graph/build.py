@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
 
@@ -65,17 +65,28 @@ def _infer(
     return placed(operator, site, operator.infer(site))
 
 
+def value_names(graph: Graph) -> set[str]:
+    """The names of all values of a graph, those inside of regions included."""
+    names = {v.name for v in graph.args}
+    for op in graph.walk():
+        names.update([v.name for v in op.results])
+        for region in op.regions:
+            names.update([v.name for v in region.args])
+    return names
+
+
 class Builder:
     """Appends operators to a list and gives their results unique names."""
 
-    def __init__(self, graph: Graph, graphs: Mapping[str, Graph]) -> None:
+    def __init__(
+        self, graph: Graph, graphs: Mapping[str, Graph], names: Set[str] | None = None
+    ) -> None:
+        """`names` are those of the graph's values, where they are known."""
         self.graph = graph
         self.graphs = graphs
         self.ops: list[Op] = graph.ops
         self.tried: dict[str, int] = {}  # the number to go on from, by base
-        self.names = {v.name for v in graph.args}
-        self.names |= {v.name for op in graph.walk() for v in op.results}
-        self.names |= {v.name for op in graph.walk() for r in op.regions for v in r.args}
+        self.names = value_names(graph) if names is None else {*names}
 
     def unique(self, base: str) -> str:
         """`base`, or `base_2`, `base_3`, .. where it is taken; always an identifier."""
@@ -107,6 +118,7 @@ class Builder:
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
         regions: Sequence[Region] = (),

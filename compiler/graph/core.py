@@ -163,7 +163,7 @@ class Graph:
 
     def calls(self) -> Iterator[str]:
         """Names of the graphs that this one calls, in order, each once."""
-        return iter(dict.fromkeys([op.callee for op in self.walk() if op.kind == "call"]))
+        return iter(dict.fromkeys([op.text("callee") for op in self.walk() if op.kind == "call"]))
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every operator that reads `old` read `new`."""
@@ -181,6 +181,10 @@ class Graph:
             for value in op.operands:
                 found.setdefault(value, []).append(op)
         return found
+
+    def read(self) -> set[Value]:
+        """The values that some operator reads."""
+        return {value for op in self.walk() for value in op.operands}
 
     def drop_unused_weights(self) -> None:
         """Leaves out the weights that no operator names."""
@@ -410,21 +414,21 @@ def copy_program(program: Program) -> Program:
 def _copy_graph(graph: Graph) -> Graph:
     values: dict[Value, Value] = {}
 
-    def value(old: Value) -> Value:
-        new = values.get(old)
-        if new is None:
-            new = values[old] = Value(old.name, old.type)
-        return new
+    def copies(old: Sequence[Value]) -> list[Value]:
+        for value in old:
+            if value not in values:
+                values[value] = Value(value.name, value.type)
+        return [values[value] for value in old]
 
     def ops(old: Sequence[Op]) -> list[Op]:
         return [
             Op(
                 op.kind,
-                [value(v) for v in op.operands],
+                copies(op.operands),
                 op.symbols,
                 dict(op.attrs),
-                [Region([value(v) for v in r.args], ops(r.ops)) for r in op.regions],
-                [value(v) for v in op.results],
+                [Region(copies(r.args), ops(r.ops)) for r in op.regions],
+                copies(op.results),
                 op.spans,
             )
             for op in old
@@ -432,7 +436,7 @@ def _copy_graph(graph: Graph) -> Graph:
 
     return Graph(
         graph.name,
-        [value(v) for v in graph.args],
+        copies(graph.args),
         ops(graph.ops),
         dict(graph.weights),
         dict(graph.caches),

@@ -6,10 +6,10 @@ a pipeline stage, and which graphs end a step. The graphs by themselves are soun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from compiler.graph.core import Derivative, Graph, Program
+from compiler.graph.core import Derivative, Graph, Program, Step
 from compiler.graph.text import print_derivative
 from compiler.graph.types import FLOATS, Type
 from dsl.diagnostic import Diagnostic
@@ -17,10 +17,10 @@ from dsl.diagnostic import Diagnostic
 
 def interface_problems(program: Program) -> list[Diagnostic]:
     """What is wrong between the graphs of a program (E516, E518)."""
-    chains = _chains(program)
+    chains = list(_chains(program))
     missing = [
-        Diagnostic("E516", f"{line}: there is no graph @{name}")
-        for line, names in chains.items()
+        Diagnostic("E516", f"{_line(forward, link)}: there is no graph @{name}")
+        for forward, link, names in chains
         for name in names
         if name not in program.graphs
     ]
@@ -33,34 +33,31 @@ def interface_problems(program: Program) -> list[Diagnostic]:
     ]
 
 
-# A line of a program, and the graphs of which each saves what the next one reads.
-_Chains = Mapping[str, Sequence[str]]
+# What a program says of a forward graph, and the graphs of which each saves what the next reads.
+_Chain = tuple[str, Derivative | Step, Sequence[str]]
 
 
-def _chains(program: Program) -> _Chains:
-    derivatives = {
-        _line(name, one): tuple(filter(None, (name, one.backward, one.weights)))
-        for name, one in program.derivatives.items()
-    }
-    steps = {
-        f"step @{name} = @{one.reduce}, @{one.update}": (one.reduce, one.update)
-        for name, one in program.steps.items()
-    }
-    return {**derivatives, **steps}
+def _chains(program: Program) -> Iterator[_Chain]:
+    for name, one in program.derivatives.items():
+        yield name, one, [n for n in (name, one.backward, one.weights) if n]
+    for name, step in program.steps.items():
+        yield name, step, (step.reduce, step.update)
 
 
-def _line(name: str, derivative: Derivative) -> str:
-    return f"derivative @{name} = {print_derivative(derivative)}"
+def _line(name: str, link: Derivative | Step) -> str:
+    """As the text of a program has it."""
+    if isinstance(link, Step):
+        return f"step @{name} = @{link.reduce}, @{link.update}"
+    return f"derivative @{name} = {print_derivative(link)}"
 
 
-def _links(program: Program, chains: _Chains) -> Iterator[Diagnostic]:
+def _links(program: Program, chains: Sequence[_Chain]) -> Iterator[Diagnostic]:
     """Interfaces that do not correspond, and what is saved otherwise than it is read."""
-    derivatives = {_line(name, one): one for name, one in program.derivatives.items()}
-    for line, names in chains.items():
+    for forward, link, names in chains:
         graphs = [program.graphs[name] for name in names]
-        fits = _unfit(derivatives[line], *graphs) if line in derivatives else _unstep(*graphs)
+        fits = _unstep(*graphs) if isinstance(link, Step) else _unfit(link, *graphs)
         for reason in [*fits, *_unread(graphs)]:
-            yield Diagnostic("E518", f"{line}: {reason}", graphs[0].span)
+            yield Diagnostic("E518", f"{_line(forward, link)}: {reason}", graphs[0].span)
 
 
 def _unstep(reduce: Graph, update: Graph) -> Iterator[str]:
@@ -105,10 +102,10 @@ def _reads_saved(graph: Graph) -> bool:
     return graph.ops[0].kind == "saved"
 
 
-def _saved(program: Program, chains: _Chains) -> Iterator[Diagnostic]:
+def _saved(program: Program, chains: Sequence[_Chain]) -> Iterator[Diagnostic]:
     """Nothing is saved without a reader, or read without having been saved."""
-    savers = {name for names in chains.values() for name in names[:-1]}
-    readers = {name for names in chains.values() for name in names[1:]}
+    savers = {name for *_, names in chains for name in names[:-1]}
+    readers = {name for *_, names in chains for name in names[1:]}
     for name, graph in program.graphs.items():
         if graph.saved and name not in savers:
             yield Diagnostic("E518", f"graph @{name} saves what no graph reads", graph.span)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from compiler.graph.core import REPEATS, Graph, Op
 
@@ -26,11 +27,6 @@ class PublishedName:
     op: Op | None = None
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """The parts with every number replaced by `*`."""
-        return tuple(p if isinstance(p, str) else "*" for p in self.parts)
-
-    @property
     def ranges(self) -> tuple[Range, ...]:
         return tuple(p for p in self.parts if not isinstance(p, str))
 
@@ -40,11 +36,12 @@ class PublishedName:
 
 def names_of(graph: Graph) -> list[PublishedName]:
     """What a graph names itself: its weights, then the scopes of its calls in order."""
-    weights = [PublishedName(parts_of(n, [(0, w.stack - 1)])) for n, w in graph.weights.items()]
+    weights = [PublishedName(parts_of(n, ((0, w.stack - 1),))) for n, w in graph.weights.items()]
     return weights + list(_scopes(graph.ops, ()))
 
 
-def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[NamePart, ...]:
+@cache
+def parts_of(name: str, stars: tuple[Range, ...] = ()) -> tuple[NamePart, ...]:
     """A dotted name in parts, each `*` replaced by the next range of `stars` while there is one."""
     left = iter(stars)
 
@@ -56,6 +53,12 @@ def parts_of(name: str, stars: Sequence[Range] = ()) -> tuple[NamePart, ...]:
     return tuple(part(text) for text in name.split("."))
 
 
+@cache
+def _key(parts: tuple[NamePart, ...]) -> tuple[str, ...]:
+    """The parts of a name with every number replaced by `*`."""
+    return tuple(p if isinstance(p, str) else "*" for p in parts)
+
+
 def clashes(names: Sequence[PublishedName]) -> Iterator[tuple[PublishedName, PublishedName]]:
     """Pairs in which one name is the beginning of the other one, or equal to it, for some layer.
 
@@ -65,17 +68,17 @@ def clashes(names: Sequence[PublishedName]) -> Iterator[tuple[PublishedName, Pub
     for name in names:
         if not name.parts:  # a part of the same module, whose weights it shares
             continue
-        same.setdefault(name.key, []).append(name)
+        same.setdefault(_key(name.parts), []).append(name)
     for key, group in same.items():
         group.sort(key=lambda n: n.ranges)
+        shorter = [b for n in range(1, len(key)) for b in same.get(key[:n], ())]
         for i, a in enumerate(group):
             for b in group[i + 1 :]:
                 if a.ranges and b.ranges[0][0] > a.ranges[0][1]:
                     break  # sorted: those that follow begin after the last layer of `a`
                 if _meet(a, b):
                     yield a, b
-            for n in range(1, len(key)):
-                yield from ((b, a) for b in same.get(key[:n], ()) if _meet(b, a))
+            yield from ((b, a) for b in shorter if _meet(b, a))
 
 
 def is_weight(name: str, root: str, names: Mapping[str, Sequence[PublishedName]]) -> bool:

@@ -75,15 +75,15 @@ def need_axes(axes: tuple[str, ...]) -> None:
 
 def need_counts(op: Op, operator: type[Operator]) -> None:
     """As many operands, weights and regions as the kind of operator declares."""
-    least, most = _weights_taken(operator.symbols)
-    wanted = len(operator.operands)
+    wanted, weights = len(operator.operands), len(op.symbols)
     if not operator.variadic and len(op.operands) != wanted:
         words = ", ".join(operator.operands) or "none"
         raise Broken("E512", f"takes {wanted} operands ({words}), got {len(op.operands)}")
-    if not least <= len(op.symbols) <= most:
+    least, most = _weights_taken(operator.symbols)
+    if not least <= weights <= most:
         words = ", ".join(operator.symbols) or "none"
-        raise Broken("E512", f"takes the weights ({words}), got {len(op.symbols)}")
-    if len(set(op.symbols)) < len(op.symbols):
+        raise Broken("E512", f"takes the weights ({words}), got {weights}")
+    if weights > 1 and len(set(op.symbols)) < weights:
         raise Broken("E512", "takes a weight twice")
     if len(op.regions) != operator.regions:
         raise Broken("E512", f"takes {operator.regions} regions, got {len(op.regions)}")

@@ -281,4 +281,6 @@ def _anchor(name: str) -> str:
 
 def _text(text: str) -> str:
     """Escaped; control characters, which XML cannot hold, become a replacement character."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+    if not text.replace("\n", "").isprintable():
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return escape(text)

@@ -7,11 +7,12 @@ text of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.graph.build import infer
 from compiler.graph.core import REPEATS, Graph, Op, Program, Value, Weight
+from compiler.graph.equal import changed_graphs
 from compiler.graph.interfaces import interface_problems
 from compiler.graph.names import PublishedName, clashes, is_weight, names_of
 from compiler.graph.rules import (
@@ -32,26 +33,38 @@ from dsl.diagnostic import Diagnostic, DiagnosticError
 from dsl.source import Source, Span
 
 
-def verify(program: Program, changed: Set[str] | None = None) -> None:
+def verify(program: Program, since: Program | None = None) -> set[str]:
     """Raises `DiagnosticError` (E51x) with every operator that breaks an invariant.
 
-    `changed` names the graphs that are not as they were when the program was verified before: only
-    those, and those that call them, are checked again, and what holds of all graphs together.
+    `since` is the program when it was verified before: only graphs that are not as they were then
+    are checked, and those that call one whose signature is another, and what holds of all graphs
+    together. Returns the names of those that are not as they were, or are gone.
     """
     problems: list[Diagnostic] = []
     names = _Names(program)
     calls = {key: [*graph.calls()] for key, graph in program.graphs.items()}
+    changed = {*program.graphs} if since is None else changed_graphs(since, program)
+    other = {n for n in changed if since is None or not _same_signature(n, since, program)}
     for key, graph in program.graphs.items():
+        if key not in changed and other.isdisjoint(calls[key]):
+            continue
         check = _Check(program, graph)
-        checked = changed is None or key in changed or not changed.isdisjoint(calls[key])
-        if checked:
-            check.run(key)
-        problems += check.problems
+        check.run(key)
         # Names mean something only where every operator is what it should be.
-        problems += check.clashes(names[key]) if checked and not check.problems else []
+        problems += check.problems or check.clashes(names[key])
     problems += _recursion(program, calls) or ([] if problems else _outside(program, names))
     if problems:
         raise DiagnosticError(problems)
+    return changed
+
+
+def _same_signature(name: str, a: Program, b: Program) -> bool:
+    old, new = (p.graphs.get(name) for p in (a, b))
+    if old is None or new is None or not (old.ops and new.ops):
+        return False
+    return [v.type for v in (*old.args, *old.results)] == [
+        v.type for v in (*new.args, *new.results)
+    ]
 
 
 class _Names(dict[str, Sequence[PublishedName]]):
@@ -118,11 +131,11 @@ class _Check:
 
     # ---- places -----------------------------------------------------------------------------
 
-    def _try(self, rule: Callable[..., None], *arguments: object, op: Op | None = None) -> None:
+    def _try(self, rule: Callable[..., None], *arguments: object) -> None:
         try:
             rule(*arguments)
         except Broken as broken:
-            self.problems.append(self._diagnostic(broken, op))
+            self.problems.append(self._diagnostic(broken, None))
 
     def _diagnostic(self, broken: Broken, op: Op | None) -> Diagnostic:
         subject = f"graph @{self.graph.name}" + (f", {print_op(op)}" if op else "")
@@ -181,7 +194,10 @@ class _Check:
 
     def _ops(self, ops: Sequence[Op], scope: _Scope) -> None:
         for op in ops:
-            self._try(self._op, op, scope, op is ops[-1], op=op)
+            try:
+                self._op(op, scope, op is ops[-1])
+            except Broken as broken:
+                self.problems.append(self._diagnostic(broken, op))
             scope.visible.update(op.results)
 
     def _op(self, op: Op, scope: _Scope, last: bool) -> None:
@@ -226,6 +242,8 @@ class _Check:
             need_type(value.type)
 
     def _symbols(self, op: Op, scope: _Scope) -> None:
+        if not op.symbols:
+            return
         experts = scope.experts
         if op.kind in GROUPED:  # one product for all experts, outside of a region
             counted = op.operands[GROUPED[op.kind]].type
@@ -299,6 +317,8 @@ class _Check:
 
     def _regions(self, op: Op, scope: _Scope) -> bool:
         """Checks what is inside; whether it is sound."""
+        if not op.regions:
+            return True
         found = len(self.problems)
         for region in op.regions:
             self._define(region.args)

@@ -135,7 +135,7 @@ class _Pattern:
     def after(self, name: str, stars: Sequence[Range]) -> list[_Pattern]:
         """After a dotted name, whose `*` stand for `stars`."""
         found = [self]
-        for part in parts_of(name, stars):
+        for part in parts_of(name, tuple(stars)):
             found = list(dict.fromkeys(n for one in found for n in one.then(part)))
         return found
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from compiler.graph.core import Attr, Op, Value
 from compiler.graph.types import Dim, Type
-from compiler.ops.base import Adjoint, Operator, Site, TypeMismatch, need_dtype, need_float
+from compiler.ops.base import Adjoint, Operator, Site, TypeMismatch, need_dtype, need_float, only
 
 
 class _Elementwise(Operator):
@@ -151,9 +151,7 @@ class Scale(_WithNumber):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None]
-        return at.add("scale", [d[0]], names=[f"d_{op.operands[0].name}"], by=op.attrs["by"])
+        return at.add("scale", [only(d)], names=[f"d_{op.operands[0].name}"], by=op.attrs["by"])
 
     @classmethod
     def unchanged(cls, op: Op, zeros: Set[Value]) -> Value | None:

@@ -16,6 +16,7 @@ from compiler.ops.base import (
     dims_of,
     need_float,
     need_rank,
+    only,
 )
 
 QK_RANK = 4
@@ -92,10 +93,8 @@ class Rotate(Operator):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         """Turned back: by the same angles, the other way."""
         x, cos, sin = op.operands
-        if d[0] is None:
-            return [None, None, None]
         (back,) = at.add("scale", [sin], names=[f"minus_{sin.name}"], by=-1.0)
-        return [*at.add(cls.kind, [d[0], cos, back], names=[f"d_{x.name}"]), None, None]
+        return [*at.add(cls.kind, [only(d), cos, back], names=[f"d_{x.name}"]), None, None]
 
 
 class RotateHalves(Rotate):
@@ -249,13 +248,11 @@ class Attention(Operator):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         """From the results of `.._saving`, which stands in its place by then; positions and
         selected keys have none."""
-        if d[0] is None:
-            return [None for _ in op.operands]
         also, count = also_of(op), len(cls.operands)
         given = op.operands[:count]
         real = [*given[:3], *(v for name, v in also.items() if name == "sinks")]
         dq, dk, dv, *d_sinks = at.add(
-            cls.gradient, [d[0], *given, *op.results, *also.values()],
+            cls.gradient, [only(d), *given, *op.results, *also.values()],
             names=[f"d_{v.name}" for v in real], **scores_of(op),
         )  # fmt: skip
         none = [None] * (count - 3 + len(also) - len(d_sinks))
@@ -410,10 +407,8 @@ class IndexerLoss(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None for _ in op.operands]
         found = at.add(
-            "indexer_loss_grad", [d[0], *op.operands],
+            "indexer_loss_grad", [only(d), *op.operands],
             names=[f"d_{v.name}" for v in op.operands[2:5]], scale=op.attrs["scale"],
         )  # fmt: skip
         return [None, None, *found, None]

@@ -58,6 +58,7 @@ class Adjoint(Protocol):
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
         **attrs: Attr,
@@ -74,6 +75,9 @@ class Adjoint(Protocol):
         """Whether any of these weights is trained."""
 
 
+Sums = Literal["nowhere", "first", "one", "all", "own"]
+
+
 class Operator:
     """One kind of operator. Subclasses declare; the docstring is what `dslc ops` prints."""
 
@@ -87,7 +91,7 @@ class Operator:
     # Where a partial sum over ranks may stand, and then makes partial sums of the results, because
     # the operator is linear there: nowhere, in the `first` operand, in any `one` of them, in `all`
     # of them at once. `own`: `infer` says how the results are placed.
-    sums: ClassVar[Literal["nowhere", "first", "one", "all", "own"]] = "nowhere"
+    sums: ClassVar[Sums] = "nowhere"
     pure: ClassVar[bool] = True  # may be dropped when none of its results is read
     # Whether its results change with its real operands so that they have a derivative.
     differentiable: ClassVar[bool] = True
@@ -133,8 +137,9 @@ class Operator:
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         """The gradients of an operator's operands, given those of its results, as operators.
 
-        None where there is none: a result that nothing depends on, an operand that `at` does not
-        want or that is no real number. Gradients of weights are accumulated on the way.
+        None where there is none: a result that nothing depends on (but not all of them), an operand
+        that `at` does not want or that is no real number. Gradients of weights are accumulated on
+        the way.
         """
         raise NotImplementedError
 
@@ -157,6 +162,12 @@ class Operator:
 def module_of(weight: str) -> str:
     """The last name of the module that a weight belongs to: `q_b_proj`."""
     return weight.removesuffix(".weight").rpartition(".")[2]
+
+
+def only(d: Sequence[Value | None]) -> Value:
+    """The gradient that `grad` is given, where no more than one result can have any."""
+    (found,) = [x for x in d if x is not None]
+    return found
 
 
 def grad_name(symbols: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from compiler.graph.core import Op, Value
 from compiler.graph.types import FLOATS, RUNTIME_DIMS, Dim, Type, parse_type
@@ -55,15 +55,12 @@ class Extern(_Declared):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         """By the user's function for it, or by autograd when the program runs."""
         given = []
-        if all(x is None for x in d):
-            return [None] * len(op.operands)
         for gradient, result in zip(d, op.results, strict=True):
             if gradient is None and result.type.dtype in FLOATS:
                 (gradient,) = at.add("zeros_like", [result], names=["zeros"])
             given += [gradient] if gradient is not None else []
         names = [f"d_{v.name}" for v in op.operands if v.type.dtype in FLOATS]
-        attrs: dict[str, Any] = dict(op.attrs)
-        found = iter(at.add("extern_grad", [*given, *op.operands], names=names, **attrs))
+        found = iter(at.add("extern_grad", [*given, *op.operands], names=names, **op.attrs))
         return [next(found) if v.type.dtype in FLOATS else None for v in op.operands]
 
 

@@ -22,7 +22,7 @@ from compiler.ops.attention import (
     need_scores,
     seen_pairs,
 )
-from compiler.ops.base import Operator, Site, TypeMismatch, dims_of, same_shape
+from compiler.ops.base import Operator, Site, Sums, TypeMismatch, dims_of, same_shape
 from compiler.ops.moe import Gate
 from compiler.ops.pointwise import POINTWISE, Pointwise
 
@@ -31,46 +31,8 @@ class LinearInputGrad(Operator):
     """dx = dy W for y = x W^T; weights [out, in], several below one another."""
 
     kind = "linear_input_grad"
-    sums = "all"
-    operands = ("dy",)
-    symbols = ("weight*",)
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        (dy,) = site.types
-        _meets(cls.kind, dy, site.weights)
-        return (dy.with_last(site.weights[0].last),)
-
-    @classmethod
-    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * (site.weights[0].last.size or 0)
-
-
-class LinearWeightGrad(Operator):
-    """dW = dy^T x, summed over all tokens, for y = x W^T."""
-
-    kind = "linear_weight_grad"
-    weight_product = True
-    operands = ("dy", "x")
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        dy, x = site.types
-        if dy.dims[:-1] != x.dims[:-1]:
-            raise TypeMismatch(f"{cls.kind}: {dy.words} is not about the tokens of {x.words}", 0)
-        return (Type(dy.dtype, (dy.last, x.last)),)
-
-    @classmethod
-    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * (site.types[1].last.size or 0)
-
-
-class GroupedLinearInputGrad(Operator):
-    """dx = dy W_e for the slots of each expert e: dy [slot, out], offs [experts] -> [slot, in]."""
-
-    kind = "grouped_linear_input_grad"
-    sums = "first"
-    operands = ("dy", "offs")
+    sums: ClassVar[Sums] = "all"
+    operands: ClassVar[tuple[str, ...]] = ("dy",)
     symbols = ("weight*",)
 
     @classmethod
@@ -84,7 +46,34 @@ class GroupedLinearInputGrad(Operator):
         return 2 * site.types[0].count(sizes) * (site.weights[0].last.size or 0)
 
 
-class GroupedLinearWeightGrad(Operator):
+class LinearWeightGrad(Operator):
+    """dW = dy^T x, summed over all tokens, for y = x W^T."""
+
+    kind = "linear_weight_grad"
+    weight_product: ClassVar[bool] = True
+    operands: ClassVar[tuple[str, ...]] = ("dy", "x")
+
+    @classmethod
+    def infer(cls, site: Site) -> tuple[Type, ...]:
+        dy, x, *offs = site.types
+        if dy.dims[:-1] != x.dims[:-1]:
+            raise TypeMismatch(f"{cls.kind}: {dy.words} is not about the rows of {x.words}", 0)
+        return (Type(dy.dtype, (*(dim for o in offs for dim in o.dims), dy.last, x.last)),)
+
+    @classmethod
+    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
+        return 2 * site.types[0].count(sizes) * (site.types[1].last.size or 0)
+
+
+class GroupedLinearInputGrad(LinearInputGrad):
+    """dx = dy W_e for the slots of each expert e: dy [slot, out], offs [experts] -> [slot, in]."""
+
+    kind = "grouped_linear_input_grad"
+    sums = "first"
+    operands = ("dy", "offs")
+
+
+class GroupedLinearWeightGrad(LinearWeightGrad):
     """dW_e = dy^T x over the slots of each expert e.
 
     dy [slot, out], x [slot, in], offs [experts] -> [experts, out, in]; zeros for idle experts.
@@ -93,17 +82,6 @@ class GroupedLinearWeightGrad(Operator):
     kind = "grouped_linear_weight_grad"
     weight_product = True
     operands = ("dy", "x", "offs")
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        dy, x, offs = site.types
-        if dy.dims[:-1] != x.dims[:-1]:
-            raise TypeMismatch(f"{cls.kind}: {dy.words} is not about the slots of {x.words}", 0)
-        return (Type(dy.dtype, (*offs.dims, dy.last, x.last)),)
-
-    @classmethod
-    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * (site.types[1].last.size or 0)
 
 
 class GroupedParameterGrad(Operator):

@@ -11,12 +11,14 @@ from compiler.ops.base import (
     Adjoint,
     Operator,
     Site,
+    Sums,
     TypeMismatch,
     dims_attr,
     dims_of,
     grad_name,
     need_float,
     need_rank,
+    only,
 )
 
 
@@ -36,9 +38,11 @@ class Embedding(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is not None and at.trainable(op.symbols):
+        if at.trainable(op.symbols):
             rows = dims_attr(at.weight(op.symbols[0]).dims[0])
-            table = at.add("embedding_grad", [d[0], op.operands[0]], names=["d_table"], rows=rows)
+            table = at.add(
+                "embedding_grad", [only(d), op.operands[0]], names=["d_table"], rows=rows
+            )
             at.add("accumulate_grad", table, op.symbols)
         return [None]
 
@@ -56,8 +60,7 @@ class Parameter(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is not None and at.trainable(op.symbols):
-            at.add("accumulate_grad", [d[0]], op.symbols)
+        at.add("accumulate_grad", [only(d)], op.symbols)
         return []
 
 
@@ -69,8 +72,8 @@ class Linear(Operator):
 
     kind = "linear"
     product = True
-    operands = ("x",)
-    sums = "all"
+    operands: ClassVar[tuple[str, ...]] = ("x",)
+    sums: ClassVar[Sums] = "all"
     symbols = ("weight*",)
 
     @classmethod
@@ -86,16 +89,16 @@ class Linear(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        (x,) = op.operands
-        if d[0] is None:
-            return [None]
-        dx = None
+        x, *offs = op.operands
+        dy, dx = only(d), None
         if at.needs_grad(x):
-            (dx,) = at.add("linear_input_grad", [d[0]], op.symbols, names=[f"d_{x.name}"])
+            names = [f"d_{x.name}"]
+            (dx,) = at.add(f"{cls.kind}_input_grad", [dy, *offs], op.symbols, names=names)
         if at.trainable(op.symbols):
-            dw = at.add("linear_weight_grad", [d[0], x], names=[grad_name(op.symbols)])
+            names = [grad_name(op.symbols)]
+            dw = at.add(f"{cls.kind}_weight_grad", [dy, x, *offs], names=names)
             at.add("accumulate_grad", dw, op.symbols)
-        return [dx]
+        return [dx, *(None for _ in offs)]
 
 
 def out_dim(kind: str, x: Type, weights: Sequence[Type]) -> Dim:

@@ -14,6 +14,7 @@ from compiler.ops.base import (
     grad_name,
     need_float,
     need_rank,
+    only,
 )
 
 MEANS = ("sequence_balance_loss", "indexer_loss")
@@ -42,10 +43,8 @@ class CrossEntropy(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None, None]
         names = [f"d_{op.operands[0].name}"]
-        return [*at.add("cross_entropy_grad", [d[0], *op.operands], names=names), None]
+        return [*at.add("cross_entropy_grad", [only(d), *op.operands], names=names), None]
 
 
 class LinearCrossEntropy(Operator):
@@ -79,12 +78,11 @@ class LinearCrossEntropy(Operator):
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         x, _ = op.operands
         _, x_grad, weight_grad = op.results
-        if d[0] is None:
-            return [None, None]
+        dy = only(d)
         if at.trainable(op.symbols):
-            dw = at.add("mul", [weight_grad, d[0]], names=[grad_name(op.symbols)])
+            dw = at.add("mul", [weight_grad, dy], names=[grad_name(op.symbols)])
             at.add("accumulate_grad", dw, op.symbols)
-        return [*at.add("mul", [x_grad, d[0]], names=[f"d_{x.name}"]), None]
+        return [*at.add("mul", [x_grad, dy], names=[f"d_{x.name}"]), None]
 
 
 class CountLabels(Operator):

@@ -16,8 +16,9 @@ from compiler.ops.base import (
     grad_name,
     need_float,
     need_rank,
+    only,
 )
-from compiler.ops.linear import out_dim
+from compiler.ops.linear import Linear
 
 
 def slots(op: Attributes, topk_indices: Type, sizes: Mapping[str, int]) -> int:
@@ -86,10 +87,8 @@ class TopkGroups(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (score,) = op.operands
-        if d[1] is None:
-            return [None]
         return at.add(
-            "topk_groups_grad", [d[1], score, op.results[0]], names=[f"d_{score.name}"],
+            "topk_groups_grad", [only(d), score, op.results[0]], names=[f"d_{score.name}"],
             normalize=op.attrs["normalize"], scale=op.attrs["scale"],
         )  # fmt: skip
 
@@ -200,10 +199,8 @@ class IdentityWeight(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         topk_indices, weight = op.operands
-        if d[0] is None:
-            return [None, None]
         names, count = [f"d_{weight.name}"], op.number("count")
-        found = at.add("identity_weight_grad", [d[0], topk_indices], names=names, count=count)
+        found = at.add("identity_weight_grad", [only(d), topk_indices], names=names, count=count)
         return [None, *found]
 
 
@@ -243,16 +240,14 @@ class Permute(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         x, topk_indices = op.operands
-        if d[0] is None:
-            return [None, None]
         _, _, sort_indices = op.results
         return [
-            *at.add("permute_grad", [d[0], sort_indices, topk_indices], names=[f"d_{x.name}"]),
+            *at.add("permute_grad", [only(d), sort_indices, topk_indices], names=[f"d_{x.name}"]),
             None,
         ]
 
 
-class GroupedLinear(Operator):
+class GroupedLinear(Linear):
     """y = x W_e^T for the slots of each expert e: one product for all experts.
 
     x [slot, in], offs [experts]; weight [out, in] of each expert, named `experts.*`. The results of
@@ -260,36 +255,8 @@ class GroupedLinear(Operator):
     """
 
     kind = "grouped_linear"
-    product = True
     sums = "first"
     operands = ("x", "offs")
-    symbols = ("weight*",)
-
-    @classmethod
-    def infer(cls, site: Site) -> tuple[Type, ...]:
-        x = site.types[0]
-        need_float(cls.kind, x)
-        return (x.with_last(out_dim(cls.kind, x, site.weights)),)
-
-    @classmethod
-    def flops(cls, site: Site, sizes: Mapping[str, int]) -> int:
-        return 2 * site.types[0].count(sizes) * sum(w.dims[0].size or 0 for w in site.weights)
-
-    @classmethod
-    def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        x, offs = op.operands
-        if d[0] is None:
-            return [None, None]
-        dx = None
-        if at.needs_grad(x):
-            (dx,) = at.add(
-                "grouped_linear_input_grad", [d[0], offs], op.symbols, names=[f"d_{x.name}"]
-            )
-        if at.trainable(op.symbols):
-            names = [grad_name(op.symbols)]
-            dw = at.add("grouped_linear_weight_grad", [d[0], x, offs], names=names)
-            at.add("accumulate_grad", dw, op.symbols)
-        return [dx, None]
 
 
 class GroupedParameter(Operator):
@@ -311,9 +278,9 @@ class GroupedParameter(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is not None and at.trainable(op.symbols):
+        if at.trainable(op.symbols):
             names = [grad_name(op.symbols)]
-            dw = at.add("grouped_parameter_grad", [d[0], op.operands[1]], names=names)
+            dw = at.add("grouped_parameter_grad", [only(d), op.operands[1]], names=names)
             at.add("accumulate_grad", dw, op.symbols)
         return [None, None]
 
@@ -338,10 +305,8 @@ class Unpermute(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         y, sort_indices, weight = op.operands
-        if d[0] is None:
-            return [None, None, None]
         names = [f"d_{y.name}", f"d_{weight.name}"]
-        dy, dweight = at.add("unpermute_grad", [d[0], y, sort_indices, weight], names=names)
+        dy, dweight = at.add("unpermute_grad", [only(d), y, sort_indices, weight], names=names)
         return [dy, None, dweight]
 
 
@@ -368,10 +333,8 @@ class SequenceBalanceLoss(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (score,) = op.operands
-        if d[0] is None:
-            return [None]
         names = [f"d_{score.name}"]
-        return at.add("sequence_balance_loss_grad", [d[0], score], names=names, k=op.attrs["k"])
+        return at.add("sequence_balance_loss_grad", [only(d), score], names=names, k=op.attrs["k"])
 
 
 class ExpertLoad(Operator):

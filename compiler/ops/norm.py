@@ -16,6 +16,7 @@ from compiler.ops.base import (
     grad_name,
     need_float,
     need_rank,
+    only,
     same_shape,
 )
 from compiler.ops.pointwise import by_grad_operator
@@ -48,10 +49,8 @@ class RMSNorm(_Norm):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if d[0] is None:
-            return [None]
         dx, dw = at.add(
-            "rms_norm_grad", [d[0], x], op.symbols,
+            "rms_norm_grad", [only(d), x], op.symbols,
             names=[f"d_{x.name}", grad_name(op.symbols)], eps=op.attrs["eps"],
         )  # fmt: skip
         if at.trainable(op.symbols):
@@ -71,12 +70,10 @@ class LayerNorm(_Norm):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if d[0] is None:
-            return [None]
         weight, *bias = op.symbols
         dw = grad_name(op.symbols)
         dx, *found = at.add(
-            "layer_norm_grad", [d[0], x], [weight],
+            "layer_norm_grad", [only(d), x], [weight],
             names=[f"d_{x.name}", dw, f"{dw}_bias"], eps=op.attrs["eps"],
         )  # fmt: skip
         for symbol, gradient in zip([weight, *bias], found, strict=False):
@@ -133,10 +130,8 @@ class SwiGLU(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None, None]
         names = [f"d_{v.name}" for v in op.operands]
-        return at.add("swiglu_grad", [d[0], *op.operands], names=names)
+        return at.add("swiglu_grad", [only(d), *op.operands], names=names)
 
 
 class Softmax(Operator):

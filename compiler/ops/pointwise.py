@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from compiler.graph.core import Op, Value
 from compiler.graph.types import Type
-from compiler.ops.base import Adjoint, Operator, Site, need_float
+from compiler.ops.base import Adjoint, Operator, Site, need_float, only
 
 
 class Pointwise(Operator):
@@ -38,9 +38,7 @@ def by_grad_operator(
     at: Adjoint, op: Op, d: Sequence[Value | None], other: Value
 ) -> list[Value | None]:
     """By the operator `.._grad`, from the gradient and one value of the forward pass."""
-    if d[0] is None:
-        return [None]
-    return [*at.add(f"{op.kind}_grad", [d[0], other], names=[f"d_{op.operands[0].name}"])]
+    return [*at.add(f"{op.kind}_grad", [only(d), other], names=[f"d_{op.operands[0].name}"])]
 
 
 class SiLU(Pointwise):

@@ -162,7 +162,14 @@ class PermuteQuantized(Operator):
         return {"slot": slots(site, site.types[2], sizes)}
 
 
-class _Fp8Linear(Operator):
+class Fp8Linear(Operator):
+    """`linear` in FP8: for each 128 of x a product of its own, times both scales, into float32.
+
+    q [.., in], its scales, the weights [out, in] and theirs.
+    """
+
+    kind = "fp8_linear"
+    operands: ClassVar[tuple[str, ...]] = ("q", "s", "wq", "ws")
     attrs: ClassVar = {"dtype": str, "parts": tuple}
 
     @classmethod
@@ -178,17 +185,11 @@ class _Fp8Linear(Operator):
         return 2 * site.types[0].count(sizes) * (site.types[-2].dims[-2].size or 0)
 
 
-class Fp8Linear(_Fp8Linear):
-    """`linear` in FP8: for each 128 of x a product of its own, times both scales, into float32.
+class Fp8LinearInputGrad(Operator):
+    """`linear_input_grad` in FP8: dy in runs of its last dimension, the same weights and scales."""
 
-    q [.., in], its scales, the weights [out, in] and theirs.
-    """
-
-    kind = "fp8_linear"
-    operands = ("q", "s", "wq", "ws")
-
-
-class _Fp8LinearInputGrad(Operator):
+    kind = "fp8_linear_input_grad"
+    operands: ClassVar[tuple[str, ...]] = ("q", "s", "wq", "ws")
     attrs: ClassVar = {"dtype": str, "parts": tuple}
 
     @classmethod
@@ -204,15 +205,16 @@ class _Fp8LinearInputGrad(Operator):
         return 2 * site.types[0].count(sizes) * (site.types[-2].last.size or 0)
 
 
-class Fp8LinearInputGrad(_Fp8LinearInputGrad):
-    """`linear_input_grad` in FP8: dy in runs of its last dimension, the same weights and scales."""
+class Fp8LinearWeightGrad(Operator):
+    """`linear_weight_grad` in FP8: both operands in runs of 128 tokens.
 
-    kind = "fp8_linear_input_grad"
-    operands = ("q", "s", "wq", "ws")
+    dy [tile, out, 128], its scales [tile, out], x [tile, in, 128], its scales [tile, in] ->
+    [out, in].
+    """
 
-
-class _Fp8LinearWeightGrad(Operator):
-    weight_product = True
+    kind = "fp8_linear_weight_grad"
+    weight_product: ClassVar[bool] = True
+    operands: ClassVar[tuple[str, ...]] = ("dq", "ds", "q", "s")
     attrs: ClassVar = {"dtype": str}
 
     @classmethod
@@ -233,32 +235,21 @@ class _Fp8LinearWeightGrad(Operator):
         return 2 * rows * out.at(sizes) * site.types[2].dims[1].at(sizes)
 
 
-class Fp8LinearWeightGrad(_Fp8LinearWeightGrad):
-    """`linear_weight_grad` in FP8: both operands in runs of 128 tokens.
-
-    dy [tile, out, 128], its scales [tile, out], x [tile, in, 128], its scales [tile, in] ->
-    [out, in].
-    """
-
-    kind = "fp8_linear_weight_grad"
-    operands = ("dq", "ds", "q", "s")
-
-
-class Fp8GroupedLinear(_Fp8Linear):
+class Fp8GroupedLinear(Fp8Linear):
     """`grouped_linear` in FP8: q [slot, in], its scales, offs, all experts' weights, theirs."""
 
     kind = "fp8_grouped_linear"
     operands = ("q", "s", "offs", "wq", "ws")
 
 
-class Fp8GroupedLinearInputGrad(_Fp8LinearInputGrad):
+class Fp8GroupedLinearInputGrad(Fp8LinearInputGrad):
     """`grouped_linear_input_grad` in FP8: dy [slot, out], its scales, offs, weights, theirs."""
 
     kind = "fp8_grouped_linear_input_grad"
     operands = ("q", "s", "offs", "wq", "ws")
 
 
-class Fp8GroupedLinearWeightGrad(_Fp8LinearWeightGrad):
+class Fp8GroupedLinearWeightGrad(Fp8LinearWeightGrad):
     """`grouped_linear_weight_grad` in FP8; the runs of tokens restart with each expert."""
 
     kind = "fp8_grouped_linear_weight_grad"

@@ -18,6 +18,7 @@ from compiler.ops.base import (
     find_dim,
     need_float,
     need_rank,
+    only,
     same_shape,
 )
 
@@ -40,9 +41,9 @@ class Cast(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if d[0] is None or x.type.dtype not in FLOATS:
+        if x.type.dtype not in FLOATS:
             return [None]
-        return at.add("cast", [d[0]], names=[f"d_{x.name}"], dtype=x.type.dtype)
+        return at.add("cast", [only(d)], names=[f"d_{x.name}"], dtype=x.type.dtype)
 
 
 class Detach(Operator):
@@ -90,9 +91,7 @@ class Sum(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if d[0] is None:
-            return [None]
-        return at.add("expand_like", [d[0], x], names=[f"d_{x.name}"])
+        return at.add("expand_like", [only(d), x], names=[f"d_{x.name}"])
 
 
 class Split(Operator):
@@ -120,8 +119,6 @@ class Split(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if all(part is None for part in d):
-            return [None]
         parts = [
             part or at.add("zeros_like", [result], names=[f"d_{result.name}"])[0]
             for part, result in zip(d, op.results, strict=True)
@@ -155,10 +152,8 @@ class Concat(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None for _ in op.operands]
         into = dims_attr(*(v.type.last for v in op.operands))
-        return at.add("split", [d[0]], names=[f"d_{v.name}" for v in op.operands], into=into)
+        return at.add("split", [only(d)], names=[f"d_{v.name}" for v in op.operands], into=into)
 
 
 class Flatten(Operator):
@@ -184,10 +179,8 @@ class Flatten(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None]
         names = [f"d_{op.operands[0].name}"]
-        return at.add("unflatten", [d[0]], names=names, dims=op.attrs["dims"])
+        return at.add("unflatten", [only(d)], names=names, dims=op.attrs["dims"])
 
 
 class Unflatten(Operator):
@@ -214,10 +207,8 @@ class Unflatten(Operator):
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
         (x,) = op.operands
-        if d[0] is None:
-            return [None]
         names = [f"d_{x.name}"]
-        (dx,) = at.add("flatten", [d[0]], names=names, dims=op.attrs["dims"])
+        (dx,) = at.add("flatten", [only(d)], names=names, dims=op.attrs["dims"])
         if dx.type != x.type:
             (dx,) = at.add("rename", [dx], names=names, dim=dims_attr(x.type.last))
         return [dx]
@@ -240,9 +231,8 @@ class Broadcast(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None]
-        return at.add("sum_over", [d[0]], names=[f"d_{op.operands[0].name}"], dim=op.attrs["dim"])
+        names = [f"d_{op.operands[0].name}"]
+        return at.add("sum_over", [only(d)], names=names, dim=op.attrs["dim"])
 
 
 class _Drop(Operator):
@@ -266,11 +256,9 @@ class _Drop(Operator):
 
     @classmethod
     def grad(cls, at: Adjoint, op: Op, d: Sequence[Value | None]) -> Sequence[Value | None]:
-        if d[0] is None:
-            return [None]
         dim, count = op.attrs["dim"], op.attrs["count"]
         names = [f"d_{op.operands[0].name}"]
-        return at.add(cls.gradient, [d[0]], names=names, dim=dim, count=count)
+        return at.add(cls.gradient, [only(d)], names=names, dim=dim, count=count)
 
 
 class DropFirst(_Drop):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from compiler.graph.build import Builder
+from compiler.graph.build import Builder, value_names
 from compiler.graph.core import (
     REPEATS,
     Attr,
@@ -109,7 +109,7 @@ class _Backward:
         callees = {g.name: g for g in derivation.made.values()}
         self.builder = Builder(self.backward, callees)
         # Values of the forward graph are read under their own names.
-        self.builder.names |= Builder(graph, {}).names
+        self.builder.names |= value_names(graph)
         arguments = derivation.arguments[graph.name]
         self.requires_grad = _requires_grad(graph, arguments, derivation.results)
         self.spans: tuple[Span, ...] = ()
@@ -121,6 +121,7 @@ class _Backward:
         kind: str,
         operands: Sequence[Value] = (),
         symbols: Sequence[str] = (),
+        /,
         *,
         names: Sequence[str] = (),
         **attrs: Attr,
@@ -279,7 +280,7 @@ class _Backward:
         """The first operator: what the backward graph reads of the forward graph."""
         own = {*self.backward.args, *(v for op in self.backward.walk() for v in op.results)}
         own |= {v for op in self.backward.walk() for r in op.regions for v in r.args}
-        read = {v for op in self.backward.walk() for v in op.operands}
+        read = self.backward.read()
         needed = [v for v in in_order(self.forward) if v in read and v not in own]
         copies = {v: Value(v.name, v.type) for v in needed}
         for old, new in copies.items():

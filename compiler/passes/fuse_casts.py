@@ -44,8 +44,7 @@ def _made_and_cast(at: Rewriter) -> Sequence[Value] | Miss:
         return Miss("runs restart in each part", at.op)
     attrs: dict[str, Attr] = {**made.attrs, "scale": at.op.attrs["scale"]}
     names = [v.name for v in at.op.results]
-    kind = f"{made.kind}_quantize"
-    return at.add(kind, made.operands, made.symbols, names=names, like=None, **attrs)
+    return at.add(f"{made.kind}_quantize", made.operands, made.symbols, names=names, **attrs)
 
 
 def _both(at: Rewriter) -> Sequence[Value] | Miss:
@@ -79,4 +78,4 @@ def _gradients_cast(at: Rewriter) -> Sequence[Value] | Miss:
         return Miss("a run is of gate and of up", at.op)
     names = [v.name for v in at.op.results]
     operands, attrs = [*made.operands, *offs], {**made.attrs, "scale": at.op.attrs["scale"]}
-    return at.add("swiglu_grad_quantize", operands, (), names=names, like=None, **attrs)
+    return at.add("swiglu_grad_quantize", operands, names=names, **attrs)

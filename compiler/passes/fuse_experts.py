@@ -7,9 +7,8 @@ The `experts` region becomes permute, its equations on all slots at once with `g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from compiler.graph.core import Op, Program, Value
+from compiler.graph.core import Attr, Op, Program, Value
 from compiler.graph.types import Dim
 from compiler.ops import OPS
 from compiler.ops.base import dims_attr
@@ -40,11 +39,9 @@ def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
         if outside:
             return Miss(f"an expert reads {outside[0]} from outside", inner)
     count = dims_attr(Dim("n_routed_experts", at.op.number("count")))
-    attrs: dict[str, Any] = {**at.op.attrs, "count": count}
-    rows, offs, sort_indices = at.add(
-        "permute", [x, topk_indices], names=["rows", "offs", "sort_indices"],
-        **attrs,
-    )  # fmt: skip
+    attrs: dict[str, Attr] = {**at.op.attrs, "count": count}
+    names = ["rows", "offs", "sort_indices"]
+    rows, offs, sort_indices = at.add("permute", [x, topk_indices], names=names, **attrs)
     inside: dict[Value, Value] = {region.args[0]: rows}
     for inner in region.ops[:-1]:
         _grouped(at, inner, inside, rows, offs)
@@ -69,7 +66,7 @@ def _grouped(at: Rewriter, inner: Op, inside: dict[Value, Value], rows: Value, o
     if kind == "parameter":
         kind, operands = "grouped_parameter", [rows, offs]
     names = [v.name for v in inner.results]
-    results = at.add(kind, operands, inner.symbols, names=names, like=inner, **inner.attrs)
+    results = at.like(inner).add(kind, operands, inner.symbols, names=names, **inner.attrs)
     inside.update(zip(inner.results, results, strict=True))
 
 

@@ -35,12 +35,10 @@ def _fuse(at: Rewriter) -> Sequence[Value] | Miss:
     names = [v.name for v in at.op.results]
     attrs = {"scoring": made.kind, **at.op.attrs}
     if len(at.uses[affinity]) == 1:
-        return at.add("gate", made.operands, at.op.symbols, names=names, like=None, **attrs)
+        return at.add("gate", made.operands, at.op.symbols, names=names, **attrs)
     if at.has_use_before(made):
         return Miss("the scores are read before experts are chosen by them", made)
     names.append(affinity.name)
-    *chosen, again = at.add(
-        "gate_saving", made.operands, at.op.symbols, names=names, like=None, **attrs
-    )
+    *chosen, again = at.add("gate_saving", made.operands, at.op.symbols, names=names, **attrs)
     at.builder.graph.replace_uses(affinity, again)
     return chosen

@@ -10,7 +10,6 @@ scales are powers of two, and why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from compiler.graph.build import Builder
 from compiler.graph.core import Attr, Graph, Op, Program, Value, Weight
@@ -155,7 +154,7 @@ def _fp8(at: Rewriter, operands: Sequence[Value], **attrs: Attr) -> list[Value]:
     """The same product in FP8."""
     attrs["dtype"] = at.op.result.type.dtype
     names, kind = [at.op.result.name], f"fp8_{at.op.kind}"
-    return at.add(kind, operands, (), names=names, like=None, **attrs)
+    return at.add(kind, operands, names=names, **attrs)
 
 
 def _source(producers: dict[Value, Op], x: Value) -> tuple[Op, Value] | None:
@@ -221,11 +220,9 @@ def _permute_quantized(at: Rewriter) -> Sequence[Value] | Miss:
     if cast is None:
         return Miss("tokens are not only read in FP8", at.op)
     x, topk_indices = at.op.operands
-    attrs: dict[str, Any] = dict(at.op.attrs)
-    moved = at.add(
-        "permute_quantized", [*_cast_of(at, x, cast), topk_indices],
-        names=[v.name for v in (*cast.results, offs, sort_indices)], **attrs,
-    )  # fmt: skip
+    names = [v.name for v in (*cast.results, offs, sort_indices)]
+    operands = [*_cast_of(at, x, cast), topk_indices]
+    moved = at.add("permute_quantized", operands, names=names, **at.op.attrs)
     at.erase(cast, moved[:2])
     return [moved[0], *moved[2:]]
 
@@ -242,8 +239,7 @@ def _dispatch_quantized(at: Rewriter) -> Sequence[Value] | Miss:
         sent += _cast_of(at, row, cast) if cast else [row]
         names += [v.name for v in cast.results] if cast else [result.name]
     names += [v.name for v in at.op.results[len(rows) :]]
-    attrs = {**at.op.attrs}
-    moved = at.add("dispatch", [*sent, topk_indices], (), names=names, like=None, **attrs)
+    moved = at.add("dispatch", [*sent, topk_indices], names=names, **at.op.attrs)
     results, left = [], list(moved)
     for cast in casts:
         results.append(left[0])
@@ -273,8 +269,7 @@ def _dispatch_gradients_quantized(at: Rewriter) -> Sequence[Value] | Miss:
         else:
             sent.append(row)
             names.append(result.name)
-    attrs = {**at.op.attrs}
-    moved = at.add("dispatch_again", [*sent, handle], (), names=names, like=None, **attrs)
+    moved = at.add("dispatch_again", [*sent, handle], names=names, **at.op.attrs)
     found, left = [], iter(moved)
     for result, cast in zip(at.op.results, casts, strict=True):
         arrived = next(left)
@@ -295,4 +290,4 @@ def _cast_of(at: Rewriter, x: Value, cast: Op) -> list[Value]:
     """The cast on what its value is made of; its own names are free."""
     at.builder.names -= {v.name for v in cast.results}
     scale = cast.attrs["scale"]
-    return at.add("quantize", [x], names=_names(x), like=cast, scale=scale, parts=())
+    return at.like(cast).add("quantize", [x], names=_names(x), scale=scale, parts=())

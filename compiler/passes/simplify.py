@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from compiler.graph.core import Graph, Op, Program, Value, op_lists
 from compiler.ops import OPS
@@ -98,13 +98,13 @@ def _drop_dead(graph: Graph, pure: Mapping[str, bool]) -> bool:
     """Removes operators whose results are not read and that do nothing else."""
     changed = False
     for ops in op_lists(graph):
-        uses = graph.uses()
+        read = graph.read()
         for op in reversed(list(ops)):
-            changed |= _drop_stacked(op, uses)
-            if _removable(op, pure) and not any(uses.get(v) for v in op.results):
+            changed |= _drop_stacked(op, read)
+            if _removable(op, pure) and read.isdisjoint(op.results):
                 ops.remove(op)
                 changed = True
-                uses = graph.uses()
+                read = graph.read()
     return changed
 
 
@@ -124,12 +124,12 @@ def _purity(program: Program) -> dict[str, bool]:
     return pure
 
 
-def _drop_stacked(op: Op, uses: Mapping[Value, list[Op]]) -> bool:
+def _drop_stacked(op: Op, read: Set[Value]) -> bool:
     """Removes results of a repeat, beyond the carried ones, that are not read."""
     if op.kind != "repeat":
         return False
     carried = len(op.operands)
-    keep = [i for i, v in enumerate(op.results) if i < carried or uses.get(v)]
+    keep = [i for i, v in enumerate(op.results) if i < carried or v in read]
     if len(keep) == len(op.results):
         return False
     op.results = [op.results[i] for i in keep]
@@ -140,13 +140,15 @@ def _drop_stacked(op: Op, uses: Mapping[Value, list[Op]]) -> bool:
 
 def _drop_results(graph: Graph, program: Program) -> bool:
     """Results of a graph that no caller reads."""
+    if has_paired_gradient(graph, program):
+        return False
     calls = list(program.calls_of(graph.name))
     used: set[int] = set()
     for caller, op in calls:
-        uses = caller.uses()
-        used |= {i for i, v in enumerate(op.results) if uses.get(v)}
+        read = caller.read()
+        used |= {i for i, v in enumerate(op.results) if v in read}
     keep = [i for i in range(len(graph.results)) if i in used]
-    if has_paired_gradient(graph, program) or not calls or len(keep) == len(graph.results):
+    if not calls or len(keep) == len(graph.results):
         return False
     graph.result_names = tuple(graph.result_names[i] for i in keep)
     graph.ops[-1].operands = [graph.results[i] for i in keep]
@@ -162,8 +164,8 @@ def has_paired_gradient(graph: Graph, program: Program) -> bool:
 
 def _drop_args(graph: Graph, program: Program) -> bool:
     """Arguments of a graph that it does not read."""
-    uses = graph.uses()
-    keep = [i for i, v in enumerate(graph.args) if uses.get(v)]
+    read = graph.read()
+    keep = [i for i, v in enumerate(graph.args) if v in read]
     if has_paired_gradient(graph, program) or len(keep) == len(graph.args):
         return False
     graph.args = [graph.args[i] for i in keep]

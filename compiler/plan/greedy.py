@@ -33,11 +33,12 @@ def greedy(name: str, pipeline: int, batches: int) -> Schedule:
     if batches % len(where):
         raise ValueError(f"{batches} micro-batches cannot be dealt to {len(where)} directions")
     each = batches // len(where)
-    tracks = [
-        _Track(rank, stage, len(direction) - 1, way * each, (way + 1) * each)
-        for way, direction in enumerate(where)
-        for stage, rank in enumerate(direction)
-    ]
+    tracks: list[list[_Track]] = [[] for _ in range(pipeline)]
+    for way, direction in enumerate(where):
+        for stage, rank in enumerate(direction):
+            tracks[rank].append(
+                _Track(rank, stage, len(direction) - 1, way * each, (way + 1) * each)
+            )
     ends: dict[Chunk, float] = {}
     free = [0.0] * pipeline
     rows: list[list[Step]] = [[] for _ in range(pipeline)]
@@ -47,8 +48,7 @@ def greedy(name: str, pipeline: int, batches: int) -> Schedule:
         for rank in changed:
             found = [
                 (max(free[rank], ready), rank, chunk, one)
-                for one in tracks
-                if one.rank == rank
+                for one in tracks[rank]
                 for chunk, ready in one.ready(ends)
             ]
             first.pop(rank, None)

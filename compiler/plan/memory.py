@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from compiler.graph.types import BYTES
 from compiler.ops.quantize import runs
@@ -67,7 +68,14 @@ class RankMemory:
         return sum(use.bytes for use in self.uses)
 
     def of(self, kind: Kind) -> int:
-        return sum(use.bytes for use in self.uses if use.kind is kind)
+        return self._of_kinds.get(kind, 0)
+
+    @cached_property
+    def _of_kinds(self) -> Mapping[Kind, int]:
+        found: dict[Kind, int] = {}
+        for use in self.uses:
+            found[use.kind] = found.get(use.kind, 0) + use.bytes
+        return found
 
     def largest(self) -> list[Use]:
         """Most first; all that one tensor takes of one kind counts together."""

@@ -76,7 +76,8 @@ class Bucket:
     def shares(self) -> tuple[int, ...]:
         """A slice, dealt to the weights by their sizes: what the mean rank has of each."""
         ends = [0, *accumulate(one.on_rank for one in self.placed)]
-        cuts = [self.slice * end // self.elements for end in ends]
+        size, elements = self.slice, self.elements
+        cuts = [size * end // elements for end in ends]
         return tuple(stop - start for start, stop in pairwise(cuts))
 
 

@@ -15,13 +15,14 @@ from compiler.plan.memory import Kind, RankMemory, rank_memory
 from compiler.plan.placement import Placed, placements
 from compiler.plan.ramp import longest, rounds
 from compiler.plan.saved import Activations, activations
-from compiler.plan.schedule import schedule
+from compiler.plan.schedule import Schedule, schedule
 from compiler.plan.simulate import ChunkCosts, simulate
 from compiler.plan.stages import Flops, cut, unit_flops
 from compiler.plan.traffic import ExpertTraffic, Sent, exchanges, sent
-from compiler.plan.transfers import with_transfers
+from compiler.plan.transfers import executed_schedule
 from compiler.plan.weights import weights_of
-from dsl.schema import Cluster, Parallel, Schedule
+from dsl.schema import Cluster, Parallel
+from dsl.schema import Schedule as BatchSchedule
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Plan:
     exchanges: tuple[ExpertTraffic, ...]
     ranks: tuple[Rank, ...]
     slowest: Flops  # of a forward pass of one micro-batch through the stage that has most to do
+    order: Schedule  # of a step, with what ranks send and receive; of its first part, if it is long
 
     @property
     def fits(self) -> bool:
@@ -141,7 +143,7 @@ class Planner:
         train: Program,
         cluster: Cluster,
         longest: int,
-        batch: Schedule | None = None,
+        batch: BatchSchedule | None = None,
     ) -> None:
         self.program = program
         self.train = train
@@ -190,7 +192,7 @@ class Planner:
             buffers = 3 * parallel.expert * tokens * max(one.row for one in found)
         stages, ways = layout.mesh.pipeline, len(layout.placement)
         count = rounds(layout.micro_batches, ways, longest(stages))[0]
-        order = with_transfers(schedule(layout.schedule, stages, count))
+        order = executed_schedule(layout.schedule, stages, count)
         ranks = tuple(
             Rank(
                 rank_memory(layout, placed, saved, order, boundary, buffers, at),
@@ -201,7 +203,7 @@ class Planner:
         )
         forward = [_stage_flops(layout, costs.flops, stage.index) for stage in layout.stages]
         slowest = max(forward, key=lambda one: one.total)
-        return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest)
+        return Plan(parallel, self.cluster, layout, placed, found, ranks, slowest, order)
 
     def _of_a_micro_batch(self, size: int, length: int) -> _Costs:
         """Made once for each size, since a search tries many layouts of the same."""

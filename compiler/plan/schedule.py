@@ -12,9 +12,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from compiler.parallel.layout import placement
 
@@ -46,6 +46,7 @@ class Send:
     """The rank sends the message of this number."""
 
     number: int
+    verb: ClassVar[str] = "send"
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Receive:
     """The rank receives the message of this number."""
 
     number: int
+    verb: ClassVar[str] = "receive"
 
 
 Entry = Step | Send | Receive
@@ -96,18 +98,22 @@ class Schedule:
 
     def holder(self, stage: int, batch: int) -> int:
         """The pipeline rank that holds a stage for a micro-batch."""
-        return self.direction(batch)[stage]
+        return self.directions[batch][stage]
 
-    def direction(self, batch: int) -> tuple[int, ...]:
-        """The pipeline rank of each stage for a micro-batch."""
-        return self.placement[batch * len(self.placement) // self.batches]
+    @cached_property
+    def directions(self) -> list[tuple[int, ...]]:
+        """For each micro-batch the pipeline rank of each stage."""
+        ways = len(self.placement)
+        return [self.placement[batch * ways // self.batches] for batch in range(self.batches)]
 
     def message(self, chunk: Chunk) -> Message | None:
         """What a chunk makes for another pipeline rank, if it does."""
         kind, stage, batch = chunk
+        if kind == "W":
+            return None
         target = stage + (1 if kind == "F" else -1)
-        direction = self.direction(batch)
-        if kind == "W" or not 0 <= target < len(direction):
+        direction = self.directions[batch]
+        if not 0 <= target < len(direction):
             return None
         sender, receiver = direction[stage], direction[target]
         if sender == receiver:
@@ -116,7 +122,7 @@ class Schedule:
 
     def steps(self, rank: int) -> tuple[Step, ...]:
         """What a pipeline rank computes, without what it sends and receives."""
-        return tuple(entry for entry in self.rows[rank] if isinstance(entry, tuple))
+        return tuple([entry for entry in self.rows[rank] if isinstance(entry, tuple)])
 
     def __str__(self) -> str:
         """A line for each rank, a word for each step."""
@@ -141,7 +147,7 @@ def word(entry: Entry) -> str:
     """An entry of a row as texts say it: `3F2`, `3F2&0B1`, `send 7`."""
     if isinstance(entry, tuple):
         return "&".join([f"{stage}{kind}{batch}" for kind, stage, batch in entry])
-    return f"send {entry.number}" if isinstance(entry, Send) else f"receive {entry.number}"
+    return f"{entry.verb} {entry.number}"
 
 
 def schedule_from_json(text: str) -> Schedule:

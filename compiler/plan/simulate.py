@@ -37,7 +37,8 @@ class ChunkCosts:
     def of(self, step: Step) -> float:
         if len(step) > 1 and self.pair is not None:
             return self.pair
-        return sum([self._times[chunk.kind] for chunk in step])
+        times = self._times
+        return sum([times[kind] for kind, _, _ in step])
 
     @cached_property
     def _times(self) -> Mapping[str, float]:

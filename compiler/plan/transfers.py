@@ -10,11 +10,18 @@ order: no order of this kind can deadlock. Compare NVIDIA/nccl#784, pytorch/pyto
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from operator import itemgetter
 
-from compiler.plan.schedule import Entry, Receive, Schedule, Send, Step
+from compiler.plan.greedy import schedule_of
+from compiler.plan.schedule import Entry, Message, Receive, Schedule, Send
 from compiler.plan.simulate import ChunkCosts, simulate
+
+
+def executed_schedule(name: str, pipeline: int, batches: int) -> Schedule:
+    """What the ranks of a step execute: `schedule_of` with all that they send and receive."""
+    return with_transfers(schedule_of(name, pipeline, batches))
 
 
 def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule:
@@ -22,36 +29,30 @@ def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule
 
     Raises ValueError where ranks wait for one another even if no message takes time.
     """
-    ends = [[end for _, end in times] for times in simulate(given, costs or ChunkCosts()).ranks]
-    # By the end of the chunk that makes it, its rank, and which of its rank's chunks that is.
-    made = sorted(
-        (end, rank, i, j, message)
-        for rank, times in enumerate(ends)
-        for i, (step, end) in enumerate(zip(given.steps(rank), times, strict=True))
-        for j, chunk in enumerate(step)
-        if (message := given.message(chunk)) is not None
+    times = simulate(given, costs or ChunkCosts()).ranks
+    # The entries of each rank with their ends; sorting is stable, so that of equal ends steps come
+    # first, and messages are in the order of ranks and chunks.
+    rows: list[list[tuple[float, Entry]]] = [[] for _ in given.rows]
+    made: list[tuple[float, Message]] = []
+    for rank, (row, own) in enumerate(zip(rows, times, strict=True)):
+        for step, (_, end) in zip(given.steps(rank), own, strict=True):
+            row.append((end, step))
+            for chunk in step:
+                message = given.message(chunk)
+                if message is not None:
+                    made.append((end, message))
+    made.sort(key=_end)
+    for number, (end, message) in enumerate(made):
+        rows[message.sender].append((end, Send(number)))
+        rows[message.receiver].append((end, Receive(number)))
+    return replace(
+        given,
+        rows=tuple([tuple([entry for _, entry in sorted(row, key=_end)]) for row in rows]),
+        messages=tuple([message for _, message in made]),
     )
-    own: list[list[tuple[float, Entry]]] = [[] for _ in given.rows]
-    for number, (end, sender, _, _, message) in enumerate(made):
-        own[sender].append((end, Send(number)))
-        own[message.receiver].append((end, Receive(number)))
-    steps = [given.steps(rank) for rank in range(len(given.rows))]
-    rows = tuple(map(_row, steps, ends, own))
-    return replace(given, rows=rows, messages=tuple([message for *_, message in made]))
 
 
-def _row(
-    steps: Sequence[Step], ends: Sequence[float], own: Sequence[tuple[float, Entry]]
-) -> tuple[Entry, ...]:
-    """The steps of a rank between its sends and receives, which are `own`, after their times."""
-    row: list[Entry] = []
-    at = 0
-    for step, end in zip(steps, ends, strict=True):
-        while at < len(own) and own[at][0] < end:
-            row.append(own[at][1])
-            at += 1
-        row.append(step)
-    return (*row, *(transfer for _, transfer in own[at:]))
+_end = itemgetter(0)
 
 
 def most_held(given: Schedule, rank: int, saved: Mapping[int, int], message: int) -> int:

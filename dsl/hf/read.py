@@ -12,15 +12,14 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from dsl.diagnostic import Diagnostics
 from dsl.hf.config_file import MAX_NUMBER, Reader, shown, spans_of
+from dsl.hf.families import V2, V3, Family, Layers
 from dsl.hf.keys import (
     ARCHITECTURES,
     ATTENTIONS,
-    DENSE,
     EXPERT_KEYS,
     FAMILIES,
     FIXED,
@@ -35,7 +34,7 @@ from dsl.hf.keys import (
     language_model,
     model_type,
 )
-from dsl.hf.longcat import longcat_architecture, longcat_experts, longcat_latents
+from dsl.hf.longcat import LongCat
 from dsl.hf.rope import rope_params
 from dsl.source import Source
 
@@ -55,12 +54,13 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
         help = "letters, digits and `_`, for example `my_model`"
         problems.error("E384", f"`{name}` cannot name a model", help=help)
     family = _family(reader)
-    if not family:
+    if family is None:
         problems.raise_if_any()
+    assert family is not None
     reader.taken |= IGNORED
     for key, (value, why) in FIXED.items():
         reader.only(key, [value], why)
-    layers = _layers(reader, family)
+    layers = family.layers(reader)
     params = _params(reader, family, layers)
     sequence, train, precision = _sequence(reader), _train(reader), _precision(reader)
     generation = _generation(reader)
@@ -75,10 +75,10 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
         [
             f"model: {name}",
             f"about: {about}",
-            f"blocks: [{', '.join(_blocks(family, layers, file))}]",
+            f"blocks: [{', '.join(family.blocks(layers, file))}]",
         ],
         ["params:", *_titled(params)],
-        _architecture(family, layers, attention),
+        family.architecture(layers, attention),
         ["sequence:", *(f"  {key}: {_yaml(value)}" for key, value in sequence.items())],
         precision,
         train,
@@ -87,74 +87,28 @@ def spec_from_hf(config: Mapping[str, Any], source: Source, name: str) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
-@dataclass(frozen=True)
-class Layers:
-    """How many layers are dense, how many mixtures of experts, how many MTP modules follow."""
-
-    dense: int
-    sparse: int
-    mtp: int
-
-    @property
-    def has_experts(self) -> bool:
-        return self.sparse + self.mtp > 0
-
-
-def _family(reader: Reader) -> str:
-    """ "v3", "v2", or "" for a model of another kind."""
+def _family(reader: Reader) -> Family | None:
+    """That of the model; None for a model of another kind, which is refused."""
     kind = str(model_type(reader.config))
     key = "model_type" if reader.config.get("model_type") else "architectures"
-    family = FAMILIES.get(kind, "")
     help = f"known are {', '.join(FAMILIES)}"
     if kind in RELATIVES:
         message = f"`{kind}` is another model: {RELATIVES[kind]}"
         reader.refuse(key, message, help, "E380")
-        return "v3"
-    if not family:
+        return V3()
+    if kind not in FAMILIES:
         message = f"{shown(model_type(reader.config))} is no model of the DeepSeek V2/V3 family"
         reader.refuse(key, message, help, "E380")
-        return ""
+        return None
     names = reader.config.get("architectures") or []
     for name in names if isinstance(names, list) else [names]:
         if str(name) not in ARCHITECTURES:
             message = f"the architecture {shown(name)} is not the language model itself"
             reader.refuse("architectures", message, f"known are {', '.join(ARCHITECTURES)}", "E380")
-    return family
+    return {"v3": V3, "v2": V2, LONGCAT: LongCat}[FAMILIES[kind]]()
 
 
-def _layers(reader: Reader, family: str) -> Layers:
-    if family == LONGCAT:
-        count = reader.integer("num_layers")
-        reader.only("num_hidden_layers", [2 * count], "each layer has two attentions")
-        return Layers(0, count, 0)
-    count = reader.integer("num_hidden_layers")
-    kind = str(model_type(reader.config))
-    # GLM reads `mlp_layer_types` only.
-    dense = {**dict.fromkeys(DENSE, count), "glm4_moe_lite": 1}.get(kind)
-    if reader.take("mlp_layer_types") is not None:
-        dense = _leading_dense(reader, count)
-    if dense is None:
-        dense = min(reader.integer("first_k_dense_replace", minimum=0), count)
-    else:
-        reader.only("first_k_dense_replace", [dense], "transformers makes so many layers dense")
-    mtp = reader.integer("num_nextn_predict_layers", 0, minimum=0)
-    if mtp and FAMILIES.get(kind) == "v2":
-        reader.refuse("num_nextn_predict_layers", "DeepSeek-V2 has no MTP modules")
-    return Layers(dense, count - dense, mtp)
-
-
-def _leading_dense(reader: Reader, count: int) -> int:
-    """How many layers `mlp_layer_types` lists as dense, all of which must come first."""
-    kinds = reader.take("mlp_layer_types")
-    kinds = kinds if isinstance(kinds, list) else []
-    dense = next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds))
-    if kinds[dense:] != ["sparse"] * (len(kinds) - dense) or len(kinds) != count:
-        message = "`mlp_layer_types` must name dense layers first and sparse ones after them"
-        reader.refuse("mlp_layer_types", message, f"one name for each of {count} layers")
-    return dense
-
-
-def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, Any]]:
+def _params(reader: Reader, family: Family, layers: Layers) -> dict[str, dict[str, Any]]:
     """Parameters under the heading that the spec gives them."""
     main = {
         "vocab_size": reader.integer("vocab_size"),
@@ -164,12 +118,7 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
     }
     if model_type(reader.config) == "minicpm3":
         main |= _scales(reader, layers.dense)
-    if family == LONGCAT:
-        main["intermediate_size"] = reader.integer("ffn_hidden_size")
-    else:
-        intermediate_size = reader.integer("intermediate_size", None if layers.dense else 1)
-        if layers.dense:
-            main["intermediate_size"] = intermediate_size
+    main |= family.dense_params(reader, layers)
     first = reader.flag("mtp_hidden_states_first", False)
     normed = reader.flag("tie_last_hidden_states", True)
     if not normed and layers.mtp > 1:
@@ -179,11 +128,13 @@ def _params(reader: Reader, family: str, layers: Layers) -> dict[str, dict[str, 
         "mtp_concat": "hidden_first" if first else "embedding_first",
         "mtp_hidden_state": "after_norm" if normed else "before_norm",
     }
+    if not layers.has_experts:
+        reader.taken |= EXPERT_KEYS  # which a model without a mixture may have or leave out
     sections: dict[str, dict[str, Any]] = {
         "the model": main,
-        "attention": _attention(reader),
+        "attention": _attention(reader, family),
         "rotary embedding": rope_params(reader),
-        "experts": _experts(reader, family, layers),
+        "experts": family.expert_params(reader) if layers.has_experts else {},
         "prediction of further tokens": mtp if layers.mtp else {},
     }
     return {title: params for title, params in sections.items() if params}
@@ -200,7 +151,7 @@ def _scales(reader: Reader, layers: int) -> dict[str, float]:
     }
 
 
-def _attention(reader: Reader) -> dict[str, int | float | bool]:
+def _attention(reader: Reader, family: Family) -> dict[str, int | float | bool]:
     kind = str(model_type(reader.config))
     if ATTENTIONS.get(kind, ("",))[0] == "NormedGQA":
         return _grouped(reader, kind)
@@ -216,9 +167,7 @@ def _attention(reader: Reader) -> dict[str, int | float | bool]:
         params["indexer_loss_weight"] = 1.0  # of training, of which the config says nothing
     if kind == "minicpm3":
         params |= {"rope_halves": True}
-    if kind == LONGCAT:
-        params |= longcat_latents(reader, params["q_lora_rank"])
-    return params
+    return params | family.latent_params(reader, params["q_lora_rank"])
 
 
 def _grouped(reader: Reader, kind: str) -> dict[str, int | float | bool]:
@@ -269,40 +218,6 @@ def _latent(reader: Reader) -> dict[str, int | float | bool]:
         "v_head_dim": reader.integer("v_head_dim"),
         **({"attention_bias": True} if reader.flag("attention_bias", False) else {}),
     }
-
-
-def _experts(reader: Reader, family: str, layers: Layers) -> dict[str, Any]:
-    """Parameters of the mixture of experts; a model without one may leave them all out."""
-    if not layers.has_experts:
-        reader.taken |= EXPERT_KEYS
-        return {}
-    if family == LONGCAT:
-        return longcat_experts(reader)
-    params: dict[str, Any] = {
-        "n_routed_experts": reader.integer("n_routed_experts"),
-        "n_shared_experts": reader.integer("n_shared_experts", 0, minimum=0),
-        "num_experts_per_tok": reader.integer("num_experts_per_tok"),
-        "moe_intermediate_size": reader.integer("moe_intermediate_size"),
-    }
-    if family == "v3":
-        reader.only("scoring_func", ["sigmoid"], "the gate of this family")
-        reader.only("topk_method", ["noaux_tc"], "the gate of this family")
-        params["norm_topk_prob"] = reader.flag("norm_topk_prob")
-        groups = reader.integer("n_group"), reader.integer("topk_group")
-    else:
-        reader.only("scoring_func", ["softmax"], "the gate of this family")
-        methods = ["greedy", "group_limited_greedy"]
-        grouped = reader.only("topk_method", methods, "the gate of this family") == methods[1]
-        # transformers never divides by the sum, DeepSeek's own code does when this is true.
-        reader.only("norm_topk_prob", [False], "the sources disagree on its meaning")
-        groups = (
-            reader.integer("n_group", None if grouped else 1),
-            reader.integer("topk_group", None if grouped else 1),
-        )
-        groups = groups if grouped else (1, 1)
-    params["n_group"], params["topk_group"] = groups
-    params["routed_scaling_factor"] = reader.number("routed_scaling_factor")
-    return params
 
 
 def _q_lora_rank(reader: Reader) -> int:
@@ -391,34 +306,6 @@ def _generation(reader: Reader) -> list[str]:
     remark = "# The config.json has settings of generation, which specs have no keys for: "
     text = remark + ", ".join(changed)
     return textwrap.wrap(text, 100, subsequent_indent="# ") if changed else []
-
-
-def _blocks(family: str, layers: Layers, attention: str) -> list[str]:
-    """The block files that the spec needs."""
-    experts = "deepseek_moe" if family == "v3" else "softmax_moe"
-    # The experts are SwiGLU blocks too.
-    if family == LONGCAT:
-        return ["causal_lm", "shortcut", attention, "swiglu", "zero_expert_moe"]
-    used = {"causal_lm": True, "decoder": True, attention: True, "swiglu": True}
-    used |= {experts: layers.has_experts, "mtp": layers.mtp > 0}
-    return [name for name, is_used in used.items() if is_used]
-
-
-def _architecture(family: str, layers: Layers, attention: str) -> list[str]:
-    experts = "DeepSeekMoE" if family == "v3" else "SoftmaxMoE"
-    if family == LONGCAT:
-        return longcat_architecture(layers.sparse)
-    lines = ["architecture:", "  layers:"]
-    for repeat, block in ((layers.dense, "SwiGLU"), (layers.sparse, experts)):
-        if repeat:
-            lines.append(
-                f"    - {{repeat: {repeat}, attention: {attention}, feed_forward: {block}}}"
-            )
-    if layers.mtp:
-        lines.append(
-            f"  mtp: {{depth: {layers.mtp}, attention: {attention}, feed_forward: {experts}}}"
-        )
-    return lines
 
 
 def _titled(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

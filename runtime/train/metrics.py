@@ -151,7 +151,7 @@ class Progress:
         self.settings, self.out, self.pause = settings, out, pause
         self._live = out.isatty()
         self._start = self._shown = time.monotonic()
-        self._tokens_before = self._tokens_shown = tokens
+        self._tokens_shown = tokens
         self._done_before = settings.fraction_done(tokens, steps)
 
     def show(self, step: StepMetrics) -> None:

@@ -47,6 +47,22 @@ def test_every_pass_is_a_step_that_tells_what_changed(program: str) -> None:
 
 
 @pytest.mark.slow
+def test_programs_that_begin_alike_share_what_passes_make() -> None:
+    compiled = compile(DESCRIPTION)
+    steps = {name: compiled.steps_of(name) for name in PIPELINES}
+    assert {id(step[1].program) for step in steps.values()} == {id(steps["train"][1].program)}
+    names = [one.name for one in steps["prefill"]]
+    alike = names.index("insert_cache") + 1
+    for one, other in zip(steps["prefill"][:alike], steps["decode"], strict=False):
+        assert one.program is other.program
+        assert one.name == "lower" or (one.program_name, other.program_name) == (
+            "prefill",
+            "decode",
+        )
+    assert steps["prefill"][alike].program is not steps["decode"][alike].program
+
+
+@pytest.mark.slow
 def test_a_step_says_it_in_words() -> None:
     steps = {s.name: s for s in compile(DESCRIPTION).steps_of("decode")}
     assert steps["absorb"].summary == "attention -1, head_linear +2, latent_attention +1"

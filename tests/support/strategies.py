@@ -104,9 +104,9 @@ class Maker:
         spans = self.some_spans()
         self.pool += self.builder.add(kind, operands, symbols, names=names, spans=spans, **more)
 
-    def plain(self, kind: str, *operands: Value, **more: Any) -> None:
+    def plain(self, kind: str, *operands: Value, symbols: Sequence[str] = (), **more: Any) -> None:
         """An operator about whose name and place nothing is drawn: long examples are slow."""
-        self.pool += self.builder.add(kind, operands, spans=self.spans[:1], **more)
+        self.pool += self.builder.add(kind, operands, symbols, spans=self.spans[:1], **more)
 
     def some_spans(self) -> tuple[Span, ...]:
         return tuple(self.draw(st.lists(st.sampled_from(self.spans), min_size=1, max_size=2)))

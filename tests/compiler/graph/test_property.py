@@ -134,6 +134,6 @@ def test_names_clash_where_those_written_out_do(listed: list[PublishedName]) -> 
 
 
 def test_numbers_in_names_are_layers() -> None:
-    assert parts_of("a.*.3.*", [(0, 2), (5, 6)]) == ("a", (0, 2), (3, 3), (5, 6))
+    assert parts_of("a.*.3.*", ((0, 2), (5, 6))) == ("a", (0, 2), (3, 3), (5, 6))
     assert parts_of("a.03.*") == ("a", "03", "*")
-    assert str(PublishedName(parts_of("a.*.3", [(0, 2)]))) == "a.0..2.3"
+    assert str(PublishedName(parts_of("a.*.3", ((0, 2),)))) == "a.0..2.3"
