@@ -63,6 +63,6 @@ def with_plan(description: Description) -> tuple[Compiled, Plan]:
 
 
 def no_section(description: Description) -> Diagnostic:
-    help = "add `parallel: {cluster: h800_2048, batch: .., sequence_length: ..}`, or with --set"
+    help = "add `parallel: {cluster: h800_2048, pipeline: .., expert: ..}`, or with --set"
     message = f"{description.spec.model} has no parallel layout"
     return Diagnostic("E532", message, description.span(), "there is no `parallel` here", help=help)
