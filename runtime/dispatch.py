@@ -45,7 +45,7 @@ def with_kernel(
             not isinstance(first, Tensor)
             or first.dtype is not dtype
             or not serves(target, first.device)
-            or _records_gradient(arguments)
+            or _records_gradient(arguments, keywords)
         ):
             return reference(*arguments, **keywords)
         if not launchers:
@@ -83,9 +83,10 @@ def _file(path: str) -> ModuleType | None:
         return None
 
 
-def _records_gradient(arguments: tuple[Any, ...]) -> bool:
+def _records_gradient(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     return torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+        isinstance(argument, Tensor) and argument.requires_grad
+        for argument in (*arguments, *keywords.values())
     )
 
 

@@ -361,7 +361,7 @@ def _attend_grad_by_products(
     if seen is None:
         seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
     hidden = ~seen.expand(len(q), 1, *seen.shape[-2:])
-    heads = max(1, SCORES // hidden[0].numel())
+    heads = max(1, SCORES // max(1, hidden[0].numel()))
     for b in range(len(q)):
         for first in range(0, q.shape[2], heads):
             part = b, slice(None), slice(first, first + heads)

@@ -67,6 +67,7 @@ def model_py(
         units=emit.units,
         uses_e5m6=_uses(compiled, "e5m6"),
         uses_fp8=_uses(compiled, "fp8", "quantize"),
+        fp8_weights=_uses(compiled, "fp8_weight"),
         uses_extern=_uses_extern(compiled),
         uses_params=bool(re.search(rf"\b{PARAMS}\.", repr(facts))),
         kernels=kernels,

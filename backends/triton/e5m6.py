@@ -31,7 +31,7 @@ def kernel_file(instances: OpInstances, target: Target) -> KernelFile | None:
         "e5m6",
         render("triton/e5m6.py.jinja", kinds=kinds, groups=GROUPS),
         {f"e5m6.{FUNCTIONS[kind]}": FIRST[kind] for kind in kinds},
-        deduplicate(_case(one, instances.train_rows) for one in found),
+        deduplicate(_case(one, tokens) for one in found for tokens in (instances.train_rows, 33)),
     )
 
 

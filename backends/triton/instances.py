@@ -79,13 +79,13 @@ class OpInstances:
         return [one for one in found if not dtype or one.op.operands[0].type.dtype == dtype]
 
 
-KNOWN = {"scale", "window", "sinks"}
+KNOWN = ("scale", "window", "sinks")
 """What kernels know of how an attention makes its scores; of attention to latents the first."""
 
 
 def extras(op: Op) -> list[str]:
     """What of an attention no kernel knows: `mask`, `softcap`, `selected`."""
-    known = {"scale"} if op.kind == LatentAttention.kind else KNOWN
+    known = KNOWN[:1] if op.kind == LatentAttention.kind else KNOWN
     found = [*op.attrs, *(op.texts("also") if "also" in op.attrs else ())]
     return [name for name in found if name not in (*known, "also")]
 

@@ -56,7 +56,7 @@ def _cases(instance: OpInstance, instances: OpInstances) -> list[Case]:
     if instance.kind == "fp8_weight":
         return [_weight_case(instance)]
     if instance.kind == "dequantize":
-        return [_dequantize_case(instance, instances.train_rows)]
+        return [_dequantize_case(instance, rows) for rows in (instances.train_rows, 33)]
     kind, size, scale = instance.kind, instance.size(0), instance.op.text("scale")
     parts = list(instance.op.parts)
     keywords = {"scale": scale, **({"parts": parts} if parts else {})}

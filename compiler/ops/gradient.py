@@ -50,7 +50,7 @@ class LinearWeightGrad(Operator):
     """dW = dy^T x, summed over all tokens, for y = x W^T."""
 
     kind = "linear_weight_grad"
-    weight_product: ClassVar[bool] = True
+    weight_product = True
     operands: ClassVar[tuple[str, ...]] = ("dy", "x")
 
     @classmethod
@@ -80,7 +80,6 @@ class GroupedLinearWeightGrad(LinearWeightGrad):
     """
 
     kind = "grouped_linear_weight_grad"
-    weight_product = True
     operands = ("dy", "x", "offs")
 
 

@@ -213,7 +213,7 @@ class Fp8LinearWeightGrad(Operator):
     """
 
     kind = "fp8_linear_weight_grad"
-    weight_product: ClassVar[bool] = True
+    weight_product = True
     operands: ClassVar[tuple[str, ...]] = ("dq", "ds", "q", "s")
     attrs: ClassVar = {"dtype": str}
 

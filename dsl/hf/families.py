@@ -95,6 +95,8 @@ class Family:
 
 
 class V3(Family):
+    """DeepSeek-V3 and those with its gate: sigmoids, and a bias that selects alone."""
+
     experts = ("deepseek_moe", "DeepSeekMoE")
 
     def gate_params(self, reader: Reader) -> dict[str, Any]:
@@ -108,6 +110,8 @@ class V3(Family):
 
 
 class V2(Family):
+    """DeepSeek-V2 and those with its gate: a softmax. They have no MTP modules."""
+
     experts = ("softmax_moe", "SoftmaxMoE")
 
     def mtp(self, reader: Reader) -> int:

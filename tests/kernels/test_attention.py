@@ -195,7 +195,8 @@ def test_windows_sinks_and_documents(
     q, k, v = made(heads, 1, queries, keys)
     d = made(heads, 1, queries, queries, seed=1)[2]
     d = d.repeat_interleave(heads.heads // heads.kv_heads, 2)
-    sinks = [torch.linspace(-2, 3, heads.heads).bfloat16()] * sunk
+    # The first head has none.
+    sinks = [torch.tensor([-math.inf, -2, 0.5, 3]).bfloat16()] * sunk
     named = {"window": window} if window else {}
     named |= {"sinks": sinks[0]} if sunk else {}
     last = torch.arange(keys - queries, keys)[None]

@@ -42,7 +42,7 @@ def test_cases_are_checked_against_the_reference(
     name: str, policy: str, kernels: KernelLoader
 ) -> None:
     """One small case of each function, interpreted; that of a wrong kernel is found out."""
-    sets = (f"precision.policy={policy}",)
+    sets = (f"precision.policy={policy}", "train.saved_formats={attention: e5m6, experts: fp8}")
     spec = "deepseek_v3_tiny"
     listed = json.loads(package_of(spec, "sm_90", sets)["kernels/kernels.json"])["files"]
     for file in (one for one in listed if one["name"] == f"{name}.py"):

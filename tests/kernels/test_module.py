@@ -19,19 +19,28 @@ from tests.support.interpreter import repair
 from tests.support.places import ROOT
 
 SPECS = {
-    "tiny_bf16": ["precision.policy=bf16"],
-    "tiny_fp8": ["precision.policy=fp8_blockwise"],
+    "tiny_bf16": (
+        "specs/deepseek_v3_tiny.yaml",
+        ["precision.policy=bf16", "train.saved_formats={attention: e5m6, experts: fp8}"],
+    ),
+    "tiny_fp8": ("specs/deepseek_v3_tiny.yaml", ["precision.policy=fp8_blockwise"]),
+    # A window in one layer, and documents.
+    "sinks_bf16": (
+        "specs/examples/sinks.yaml",
+        ["precision.policy=bf16", "train={document_mask: true}"],
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=SPECS)
 def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The build of a tiny V3 with kernels, imported."""
+    """The build of a tiny model with kernels, imported."""
     repair()
     name, folder = f"kernels_{request.param}", tmp_path_factory.mktemp("built")
+    spec, sets = SPECS[request.param]
     # A layer of each kind is enough: others would be interpreted alike.
-    sets = [f"model={name}", "architecture.layers.1.repeat=1", *SPECS[request.param]]
-    description = load(ROOT / "specs/deepseek_v3_tiny.yaml", sets=sets)
+    sets = [f"model={name}", "architecture.layers.1.repeat=1", *sets]
+    description = load(ROOT / spec, sets=sets)
     build(description, folder / name, target=TARGETS["sm_90"])
     sys.path.insert(0, str(folder))
     try:
@@ -63,7 +72,8 @@ def batch(model: torch.nn.Module, tokens: int) -> Tensor:
 def gradients(package: ModuleType) -> tuple[float, dict[str, Tensor]]:
     model = model_of(package)
     tokens = batch(model, 17)
-    loss = model.loss(tokens[:, :-1], tokens[:, 1:])  # type: ignore[operator]
+    position = torch.arange(16).remainder(10).expand(2, -1)
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:], position=position)  # type: ignore[operator]
     loss.total.backward()
     found = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
     return float(loss.total.detach()), found

@@ -16,7 +16,7 @@ from runtime.dispatch import with_kernel
 FILES = ("picky", "file")
 
 
-def double(x: torch.Tensor, times: int = 2) -> torch.Tensor:
+def double(x: torch.Tensor, times: Any = 2) -> torch.Tensor:
     return x * times
 
 
@@ -121,6 +121,9 @@ def test_where_autograd_wants_a_gradient_the_reference_gives_it(
     assert x.grad is not None and x.grad.tolist() == [2, 2]
     with torch.no_grad():
         assert kernel(x).tolist() == [-2, -2]
+    times = torch.ones((), requires_grad=True)
+    kernel(X, times=times).sum().backward()
+    assert times.grad is not None and times.grad == 2
 
 
 def test_the_environment_chooses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

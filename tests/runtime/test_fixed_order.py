@@ -97,6 +97,13 @@ def test_gradients_of_packed_sequences() -> None:
     assert not any(one[7:].any() for one in found)
 
 
+def test_gradients_of_no_tokens() -> None:
+    none, starts = random(0, 4, 8), torch.zeros(2, dtype=torch.int32)
+    o, lse = G.attention_varlen_saving(none, none, none, starts, starts, 4, 0.3)
+    found = G.attention_varlen_grad(o, none, none, none, o, lse, starts, starts, 4, 0.3)
+    assert all(one.shape == none.shape for one in found)
+
+
 def test_other_gradients() -> None:
     d, tokens = random(3, 5, 8).bfloat16(), torch.tensor([[1, 1, 0, 3, 1]]).expand(3, -1)
     index = random(6, 8).topk(2).indices
