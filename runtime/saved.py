@@ -81,6 +81,10 @@ class Deferred:
     def add(self, weight: Tensor, product: Callable[[], Tensor]) -> None:
         self._waiting.append((weight, product))
 
+    def drop(self) -> None:
+        """Forgets what was not computed: their chunk has failed."""
+        self._waiting.clear()
+
     @torch.no_grad()
     def compute(self) -> None:
         """Adds all of them to `weight.grad`, as autograd does, in the order in which they came."""
