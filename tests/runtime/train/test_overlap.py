@@ -177,6 +177,14 @@ def test_what_waits_is_added_as_autograd_adds_it() -> None:
     assert torch.equal(*found)
 
 
+def test_what_waits_has_the_precision_of_the_spec_under_autocast() -> None:
+    products, weight, d, x = Deferred(), torch.zeros(4, 3), torch.randn(4, 5), torch.randn(5, 3)
+    products.add(weight, partial(torch.matmul, d, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        products.compute()
+    assert weight.grad is not None and torch.equal(weight.grad, d @ x)
+
+
 def nothing(*_: object) -> None:
     pass
 
