@@ -141,7 +141,9 @@ def _share_sizes(root: yaml.Mapping) -> None:
     if isinstance(train, yaml.Mapping) and isinstance(parallel, yaml.Mapping):
         for name in SIZES:
             given, planned = (yaml.child_of(one, name) for one in (train, parallel))
-            if isinstance(given, yaml.Scalar) and (planned is None or yaml.is_null(planned)):
+            if not isinstance(given, yaml.Scalar) or yaml.is_null(given):
+                continue
+            if planned is None or yaml.is_null(planned):
                 parallel.entries[name] = train.entries[name]
 
 
@@ -317,7 +319,7 @@ def _two_sizes(spec: Spec, root: yaml.Mapping) -> Iterator[Diagnostic]:
             here, there = (yaml.nearest_node(root, (s, name)).span for s in ("parallel", "train"))
             yield Diagnostic(
                 "E318", message, here, "what is planned", (Label(there, "what is trained"),),
-                "keep one of the two: what `train` leaves out is as in `parallel`",
+                "keep one of the two: what a section leaves out is as in the other",
             )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,6 +73,14 @@ class _Place:
     index: int
 
 
+def without_autocast(weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """In which what weights are multiplied with is computed in the precision of the spec."""
+    device = weights[0].device.type if weights else "cpu"
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 class Deferred:
     """Products that are gradients of weights, until they are computed: the W of a schedule."""
 
@@ -81,12 +90,17 @@ class Deferred:
     def add(self, weight: Tensor, product: Callable[[], Tensor]) -> None:
         self._waiting.append((weight, product))
 
+    def drop(self) -> None:
+        """Forgets what was not computed: their chunk has failed."""
+        self._waiting.clear()
+
     @torch.no_grad()
     def compute(self) -> None:
         """Adds all of them to `weight.grad`, as autograd does, in the order in which they came."""
         while self._waiting:
             weight, product = self._waiting.popleft()
-            gradient = product().to(weight.dtype)
+            with without_autocast([weight]):
+                gradient = product().to(weight.dtype)
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 

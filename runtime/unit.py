@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .saved import Deferred, Gradients, Grads, Saved
+from .saved import Deferred, Gradients, Grads, Saved, without_autocast
 from .weights import Block
 
 
@@ -59,7 +59,7 @@ def differentiable(
     `weights` are the parameters that it uses; those that need a gradient get one. Precision is
     that of the spec, also under `torch.autocast`.
     """
-    with _without_autocast(weights):
+    with without_autocast(weights):
         if not torch.is_grad_enabled():
             return forward(*inputs, Saved(wanted=False))
         call = _Call(forward, backward, gradients, len(inputs))
@@ -82,13 +82,6 @@ def deferring(products: Deferred | None) -> Iterator[None]:
         yield
     finally:
         _deferred = before
-
-
-def _without_autocast(weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    device = weights[0].device.type if weights else "cpu"
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 @dataclass
@@ -129,7 +122,7 @@ class _Function(torch.autograd.Function):
         call: _Call = ctx.call
         saved, grads = Saved.unpacked(ctx.saved_tensors, ctx.rest), Grads(ctx.weights, _deferred)
         given = [d[call.places[i]] for i in call.gradients.results]
-        with _without_autocast(ctx.weights):
+        with without_autocast(ctx.weights):
             found = call.backward(*given, saved, grads)
         found = (found,) if isinstance(found, Tensor) else found or ()
         inputs: list[Tensor | None] = [None] * call.inputs

@@ -11,7 +11,7 @@ from backends.torch.declare import TORCH_DTYPES, attribute, stored_name
 from backends.torch.layout import WIDTH, lay_out, parse_call
 from backends.torch.names import Names
 from backends.torch.sizes import Sizes
-from compiler.graph.core import Attr, Graph, Op, Value
+from compiler.graph.core import Attr, Graph, Op
 from compiler.graph.types import Dim, Type
 from compiler.ops import OPS
 
@@ -75,7 +75,6 @@ class Emitter:
         self.names = Names(graph)
         self.parts: dict[str, str] = {}  # weight of all experts: the name of its parts
         self.products = _weight_products(graph)
-        self.deferred: dict[Value, str] = {}  # gradient that is not computed here: its expression
         self.lines: list[str] = []
         self.indent = 0
         self._remark = self._last_remark = ""
@@ -109,7 +108,8 @@ class Emitter:
             self.line(expression)
             return
         if op in self.products:
-            self.deferred[op.result] = expression
+            function, _, operands = expression.partition("(")
+            self.line(f"grads.defer({self.stored(self.products[op])}, {function}, {operands}")
             return
         targets = ", ".join([self.names.give(v, op) for v in op.results])
         self.line(f"{targets} = {expression}")
@@ -209,15 +209,17 @@ class TrainingEmitter(Emitter):
         return self.lines
 
 
-def _weight_products(graph: Graph) -> set[Op]:
-    """Products that are gradients of weights and nothing else, which may be computed later."""
+def _weight_products(graph: Graph) -> dict[Op, Op]:
+    """Products that are gradients of weights and nothing else, which may be computed later, each
+    with the operator that adds it to the gradient."""
     readers = Counter(v for op in graph.walk() for v in op.operands)
-    found = {
-        op.operands[0]
+    adding = {
+        op.operands[0]: op
         for op in graph.walk()
         if op.kind == "accumulate_grad" and readers[op.operands[0]] == 1
     }
-    return {op for op in graph.walk() if OPS[op.kind].weight_product and op.result in found}
+    products = (op for op in graph.walk() if OPS[op.kind].weight_product)
+    return {op: adding[op.result] for op in products if op.result in adding}
 
 
 def _needed(graph: Graph, results: Sequence[object]) -> Iterator[Op]:

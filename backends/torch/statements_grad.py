@@ -52,12 +52,8 @@ def _saved(e: Emitter, op: Op) -> None:
 
 
 def _accumulate_grad(e: Emitter, op: Op) -> None:
-    product = e.deferred.get(op.operands[0])
-    if product is None:
+    if op not in e.products.values():  # else where the product is, whose operands have names there
         e.line(f"grads.add({e.stored(op)}, {e.operand(op, 0)})")
-        return
-    function, _, operands = product.partition("(")
-    e.line(f"grads.defer({e.stored(op)}, {function}, {operands}")
 
 
 def _linear_input_grad(e: Emitter, op: Op) -> None:

@@ -127,12 +127,11 @@ class Layout:
 
         A micro-batch returns to a stage once it has been to the last one and back, while the stage
         has begun as many others as there are stages from it to the last. Together the two stages
-        of a rank under DualPipe keep one more than there are stages, and with the zero-bubble
-        schedule weight gradients wait until all ranks keep as many as there are (report, table 2).
+        of a rank under DualPipe keep one more than there are stages (report, table 2). What
+        products read that then wait for chunks W is counted apart (`compiler/plan/memory.py`).
         """
-        first = 0 if self.schedule == "zero_bubble" else stage
         stages = len(self.placement[0])
-        return min(stages - first, self.micro_batches // len(self.placement))
+        return min(stages - stage, self.micro_batches // len(self.placement))
 
     def owner(self, routed: int, count: int) -> int:
         """The `expert` coordinate of the ranks that hold routed expert `routed` of `count`."""

@@ -23,7 +23,13 @@ def spread(
     """What is saved where the experts of a unit are on several ranks, for `tokens` tokens."""
     if mesh.expert == 1 or not exchanges:
         return whole
-    return replace(whole, saved=tuple(_saved(whole, exchanges, mesh, tokens)))
+    elsewhere = whole.filling - whole.filling // mesh.expert  # for experts of other ranks
+    return replace(
+        whole,
+        saved=tuple(_saved(whole, exchanges, mesh, tokens)),
+        operands=whole.operands - elsewhere,
+        filling=whole.filling - elsewhere,
+    )
 
 
 def _saved(

@@ -106,9 +106,19 @@ def rank_memory(
         uses += found
     held = [unit for s in layout.stages_of(pipeline) for unit in layout.stages[s].units]
     without = sum(layout.in_flight(stage) * size for stage, size in kept.items())
-    waiting = max(0, most_held(order, pipeline, kept, message) - without)
+    operands = {
+        stage: sum(saved[unit.ops].operands for unit in layout.stages[stage].units)
+        for stage in kept
+    }
     span = saved[held[0].ops].working.span
-    uses.append(Use(Kind.ACTIVATIONS, "messages between stages", waiting, held[0].layer, span))
+    # First as if products of chunks I were computed at once.
+    for name, waiting in (
+        ("messages between stages", dict.fromkeys(kept, 0)),
+        ("operands of gradients of weights that wait", operands),
+    ):
+        most = max(without, most_held(order, pipeline, kept, message, waiting))
+        uses.append(Use(Kind.ACTIVATIONS, name, most - without, held[0].layer, span))
+        without = most
     uses.append(_working_use(held, saved))
     uses.append(Use(Kind.WORKING, "buffers of exchanges", buffers, None, None))
     parameters = sum(one.on_rank for one in own)

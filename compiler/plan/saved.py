@@ -19,6 +19,9 @@ from dsl.source import Span
 
 Sizes = Mapping[str, int]
 
+TILES = "slot_tile"
+"""The dimension of tiles of rows that are by experts, which begin with a tile each."""
+
 
 @dataclass(frozen=True)
 class SavedValue:
@@ -39,10 +42,17 @@ class SavedValue:
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one unit and one micro-batch: what is saved, and the largest block while it runs."""
+    """Of one unit and one micro-batch: what is saved, and the largest block while it runs.
+
+    `operands` are bytes that products which are gradients of weights wait with, from a chunk I,
+    when what was saved is dropped, to its W; `filling` those of them that fill up the rows of every
+    expert to whole tiles.
+    """
 
     saved: tuple[SavedValue, ...]
     working: SavedValue
+    operands: int
+    filling: int
 
     @property
     def bytes(self) -> int:
@@ -61,7 +71,8 @@ def activations(program: Program, unit: Unit, sizes: Sizes) -> Activations:
         op = main.ops[i]
         inside = [op] if unit.layer is None else op.regions[0].ops
         walk.block(main, inside, dict(sizes))
-    return Activations(tuple(one for one in walk.saved if one.bytes), walk.largest)
+    saved = tuple(one for one in walk.saved if one.bytes)
+    return Activations(saved, walk.largest, walk.operands, walk.filling)
 
 
 class _Walk:
@@ -71,6 +82,7 @@ class _Walk:
         self._program = program
         self.saved: list[SavedValue] = []
         self.largest = SavedValue("", "", 0, None)
+        self.operands = self.filling = 0
         main = program.main
         self._outermost = {*main.args, *(v for op in main.ops for v in op.results)}
 
@@ -101,6 +113,9 @@ class _Walk:
             named = []  # parts of the outermost block are graphs of their own
         else:
             named = [(v.name, v) for v in graph.saved]
+        operands, filling = self._operands(graph, dict(sizes))
+        self.operands += times * operands
+        self.filling += times * filling
         weights = set(self._weights(graph))
         for name, value in named:
             op = made[name][1] if name in made else None
@@ -142,6 +157,26 @@ class _Walk:
                 made_of = (v.type for v in op.results if any(d.size is None for d in v.type.dims))
                 total += sum(type.bytes(sizes) for type in made_of)
         return total
+
+    def _operands(self, graph: Graph, sizes: dict[str, int]) -> tuple[int, int]:
+        """Of products that are gradients of the block's weights, as `Activations` has them."""
+        backward = self._program.backward_of(graph.name)
+        if backward is None:
+            return 0, 0
+        whole: dict[Value, int] = {}
+        filling: dict[Value, int] = {}
+        for op in backward.walk():
+            site = site_of(op, backward, self._program.graphs)
+            sizes.update(OPS[op.kind].inner_sizes(site, sizes))
+            if OPS[op.kind].weight_product:
+                # There are tiles for all rows, and one more for every expert.
+                experts = sum(v.type.count() for v in op.operands if v.type.dtype == "i32")
+                for value in op.operands:
+                    whole[value] = value.type.bytes(sizes)
+                    if any(dim.name == TILES for dim in value.type.dims):
+                        filling[value] = value.type.bytes({**sizes, TILES: experts})
+            sizes.update(OPS[op.kind].sizes(site, sizes))
+        return sum(whole.values()), sum(filling.values())
 
     def _weights(self, graph: Graph) -> Iterator[str]:
         """Saved values that are read as weights of experts, and for nothing else."""

@@ -207,7 +207,8 @@ def zero_bubble(pipeline: int, batches: int) -> Schedule:
     """ZB1P (ZB-H1): 1F1B in which weight gradients wait until there is nothing else to do.
 
     Rank r is r weight gradients behind, so that it keeps what `pipeline` micro-batches need, as
-    the first rank does with 1F1B. arXiv 2401.10241, section 2.
+    the first rank does with 1F1B, if weight gradients need as much as was saved. arXiv 2401.10241,
+    section 2.
     """
     ranks = []
     for rank in range(pipeline):

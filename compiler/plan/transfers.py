@@ -55,12 +55,19 @@ def with_transfers(given: Schedule, costs: ChunkCosts | None = None) -> Schedule
 _end = itemgetter(0)
 
 
-def most_held(given: Schedule, rank: int, saved: Mapping[int, int], message: int) -> int:
+def most_held(
+    given: Schedule,
+    rank: int,
+    saved: Mapping[int, int],
+    message: int,
+    operands: Mapping[int, int],
+) -> int:
     """The most bytes that a rank holds between two entries of its row.
 
-    `saved` are those that a stage saves of a micro-batch, until its gradients are done; `message`
-    those of a message, from when it was made until it is sent, or received until it is read: what a
-    stage received is part of what it saves.
+    `saved` are those that a stage saves of a micro-batch, until its gradients of inputs are done;
+    `operands` those of products that then wait for its chunk W; `message` those of a message, from
+    when it was made until it is sent, or received until it is read: what a stage received is part
+    of what it saves.
     """
     now = most = 0
     arriving = {one.key for one in given.messages if one.receiver == rank}
@@ -68,7 +75,8 @@ def most_held(given: Schedule, rank: int, saved: Mapping[int, int], message: int
         if isinstance(entry, tuple):
             for chunk in entry:
                 now += message * ((given.message(chunk) is not None) - (chunk.reads in arriving))
-                now += saved[chunk.stage] * ((chunk.kind == "F") - (chunk.kind in "BW"))
+                now += saved[chunk.stage] * ((chunk.kind == "F") - (chunk.kind in "BI"))
+                now += operands[chunk.stage] * ((chunk.kind == "I") - (chunk.kind == "W"))
                 most = max(most, now)
         else:
             now += message if isinstance(entry, Receive) else -message

@@ -209,7 +209,7 @@ class Replay(Execution):
     """Executes the first two chunks of each kind and stage, and repeats what the second did.
 
     In the first one FP8 copies of weights and the sums of gradients are made, too. Gradients of
-    weights are computed with those of inputs: what they wait with for a chunk W is not counted.
+    weights are computed with those of inputs: what they wait with for a chunk W only plans count.
     """
 
     defers = False

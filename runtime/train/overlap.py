@@ -179,8 +179,11 @@ class SideStreams:
                 return forward()
 
         # The backward chunk begins: gradients can go to the last experts almost at once.
-        second, first = self.turns.both(backward, there)
-        self.deferred.compute()
+        try:
+            second, first = self.turns.both(backward, there)
+            self.deferred.compute()
+        finally:
+            self.deferred.drop()
         return first, second
 
     def exchange(self, function: Callable[..., Found], *given: Any) -> Found:

@@ -335,7 +335,7 @@ class MeshTrainer(Trainer):
                 elif step.defers:
                     step.weights(entry)
                 self.optimizer.collect()
-        self.held.overlap.finish()
+        step.finish()
         return sums
 
     def _add(self, loss: StageLoss, stage: int, share: float, sums: Tensor) -> None:
@@ -395,5 +395,5 @@ class MeshTrainer(Trainer):
                 sums += self._terms(step.forward(entry)) * self.mesh.experts
             elif not isinstance(entry, ChunkPair):
                 step.transfer(entry)
-        self.held.overlap.finish()
+        step.finish()
         return sums

@@ -241,6 +241,13 @@ class Execution:
         with self.held.waits.computing(chunk):
             self.deferred.pop((chunk.stage, chunk.batch)).compute()
 
+    def finish(self) -> None:
+        """The end of the row. Raises RuntimeError where a gradient was not computed."""
+        self.held.overlap.finish()
+        if self.deferred:
+            left = ", ".join(str(Chunk("I", *place)) for place in self.deferred)
+            raise RuntimeError(f"the schedule has no chunk W for {left}: gradients are missing")
+
     def _backward(self, chunk: Chunk, share: float) -> None:
         received, sent, _, total = self.saved.pop((chunk.stage, chunk.batch))
         ends: list[Tensor | GradientEdge] = list(sent)

@@ -11,6 +11,8 @@ import pytest
 
 from backends.build import compiled_step
 from backends.cpp.emit import Unsupported
+from backends.torch.model import model_py
+from compiler.ops import OPS
 from compiler.pipeline import compile
 from dsl.load import load
 from tests.support.generated import CASES, described, generated
@@ -65,3 +67,18 @@ def test_what_is_generated_is_clean(case: str, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+def test_products_that_may_wait_are_written_where_their_operands_are() -> None:
+    """Wherever they are added: by then a name of theirs may belong to another value."""
+    description, compiled = described("dense_gqa_tied")
+    texts = []
+    for _ in range(2):
+        names = {"about": "", "spec": "", "version": "", "dtype": "float32"}
+        texts.append(model_py(compiled, **names, params=description.params))
+        for graph in compiled.programs["train"].graphs.values():
+            products = {op.result for op in graph.walk() if OPS[op.kind].weight_product}
+            late = [op for op in graph.ops if op.operands and op.operands[0] in products]
+            rest = [op for op in graph.ops if op not in late]
+            graph.ops[:] = [*rest[:-1], *late, rest[-1]]
+    assert texts[0] == texts[1] and "grads.defer(" in texts[0]

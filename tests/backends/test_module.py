@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backends.build import build
-from compiler.pipeline import after
+from compiler.parallel.layout import units
+from compiler.pipeline import after, compile
+from compiler.plan.saved import activations
 from dsl.load import load
 from tests.interpret import random_weights, run
 from tests.support.places import TINY
@@ -328,3 +330,27 @@ def test_what_stands_between_layers_may_have_no_gradient(tmp_path: Path) -> None
         sys.path.remove(str(tmp_path))
     loss(model).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["bf16", "fp8_blockwise"])
+def test_what_products_wait_with_is_what_plans_count(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte; without MTP, whose sequences are shorter and are counted as long."""
+    name = f"tiny_waits_{policy}"
+    changes = [f"precision.policy={policy}", "architecture.mtp={depth: 0}", f"model={name}"]
+    description = load(TINY, sets=changes)
+    build(description, tmp_path / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = (name, f"{name}.runtime.unit", f"{name}.runtime.saved")
+    made, unit, saved = map(importlib.import_module, parts)
+    products, tokens = saved.Deferred(), torch.randint(512, (2, 129))
+    with unit.deferring(products):
+        made.Model(seed=0).loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    given = [(*product.args, *product.keywords.values()) for _, product in products._waiting]
+    held = {t.data_ptr(): t for one in given for t in one if isinstance(t, Tensor)}
+    sizes = {"batch": 2, "seq": 128, "context": 128}
+    program = compile(description).programs["train"]
+    counted = (activations(program, one, sizes).operands for one in units(program.main))
+    assert sum(t.untyped_storage().nbytes() for t in held.values()) == sum(counted)

@@ -257,10 +257,11 @@ def test_parallel_takes_its_sizes_from_train() -> None:
     assert (description.cluster.nodes, description.cluster.gpus_per_node) == (1, 8)
 
 
-def test_a_batch_that_grows_is_not_that_of_a_plan() -> None:
-    grows = ["train.sequence_length=64", "train.batch=[{until: 1M, value: 4}, {value: 8}]"]
+@pytest.mark.parametrize("batch", ["[{until: 1M, value: 4}, {value: 8}]", "null"])
+def test_a_batch_that_grows_or_that_train_leaves_out_is_not_that_of_a_plan(batch: str) -> None:
+    sets = ["train.sequence_length=64", f"train.batch={batch}", "parallel={pipeline: 2}"]
     with pytest.raises(DiagnosticError) as raised:
-        load(TINY, sets=[*grows, "parallel={pipeline: 2}"])
+        load(TINY, sets=sets)
     [problem] = raised.value.diagnostics
     assert (problem.code, problem.message) == ("E301", "`parallel.batch` is missing")
 

@@ -6,13 +6,13 @@ from compiler.plan.schedule import Receive, Schedule
 
 
 def under_way(given: Schedule, rank: int) -> int:
-    """For how many chunks a rank keeps activations at most: forward, and not all of backward."""
+    """For how many chunks a rank keeps activations at most: forward, and no gradients of inputs."""
     most = now = 0
     for step in given.steps(rank):
         for chunk in step:
-            now += (chunk.kind == "F") - (chunk.kind in "BW")
+            now += (chunk.kind == "F") - (chunk.kind in "BI")
         # Of an overlapped pair the one begins before the other has ended.
-        most = max(most, now + sum(chunk.kind in "BW" for chunk in step) * (len(step) > 1))
+        most = max(most, now + sum(chunk.kind in "BI" for chunk in step) * (len(step) > 1))
     return most
 
 

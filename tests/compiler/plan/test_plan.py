@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -84,6 +85,20 @@ def test_buffers_of_symmetric_memory_count_on_every_rank() -> None:
     )
     for one, other in zip(plan.ranks, plain.ranks, strict=True):
         assert one.memory.peak - other.memory.peak == 3 * 8 * 4096 * (2 * 7168 + 4 * 8)
+
+
+def test_what_waits_for_chunks_w_counts_where_it_is_more_than_what_was_saved() -> None:
+    made, parallel = planner("deepseek_v3")
+    name = "operands of gradients of weights that wait"
+    found = {}
+    for kind in ("dualpipe", "zero_bubble"):
+        plan = made.plan(parallel.model_copy(update={"schedule": kind}))
+        uses = [use for rank in plan.ranks for use in rank.memory.uses if use.name == name]
+        found[kind] = [use.bytes for use in uses]
+    assert found["dualpipe"] == []
+    # Each rank has one more that waits than the one before, of four layers: 5.2 GB.
+    steps = {b - a for a, b in pairwise(found["zero_bubble"][1:-1])}
+    assert len(steps) == 1 and round(min(steps) / 10**8) == 52
 
 
 def test_v3_keeps_one_micro_batch_more_than_there_are_stages(v3: Plan) -> None:

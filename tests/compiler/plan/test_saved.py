@@ -6,8 +6,10 @@ import pytest
 
 from compiler.parallel.layout import units
 from compiler.pipeline import compile
+from compiler.plan.arrived import spread
 from compiler.plan.make import planner_of
 from compiler.plan.saved import activations
+from compiler.plan.traffic import exchanges
 from dsl.load import load
 from dslc.specs import shipped
 from tests.support.planners import planner
@@ -89,3 +91,28 @@ def test_without_derived_gradients_everything_counts_as_saved() -> None:
         unit = next(unit for unit in units(train.main) if unit.layer == 5)
         sums.append(activations(train, unit, SIZES).bytes)
     assert 2 * sums[0] < sums[1]
+
+
+def test_products_of_a_dense_layer_wait_with_all_that_they_read() -> None:
+    """Of attention: its result, keys and values, queries and both latents together, with the
+    gradient of each product's other side; and of the feed-forward network as much."""
+    made, _ = planner("deepseek_v3", policy="bf16")
+    unit = units(made.train.main)[1]
+    attention = (7168 + 128 * 128) + (128 * 256 + 512) + (128 * 192 + 1536) + (2112 + 7168)
+    expected = 2 * (attention + (7168 + 18432) + (2 * 18432 + 7168))
+    assert activations(made.train, unit, SIZES).operands == expected * TOKENS
+
+
+@pytest.mark.slow
+def test_a_rank_fills_up_rows_of_its_own_experts_alone() -> None:
+    made, parallel = planner("deepseek_v3")
+    unit = next(unit for unit in units(made.program.main) if unit.layer == 5)
+    costs = made._of_a_micro_batch(1, TOKENS).saved[unit.ops]
+    layout = made.layout(parallel)
+    on_rank = spread(costs, exchanges(made.program, unit, layout), layout.mesh, TOKENS)
+    # In FP8, with scales: inputs and gradients of both products of 8 experts for each token, and a
+    # tile of 128 more for each of 256 experts, or of 4.
+    row = (7168 + 2048 + 4096 + 7168) * 33 // 32
+    assert (costs.filling, on_rank.filling) == (256 * 128 * row, 4 * 128 * row)
+    assert costs.operands - on_rank.operands == 252 * 128 * row
+    assert on_rank.operands > 8 * TOKENS * row

@@ -25,7 +25,7 @@ from compiler.plan.schedule import (
     word,
 )
 from compiler.plan.simulate import ChunkCosts, simulate
-from compiler.plan.transfers import with_transfers
+from compiler.plan.transfers import most_held, with_transfers
 from tests.support.golden import Golden
 from tests.support.schedules import open_receives, under_way
 
@@ -312,3 +312,13 @@ def test_a_send_that_no_rank_is_ready_for_blocks() -> None:
 def test_dualpipe_wants_even_numbers_and_enough_micro_batches(pipeline: int, batches: int) -> None:
     with pytest.raises(ValueError, match="dualpipe needs an even number of ranks"):
         schedule("dualpipe", pipeline, batches)
+
+
+def test_what_gradients_of_weights_read_is_held_from_i_to_w() -> None:
+    """Rank 0 has four micro-batches in flight, then three and one that waits; the last rank one in
+    flight and three that wait, and by the end four that wait."""
+    order = schedule("zero_bubble", 4, 8)
+    for operands, first, last in ((0, 400, 100), (90, 400, 370), (300, 600, 1200)):
+        each = dict.fromkeys(range(4), operands)
+        most = [most_held(order, r, dict.fromkeys(range(4), 100), 0, each) for r in (0, 3)]
+        assert most == [first, last]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from runtime.saved import Deferred, Gradients, Grads, Saved
 from runtime.train import overlap
-from runtime.train.overlap import SideStreams, Turns
+from runtime.train.overlap import InOrder, SideStreams, Turns
+from runtime.train.pipeline import Chunk, Execution, Row
+from runtime.train.waits import Waits
 from runtime.unit import deferring, differentiable
 from tests.support.races import Races, Watch
 
@@ -123,6 +126,31 @@ def test_gradients_of_weights_are_computed_before_a_chunk_waits() -> None:
     assert races.found == [] and weight.grad is not None and weight.grad[0] == 2 + 6
 
 
+def test_what_waits_is_forgotten_where_a_pair_fails() -> None:
+    """Else the next pair would add it to gradients of another step, and hold its operands."""
+    streams, weight = Races().streams(overlap), torch.zeros(2)
+
+    def backward() -> None:
+        streams.deferred.add(weight, partial(torch.ones, 2))
+        raise ValueError("fails")
+
+    with pytest.raises(ValueError, match="fails"):
+        streams.both(nothing, backward)
+    streams.both(nothing, nothing)
+    assert weight.grad is None
+
+
+def test_a_chunk_without_its_gradients_of_weights_is_noticed() -> None:
+    held: Any = SimpleNamespace(overlap=InOrder(), waits=Waits())
+    step = Execution(Row((), ()), held, [], 0)
+    step.deferred = {(2, 1): Deferred(), (0, 3): Deferred()}
+    step.weights(Chunk("W", 2, 1))
+    with pytest.raises(RuntimeError, match="no chunk W for chunk 0I3: gradients are missing"):
+        step.finish()
+    step.weights(Chunk("W", 0, 3))
+    step.finish()
+
+
 def test_what_waits_is_added_as_autograd_adds_it() -> None:
     module = torch.nn.Linear(3, 2, bias=False, dtype=torch.bfloat16)
     weight, x = module.weight, torch.randn(5, 3, dtype=torch.bfloat16)
@@ -147,6 +175,14 @@ def test_what_waits_is_added_as_autograd_adds_it() -> None:
         assert weight.grad is not None
         found.append(weight.grad)
     assert torch.equal(*found)
+
+
+def test_what_waits_has_the_precision_of_the_spec_under_autocast() -> None:
+    products, weight, d, x = Deferred(), torch.zeros(4, 3), torch.randn(4, 5), torch.randn(5, 3)
+    products.add(weight, partial(torch.matmul, d, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        products.compute()
+    assert weight.grad is not None and torch.equal(weight.grad, d @ x)
 
 
 def nothing(*_: object) -> None:
