@@ -206,8 +206,7 @@ class Execution:
         """Both chunks, each of which computes while the other's tokens are under way."""
         with self.held.waits.computing(pair), deferring(self.held.overlap.deferred):
             loss, _ = self.held.overlap.both(
-                partial(self.forward, pair.forward),
-                partial(self.backward, pair.backward, share),
+                partial(self.forward, pair.forward), partial(self.backward, pair.backward, share)
             )
         return loss
 

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from tests.support.host_waits import HostWait, in_parts, no_waits, wait_of
+from tests.support.host_waits import ByParts, HostWait, no_waits, wait_of
 
 WAITS = "called a synchronizing CUDA operation"
 """What torch warns of."""
@@ -89,15 +89,10 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Capture(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        graph, kwargs = StandInGraph.now, kwargs or {}
+class _Capture(ByParts):
+    def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        graph = StandInGraph.now
         assert graph is not None
-        parts = in_parts(self, func, args, kwargs)
-        if parts is not NotImplemented:
-            return parts
         why = wait_of(func, args, kwargs)
         if why:
             raise HostWait(f"operation not permitted when stream is capturing: {func}: {why}")

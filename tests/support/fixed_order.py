@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.host_waits import in_parts
-
-ATEN = torch.ops.aten
+from tests.support.host_waits import ByParts
 
 
 class NoOrder(RuntimeError):
@@ -104,23 +101,17 @@ FAMILIES = ("upsample_", "reflection_pad", "replication_pad", "max_pool", "avg_p
 """How the names of further ones begin, whose derivatives are listed."""
 
 
-class FixedOrder(TorchDispatchMode):
+class FixedOrder(ByParts):
     """Within it, a call whose result has no fixed order on a GPU is an error that names it."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        parts = in_parts(self, func, args, kwargs)
-        if parts is not NotImplemented:
-            return parts
+    def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         name = name if name in LISTED else name.removesuffix("_")
         given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
         listed = LISTED.get(name, _always if _is_derivative(name) else None)
         if listed is not None and listed(given):
             raise NoOrder(f"{func}: on a GPU its result has no fixed order")
-        return func(*args, **kwargs)
+        return super().call(func, args, kwargs)
 
 
 def _is_derivative(name: str) -> bool:

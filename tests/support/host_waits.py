@@ -59,33 +59,35 @@ def wait_of(func: Any, args: Sequence[Any], kwargs: Any) -> str:
     return ""
 
 
-class NoWaits(TorchDispatchMode):
+class ByParts(TorchDispatchMode):
+    """Within it, `call` makes each call of torch; one of several operators comes as those."""
+
+    def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Where gradients are recorded torch takes a call apart by itself, in inference mode it
+        # does not.
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        return self.call(func, args, kwargs) if parts is NotImplemented else parts
+
+
+class NoWaits(ByParts):
     """Within it, whatever waits for the GPU calls `found` with the reason, an error by default."""
 
     def __init__(self, found: Callable[[str], None] | None = None) -> None:
         super().__init__()
         self.found = found or _refuse
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        parts = in_parts(self, func, args, kwargs)
-        if parts is not NotImplemented:
-            return parts
+    def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         why = wait_of(func, args, kwargs)
         if why:
             self.found(f"{func}: {why}")
-        return func(*args, **kwargs)
-
-
-def in_parts(mode: TorchDispatchMode, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    """A function that torch composes of others, within the mode; NotImplemented for all others.
-
-    Where gradients are recorded torch takes it apart by itself, in inference mode it does not.
-    """
-    with mode:
-        return func.decompose(*args, **kwargs)
+        return super().call(func, args, kwargs)
 
 
 def _refuse(why: str) -> None:
